@@ -1,0 +1,1 @@
+"""Recipes: YAML configurations shipped with the package; see ``flash-diffusion distill --help``."""
