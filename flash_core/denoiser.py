@@ -1,0 +1,128 @@
+"""The protocol in the middle: what a backbone must offer, and the one object its conditions travel in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .process import Process
+
+Role: TypeAlias = Literal["teacher", "student", "critic"]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Everything a backbone is conditioned on, for a batch of B samples. Parts that a model lacks are None.
+
+    Attributes:
+        cross_attention: (B, L, D) token embeddings.
+        attention_mask: (B, L), 1 where a token counts (PixArt).
+        vector: (B, D) pooled embedding (SDXL, SD3).
+        size_ids: (B, N) size and crop micro-conditioning (SDXL, PixArt-alpha).
+        concat: (B, C, h, w) channels joined to the latent: masks, masked images, low-resolution images.
+        residuals: adapter or ControlNet residuals, each (B, C, h, w), in the order the backbone adds them.
+    """
+
+    cross_attention: Tensor | None = None
+    attention_mask: Tensor | None = None
+    vector: Tensor | None = None
+    size_ids: Tensor | None = None
+    concat: Tensor | None = None
+    residuals: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        tensors = [*self.residuals, *(getattr(self, name) for name in _TENSOR_FIELDS)]
+        return next((len(tensor) for tensor in tensors if tensor is not None), 0)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Apply ``function`` to every tensor."""
+        parts = {name: getattr(self, name) for name in _TENSOR_FIELDS}
+        return Conditioning(
+            **{name: None if tensor is None else function(tensor) for name, tensor in parts.items()},
+            residuals=tuple(function(tensor) for tensor in self.residuals),
+        )
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The samples at ``index`` (b,)."""
+        return self.map(lambda tensor: tensor[index.to(tensor.device)])
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same conditions on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Join batches; every part must carry the same kinds of conditions."""
+        first = parts[0]
+        for name in _TENSOR_FIELDS:
+            if len({getattr(part, name) is None for part in parts}) > 1:
+                raise ValueError(f"cannot batch conditions: some carry {name!r} and some do not")
+        if len({len(part.residuals) for part in parts}) > 1:
+            raise ValueError("cannot batch conditions with different numbers of residuals")
+        joined = {
+            name: None if getattr(first, name) is None else torch.cat([getattr(part, name) for part in parts])
+            for name in _TENSOR_FIELDS
+        }
+        residuals = tuple(torch.cat(tensors) for tensors in zip(*(part.residuals for part in parts), strict=True))
+        return Conditioning(**joined, residuals=residuals)
+
+
+_TENSOR_FIELDS = tuple(field.name for field in fields(Conditioning) if field.name != "residuals")
+
+
+class Denoiser(Protocol):
+    """A conditional diffusion backbone whose roles share ONE frozen base.
+
+    Latents come and go as float32; a backbone casts inside. Gradients flow from outputs to ``z_t`` in every role, and
+    to the adapter that the role switches on. The roles: ``teacher`` is the base (with a frozen style LoRA, if any),
+    ``student`` has the student's LoRA on, ``critic`` the critic's.
+    """
+
+    @property
+    def process(self) -> Process:
+        """How noise enters this model's latents."""
+        ...
+
+    def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output (B, C, H, W) at latents (B, C, H, W) and timesteps (B,), in the current role."""
+        ...
+
+    def features(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        """Hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role."""
+        ...
+
+    def role(self, role: Role) -> AbstractContextManager[None]:
+        """Switch to ``role`` inside the block, and back to the previous one after it."""
+        ...
+
+
+def predict_z0(denoiser: Denoiser, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    """The clean latent the backbone sees in ``z_t``, in its current role."""
+    return denoiser.process.z0_from_output(z_t, denoiser.predict(z_t, t, conditioning), t)
+
+
+def guided_z0(
+    denoiser: Denoiser,
+    z_t: Tensor,
+    t: Tensor,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    guidance: Tensor,
+) -> Tensor:
+    """Classifier-free guidance, ``uncond + w (cond - uncond)``, both branches in one batch.
+
+    z0 is affine in the output for a given ``(z_t, t)``, so guiding z0 and guiding the output are the same thing.
+
+    Args:
+        guidance: (B,) the scale w of each sample; 1 is no guidance.
+    """
+    both = predict_z0(
+        denoiser, torch.cat([z_t, z_t]), torch.cat([t, t]), Conditioning.cat([conditioning, unconditional])
+    )
+    with_condition, without = both.chunk(2)
+    return without + guidance.reshape(-1, 1, 1, 1) * (with_condition - without)

@@ -1,0 +1,45 @@
+"""The discriminator: small conv heads on hidden states of the frozen teacher, one head per depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class Discriminator(nn.Module):
+    """Scores feature maps of several depths of the teacher; only these heads are trained.
+
+    Args:
+        channels: the channel count of each feature map, as ``Denoiser.features`` returns them.
+        hidden: the width of each head.
+    """
+
+    def __init__(self, channels: Sequence[int], hidden: int = 64) -> None:
+        super().__init__()
+        if not channels:
+            raise ValueError("a discriminator needs the channel count of at least one feature map")
+        self.channels = tuple(channels)
+        self.heads = nn.ModuleList(_head(width, hidden) for width in channels)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Feature maps (B, C_i, H_i, W_i) to logit maps (B, 1, H'_i, W'_i)."""
+        if len(features) != len(self.heads):
+            raise ValueError(f"expected {len(self.heads)} feature maps, got {len(features)}")
+        return [head(feature.float()) for head, feature in zip(self.heads, features, strict=True)]
+
+
+def _head(channels: int, hidden: int) -> nn.Sequential:
+    # The input is normalised first: hidden states of different depths differ by orders of magnitude.
+    return nn.Sequential(
+        nn.GroupNorm(1, channels, affine=False),
+        nn.Conv2d(channels, hidden, 1),
+        nn.SiLU(),
+        nn.Conv2d(hidden, hidden, 3, padding=1),
+        nn.GroupNorm(min(8, hidden), hidden),
+        nn.SiLU(),
+        nn.Conv2d(hidden, hidden, 3, stride=2, padding=1),
+        nn.GroupNorm(min(8, hidden), hidden),
+        nn.SiLU(),
+        nn.Conv2d(hidden, 1, 1),
+    )

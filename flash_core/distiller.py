@@ -1,0 +1,405 @@
+"""One training step of Flash Diffusion over any :class:`~.denoiser.Denoiser` (arXiv 2406.02347, section 4).
+
+The caller owns optimisers, devices, precision and the loop. A step is: draw a :class:`Rollout` (the dear part: the
+teacher's solution), let :meth:`Distiller.student_step` leave gradients in the student's adapter, then let
+:meth:`Distiller.discriminator_step` and :meth:`Distiller.critic_step` leave theirs from the SAME rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import losses
+from .denoiser import Conditioning, Denoiser, guided_z0, predict_z0
+from .discriminator import Discriminator
+from .grid import timestep_mixture, trailing_timesteps
+from .process import NUM_TIMESTEPS, broadcast
+from .solvers import Solver, solve
+
+# t' of the adversarial term (arXiv 2406.02347, section 4.3); a shifted flow schedule takes the same fractions.
+ADVERSARIAL_TIMESTEPS = (10, 250, 500, 750)
+
+# Indices of the teacher's grid less likely than this are not kept when a trajectory is recorded.
+RECORDED_PROBABILITY = 1e-3
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training: where the timesteps fall, and how much each term counts.
+
+    Attributes:
+        modes: the weights beta of the modes from pure noise on.
+        adversarial, dmd, distillation: the factors lambda; a term whose factor is 0 is not computed.
+    """
+
+    modes: tuple[float, ...]
+    adversarial: float = 0.0
+    dmd: float = 0.0
+    distillation: float = 1.0
+
+
+# The published curriculum (arXiv 2406.02347, table of section 5): weight moves toward pure noise.
+PUBLISHED_PHASES = (
+    Phase(modes=(0.0, 0.0, 0.5, 0.5)),
+    Phase(modes=(0.1, 0.3, 0.3, 0.3), adversarial=0.1, dmd=0.3),
+    Phase(modes=(0.25, 0.25, 0.25, 0.25), adversarial=0.2, dmd=0.5),
+    Phase(modes=(0.4, 0.2, 0.2, 0.2), adversarial=0.3, dmd=0.7),
+)
+
+DistillationLoss: TypeAlias = Literal["mse", "l1", "pseudo_huber", "lpips"]
+
+
+@dataclass(frozen=True)
+class DistillerSettings:
+    """The constants of the method; the defaults are the paper's for SD 1.5.
+
+    Attributes:
+        teacher_steps: K, the teacher's grid.
+        solver: the teacher's ODE solver; flow models take ``euler``.
+        guidance: (low, high) of the uniform guidance scale, ``uncond + w (cond - uncond)``.
+        distillation: which distance; ``lpips`` needs ``decode`` and ``perceptual``.
+        perceptual_crop: window of the perceptual distance in latent pixels.
+        adversarial: which adversarial loss.
+        real: what the discriminator calls real: the data, or the teacher's solutions.
+        r1: weight of the gradient penalty on the discriminator at real features; 0 is off.
+        fake_score: who stands for the student's distribution: the student itself (paper) or a critic adapter.
+    """
+
+    teacher_steps: int = 32
+    solver: Solver = "dpmpp_2m"
+    guidance: tuple[float, float] = (3.0, 13.0)
+    distillation: DistillationLoss = "mse"
+    perceptual_crop: int = 32
+    adversarial: losses.AdversarialLoss = "lsgan"
+    real: Literal["data", "teacher"] = "teacher"
+    r1: float = 0.0
+    fake_score: Literal["student", "critic"] = "student"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one batch costs most: where each sample starts and where the teacher takes it. All of B samples.
+
+    Attributes:
+        z_t: (B, C, H, W) latents at their start.
+        t: (B,) timesteps of the start.
+        z_teacher: (B, C, H, W) the teacher's solution.
+        z0: (B, C, H, W) data latents.
+        guidance: (B,) the teacher's guidance scale.
+    """
+
+    z_t: Tensor
+    t: Tensor
+    z_teacher: Tensor
+    z0: Tensor
+    guidance: Tensor
+    conditioning: Conditioning
+    unconditional: Conditioning
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A teacher's solutions from pure noise with the states it passed: several rollouts for the price of one.
+
+    Attributes:
+        indices: the M grid indices that were kept, ascending.
+        states: (M, B, C, H, W) the latents at those indices.
+    """
+
+    indices: tuple[int, ...]
+    states: Tensor
+    z_teacher: Tensor
+    z0: Tensor
+    guidance: Tensor
+    conditioning: Conditioning
+    unconditional: Conditioning
+
+    def rows(self, index: Tensor) -> Trajectory:
+        """The samples at ``index`` (b,)."""
+        return Trajectory(
+            self.indices,
+            self.states[:, index],
+            self.z_teacher[index],
+            self.z0[index],
+            self.guidance[index],
+            self.conditioning.rows(index),
+            self.unconditional.rows(index),
+        )
+
+
+@dataclass(frozen=True)
+class StudentStep:
+    """What :meth:`Distiller.student_step` hands back.
+
+    Attributes:
+        z_student: (B, C, H, W) the student's outputs, detached.
+        terms: the unweighted loss terms that were computed, and ``total``, as detached scalars on the device.
+    """
+
+    z_student: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Distiller:
+    """The method over one backbone.
+
+    Args:
+        denoiser: the backbone, its roles on one frozen base.
+        settings: the method's constants.
+        discriminator: needed once a phase weighs the adversarial term.
+        decode: latents -> images in [-1, 1], differentiable; needed by ``lpips``.
+        perceptual: ``(images, images) -> (B,)``; needed by ``lpips``.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: DistillerSettings | None = None,
+        *,
+        discriminator: Discriminator | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.denoiser = denoiser
+        self.settings = settings or DistillerSettings()
+        self.discriminator = discriminator
+        self.decode = decode
+        self.perceptual = perceptual
+        self.timesteps = trailing_timesteps(denoiser.process, self.settings.teacher_steps)
+        if self.settings.distillation == "lpips" and (decode is None or perceptual is None):
+            raise ValueError("distillation 'lpips' compares decoded images: pass decode= and perceptual=")
+
+    # -- the rollout ---------------------------------------------------------------------------------------------
+
+    def rollout(
+        self,
+        z0: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning,
+        phase: Phase,
+        generator: torch.Generator,
+    ) -> Rollout:
+        """Draw timesteps, noise and guidance for a batch of data latents, and let the teacher solve each sample.
+
+        Args:
+            z0: (B, C, H, W) data latents.
+            generator: the only source of randomness.
+        """
+        start = self._draw_indices(phase, range(self.settings.teacher_steps), len(z0), generator)
+        t = torch.tensor([self.timesteps[index] for index in start], device=z0.device)
+        noise = _normal(z0, generator)
+        pure = torch.tensor([index == 0 for index in start], device=z0.device)
+        z_t = torch.where(broadcast(pure, z0), noise, self.denoiser.process.add_noise(z0, noise, t))
+        guidance = self._draw_guidance(len(z0), generator).to(z0.device)
+        z_teacher = self.teacher_solution(z_t, conditioning, unconditional, guidance, start)
+        return Rollout(z_t, t, z_teacher, z0, guidance, conditioning, unconditional)
+
+    @torch.no_grad()
+    def teacher_solution(
+        self,
+        z_t: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning,
+        guidance: Tensor,
+        start: Sequence[int] | None = None,
+        observe: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """The guided teacher's solution from each sample's own grid index (default: pure noise) to t = 0."""
+
+        def guided(z: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            return guided_z0(self.denoiser, z, t, conditioning.rows(rows), unconditional.rows(rows), guidance[rows])
+
+        with self.denoiser.role("teacher"):
+            return solve(
+                guided, self.denoiser.process, z_t, self.timesteps, start, solver=self.settings.solver, observe=observe
+            )
+
+    def trajectory(
+        self, z0: Tensor, conditioning: Conditioning, unconditional: Conditioning, generator: torch.Generator
+    ) -> Trajectory:
+        """Solve from pure noise and keep the states that training can start from.
+
+        Every state on the way has the same end, so that one solution serves every mode: what small budgets want. The
+        states come from the teacher's own path instead of noised data; both have the teacher's marginals.
+        """
+        modes = len(PUBLISHED_PHASES[0].modes)
+        reachable = timestep_mixture(self.settings.teacher_steps, [1.0] * modes) > RECORDED_PROBABILITY
+        kept = tuple(int(index) for index in reachable.nonzero())
+        states: list[Tensor] = []
+
+        def keep(index: int, z: Tensor) -> None:
+            if index in kept:
+                states.append(z.clone())
+
+        guidance = self._draw_guidance(len(z0), generator).to(z0.device)
+        noise = _normal(z0, generator)
+        z_teacher = self.teacher_solution(noise, conditioning, unconditional, guidance, observe=keep)
+        return Trajectory(kept, torch.stack(states), z_teacher, z0, guidance, conditioning, unconditional)
+
+    def replay(self, trajectory: Trajectory, phase: Phase, generator: torch.Generator) -> Rollout:
+        """A rollout from a recorded trajectory, each sample starting at an index drawn for this phase."""
+        batch = len(trajectory.z_teacher)
+        drawn = self._draw_indices(phase, trajectory.indices, batch, generator)
+        position = torch.tensor([trajectory.indices.index(index) for index in drawn], device=trajectory.states.device)
+        return Rollout(
+            trajectory.states[position, torch.arange(batch, device=position.device)],
+            torch.tensor([self.timesteps[index] for index in drawn], device=position.device),
+            trajectory.z_teacher,
+            trajectory.z0,
+            trajectory.guidance,
+            trajectory.conditioning,
+            trajectory.unconditional,
+        )
+
+    # -- the three updates ---------------------------------------------------------------------------------------
+
+    def student_step(
+        self, rollout: Rollout, phase: Phase, generator: torch.Generator, scale: float = 1.0
+    ) -> StudentStep:
+        """Compute the student's loss and leave ``scale`` times its gradient in the student's adapter.
+
+        The backward pass is split. The terms run on a detached leaf of the student's output while roles change freely;
+        then the leaf's gradient goes through the student's graph with the student's adapter on. So activations that
+        gradient checkpointing recomputes are recomputed in the role that made them.
+        """
+        with self.denoiser.role("student"):
+            z_student = self.student_output(rollout)
+        leaf = z_student.detach().requires_grad_()
+        terms: dict[str, Tensor] = {}
+        weighted: list[Tensor] = []
+        gradient = torch.zeros_like(leaf)
+        for name, factor, compute in (
+            ("distillation", phase.distillation, self._distillation_term),
+            ("adversarial", phase.adversarial, self._adversarial_term),
+            ("dmd", phase.dmd, self._dmd_term),
+        ):
+            if factor == 0:
+                continue
+            # One backward pass a term: only one term's graph through the teacher is alive at a time.
+            with self.denoiser.role("teacher"):
+                term = compute(leaf, rollout, generator)
+                gradient += torch.autograd.grad(term, leaf)[0] * factor
+            terms[name] = term.detach()
+            weighted.append(factor * terms[name])
+        terms["total"] = torch.stack(weighted).sum() if weighted else torch.zeros((), device=leaf.device)
+        with self.denoiser.role("student"):
+            z_student.backward(gradient * scale)  # type: ignore[no-untyped-call]
+        return StudentStep(leaf.detach(), terms)
+
+    def student_output(self, rollout: Rollout) -> Tensor:
+        """``c_skip z_t + c_out z0_hat(z_t, t, c)`` (B, C, H, W) in the current role."""
+        z0_hat = predict_z0(self.denoiser, rollout.z_t, rollout.t, rollout.conditioning)
+        c_skip, c_out = (broadcast(value, z0_hat) for value in self.denoiser.process.boundary_scaling(rollout.t))
+        return c_skip * rollout.z_t + c_out * z0_hat
+
+    def discriminator_step(
+        self, rollout: Rollout, z_student: Tensor, generator: torch.Generator, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Leave ``scale`` times the discriminator's gradient in its heads, from the same rollout, detached."""
+        discriminator = self._require_discriminator()
+        t, noise = self._draw_adversarial(z_student, generator)
+        real = rollout.z0 if self.settings.real == "data" else rollout.z_teacher
+        with torch.no_grad(), self.denoiser.role("teacher"):
+            # Real and fake share the noise and the timestep, and one batch.
+            features = self._renoised_features(
+                torch.cat([real, z_student]), t.repeat(2), noise.repeat(2, 1, 1, 1), rollout.conditioning, copies=2
+            )
+        real_features, fake_features = zip(*(feature.float().chunk(2) for feature in features), strict=True)
+        if self.settings.r1 > 0:
+            real_features = tuple(feature.detach().requires_grad_() for feature in real_features)
+        real_logits, fake_logits = discriminator(real_features), discriminator(fake_features)
+        loss = losses.discriminator_loss(self.settings.adversarial, real_logits, fake_logits)
+        terms = {"discriminator": loss.detach()}
+        if self.settings.r1 > 0:
+            penalty = losses.r1_penalty(real_logits, real_features)
+            terms["r1"] = penalty.detach()
+            loss = loss + 0.5 * self.settings.r1 * penalty
+        (loss * scale).backward()
+        return terms
+
+    def critic_step(
+        self, rollout: Rollout, z_student: Tensor, generator: torch.Generator, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Leave ``scale`` times the critic's gradient in its adapter: diffusion training on the student's samples."""
+        process = self.denoiser.process
+        t = process.uniform_timestep(_integers(NUM_TIMESTEPS, len(z_student), generator).to(z_student.device))
+        noise = _normal(z_student, generator)
+        z_t = process.add_noise(z_student, noise, t)
+        with self.denoiser.role("critic"):
+            output = self.denoiser.predict(z_t, t, rollout.conditioning)
+            loss = F.mse_loss(output, process.target(z_student, noise, t))
+            (loss * scale).backward()
+        return {"critic": loss.detach()}
+
+    # -- the student's terms -------------------------------------------------------------------------------------
+
+    def _distillation_term(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
+        kind = self.settings.distillation
+        if kind != "lpips":
+            return losses.latent_loss(kind, z_student, rollout.z_teacher)
+        assert self.decode is not None and self.perceptual is not None  # checked when the distiller was made
+        return losses.perceptual_loss(
+            self.perceptual, self.decode, z_student, rollout.z_teacher, self.settings.perceptual_crop, generator
+        )
+
+    def _adversarial_term(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
+        discriminator = self._require_discriminator()
+        t, noise = self._draw_adversarial(z_student, generator)
+        logits = discriminator(self._renoised_features(z_student, t, noise, rollout.conditioning))
+        return losses.generator_loss(self.settings.adversarial, logits)
+
+    def _dmd_term(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
+        process = self.denoiser.process
+        t = process.uniform_timestep(_integers(NUM_TIMESTEPS, len(z_student), generator).to(z_student.device))
+        with torch.no_grad():
+            z_t = process.add_noise(z_student, _normal(z_student, generator), t)
+            z0_real = guided_z0(self.denoiser, z_t, t, rollout.conditioning, rollout.unconditional, rollout.guidance)
+            with self.denoiser.role(self.settings.fake_score):
+                z0_fake = predict_z0(self.denoiser, z_t, t, rollout.conditioning)
+        return losses.distribution_matching_loss(z_student, z0_real, z0_fake)
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _renoised_features(
+        self, z: Tensor, t: Tensor, noise: Tensor, conditioning: Conditioning, copies: int = 1
+    ) -> list[Tensor]:
+        z_t = self.denoiser.process.add_noise(z, noise, t)
+        return self.denoiser.features(z_t, t, Conditioning.cat([conditioning] * copies))
+
+    def _require_discriminator(self) -> Discriminator:
+        if self.discriminator is None:
+            raise ValueError(
+                "this phase weighs the adversarial term, but the distiller has no discriminator: pass discriminator= or "
+                "set the phase's adversarial weight to 0"
+            )
+        return self.discriminator
+
+    def _draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
+        probability = timestep_mixture(self.settings.teacher_steps, phase.modes)[list(allowed)]
+        drawn = torch.multinomial(
+            probability.to(generator.device), batch, replacement=True, generator=generator
+        ).tolist()
+        return [allowed[index] for index in drawn]
+
+    def _draw_guidance(self, batch: int, generator: torch.Generator) -> Tensor:
+        low, high = self.settings.guidance
+        return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+
+    def _draw_adversarial(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        choice = _integers(len(ADVERSARIAL_TIMESTEPS), len(z), generator)
+        tau = torch.tensor(ADVERSARIAL_TIMESTEPS, device=choice.device)[choice].to(z.device)
+        return self.denoiser.process.uniform_timestep(tau), _normal(z, generator)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
+
+
+def _integers(high: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(high, (count,), generator=generator, device=generator.device)

@@ -1,0 +1,66 @@
+"""The few-step sampler: predict z0, re-noise to the next level with fresh noise, again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+SampleCallback = Callable[[int, Tensor, Tensor], None]
+
+
+def few_step_sample(
+    denoise: Callable[[Tensor, int], Tensor],
+    z: Tensor,
+    alphas: Sequence[float],
+    sigmas: Sequence[float],
+    noise: Callable[[], Tensor],
+    *,
+    stochasticity: float = 1.0,
+    callback: SampleCallback | None = None,
+) -> Tensor:
+    """Few-step sampling as the student was trained for (arXiv 2406.02347, section 4.1; the scheme of LCM).
+
+    Args:
+        denoise: ``(z, i) -> z0``, the model's clean prediction at level ``i``, ``z`` and z0 of shape (B, C, H, W).
+        z: the latents at level 0.
+        alphas, sigmas: the N levels, ``z_i = alpha_i z0 + sigma_i eps``. A ComfyUI epsilon or v model counts
+            ``alpha = 1`` and the k-diffusion sigma; a flow model ``alpha = 1 - s``.
+        noise: draws fresh noise shaped like ``z``; asked N - 1 times when ``stochasticity`` > 0, so that a generator's
+            stream is used as diffusers' few-step scheduler uses it, and never when it is 0.
+        stochasticity: 1 re-noises with fresh noise (the paper), 0 with the noise that z0 implies (DDIM); in between
+            the two are mixed at unit variance.
+        callback: ``(i, z0, z)`` after each prediction.
+
+    Returns:
+        The last z0.
+    """
+    if len(alphas) != len(sigmas) or not sigmas:
+        raise ValueError(f"expected as many alphas as sigmas and at least one, got {len(alphas)} and {len(sigmas)}")
+    if not 0 <= stochasticity <= 1:
+        raise ValueError(f"stochasticity must lie in 0..1, got {stochasticity}")
+    z0 = z
+    for index in range(len(sigmas)):
+        z0 = denoise(z, index)
+        if callback is not None:
+            callback(index, z0, z)
+        if index + 1 == len(sigmas):
+            break
+        if stochasticity == 1:
+            eps = noise()
+        else:
+            eps = (z - alphas[index] * z0) / sigmas[index]
+            if stochasticity > 0:
+                eps = (1 - stochasticity**2) ** 0.5 * eps + stochasticity * noise()
+        z = alphas[index + 1] * z0 + sigmas[index + 1] * eps
+    return z0
+
+
+def generator_noise(like: Tensor, generator: torch.Generator) -> Callable[[], Tensor]:
+    """A noise source for :func:`few_step_sample`: one generator's stream, drawn where the generator lives."""
+
+    def draw() -> Tensor:
+        return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+
+    return draw

@@ -1,0 +1,89 @@
+"""The teacher's ODE solvers, over a batch in which every sample may join at its own index of the grid.
+
+All three are written with data predictions (z0), so they need no knowledge of what the network outputs, and every
+coefficient is a ratio of alphas and sigmas, so that they hold where alpha is 0 (zero terminal SNR, flow at s = 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from .process import Process, broadcast
+
+Solver: TypeAlias = Literal["dpmpp_2m", "ddim", "euler"]
+
+PredictZ0: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(z (b, ...), t (b,), samples (b,)) -> z0 (b, ...)``; ``samples`` are the rows of the batch that are asked for."""
+
+
+def solve(
+    predict_z0: PredictZ0,
+    process: Process,
+    z: Tensor,
+    timesteps: Sequence[float],
+    start: Sequence[int] | None = None,
+    solver: Solver = "dpmpp_2m",
+    observe: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Solve the probability-flow ODE from ``timesteps[start]`` down to the clean latent.
+
+    Args:
+        predict_z0: asked once per grid point, for the samples that have started by then, in one batch.
+        z: (B, ...) latents, each at the noise level of its own start.
+        timesteps: the grid, descending, K values.
+        start: for each sample the index in 0..K-1 it starts at (default: all at 0). Kept on the host, so that no
+            device is waited for.
+        solver: ``dpmpp_2m`` is DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), first order at a sample's own first
+            step and at the last; ``ddim`` (arXiv 2010.02502, eta = 0) and ``euler`` are one formula, since Euler on a
+            flow's straight path and DDIM both keep the noise implied by z0.
+        observe: ``(index, z)`` before each evaluation, z the (B, ...) latents at that grid point; copy what you keep.
+
+    Returns:
+        (B, ...) latents at t = 0.
+    """
+    if solver not in get_args(Solver):
+        raise ValueError(f"unknown solver {solver!r}; expected one of {', '.join(get_args(Solver))}")
+    steps = len(timesteps)
+    begin = [0] * len(z) if start is None else [int(index) for index in start]
+    if len(begin) != len(z) or any(not 0 <= index < steps for index in begin):
+        raise ValueError(f"start must hold {len(z)} indices in 0..{steps - 1}, got {begin}")
+    alphas, sigmas = levels(process, timesteps)
+    z = z.clone()
+    previous = torch.zeros_like(z)
+    for index in range(min(begin), steps):
+        rows = torch.tensor([row for row, first in enumerate(begin) if first <= index], device=z.device)
+        if observe is not None:
+            observe(index, z)
+        everyone = len(rows) == len(z)
+        current = z if everyone else z[rows]
+        z0 = predict_z0(current, torch.full((len(current),), timesteps[index], device=z.device), rows)
+        ratio = sigmas[index + 1] / sigmas[index]
+        decay = ratio * alphas[index] / alphas[index + 1]  # exp(-h), h the step in log(alpha/sigma)
+        data = z0
+        if solver == "dpmpp_2m" and 0 < index < steps - 1 and alphas[index - 1] > 0:
+            half_inverse_ratio = 0.5 * _log_snr_step(alphas, sigmas, index) / _log_snr_step(alphas, sigmas, index - 1)
+            joined = [float(first < index) for first in begin if first <= index]
+            history = broadcast(torch.tensor(joined, device=z.device), z0) * half_inverse_ratio
+            data = z0 + history * (z0 - (previous if everyone else previous[rows]))
+        current = ratio * current + alphas[index + 1] * (1 - decay) * data
+        if everyone:
+            z, previous = current, z0
+        else:
+            z[rows], previous[rows] = current, z0
+    return z
+
+
+def levels(process: Process, timesteps: Sequence[float]) -> tuple[list[float], list[float]]:
+    """``alpha`` and ``sigma`` along a grid as floats, with the clean end ``(1, 0)`` appended."""
+    alpha, sigma = process.alpha_sigma(torch.tensor(list(timesteps), dtype=torch.float64))
+    return [*alpha.tolist(), 1.0], [*sigma.tolist(), 0.0]
+
+
+def _log_snr_step(alphas: Sequence[float], sigmas: Sequence[float], index: int) -> float:
+    """The step of ``log(alpha/sigma)`` from grid point ``index`` to the next; both must lie inside (0, 1)."""
+    return math.log(alphas[index + 1] * sigmas[index] / (sigmas[index + 1] * alphas[index]))
