@@ -289,7 +289,7 @@ class Distiller:
             weighted.append(factor * terms[name])
         terms["total"] = torch.stack(weighted).sum() if weighted else torch.zeros((), device=leaf.device)
         with self.denoiser.role("student"):
-            z_student.backward(gradient * scale)  # type: ignore[no-untyped-call]
+            torch.autograd.backward(z_student, gradient * scale)
         return StudentStep(leaf.detach(), terms)
 
     def student_output(self, rollout: Rollout) -> Tensor:
@@ -320,7 +320,7 @@ class Distiller:
             penalty = losses.r1_penalty(real_logits, real_features)
             terms["r1"] = penalty.detach()
             loss = loss + 0.5 * self.settings.r1 * penalty
-        (loss * scale).backward()
+        torch.autograd.backward(loss * scale)
         return terms
 
     def critic_step(
@@ -334,7 +334,7 @@ class Distiller:
         with self.denoiser.role("critic"):
             output = self.denoiser.predict(z_t, t, rollout.conditioning)
             loss = F.mse_loss(output, process.target(z_student, noise, t))
-            (loss * scale).backward()
+            torch.autograd.backward(loss * scale)
         return {"critic": loss.detach()}
 
     # -- the student's terms -------------------------------------------------------------------------------------
@@ -343,7 +343,8 @@ class Distiller:
         kind = self.settings.distillation
         if kind != "lpips":
             return losses.latent_loss(kind, z_student, rollout.z_teacher)
-        assert self.decode is not None and self.perceptual is not None  # checked when the distiller was made
+        assert self.decode is not None  # both were checked when the distiller was made
+        assert self.perceptual is not None
         return losses.perceptual_loss(
             self.perceptual, self.decode, z_student, rollout.z_teacher, self.settings.perceptual_crop, generator
         )
@@ -375,8 +376,8 @@ class Distiller:
     def _require_discriminator(self) -> Discriminator:
         if self.discriminator is None:
             raise ValueError(
-                "this phase weighs the adversarial term, but the distiller has no discriminator: pass discriminator= or "
-                "set the phase's adversarial weight to 0"
+                "this phase weighs the adversarial term, but the distiller has no discriminator: "
+                "pass discriminator= or set the phase's adversarial weight to 0"
             )
         return self.discriminator
 

@@ -72,8 +72,8 @@ def timestep_mixture(
         raise ValueError(f"the modes' weights must be non-negative with a positive sum, got {list(beta)}")
     if teacher_steps % len(weights):
         raise ValueError(
-            f"the teacher's {teacher_steps} steps must be a multiple of the {len(weights)} modes, so that every mode is "
-            "a timestep of its grid"
+            f"the teacher's {teacher_steps} steps must be a multiple of the {len(weights)} modes, "
+            "so that every mode is a timestep of its grid"
         )
     index = torch.arange(teacher_steps, dtype=torch.float64)
     modes = torch.arange(len(weights), dtype=torch.float64) * (teacher_steps / len(weights))

@@ -111,8 +111,8 @@ def r1_penalty(real_logits: Sequence[Tensor], real_features: Sequence[Tensor]) -
 def distribution_matching_loss(z_student: Tensor, z0_real: Tensor, z0_fake: Tensor) -> Tensor:
     """A loss whose gradient in ``z_student`` is the normalised difference of the fake and the real score.
 
-    ``L = mean |z - stopgrad(z - w g)|^2``, ``g = z0_fake - z0_real``, ``w = 1 / (mean |z - z0_real| + 1e-5)`` per sample
-    (Yin et al., arXiv 2311.18828, as arXiv 2406.02347 uses it).
+    ``L = mean |z - stopgrad(z - w g)|^2``, ``g = z0_fake - z0_real``, and per sample
+    ``w = 1 / (mean |z - z0_real| + 1e-5)`` (Yin et al., arXiv 2311.18828, as arXiv 2406.02347 uses it).
     """
     with torch.no_grad():
         scale = (z_student - z0_real).abs().flatten(1).mean(1) + DMD_NORMALISER_FLOOR
