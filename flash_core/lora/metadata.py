@@ -1,0 +1,115 @@
+"""What a Flash LoRA says of itself in its safetensors header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+FORMAT_VERSION = "1"
+PREFIX = "flash."
+TRAINING_PREFIX = "flash.training."
+
+# modelspec.architecture of each base, as the public ModelSpec names them.
+ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1",
+    "sd21": "stable-diffusion-v2-768-v",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sd3": "stable-diffusion-v3-medium",
+    "pixart": "pixart-alpha",
+    "flux": "flux-1-dev",
+}
+
+
+@dataclass(frozen=True)
+class FlashMetadata:
+    """The facts a sampler needs to set itself up, and where the file comes from.
+
+    Attributes:
+        base: the family: ``sd15``, ``sdxl``, ``pixart``, ``sd3``, ``flash-demo`` ...
+        task: ``text-to-image``, ``inpainting``, ...
+        prediction: what the base predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
+        process: ``vp`` or ``flow``.
+        timesteps: for each step count the timesteps the student evaluates, from noise on.
+        steps: the step count that looks best.
+        guidance: the classifier-free guidance to sample with; 1 is none.
+        teacher: the teacher's name; ``teacher_hash`` identifies its weights.
+        recipe_hash: identifies the configuration it was trained with.
+        training: further facts of the training, as strings.
+    """
+
+    base: str
+    prediction: str
+    process: str
+    timesteps: Mapping[int, tuple[float, ...]]
+    task: str = "text-to-image"
+    steps: int = 4
+    guidance: float = 1.0
+    title: str = "Flash LoRA"
+    teacher: str = ""
+    teacher_hash: str = ""
+    recipe_hash: str = ""
+    license: str = ""
+    training: Mapping[str, str] = field(default_factory=dict)
+
+    def to_header(self) -> dict[str, str]:
+        """The header's strings."""
+        header = {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"{ARCHITECTURES.get(self.base, self.base)}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": self.title,
+            "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(
+                self.prediction, self.prediction
+            ),
+            "flash.version": FORMAT_VERSION,
+            "flash.base": self.base,
+            "flash.task": self.task,
+            "flash.prediction": self.prediction,
+            "flash.process": self.process,
+            "flash.timesteps": json.dumps({str(steps): list(grid) for steps, grid in self.timesteps.items()}),
+            "flash.steps": str(self.steps),
+            "flash.guidance": repr(float(self.guidance)),
+            "flash.teacher": self.teacher,
+            "flash.teacher_hash": self.teacher_hash,
+            "flash.recipe": self.recipe_hash,
+        }
+        if self.license:
+            header["modelspec.license"] = self.license
+        header.update({f"{TRAINING_PREFIX}{name}": value for name, value in self.training.items()})
+        return header
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, str]) -> FlashMetadata | None:
+        """Read them back; None for a file that has no ``flash.version``.
+
+        Raises:
+            ValueError: a Flash header that can't be read, naming the field.
+        """
+        if "flash.version" not in header:
+            return None
+        try:
+            grids = json.loads(header["flash.timesteps"])
+            return cls(
+                base=header["flash.base"],
+                task=header.get("flash.task", "text-to-image"),
+                prediction=header["flash.prediction"],
+                process=header["flash.process"],
+                timesteps={int(steps): tuple(float(t) for t in grid) for steps, grid in grids.items()},
+                steps=int(header.get("flash.steps", "4")),
+                guidance=float(header.get("flash.guidance", "1")),
+                title=header.get("modelspec.title", "Flash LoRA"),
+                teacher=header.get("flash.teacher", ""),
+                teacher_hash=header.get("flash.teacher_hash", ""),
+                recipe_hash=header.get("flash.recipe", ""),
+                license=header.get("modelspec.license", ""),
+                training={
+                    name[len(TRAINING_PREFIX) :]: value
+                    for name, value in header.items()
+                    if name.startswith(TRAINING_PREFIX)
+                },
+            )
+        except KeyError as missing:
+            raise ValueError(f"the Flash LoRA header lacks the field {missing}") from missing
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"the Flash LoRA header can't be read: {error}") from error
