@@ -122,20 +122,25 @@ def write_lora(
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise LoraError(
-            f"{path.name} is a pickle (a PyTorch .pt/.ckpt/.bin file), whatever its name says. Loading it could run "
-            "code, so it is refused; ask for, or convert it on a machine you trust to, a .safetensors file"
-        )
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        # Asked only now: a sound safetensors file may start with the same byte, its header's length.
+        if _is_pickle(path):
+            raise LoraError(
+                f"{path.name} is a pickle (a PyTorch .pt/.ckpt/.bin file), whatever its name says. Loading it could "
+                "run code, so it is refused; ask for a .safetensors file, or convert it on a machine you trust to"
+            ) from error
         raise LoraError(
             f"{path.name} is not a readable safetensors file ({error}); download it again, it may be truncated"
         ) from error
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(2)
+    return start == b"PK" or start[:1] == b"\x80"
 
 
 def _adapter_config(path: Path, header: Mapping[str, str]) -> tuple[AlphaSource, Mapping[str, Any]] | None:

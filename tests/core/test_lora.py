@@ -1,0 +1,290 @@
+"""LoRA files: dialects, the true scale, metadata, and files that are broken or hostile."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from flash_diffusion.flash_core.lora import (
+    FlashMetadata,
+    LoraError,
+    LoraModule,
+    describe_base,
+    flat_name,
+    match,
+    read_lora,
+    write_lora,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+METADATA = FlashMetadata(
+    base="sd15",
+    prediction="epsilon",
+    process="vp",
+    timesteps={1: (999.0,), 2: (999.0, 499.0), 4: (999.0, 749.0, 499.0, 249.0)},
+    teacher="a teacher",
+    training={"updates": "12"},
+)
+
+
+def halves(rank: int = 4, inputs: int = 768, outputs: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+
+
+# How each tool spells the down half, the up half and alpha of the layer PATH, and the dialect we call it.
+SPELLINGS = {
+    "kohya": (f"lora_unet_{flat_name(PATH)}", "lora_down.weight", "lora_up.weight"),
+    "peft": (f"base_model.model.{PATH}", "lora_A.weight", "lora_B.weight"),
+    "peft with adapter name": (f"base_model.model.{PATH}", "lora_A.default.weight", "lora_B.default.weight"),
+    "peft under unet": (f"unet.base_model.model.{PATH}", "lora_A.weight", "lora_B.weight"),
+    "diffusers": (f"unet.{PATH}", "lora_A.weight", "lora_B.weight"),
+    "diffusers down/up": (f"unet.{PATH}", "lora.down.weight", "lora.up.weight"),
+    "bare": (PATH, "lora_A.weight", "lora_B.weight"),
+    "lycoris": (f"lycoris_{flat_name(PATH)}", "lora_down.weight", "lora_up.weight"),
+    "lora_transformer": (f"lora_transformer_{flat_name(PATH)}", "lora_down.weight", "lora_up.weight"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_every_spelling_reads_as_the_same_layer(spelling: str, alpha: float | None, tmp_path: Path) -> None:
+    name, down_key, up_key = SPELLINGS[spelling]
+    down, up = halves()
+    tensors = {f"{name}.{down_key}": down, f"{name}.{up_key}": up}
+    if alpha is not None:
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    file = read_lora(tmp_path / "lora.safetensors")
+    module = file.modules[flat_name(PATH)]
+    assert torch.equal(module.down, down)
+    assert torch.equal(module.up, up)
+    assert module.scale == (1.0 if alpha is None else alpha / 4)
+    assert file.alpha_source == ("unknown" if alpha is None else "file")
+    assert not file.unknown
+
+
+def test_the_old_attention_processor_spelling(tmp_path: Path) -> None:
+    down, up = halves()
+    block = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor"
+    save_file(
+        {f"{block}.to_out_lora.down.weight": down, f"{block}.to_out_lora.up.weight": up}, tmp_path / "lora.safetensors"
+    )
+    assert list(read_lora(tmp_path / "lora.safetensors").modules) == [
+        "mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    ]
+
+
+def test_alpha_comes_from_the_adapter_config_of_a_peft_folder(tmp_path: Path) -> None:
+    # The published flash-sd3 and flash-pixart files: r = 64, alpha = 8 only in the JSON, so 1/8 and not 1.
+    down, up = halves(rank=64)
+    save_file(
+        {f"base_model.model.{PATH}.lora_A.weight": down, f"base_model.model.{PATH}.lora_B.weight": up},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 64, "lora_alpha": 8}))
+    file = read_lora(tmp_path)
+    assert file.modules[flat_name(PATH)].scale == 8 / 64
+    assert file.alpha_source == "adapter_config"
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"lora_alpha": 8, "use_rslora": True}, 8 / 64**0.5),
+        ({"lora_alpha": 8, "alpha_pattern": {PATH: 32}}, 32 / 64),
+    ],
+)
+def test_rslora_and_alpha_patterns(settings: dict, scale: float, tmp_path: Path) -> None:
+    down, up = halves(rank=64)
+    save_file(
+        {f"base_model.model.{PATH}.lora_A.weight": down, f"base_model.model.{PATH}.lora_B.weight": up},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert read_lora(tmp_path).modules[flat_name(PATH)].scale == pytest.approx(scale)
+
+
+def test_alpha_in_the_header_that_diffusers_writes(tmp_path: Path) -> None:
+    down, up = halves()
+    save_file(
+        {f"unet.{PATH}.lora_A.weight": down, f"unet.{PATH}.lora_B.weight": up},
+        tmp_path / "lora.safetensors",
+        metadata={"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 16, "unet.r": 4})},
+    )
+    file = read_lora(tmp_path / "lora.safetensors")
+    assert (file.modules[flat_name(PATH)].scale, file.alpha_source) == (4.0, "header")
+
+
+def test_text_encoder_layers_are_kept_apart(tmp_path: Path) -> None:
+    down, up = halves()
+    names = [f"lora_unet_{flat_name(PATH)}", "lora_te1_text_model_q_proj", "lora_te2_text_model_q_proj"]
+    tensors = {}
+    for name in names:
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down.clone(), up.clone()
+    save_file(tensors, tmp_path / "lora.safetensors")
+    file = read_lora(tmp_path / "lora.safetensors")
+    assert list(file.modules) == [flat_name(PATH)]
+    assert sorted(file.text_encoder) == names[1:]
+
+
+@given(
+    rank=st.integers(1, 5),
+    alpha=st.floats(0.125, 64, width=32),
+    convolution=st.booleans(),
+    transformer=st.booleans(),
+)
+def test_what_is_written_reads_back_with_the_same_update(
+    tmp_path_factory: pytest.TempPathFactory, rank: int, alpha: float, convolution: bool, transformer: bool
+) -> None:
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    shape = (3, 3) if convolution else ()
+    down, up = torch.randn(rank, 6, *shape), torch.randn(5, rank, *(1 for _ in shape))
+    write_lora(path, {"x": LoraModule(PATH, down, up, alpha)}, METADATA, transformer=transformer)
+    file = read_lora(path)
+    (module,) = file.modules.values()
+    wanted = alpha / rank * torch.einsum("or...,ri...->oi...", up, down)
+    torch.testing.assert_close(module.scale * torch.einsum("or...,ri...->oi...", module.up, module.down), wanted)
+    assert file.metadata == METADATA
+
+
+def test_the_portable_forms(tmp_path: Path) -> None:
+    module = {"x": LoraModule(PATH, *halves(), alpha=8.0)}
+    write_lora(tmp_path / "unet.safetensors", module, METADATA)
+    write_lora(tmp_path / "transformer.safetensors", module, METADATA, transformer=True)
+    assert set(load_file(tmp_path / "unet.safetensors")) == {
+        f"lora_unet_{flat_name(PATH)}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    # ComfyUI and diffusers disagree about alpha in this dialect, so it is folded and left out.
+    folded = load_file(tmp_path / "transformer.safetensors")
+    assert set(folded) == {f"transformer.{PATH}.lora_A.weight", f"transformer.{PATH}.lora_B.weight"}
+    torch.testing.assert_close(folded[f"transformer.{PATH}.lora_B.weight"], halves()[1] * 2)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_matching_counts_and_names_both_sides(tmp_path: Path) -> None:
+    write_lora(tmp_path / "lora.safetensors", {"x": LoraModule(PATH, *halves(), alpha=4.0)}, METADATA)
+    file = read_lora(tmp_path / "lora.safetensors")
+    assert match(file, {flat_name(PATH): (8, 768)}).complete
+    assert match(file, {flat_name(PATH): (8, 2048)}).mismatched == (flat_name(PATH),)
+    assert match(file, ["other"]).missing == (flat_name(PATH),)
+    assert match(file, ["other"]).total == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "width", "words"),
+    [
+        (PATH, 768, "SD 1.5"),
+        (PATH, 1024, "SD 2"),
+        (PATH, 2048, "SDXL"),
+        (PATH, 333, "unknown"),
+        ("transformer_blocks.0.attn.add_k_proj", 8, "SD3"),
+        ("transformer_blocks.0.attn2.to_k", 8, "PixArt"),
+        ("single_transformer_blocks.0.attn.to_q", 8, "Flux"),
+    ],
+)
+def test_a_file_without_metadata_is_named_by_its_layers(path: str, width: int, words: str, tmp_path: Path) -> None:
+    down, up = halves(inputs=width)
+    name = f"lora_unet_{flat_name(path)}"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "lora.safetensors")
+    assert words in describe_base(read_lora(tmp_path / "lora.safetensors"))
+
+
+# -- files that are broken or hostile ----------------------------------------------------------------------------------
+
+
+BROKEN = (
+    "empty",
+    "truncated",
+    "random bytes",
+    "header bomb",
+    "pickle",
+    "zip pickle",
+    "no LoRA",
+    "half a layer",
+    "halves do not fit",
+    "not finite",
+    "integers",
+    "bad alpha",
+    "DoRA",
+    "the same layer twice",
+)
+
+
+class Bomb:
+    """Unpickling this would leave a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.mark,))
+
+
+def broken_files(folder: Path) -> dict[str, tuple[bytes | dict[str, torch.Tensor], str]]:
+    """File contents by what is wrong with them, and a word the error must hold."""
+    down, up = halves()
+    name = f"lora_unet_{flat_name(PATH)}"
+    down_key, up_key = f"{name}.lora_down.weight", f"{name}.lora_up.weight"
+    save_file({down_key: down, up_key: up}, folder / "whole")
+    whole = (folder / "whole").read_bytes()
+    nan = up.clone()
+    nan[0, 0] = float("nan")
+    return {
+        "empty": (b"", "not a readable safetensors"),
+        "truncated": (whole[: len(whole) // 2], "truncated"),
+        "random bytes": (b"\x12\x34" * 500, "not a readable safetensors"),
+        "header bomb": (struct.pack("<Q", 2**62) + b"{}", "not a readable safetensors"),
+        "pickle": (pickle.dumps(Bomb(folder / "executed")), "pickle"),
+        "zip pickle": (b"PK\x03\x04" + b"\0" * 100, "pickle"),
+        "no LoRA": ({"conv_in.weight": down}, "no LoRA layers"),
+        "half a layer": ({down_key: down}, "both halves"),
+        "halves do not fit": ({down_key: down, up_key: up[:, :2].contiguous()}, "do not fit"),
+        "not finite": ({down_key: down, up_key: nan}, "finite"),
+        "integers": ({down_key: down.int(), up_key: up.int()}, "int32"),
+        "bad alpha": ({down_key: down, up_key: up, f"{name}.alpha": torch.tensor(float("inf"))}, "alpha"),
+        "DoRA": ({down_key: down, up_key: up, f"{name}.dora_scale": torch.ones(8, 1)}, "DoRA"),
+        "the same layer twice": (
+            {down_key: down, up_key: up, f"unet.{PATH}.lora_A.weight": down.clone(), f"unet.{PATH}.lora_B.weight": up},
+            "ambiguous",
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files_are_refused_in_words_and_nothing_is_executed(kind: str, tmp_path: Path) -> None:
+    files = broken_files(tmp_path)
+    assert set(files) == set(BROKEN)
+    content, word = files[kind]
+    path = tmp_path / "bad.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_file({key: value.clone() for key, value in content.items()}, path)
+    begin = time.perf_counter()
+    with pytest.raises(LoraError, match=word) as caught:
+        read_lora(path)
+    assert time.perf_counter() - begin < 1
+    assert "bad.safetensors" in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_missing_file_and_a_bad_flash_header(tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="no LoRA file"):
+        read_lora(tmp_path / "nowhere.safetensors")
+    down, up = halves()
+    save_file(
+        {f"{PATH}.lora_A.weight": down, f"{PATH}.lora_B.weight": up},
+        tmp_path / "lora.safetensors",
+        metadata={"flash.version": "1", "flash.base": "sd15"},
+    )
+    with pytest.raises(LoraError, match="timesteps"):
+        read_lora(tmp_path / "lora.safetensors")
