@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
 from flash_diffusion.flash_core.lora import (
     FlashMetadata,
     LoraError,
@@ -20,9 +24,6 @@ from flash_diffusion.flash_core.lora import (
     read_lora,
     write_lora,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 METADATA = FlashMetadata(
