@@ -1,0 +1,140 @@
+"""How far one set of pictures is from another, and whether each shows what its prompt names.
+
+Everything here works on features that are already computed, ``(N, D)`` embeddings and ``(N, C)`` class scores of one
+feature network; nothing generates a picture. Distances are computed in float64 and returned as plain floats.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+KID_SEED = 0  # of the subset that is drawn where the two sets differ in size
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """Squared Fréchet distance between Gaussians fitted to two sets of features (arXiv 1706.08500, eq. 6).
+
+    ``|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2))``, covariances with N - 1. It has a positive bias that falls with N:
+    compare sets of equal size only, and read a value against that of two independent sets from one model.
+
+    Args:
+        features, reference: (N, D) and (M, D), N and M at least 2.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    _check(features, reference)
+    metric = FrechetInceptionDistance(feature=_precomputed(features.shape[1]))
+    metric.update(reference.double(), real=True)
+    metric.update(features.double(), real=False)
+    # Rounding can leave a distance of 0 a little below it.
+    return max(float(metric.compute()), 0.0)
+
+
+def kernel_distance(features: Tensor, reference: Tensor) -> float:
+    """Kernel distance (KID): squared maximum mean discrepancy, kernel ``(x.y / D + 1)^3`` (arXiv 1801.01401).
+
+    Unbiased for independent sets of any size, so that two sets from one model scatter around 0 and may fall below it.
+    One estimate over all samples: averaging over random subsets, as for sets too large for memory, only adds noise.
+
+    Args:
+        features, reference: (N, D) and (M, D), N and M at least 2; where they differ the larger one is thinned.
+    """
+    import torch
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    _check(features, reference)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all extracted features")
+        metric = KernelInceptionDistance(
+            feature=_precomputed(features.shape[1]), subsets=1, subset_size=min(len(features), len(reference))
+        )
+    metric.update(reference.double(), real=True)
+    metric.update(features.double(), real=False)
+    with torch.random.fork_rng(devices=[]):  # the metric permutes its samples with the global generator
+        torch.manual_seed(KID_SEED)
+        return float(metric.compute()[0])
+
+
+def paired_distance(features: Tensor, reference: Tensor) -> float:
+    """Mean Euclidean distance between row i of one set and row i of the other: same prompt, same initial noise.
+
+    Args:
+        features, reference: (N, D) both.
+    """
+    _check(features, reference)
+    if len(features) != len(reference):
+        raise ValueError(
+            f"pairs need two sets of one size, got {len(features)} and {len(reference)} samples; generate both from "
+            "the same prompts and seeds"
+        )
+    return float((features.double() - reference.double()).norm(dim=1).mean())
+
+
+def prompt_accuracy(predicted: Tensor, wanted: Sequence[int | None]) -> float | None:
+    """Share of pictures, in 0..1, that the classifier takes for what their prompt names.
+
+    Args:
+        predicted: (N,) class indices.
+        wanted: for each picture the class its prompt names, or None where it names none that the classifier knows;
+            those pictures do not count.
+
+    Returns:
+        None where no prompt names a known class.
+    """
+    if len(predicted) != len(wanted):
+        raise ValueError(f"got {len(predicted)} predictions for {len(wanted)} pictures; give one class for each")
+    hits = [
+        int(guess) == target for guess, target in zip(predicted.tolist(), wanted, strict=True) if target is not None
+    ]
+    return sum(hits) / len(hits) if hits else None
+
+
+def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
+    """How much pictures of one prompt differ: mean Euclidean distance between all pairs that share a prompt.
+
+    Each prompt counts once, whatever the number of its pictures. A model that always draws the same picture scores 0.
+
+    Args:
+        features: (N, D).
+        prompts: the prompt of each picture.
+
+    Returns:
+        None where no prompt has two pictures.
+    """
+    import torch
+
+    if len(features) != len(prompts):
+        raise ValueError(f"got {len(prompts)} prompts for {len(features)} pictures; give one for each")
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    spreads = [torch.pdist(features[index].double()).mean() for index in rows.values() if len(index) > 1]
+    return float(torch.stack(spreads).mean()) if spreads else None
+
+
+def _check(features: Tensor, reference: Tensor) -> None:
+    """Raise unless both are (at least 2, D) with one D, all finite."""
+    if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"features must be (N, D) and (M, D) from one feature network, got {tuple(features.shape)} and "
+            f"{tuple(reference.shape)}"
+        )
+    if min(len(features), len(reference)) < 2:
+        raise ValueError(f"a distance needs at least 2 samples a set, got {len(features)} and {len(reference)}")
+    for name, values in (("features", features), ("reference", reference)):
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{name} hold NaN or infinity: the model that made these pictures has diverged")
+
+
+def _precomputed(dimensions: int) -> nn.Module:
+    """What torchmetrics takes in place of its Inception network; here features come in, and go out as they are."""
+    from torch import nn
+
+    network = nn.Identity()
+    network.num_features = dimensions
+    return network

@@ -1,0 +1,171 @@
+"""The teacher's own pictures as a yardstick: two independent sets of them, kept as features in one small file.
+
+Both sets are made by the teacher in many steps with guidance, from the same list of prompts and different seeds. A run
+is generated from the prompts and the noise of the second set, so that it can be compared with that set picture by
+picture, and its distribution is measured against the *first*, whose noise it has never seen. So the distance between
+the two sets, the floor, is what a perfect student would score: sharing noise with the set that is measured against
+would let a distance fall below it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 1  # of the file
+PICTURES_A_PROMPT = 2  # in a row; the least that shows how much pictures of one prompt differ
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a set of pictures is made from: N prompts and N seeds. The start of a draw is the draw of a smaller set."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def rows(self, index: Iterable[int]) -> Draw:
+        """The samples at ``index``."""
+        index = list(index)
+        return Draw(tuple(self.prompts[row] for row in index), tuple(self.seeds[row] for row in index))
+
+
+def draw(prompts: Sequence[str], samples: int, seed: int, stream: int) -> Draw:
+    """Draw ``samples`` prompts and seeds: prompts in a shuffled order, two pictures of each before the next.
+
+    Args:
+        stream: sets of one seed and different streams are independent of each other.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    if not distinct or samples < 2:
+        raise ValueError(f"need at least 1 prompt and 2 samples, got {len(distinct)} and {samples}")
+    source = random.Random(f"{seed}/{stream}")
+    source.shuffle(distinct)
+    return Draw(
+        tuple(distinct[index // PICTURES_A_PROMPT % len(distinct)] for index in range(samples)),
+        tuple(source.getrandbits(32) for _ in range(samples)),
+    )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Everything that decides what is in a reference file.
+
+    Attributes:
+        teacher, features: fingerprints of the weights, see :func:`fingerprint`.
+        prompts: fingerprint of the list of prompts.
+        samples: pictures in each of the two sets.
+    """
+
+    teacher: str
+    features: str
+    prompts: str
+    samples: int
+    seed: int
+    steps: int
+    guidance: float
+    solver: str
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """One set as the feature network sees it: embeddings (N, D) and the class it takes each picture for, (N,)."""
+
+    features: Tensor
+    predicted: Tensor
+
+    def head(self, samples: int) -> FeatureSet:
+        """The first ``samples`` pictures."""
+        return FeatureSet(self.features[:samples], self.predicted[:samples])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The two sets: ``first`` is measured against, ``second`` shares prompts and noise with every run."""
+
+    origin: Origin
+    first: FeatureSet
+    second: FeatureSet
+
+    def mismatch(self, wanted: Origin) -> str | None:
+        """Why this reference can't serve, in words, or None. One with more samples than wanted can."""
+        for name, value in asdict(wanted).items():
+            own = getattr(self.origin, name)
+            if own < value if name == "samples" else own != value:
+                return f"{name} is {own!r} there and {value!r} now"
+        return None
+
+    def head(self, samples: int) -> Reference:
+        """The reference that a smaller number of samples would have made."""
+        origin = Origin(**(asdict(self.origin) | {"samples": samples}))
+        return Reference(origin, self.first.head(samples), self.second.head(samples))
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file; the origin goes into its header."""
+        from safetensors.torch import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {
+                "first.features": self.first.features.contiguous(),
+                "first.predicted": self.first.predicted.contiguous(),
+                "second.features": self.second.features.contiguous(),
+                "second.predicted": self.second.predicted.contiguous(),
+            },
+            path,
+            {"flash.reference": json.dumps({"version": VERSION, **asdict(self.origin)}, sort_keys=True)},
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no reference, or of another version.
+        """
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("flash.reference", "{}"))
+            if header.pop("version", None) != VERSION:
+                raise ValueError(
+                    f"{path} is not a reference file of version {VERSION}; make one with "
+                    f"`flash-diffusion evaluate --make-reference --reference {path}`"
+                )
+            sets = [
+                FeatureSet(file.get_tensor(f"{name}.features"), file.get_tensor(f"{name}.predicted"))
+                for name in ("first", "second")
+            ]
+        return cls(Origin(**header), *sets)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a model folder's weights, configurations and vocabularies, 16 hexadecimal digits.
+
+    Cards and pictures beside them do not count. Files are told by their path inside the folder.
+    """
+    digest = hashlib.sha256()
+    files = [path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json", ".txt"} and path.is_file()]
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise FileNotFoundError(f"no .safetensors weights in {folder}; expected a model folder in diffusers' layout")
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_texts(texts: Sequence[str]) -> str:
+    """A hash of a list of texts in its order, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
