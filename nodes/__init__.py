@@ -1,1 +1,24 @@
 """The ComfyUI nodes: thin V3 shells over flash_core, one file per family as a user finds it in the menu."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+from .demo_models import SHIPPED_LORAS
+from .loaders import FlashDemoModels, FlashLoraLoader
+from .sampling import FlashSampler, FlashSamplerSelect, FlashScheduler
+
+NODES: list[type[io.ComfyNode]] = [FlashDemoModels, FlashLoraLoader, FlashSampler, FlashScheduler, FlashSamplerSelect]
+
+
+class FlashExtension(ComfyExtension):
+    """What ComfyUI asks for the nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """The nodes; every LoRA loader, core's too, gets to see the LoRA that ships with the demo.
+
+        Registered here because ComfyUI 0.3.75 never calls ``on_load``.
+        """
+        folder_paths.add_model_folder_path("loras", str(SHIPPED_LORAS))
+        return NODES

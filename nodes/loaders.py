@@ -1,0 +1,103 @@
+"""Loading: a Flash LoRA into any model, and the demo's own models."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy_api.v0_0_2 import io
+
+from ..flash_core.lora import read_lora
+from .demo_models import build_demo
+from .few_step import METADATA_KEY
+from .lora_patches import apply_lora, describe_fit
+from .schema import node_schema
+
+
+class FlashLoraLoader(io.ComfyNode):
+    """A few-step LoRA into a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="FlashLoraLoader",
+            display_name="Flash LoRA Loader",
+            search_aliases=["lora", "load lora", "few-step lora", "lcm lora", "turbo lora", "flash diffusion"],
+            essentials_category="Image Generation",
+            description="Loads a few-step (Flash) LoRA of any dialect at its true scale, or says why it does not fit.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the LoRA was made for, or a fine-tune of it."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A .safetensors file from models/loras, or the demo's LoRA that ships with this extension.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    round=0.01,
+                    tooltip="1 is what it was trained for; 0 leaves the model unchanged.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The model with the LoRA. It also tells Flash Sampler its timesteps."
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was loaded: base, rank, alpha, matched layers, what was left out, trained steps.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: object) -> str:
+        """Load again where the file was replaced, as it is after further training."""
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        return f"{path} {os.stat(path).st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, lora_name: str, strength: float) -> io.NodeOutput:
+        """Patch a clone of the model; see :func:`~.lora_patches.apply_lora`."""
+        if strength == 0:
+            return io.NodeOutput(model, "strength 0: the model is unchanged")
+        file = read_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
+        patched, report = apply_lora(file, model, strength)
+        if file.metadata is not None:
+            patched.set_attachments(METADATA_KEY, file.metadata)
+        return io.NodeOutput(patched, describe_fit(file, report))
+
+
+class FlashDemoModels(io.ComfyNode):
+    """The embedded teacher."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="FlashDemoModels",
+            display_name="Flash Demo Models",
+            search_aliases=["demo checkpoint", "emoji", "load checkpoint", "tiny model", "flash diffusion"],
+            description="A small text-to-image model that ships with this extension: emoji of 128 x 128 pixels.",
+            inputs=[],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The demo's UNet (v-prediction). Works with every core node."
+                ),
+                io.Clip.Output(
+                    display_name="clip", tooltip="Its text encoder: up to 22 tokens, short names work best."
+                ),
+                io.Vae.Output(
+                    display_name="vae", tooltip="Its VAE: 8 pixels to a latent position, as Stable Diffusion's."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        """MODEL, CLIP and VAE; see :mod:`.demo_models`."""
+        model, clip, vae = build_demo(embedding_directory=folder_paths.get_folder_paths("embeddings"))
+        return io.NodeOutput(model, clip, vae)

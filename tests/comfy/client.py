@@ -1,0 +1,125 @@
+"""A client of ComfyUI's HTTP and websocket API: queue a workflow, see what ran, fetch what came out."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlencode
+
+import websocket
+from PIL import Image
+from safetensors.torch import load
+from torch import Tensor
+
+PREVIEW_IMAGE, PREVIEW_IMAGE_WITH_METADATA = 1, 4  # ComfyUI's kinds of binary messages that hold a preview
+
+Prompt = dict[str, dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """What happened to one queued workflow."""
+
+    prompt_id: str
+    executed: list[str] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    progress: list[tuple[int, int]] = field(default_factory=list)
+    previews: list[Image.Image] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+    interrupted: bool = False
+
+    @property
+    def succeeded(self) -> bool:
+        """Neither an error nor an interrupt."""
+        return self.error is None and not self.interrupted
+
+
+class Client:
+    """One websocket session with a running ComfyUI."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
+        self.client_id = uuid.uuid4().hex
+        address = server.address.replace("http", "ws", 1)
+        self.socket = websocket.create_connection(f"{address}/ws?clientId={self.client_id}", timeout=120)
+        # Previews come to clients that say they understand the newer kind as that kind, to others as plain images.
+        self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def forget(self) -> None:
+        """Drop the server's cached results and models."""
+        self.server.post("/free", {"unload_models": True, "free_memory": True})
+
+    def queue(self, prompt: Prompt) -> str:
+        """Queue a workflow in API format; its prompt id. A workflow that ComfyUI refuses raises with its words."""
+        body = {"prompt": prompt, "client_id": self.client_id}
+        return json.loads(self.server.post("/prompt", body))["prompt_id"]
+
+    def run(self, prompt: Prompt, *, interrupt_at_step: int | None = None) -> Run:
+        """Run a workflow to its end, or ask ComfyUI to stop it once it reports this step."""
+        run = Run(self.queue(prompt))
+        while True:
+            message = self.socket.recv()
+            if isinstance(message, bytes):
+                self._preview(run, message)
+                continue
+            event = json.loads(message)
+            data = event["data"]
+            if data.get("prompt_id", run.prompt_id) != run.prompt_id:
+                continue
+            kind = event["type"]
+            if kind == "executing" and data["node"] is not None:
+                run.executed.append(data["node"])
+            elif kind == "execution_cached":
+                run.cached.extend(data["nodes"])
+            elif kind == "executed":
+                run.outputs[data["node"]] = data["output"]
+            elif kind == "progress":
+                run.progress.append((data["value"], data["max"]))
+                if interrupt_at_step is not None and data["value"] >= interrupt_at_step:
+                    self.server.post("/interrupt", {})
+                    interrupt_at_step = None
+            elif kind == "execution_error":
+                run.error = data
+                return run
+            elif kind == "execution_interrupted":
+                run.interrupted = True
+                return run
+            elif kind == "execution_success":
+                return run
+
+    @staticmethod
+    def _preview(run: Run, message: bytes) -> None:
+        kind = struct.unpack(">I", message[:4])[0]
+        if kind == PREVIEW_IMAGE:
+            run.previews.append(Image.open(io.BytesIO(message[8:])))
+        elif kind == PREVIEW_IMAGE_WITH_METADATA:
+            start = 8 + struct.unpack(">I", message[4:8])[0]
+            run.previews.append(Image.open(io.BytesIO(message[start:])))
+
+    def view(self, file: dict[str, str]) -> bytes:
+        """A file that a node reported in its output."""
+        return self.server.get("/view?" + urlencode(file))
+
+    def images(self, run: Run, node: str) -> list[Image.Image]:
+        """The pictures of a SaveImage or PreviewImage node."""
+        return [Image.open(io.BytesIO(self.view(file))) for file in run.outputs[node]["images"]]
+
+    def latent(self, run: Run, node: str) -> Tensor:
+        """The latent of a SaveLatent node, (B, C, H, W)."""
+        (file,) = run.outputs[node]["latents"]
+        return load(self.view(file))["latent_tensor"]
+
+    def object_info(self) -> dict[str, Any]:
+        """What the server says of its nodes."""
+        return json.loads(self.server.get("/object_info"))

@@ -1,0 +1,41 @@
+"""Fixtures around the real ComfyUI: the runtime's script as a module, a server for the session, a client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from .client import Client
+from .runtime import ROOT, load_runtime
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The clone."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def runtime() -> ModuleType:
+    """``scripts/comfy_runtime.py``; fails with its message where there is no ComfyUI."""
+    module = load_runtime()
+    module.comfyui_folder()
+    return module
+
+
+@pytest.fixture(scope="session")
+def server(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A running ComfyUI with this extension, for all tests of the session."""
+    with runtime.serve(tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: object) -> Iterator[Client]:
+    """A fresh connection to the server, whose caches are emptied first."""
+    with Client(server) as connected:
+        connected.forget()
+        yield connected
