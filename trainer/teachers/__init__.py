@@ -1,1 +1,54 @@
-"""Teachers: one file per model family, each building a Denoiser from a diffusers folder or a single file."""
+"""Teachers: one file per model family, each building a Denoiser from a diffusers folder or a single file.
+
+To add a family, write a module with a :class:`~.base.Teacher` and name it in ``FAMILIES``; nothing else knows families.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..config import ModelSection
+    from .base import Outline, Teacher
+
+# What a recipe calls the family -> (module here, class there). The modules are heavy: imported when asked for.
+FAMILIES = {
+    "demo": ("stable_diffusion", "Demo"),
+    "sd15": ("stable_diffusion", "StableDiffusion15"),
+    "sd21": ("stable_diffusion", "StableDiffusion21"),
+}
+
+
+def family(name: str) -> type[Teacher]:
+    """The class of a family.
+
+    Raises:
+        UserError: there is no such family.
+    """
+    if name not in FAMILIES:
+        raise UserError(f"model.family: there is no family {name!r}; expected one of {', '.join(FAMILIES)}")
+    module, attribute = FAMILIES[name]
+    teacher: type[Teacher] = getattr(import_module(f".{module}", __name__), attribute)
+    return teacher
+
+
+def load_teacher(model: ModelSection, device: str = "cpu", resolution: int | None = None) -> Teacher:
+    """Load a teacher's weights.
+
+    Args:
+        model: which one.
+        device: where its networks run.
+        resolution: width and height in pixels (default: the model's own).
+
+    Raises:
+        UserError: no such family or folder, or a part of it is missing.
+    """
+    return family(model.family).load(model, device, resolution)
+
+
+def outline_teacher(model: ModelSection, resolution: int | None = None) -> Outline:
+    """What a teacher's configuration files say, without its weights."""
+    return family(model.family).outline(model, resolution)

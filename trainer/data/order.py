@@ -1,0 +1,35 @@
+"""The order samples are visited in: a function of seed and position alone, so that a position is all there is to save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..seeds import stream
+
+
+@dataclass(frozen=True)
+class Order:
+    """A new random permutation of ``length`` samples every epoch, from (seed, epoch).
+
+    A position counts samples from the start of training. Batches run on over the end of an epoch.
+    """
+
+    length: int
+    seed: int
+
+    def indices(self, position: int, count: int) -> Tensor:
+        """The samples at ``position`` .. ``position + count``, (count,)."""
+        parts = []
+        while count > 0:
+            epoch, offset = divmod(position, self.length)
+            part = self.permutation(epoch)[offset : offset + count]
+            parts.append(part)
+            position, count = position + len(part), count - len(part)
+        return torch.cat(parts)
+
+    def permutation(self, epoch: int) -> Tensor:
+        """The order of one epoch, (length,)."""
+        return torch.randperm(self.length, generator=stream(self.seed, "order", epoch))

@@ -1,0 +1,139 @@
+"""Pictures with captions, one after the other in a fixed order: a folder, WebDataset shards, or the demo's shard.
+
+Nothing is extracted to disk: a shard's members are read from its bytes, whatever paths they claim to have.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..config import DataSection
+from ..demo.shards import TEACHER_STYLE, shard_path
+from ..errors import UserError
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture and what it shows.
+
+    Attributes:
+        name: where it came from, for messages.
+        image: RGB; transparency is laid on white.
+    """
+
+    name: str
+    image: Image.Image
+    caption: str
+
+
+def read_samples(data: DataSection) -> Iterator[Sample]:
+    """The samples a recipe names, in a fixed order.
+
+    Raises:
+        UserError: nothing there, an image without a caption, or an unreadable image; names the file.
+    """
+    if data.source == "demo":
+        samples = _webdataset([shard_path(TEACHER_STYLE)])
+    else:
+        assert data.path is not None  # the recipe was checked
+        samples = _folder(data.path) if data.source == "folder" else _webdataset(_shards(data.path))
+    return islice(samples, data.limit)
+
+
+def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture (3, H, W) in [-1, 1]: scaled until it covers ``size`` = (H, W), then cut at the centre."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    if scale != 1:
+        # At least as large as the target in both directions, whatever the rounding.
+        fitted = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(fitted, Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _folder(folder: Path) -> Iterator[Sample]:
+    if not folder.is_dir():
+        raise UserError(f"data.path: there is no folder {folder}")
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
+    if not images:
+        raise UserError(
+            f"data.path: no images in {folder}; expected {', '.join(IMAGE_SUFFIXES)} with a .txt caption beside each"
+        )
+    for path in images:
+        caption = path.with_suffix(".txt")
+        if not caption.is_file():
+            raise UserError(f"{path} has no caption; write one into {caption.name} beside it (an empty file is fine)")
+        yield Sample(str(path), _decode(path.read_bytes(), str(path)), _text(caption.read_bytes(), str(caption)))
+
+
+def _shards(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    shards = sorted(shard for shard in path.glob("*") if shard.name.endswith(SHARD_SUFFIXES)) if path.is_dir() else []
+    if not shards:
+        raise UserError(
+            f"data.path: no shards at {path}; expected {', '.join(SHARD_SUFFIXES)} files, or a folder of them"
+        )
+    return shards
+
+
+def _webdataset(shards: list[Path]) -> Iterator[Sample]:
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"data: there is no shard {shard}")
+        # Every process reads every sample and takes its own share of each batch later, so that the order does not
+        # depend on the number of processes.
+        dataset = webdataset.WebDataset(
+            [str(shard.resolve())], shardshuffle=False, empty_check=False, nodesplitter=None
+        )
+        found = False
+        try:
+            for record in dataset:
+                name = f"{record['__key__']} in {shard.name}"
+                suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in record), None)
+                if suffix is None:
+                    continue
+                if "txt" not in record:
+                    raise UserError(f"{name} has no caption; expected a .txt beside the image")
+                found = True
+                yield Sample(name, _decode(record[suffix], name), _text(record["txt"], name))
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise UserError(f"the shard {shard} can't be read ({error}); it may be truncated or no tar file") from error
+        if not found:
+            raise UserError(
+                f"the shard {shard} holds no images; expected {', '.join(IMAGE_SUFFIXES)} with .txt captions"
+            )
+
+
+def _decode(content: bytes, name: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.mode in ("RGBA", "LA", "PA", "P"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} is not a readable image ({error}); remove or replace it") from error
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the caption of {name} is not UTF-8 text: {error}") from error

@@ -1,0 +1,114 @@
+"""What a run tells: a progress bar, lines of `log.jsonl`, TensorBoard. Means are kept on the device between lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+QUIET_INTERVAL = 20.0  # seconds between lines where the output is no terminal and a bar can't be drawn
+
+
+class Means:
+    """Running means of scalars that stay on their device, so that a training step waits for nothing."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Take in one value each."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call; waits for the device once."""
+        if not self._sums:
+            return {}
+        values = torch.stack([self._sums[name] / count for name, count in self._counts.items()]).tolist()
+        means = dict(zip(self._counts, values, strict=True))
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class Journal:
+    """The main process's voice; the others stay silent.
+
+    Args:
+        output: the run's folder.
+        update: where the run continues; what an earlier session logged beyond it is dropped.
+        active: whether this is the main process.
+    """
+
+    def __init__(self, output: Path, update: int, active: bool) -> None:
+        self.active = active
+        self.console = Console(stderr=True)
+        self.path = output / "log.jsonl"
+        self._said = time.monotonic()
+        if active:
+            self._cut(update)
+            self.board: SummaryWriter = SummaryWriter(str(output / "tensorboard"), purge_step=update)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not active or not self.console.is_terminal,
+        )
+
+    def _cut(self, update: int) -> None:
+        """Drop the lines of updates that a killed session made and this one will make again."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["update"] <= update:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                logger.warning("%s: dropped a broken line, the trace of a killed session", self.path)
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def record(self, facts: Mapping[str, Any], terms: Mapping[str, float]) -> None:
+        """One line of the log, and its curves."""
+        if not self.active:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**facts, **{name: float(f"{value:.6g}") for name, value in terms.items()}}) + "\n")
+        for name, value in terms.items():
+            self.board.add_scalar(name, value, facts["update"])
+
+    def picture(self, grid: Image.Image, update: int) -> None:
+        """Show a sample grid."""
+        if self.active:
+            self.board.add_image("preview", np.asarray(grid), update, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        """Where no bar can be drawn, a line now and then."""
+        now = time.monotonic()
+        if self.active and not self.console.is_terminal and now - self._said > QUIET_INTERVAL:
+            self._said = now
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Finish TensorBoard's file."""
+        if self.active:
+            self.board.close()

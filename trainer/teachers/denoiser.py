@@ -1,0 +1,191 @@
+"""A diffusers network as a :class:`~...flash_core.denoiser.Denoiser`: one frozen base, an adapter per role."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ...flash_core.denoiser import Conditioning, Role
+from ...flash_core.lora import LoraModule, flat_name
+from ...flash_core.process import Process
+from ..errors import UserError
+
+
+class DiffusersDenoiser(ABC):
+    """A frozen diffusers network with LoRA adapters that roles switch on and off.
+
+    ``teacher`` is the network alone; ``student`` and ``critic`` are it with the adapter of that name. An adapter is
+    float32 whatever the base is stored in, since its updates are far below bfloat16's resolution.
+
+    Args:
+        network: the backbone; frozen here.
+        process: its noise process.
+    """
+
+    def __init__(self, network: nn.Module, process: Process) -> None:
+        self.network = network.requires_grad_(False).eval()
+        self._process = process
+        self._role: Role = "teacher"
+        self._layers: list[LoraLayer] = []
+
+    @property
+    def process(self) -> Process:
+        """How noise enters this model's latents."""
+        return self._process
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base is stored in, and computed in without autocast."""
+        return next(value.dtype for name, value in self.network.named_parameters() if ".lora_" not in name)
+
+    # -- what a family says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output (B, C, H, W), all in the network's dtype but for ``t`` (B,)."""
+
+    @abstractmethod
+    def feature_blocks(self) -> Sequence[nn.Module]:
+        """The blocks whose outputs the discriminator reads, in the order they run."""
+
+    def as_map(self, output: Any, z_t: Tensor) -> Tensor:
+        """A block's output as a map (B, C, H, W); families whose blocks return tokens override it."""
+        return output[0] if isinstance(output, tuple) else output
+
+    # -- the protocol ----------------------------------------------------------------------------------------------
+
+    def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output (B, C, H, W), float32, in the current role."""
+        return self.forward(z_t.to(self.dtype), t, conditioning.map(self._cast)).float()
+
+    def features(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        """Hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role."""
+        captured: list[Tensor] = []
+
+        def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            captured.append(self.as_map(output, z_t))
+
+        handles = [block.register_forward_hook(capture) for block in self.feature_blocks()]
+        try:
+            self.predict(z_t, t, conditioning)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return captured
+
+    @contextmanager
+    def role(self, role: Role) -> Iterator[None]:
+        """Switch to ``role`` inside the block, and back to the previous one after it."""
+        previous = self._role
+        self._switch(role)
+        try:
+            yield
+        finally:
+            self._switch(previous)
+
+    def _switch(self, role: Role) -> None:
+        if role == self._role:
+            return
+        if role != "teacher" and not self.has_adapter(role):
+            raise ValueError(f"there is no {role} adapter; call add_adapter({role!r}, ...) first")
+        for layer in self._layers:
+            if role == "teacher":
+                layer.enable_adapters(False)
+            else:
+                # Gradients are on for the active adapter alone: a step taken for one role can't touch another.
+                layer.set_adapter([role])
+                layer.enable_adapters(True)
+        self._role = role
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def has_adapter(self, role: Role) -> bool:
+        """Whether the role has an adapter."""
+        return any(role in layer.lora_A for layer in self._layers)
+
+    def add_adapter(self, role: Role, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> None:
+        """Give a role its LoRA, which changes nothing until it is trained (its up half is 0).
+
+        Args:
+            rank, alpha: the update is scaled by ``alpha / rank``.
+            targets: what the paths of the adapted layers end in.
+            seed: of the down half.
+
+        Raises:
+            UserError: a target that no layer is called.
+        """
+        paths = [path for path, module in self.network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        paths = [path.removesuffix(".base_layer") for path in paths if ".lora_" not in path]
+        for target in targets:
+            if not any(path == target or path.endswith(f".{target}") for path in paths):
+                names = sorted({path.rsplit(".", 1)[-1] for path in paths} - {str(index) for index in range(10)})
+                raise UserError(
+                    f"lora.targets: no layer of this model is called {target!r}; layers are called {', '.join(names)}"
+                )
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)  # type: ignore[arg-type]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, self.network, adapter_name=role)
+        self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
+        for parameter in self.adapter_parameters(role).values():
+            parameter.data = parameter.data.float()
+        # Injection leaves the new adapter on, whatever the role.
+        current, self._role = self._role, role
+        self._switch(current)
+
+    def adapter_parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        """The parameters of a role's adapter by name."""
+        return {name: value for name, value in self.network.named_parameters() if f".{role}." in name}
+
+    def adapter(self, role: Role) -> dict[str, LoraModule]:
+        """A role's adapter as it is written to a file, by module path."""
+        return {
+            path: LoraModule(
+                path, module.lora_A[role].weight, module.lora_B[role].weight, float(module.lora_alpha[role])
+            )
+            for path, module in self.network.named_modules()
+            if isinstance(module, LoraLayer) and role in module.lora_A
+        }
+
+    def load_adapter(self, role: Role, modules: Mapping[str, LoraModule]) -> None:
+        """Give a role the LoRA of a file.
+
+        Args:
+            modules: as :class:`~...flash_core.lora.LoraFile` holds them; every one must belong to this network.
+
+        Raises:
+            UserError: the file does not fit this network.
+        """
+        layers = {
+            flat_name(path): path
+            for path, module in self.network.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in path
+        }
+        wanted = {flat_name(module.path): module for module in modules.values()}
+        missing = sorted(set(wanted) - set(layers))
+        ranks = {module.rank for module in wanted.values()}
+        if missing or len(ranks) != 1:
+            raise UserError(
+                f"this LoRA does not fit the model: {len(missing)} of {len(wanted)} layers are unknown to it"
+                + (f", such as {missing[0]}" if missing else f"; ranks {sorted(ranks)}, expected one rank")
+            )
+        rank = ranks.pop()
+        self.add_adapter(role, rank, rank, [layers[name] for name in wanted])
+        with torch.no_grad():
+            for path, module in self.network.named_modules():
+                if isinstance(module, LoraLayer) and role in module.lora_A:
+                    source = wanted[flat_name(path)]
+                    module.lora_A[role].weight.copy_(source.down)
+                    module.lora_B[role].weight.copy_(source.up)
+                    module.scaling[role] = source.scale
+                    module.lora_alpha[role] = source.scale * rank
