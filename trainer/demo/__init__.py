@@ -1,0 +1,17 @@
+"""The embedded demo: a small text-to-image diffusion teacher, the pictures it learnt from, and how both were made.
+
+Everything a large model has, small: latents and an autoencoder (`patch_pca.py`, `autoencoder.py`), a text encoder and a
+UNet (`teacher.py`), real captioned pictures (`pictures.py`, `shards.py`), and a feature network that measures the
+results (`features.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data"  # WebDataset shards, one per style, and the licences of the pictures
+TEACHER = ROOT / "teacher"  # a diffusers-layout folder: `StableDiffusionPipeline.from_pretrained(TEACHER)`
+FEATURES = ROOT / "features"  # the evaluation network: `FeatureNetwork.from_pretrained(FEATURES)`
+
+__all__ = ["DATA", "FEATURES", "ROOT", "TEACHER"]

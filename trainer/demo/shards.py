@@ -1,0 +1,115 @@
+"""The demo's pictures on disk: WebDataset shards of (webp, txt, json) triples, written and read.
+
+One shard per style; a sample's key is the emoji's code point, so the same key is the same subject in every style.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import DATA
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+TEACHER_STYLE = "fluent3d"  # the style the teacher draws; the others are for style LoRAs and evaluation
+SIZE = 128  # pixels, width and height
+WEBP_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What is known about one picture: its subject, its style and whose it is."""
+
+    code: str  # code point(s) in lower-case hexadecimal, "1f436"
+    name: str  # the subject's CLDR short name, lower case: "dog face"
+    general: str  # a caption shared by all pictures of its category: "animal face"
+    category: str
+    style: str
+    license: str  # SPDX identifier
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A style's pictures in memory: `images` (N, 3, H, W) uint8, and one caption for each."""
+
+    images: torch.Tensor
+    captions: list[Caption]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def shard_path(style: str, folder: Path = DATA) -> Path:
+    """Where the shard of a style lies."""
+    return folder / f"{style}-000000.tar.gz"
+
+
+def write_shard(samples: Iterable[tuple[Caption, Image.Image]], path: Path) -> int:
+    """Write pictures as one gzipped shard (tar headers outweigh such small files) and return how many.
+
+    The bytes depend on the samples alone: no time, user or host is recorded.
+    """
+    import webdataset
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with path.open("wb") as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as stream:
+        writer = webdataset.TarWriter(stream, encoder=False, mtime=0, user="", group="")
+        for caption, image in samples:
+            webp = io.BytesIO()
+            image.save(webp, "WEBP", quality=WEBP_QUALITY, method=6)
+            writer.write(
+                {
+                    "__key__": caption.code,
+                    "webp": webp.getvalue(),
+                    "txt": caption.name.encode(),
+                    "json": json.dumps(asdict(caption), sort_keys=True).encode(),
+                }
+            )
+            count += 1
+        writer.close()
+    return count
+
+
+def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
+    """Read a style's shard, in the shard's order.
+
+    Raises:
+        FileNotFoundError: there is no shard of that style.
+    """
+    import numpy as np
+    import torch
+    import webdataset
+    from PIL import Image
+
+    path = shard_path(style, folder)
+    if not path.is_file():
+        present = sorted(p.name.split("-")[0] for p in folder.glob("*-000000.tar.gz"))
+        raise FileNotFoundError(
+            f"No pictures of style {style!r} in {folder} (there: {', '.join(present) or 'none'}). "
+            "Choose one of those, or build the shards with `flash-diffusion demo-data`."
+        )
+    images, captions = [], []
+    for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
+        picture = Image.open(io.BytesIO(sample["webp"])).convert("RGB")
+        images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        captions.append(Caption(**json.loads(sample["json"])))
+    return Pictures(torch.stack(images), captions)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a new folder beside `folder`, then put it in its place."""
+    fresh = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
