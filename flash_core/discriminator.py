@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -31,15 +32,16 @@ class Discriminator(nn.Module):
 
 def _head(channels: int, hidden: int) -> nn.Sequential:
     # The input is normalised first: hidden states of different depths differ by orders of magnitude.
+    groups = math.gcd(8, hidden)
     return nn.Sequential(
         nn.GroupNorm(1, channels, affine=False),
         nn.Conv2d(channels, hidden, 1),
         nn.SiLU(),
         nn.Conv2d(hidden, hidden, 3, padding=1),
-        nn.GroupNorm(min(8, hidden), hidden),
+        nn.GroupNorm(groups, hidden),
         nn.SiLU(),
         nn.Conv2d(hidden, hidden, 3, stride=2, padding=1),
-        nn.GroupNorm(min(8, hidden), hidden),
+        nn.GroupNorm(groups, hidden),
         nn.SiLU(),
         nn.Conv2d(hidden, 1, 1),
     )
