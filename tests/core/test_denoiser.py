@@ -109,7 +109,7 @@ def test_batched_guidance_is_two_calls_combined_sample_by_sample(process: Proces
         negative = denoiser.predict(z_t[one], t[one], unconditional.rows(torch.tensor(one)))
         output = negative + float(guidance[row]) * (positive - negative)
         expected = process.z0_from_output(z_t[one], output, t[one])
-        assert torch.allclose(got[one], expected, rtol=1e-5, atol=2e-5 * max(1.0, float(expected.abs().max())))
+        assert torch.allclose(got[one], expected, rtol=1e-5, atol=2e-5 * max(1.0, expected.abs().max().item()))
 
 
 def test_guidance_one_is_the_condition_alone_and_zero_is_without_it() -> None:
