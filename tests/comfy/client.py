@@ -56,10 +56,6 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def forget(self) -> None:
-        """Drop the server's cached results and models."""
-        self.server.post("/free", {"unload_models": True, "free_memory": True})
-
     def queue(self, prompt: Prompt) -> str:
         """Queue a workflow in API format; its prompt id. A workflow that ComfyUI refuses raises with its words."""
         body = {"prompt": prompt, "client_id": self.client_id}

@@ -35,7 +35,6 @@ def server(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def client(server: object) -> Iterator[Client]:
-    """A fresh connection to the server, whose caches are emptied first."""
+    """A fresh connection to the server."""
     with Client(server) as connected:
-        connected.forget()
         yield connected

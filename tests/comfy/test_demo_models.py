@@ -80,7 +80,7 @@ def test_vae_equals_diffusers(pipeline_and_results) -> None:
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
 def test_core_sampler_equals_diffusers_ddim(pipeline_and_results, sampler: str) -> None:
-    """Core's KSampler with guidance on the demo's MODEL is diffusers' DDIM on the same noise: schedule and v included."""
+    """Core's KSampler with guidance on the demo's MODEL is diffusers' DDIM on the same noise, schedule included."""
     pipeline, _, results = pipeline_and_results
     expected = pipeline(
         [PROMPTS[0]] * 2,

@@ -1,0 +1,44 @@
+"""Workflows in API format for the tests: the shipped one, changed where a test needs it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from .runtime import ROOT
+
+SHIPPED = Path(__file__).resolve().parent / "workflows" / "flash_demo_text_to_image.json"
+TEACHER = ROOT / "trainer" / "demo" / "teacher"
+PROMPT = "red apple"
+
+MODELS, LORA, TEXT, EMPTY, SAMPLER, DECODE, SAVE = "1", "2", "3", "4", "5", "6", "7"
+Prompt = dict[str, dict[str, Any]]
+
+
+def shipped() -> Prompt:
+    """The API twin of the shipped workflow."""
+    return json.loads(SHIPPED.read_text())
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    """One node in API format; an input is a value or ``[node, slot]``."""
+    return {"class_type": kind, "inputs": inputs}
+
+
+def latents(
+    lora: str | None, *, seed: int, steps: int = 4, pictures: int = 2, text: str = PROMPT, **sampler: Any
+) -> Prompt:
+    """The shipped workflow with another LoRA (None: without), its latent saved beside the picture as node "latent"."""
+    prompt = copy.deepcopy(shipped())
+    prompt[TEXT]["inputs"]["text"] = text
+    prompt[EMPTY]["inputs"]["batch_size"] = pictures
+    prompt[SAMPLER]["inputs"].update({"seed": seed, "steps": steps, **sampler})
+    if lora is None:
+        del prompt[LORA]
+        prompt[SAMPLER]["inputs"]["model"] = [MODELS, 0]
+    else:
+        prompt[LORA]["inputs"]["lora_name"] = lora
+    prompt["latent"] = node("SaveLatent", samples=[SAMPLER, 0], filename_prefix="test")
+    return prompt

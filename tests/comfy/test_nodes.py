@@ -1,0 +1,184 @@
+"""What the nodes do in a running ComfyUI: composition with core, previews, interrupts, masks, and their errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import prompts
+from .client import Client
+from .loras import save_random_lora, save_sd15_lora
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture(scope="module")
+def lora(server) -> str:
+    """A Flash LoRA with random weights, by the name under which ComfyUI offers it."""
+    path: Path = server.base / "models" / "loras" / "random_nodes.safetensors"
+    save_random_lora(path, prompts.TEACHER)
+    return path.name
+
+
+def custom_sampling(lora: str, seed: int, sampler: list, steps: int = 4, denoise: float = 1.0) -> prompts.Prompt:
+    """The workflow of :func:`prompts.latents` with SamplerCustomAdvanced in the place of Flash Sampler."""
+    prompt = prompts.latents(lora, seed=seed)
+    prompt["noise"] = prompts.node("RandomNoise", noise_seed=seed)
+    prompt["guider"] = prompts.node("BasicGuider", model=[prompts.LORA, 0], conditioning=[prompts.TEXT, 0])
+    prompt["sigmas"] = prompts.node("FlashScheduler", model=[prompts.LORA, 0], steps=steps, denoise=denoise)
+    prompt["flash"] = prompts.node("FlashSamplerSelect", stochasticity=1.0)
+    prompt["ddim"] = prompts.node("FlashSamplerSelect", stochasticity=0.0)
+    prompt["euler"] = prompts.node("KSamplerSelect", sampler_name="euler")
+    prompt[prompts.SAMPLER] = prompts.node(
+        "SamplerCustomAdvanced",
+        noise=["noise", 0],
+        guider=["guider", 0],
+        sampler=sampler,
+        sigmas=["sigmas", 0],
+        latent_image=[prompts.EMPTY, 0],
+    )
+    return prompt
+
+
+def latent_of(client: Client, prompt: prompts.Prompt) -> torch.Tensor:
+    run = client.run(prompt)
+    assert run.succeeded, run.error
+    return client.latent(run, "latent")
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 8])
+def test_scheduler_and_sampler_in_custom_sampling_equal_flash_sampler(client: Client, lora: str, steps: int) -> None:
+    ours = latent_of(client, prompts.latents(lora, seed=5, steps=steps))
+    custom = latent_of(client, custom_sampling(lora, 5, ["flash", 0], steps=steps))
+    assert torch.equal(ours, custom)
+
+
+def test_without_stochasticity_the_sampler_is_ddim(client: Client, lora: str) -> None:
+    """Core's euler on the same noise levels is DDIM, written by somebody else."""
+    ours = latent_of(client, custom_sampling(lora, 6, ["ddim", 0]))
+    core = latent_of(client, custom_sampling(lora, 6, ["euler", 0]))
+    assert float((ours - core).abs().max() / core.std()) < 1e-4
+
+
+def test_one_step_is_core_one_step(client: Client, lora: str) -> None:
+    """With one step every sampler predicts once from the same first noise: KSampler's noise, our timestep."""
+    ours = latent_of(client, prompts.latents(lora, seed=8, steps=1))
+    core = prompts.latents(lora, seed=8)
+    core[prompts.SAMPLER] = prompts.node(
+        "KSampler",
+        model=[prompts.LORA, 0],
+        positive=[prompts.TEXT, 0],
+        negative=[prompts.TEXT, 0],
+        latent_image=[prompts.EMPTY, 0],
+        seed=8,
+        steps=1,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    expected = latent_of(client, core)
+    assert float((ours - expected).abs().max() / expected.std()) < 1e-3
+
+
+def test_a_batch_item_alone_never_meets_its_first_noise_again(client: Client, lora: str) -> None:
+    """With batch_index the first noise is a later draw of the seed's stream, which re-noising must not reach."""
+    prompt = prompts.latents(lora, seed=9, steps=8, pictures=4)
+    prompt["from"] = prompts.node("LatentFromBatch", samples=[prompts.EMPTY, 0], batch_index=3, length=1)
+    prompt[prompts.SAMPLER]["inputs"]["latent_image"] = ["from", 0]
+    alone = latent_of(client, prompt)
+    assert alone.shape[0] == 1
+    assert bool(torch.isfinite(alone).all())
+    assert not torch.equal(alone, latent_of(client, prompts.latents(lora, seed=9, steps=8, pictures=1)))
+
+
+def test_previews_and_progress_arrive_at_every_step(client: Client, lora: str) -> None:
+    run = client.run(prompts.latents(lora, seed=10, steps=4))
+    assert run.succeeded, run.error
+    assert [step for step in run.progress if step[1] == 4] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert len(run.previews) == 4
+    assert len(run.previews[-1].getcolors(1 << 24)) > 16
+
+
+def test_an_interrupt_stops_the_sampler_and_the_next_run_is_unharmed(client: Client, lora: str) -> None:
+    reference = latent_of(client, prompts.latents(lora, seed=11, pictures=2))
+    long = prompts.latents(lora, seed=12, steps=8, pictures=16)
+    stopped = client.run(long, interrupt_at_step=2)
+    assert stopped.interrupted
+    assert max(value for value, total in stopped.progress if total == 8) < 8
+    assert "latent" not in stopped.outputs
+    # The parts do what the node does, and ComfyUI has no result of theirs that it could hand out again.
+    again = client.run(custom_sampling(lora, 11, ["flash", 0]))
+    assert prompts.SAMPLER in again.executed
+    assert torch.equal(client.latent(again, "latent"), reference)
+
+
+def test_a_mask_keeps_the_rest_of_the_latent(client: Client, lora: str) -> None:
+    prompt = prompts.latents(lora, seed=13, pictures=1)
+    prompt["picture"] = prompts.node("EmptyImage", width=128, height=128, batch_size=1, color=0xFF8800)
+    prompt["encoded"] = prompts.node("VAEEncode", pixels=["picture", 0], vae=[prompts.MODELS, 2])
+    prompt["left"] = prompts.node("SolidMask", value=1.0, width=64, height=128)
+    prompt["none"] = prompts.node("SolidMask", value=0.0, width=128, height=128)
+    prompt["mask"] = prompts.node(
+        "MaskComposite", destination=["none", 0], source=["left", 0], x=0, y=0, operation="add"
+    )
+    prompt["masked"] = prompts.node("SetLatentNoiseMask", samples=["encoded", 0], mask=["mask", 0])
+    prompt[prompts.SAMPLER]["inputs"]["latent_image"] = ["masked", 0]
+    prompt["before"] = prompts.node("SaveLatent", samples=["encoded", 0], filename_prefix="before")
+    run = client.run(prompt)
+    assert run.succeeded, run.error
+    before, after = client.latent(run, "before"), client.latent(run, "latent")
+    assert float((before - after)[..., 9:].abs().max()) < 1e-5
+    assert float((before - after)[..., :7].abs().mean()) > 0.1
+
+
+def test_denoise_keeps_more_of_the_picture_the_lower_it_is(client: Client, lora: str) -> None:
+    distances = []
+    for denoise in (0.25, 0.5, 1.0):
+        prompt = prompts.latents(lora, seed=14, pictures=1, denoise=denoise)
+        prompt["picture"] = prompts.node("EmptyImage", width=128, height=128, batch_size=1, color=0xFF8800)
+        prompt["encoded"] = prompts.node("VAEEncode", pixels=["picture", 0], vae=[prompts.MODELS, 2])
+        prompt[prompts.SAMPLER]["inputs"]["latent_image"] = ["encoded", 0]
+        prompt["before"] = prompts.node("SaveLatent", samples=["encoded", 0], filename_prefix="before")
+        run = client.run(prompt)
+        assert run.succeeded, run.error
+        distances.append(float((client.latent(run, "before") - client.latent(run, "latent")).abs().mean()))
+    assert distances == sorted(distances)
+
+
+def test_guidance_needs_and_uses_a_negative_prompt(client: Client, lora: str) -> None:
+    alone = client.run(prompts.latents(lora, seed=15, guidance=2.0))
+    assert alone.error is not None
+    assert "Guidance is 2" in alone.error["exception_message"]
+    assert "negative" in alone.error["exception_message"]
+    prompt = prompts.latents(lora, seed=15, guidance=2.0)
+    prompt["negative"] = prompts.node("CLIPTextEncode", clip=[prompts.MODELS, 1], text="")
+    prompt[prompts.SAMPLER]["inputs"]["negative"] = ["negative", 0]
+    guided = latent_of(client, prompt)
+    assert not torch.equal(guided, latent_of(client, prompts.latents(lora, seed=15)))
+
+
+def test_the_loader_reports_what_it_loaded(client: Client, lora: str) -> None:
+    prompt = prompts.latents(lora, seed=16)
+    prompt["report"] = prompts.node("PreviewAny", source=[prompts.LORA, 1])
+    run = client.run(prompt)
+    assert run.succeeded, run.error
+    (report,) = run.outputs["report"]["text"]
+    for part in ("flash-demo", "rank: 4", "alpha: 6", "1, 2, 4 steps", "guidance 1"):
+        assert part in report
+    matched, total = report.split("matched: ")[1].split(" ")[0].split("/")
+    assert matched == total
+    assert int(total) > 8
+
+
+def test_a_lora_for_another_model_is_refused_by_name(client: Client, server) -> None:
+    save_sd15_lora(server.base / "models" / "loras" / "for_sd15.safetensors")
+    run = client.run(prompts.latents("for_sd15.safetensors", seed=17))
+    assert run.error is not None
+    assert run.error["node_type"] == "FlashLoraLoader"
+    message = run.error["exception_message"]
+    assert "SD 1.5 (attn2 reads 768 channels)" in message
+    assert "the Flash demo (attn2 reads 128 channels)" in message
+    assert "of its 3 layers fit" in message
