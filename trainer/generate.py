@@ -24,6 +24,11 @@ class Generator(Protocol):
         ...
 
     @property
+    def device(self) -> torch.device:
+        """Where latents go."""
+        ...
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one latent."""
         ...
@@ -78,13 +83,7 @@ def noise_source(seeds: Sequence[int], shape: Sequence[int], device: torch.devic
 
 
 def sample_latents(
-    generator: Generator,
-    run: Run,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    solver: Solver | None = None,
-    device: torch.device | str = "cpu",
+    generator: Generator, run: Run, prompts: Sequence[str], seeds: Sequence[int], solver: Solver | None = None
 ) -> Tensor:
     """Latents (B, C, h, w) of B prompts, from pure noise.
 
@@ -104,7 +103,7 @@ def sample_latents(
     denoiser = generator.denoiser
     process = denoiser.process
     timesteps = trailing_timesteps(process, run.steps)
-    noise = noise_source(seeds, generator.latent_shape, device)
+    noise = noise_source(seeds, generator.latent_shape, generator.device)
     conditioning = generator.encode_prompts(prompts)
     unconditional = None if run.guidance == 1 else generator.unconditional(len(prompts))
 

@@ -1,0 +1,394 @@
+"""Metrics against scipy and values worked by hand; pictures, reference sets and report on a model solved exactly."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flash_diffusion.flash_core.denoiser import Conditioning, Role
+from flash_diffusion.flash_core.process import FlowProcess, VPProcess
+from flash_diffusion.trainer import metrics
+from flash_diffusion.trainer.evaluate import evaluate, plan, targets
+from flash_diffusion.trainer.generate import Run, decode_pictures, default_solver, noise_source, sample_latents
+from flash_diffusion.trainer.measure import Options
+from flash_diffusion.trainer.reference import Origin, Reference, draw, fingerprint
+
+SHAPE = (3, 4, 4)
+COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "white": (1.0, 1.0, 1.0)}
+SPREAD = 0.3  # standard deviation of every pixel around its prompt's colour
+
+
+class Paints:
+    """A text-to-image model whose data are Gaussian given the prompt, so that its best z0 is known in closed form."""
+
+    latent_shape = SHAPE
+    device = torch.device("cpu")
+
+    def __init__(self, bias: float = 0.0, process: VPProcess | FlowProcess | None = None) -> None:
+        self.process = process or FlowProcess()
+        self.denoiser = self
+        self.bias = bias  # of the student's colours
+        self.current: Role = "teacher"
+        self.passes = 0
+
+    @contextmanager
+    def role(self, role: Role) -> Iterator[None]:
+        previous, self.current = self.current, role
+        yield
+        self.current = previous
+
+    def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.passes += len(z_t)
+        assert conditioning.vector is not None
+        mean = conditioning.vector[:, :, None, None] + (self.bias if self.current == "student" else 0.0)
+        alpha, sigma = (value.reshape(-1, 1, 1, 1) for value in self.process.alpha_sigma(t))
+        gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
+        return self.process.output_from_z0(z_t, mean + gain * (z_t - alpha * mean), t)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning(vector=torch.tensor([COLOURS[prompt] for prompt in prompts]))
+
+    def unconditional(self, batch: int) -> Conditioning:
+        return Conditioning(vector=torch.zeros(batch, 3))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents / 3
+
+
+class Eye:
+    """A feature network: the colour of each quadrant, and the nearest of the colours' names."""
+
+    classes = tuple(COLOURS)
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        colour = torch.nn.functional.avg_pool2d(images, 2)
+        mean = (images.mean((2, 3)) - 0.5) * 6
+        wanted = torch.tensor(list(COLOURS.values()))
+        return colour.flatten(1), -torch.cdist(mean, wanted)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_is_scipys_formula() -> None:
+    source = np.random.default_rng(0)
+    left = source.normal(size=(60, 5)) @ source.normal(size=(5, 5))
+    right = source.normal(size=(50, 5)) + 0.7
+    covariances = np.cov(left, rowvar=False), np.cov(right, rowvar=False)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = ((left.mean(0) - right.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    value = metrics.frechet_distance(torch.from_numpy(left), torch.from_numpy(right))
+    assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_in_one_dimension_by_hand() -> None:
+    # Means 1 and 5, variances 2 and 8 (N - 1): (1 - 5)^2 + (sqrt 2 - sqrt 8)^2 = 16 + 2.
+    left, right = torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [7.0]])
+    assert metrics.frechet_distance(left, right) == pytest.approx(18.0)
+
+
+def test_frechet_distance_of_fewer_samples_than_dimensions() -> None:
+    features = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    assert metrics.frechet_distance(features, features) == pytest.approx(0, abs=1e-4)
+    assert metrics.frechet_distance(features + 0.5, features) == pytest.approx(64 * 0.25, rel=1e-4)
+
+
+@given(st.integers(0, 2**31), st.floats(-3, 3))
+def test_frechet_distance_of_a_shifted_set_is_the_shift_squared(seed: int, shift: float) -> None:
+    features = torch.randn(12, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    moved = features + shift
+    assert metrics.frechet_distance(moved, features) == pytest.approx(3 * shift**2, abs=1e-6)
+    assert metrics.frechet_distance(moved, features) == pytest.approx(metrics.frechet_distance(features, moved))
+
+
+def test_kernel_distance_is_the_unbiased_estimate() -> None:
+    source = np.random.default_rng(1)
+    left, right = source.normal(size=(9, 4)), source.normal(size=(9, 4)) + 1
+    kernel = lambda x, y: (x @ y / 4 + 1) ** 3  # noqa: E731
+    within = [np.mean([kernel(one[i], one[j]) for i in range(9) for j in range(9) if i != j]) for one in (left, right)]
+    between = np.mean([kernel(x, y) for x in left for y in right])
+    value = metrics.kernel_distance(torch.from_numpy(left), torch.from_numpy(right))
+    assert value == pytest.approx(sum(within) - 2 * between, rel=1e-9)
+
+
+def test_kernel_distance_leaves_the_global_generator_alone() -> None:
+    features = torch.randn(8, 3)
+    torch.manual_seed(5)
+    metrics.kernel_distance(features, features[:6])
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert drawn == torch.rand(1)
+
+
+def test_paired_distance_by_hand() -> None:
+    left, right = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[3.0, 4.0], [1.0, 2.0]])
+    assert metrics.paired_distance(left, right) == pytest.approx(3.0)  # (5 + 1) / 2
+    with pytest.raises(ValueError, match="same prompts and seeds"):
+        metrics.paired_distance(left, right.repeat(2, 1))
+
+
+def test_prompt_accuracy_counts_known_prompts_only() -> None:
+    assert metrics.prompt_accuracy(torch.tensor([0, 1, 2, 3]), [0, 2, None, 3]) == pytest.approx(2 / 3)
+    assert metrics.prompt_accuracy(torch.tensor([0]), [None]) is None
+
+
+def test_diversity_by_hand() -> None:
+    # "a": distances 3, 4, 5, mean 4. "b": 2. "c" has one picture and says nothing. Prompts count alike: (4 + 2) / 2.
+    features = torch.tensor([[0.0, 0], [3, 0], [0, 4], [9, 9], [9, 11], [5, 5]])
+    assert metrics.diversity(features, ["a", "a", "a", "b", "b", "c"]) == pytest.approx(3.0)
+    assert metrics.diversity(features[3:], ["a", "b", "c"]) is None
+    assert metrics.diversity(torch.ones(4, 2), ["a"] * 4) == 0
+
+
+def test_metrics_refuse_what_means_nothing() -> None:
+    good = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="one feature network"):
+        metrics.frechet_distance(good, torch.randn(4, 2))
+    with pytest.raises(ValueError, match="diverged"):
+        metrics.kernel_distance(good * float("nan"), good)
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.frechet_distance(good[:1], good)
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", [FlowProcess(), VPProcess.from_betas(prediction="v_prediction")])
+@pytest.mark.parametrize("run", [Run("teacher", 8, 3.0), Run("teacher", 4), Run("student", 4), Run("student", 1)])
+def test_a_seed_is_one_picture_in_any_batch_and_costs_what_it_says(run: Run, process: VPProcess | FlowProcess) -> None:
+    model = Paints(0.2, process)
+    prompts, seeds = ["red", "blue", "green"], [7, 8, 9]
+    together = sample_latents(model, run, prompts, seeds)
+    assert model.passes == 3 * run.nfe
+    alone = [sample_latents(model, run, [prompt], [seed]) for prompt, seed in zip(prompts, seeds, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6)
+    pictures = decode_pictures(model, together)
+    assert pictures.shape == (3, *SHAPE)
+    assert 0 <= pictures.min() <= pictures.max() <= 1
+
+
+def test_the_student_renoises_with_fresh_noise_on_the_trailing_grid() -> None:
+    model = Paints(0.2)
+    generator = torch.Generator().manual_seed(3)
+    mean = torch.tensor(COLOURS["red"])[:, None, None] + 0.2
+    z0 = torch.zeros(SHAPE)
+    for sigma in (1.0, 0.75, 0.5, 0.25):
+        z = (1 - sigma) * z0 + sigma * torch.randn(*SHAPE, generator=generator)
+        gain = (1 - sigma) * SPREAD**2 / ((1 - sigma) ** 2 * SPREAD**2 + sigma**2)
+        z0 = mean + gain * (z - (1 - sigma) * mean)
+    torch.testing.assert_close(sample_latents(model, Run("student", 4), ["red"], [3])[0], z0)
+
+
+def test_the_teacher_solves_its_ode_with_guidance() -> None:
+    # Without guidance the flow carries noise eps to mean + SPREAD eps, whatever the mean.
+    model = Paints()
+    noise = noise_source([1, 2], SHAPE, "cpu")()
+    latents = sample_latents(model, Run("teacher", 400), ["red", "red"], [1, 2])
+    expected = torch.tensor(COLOURS["red"])[:, None, None] + SPREAD * noise
+    torch.testing.assert_close(latents, expected, rtol=0, atol=0.02)
+    guided = sample_latents(model, Run("teacher", 400, 2.0), ["red", "red"], [1, 2])
+    assert (guided - latents)[:, 0].mean() > 0.1  # away from grey, toward more red
+    assert default_solver(model.process) == "euler"
+    assert default_solver(VPProcess.from_betas()) == "dpmpp_2m"
+
+
+def test_names_and_passes_of_runs() -> None:
+    assert [run.name for run in plan(Options(guidance=2.5), True)] == [
+        "student 4 steps", "student 2 steps", "student 1 step",
+        "teacher 4 steps, guided", "teacher 2 steps, guided", "teacher 1 step, guided",
+        "teacher 4 steps", "teacher 2 steps", "teacher 1 step",
+    ]  # fmt: skip
+    assert [run.nfe for run in plan(Options(), True)] == [4, 2, 1, 8, 4, 2, 4, 2, 1]
+    assert all(run.role == "teacher" for run in plan(Options(), False))
+
+
+# -- reference sets --------------------------------------------------------------------------------------------------
+
+
+def test_a_draw_begins_with_the_draw_of_a_smaller_set_and_pairs_its_prompts() -> None:
+    prompts = [str(number) for number in range(10)]
+    small, large = draw(prompts, 8, 0, 1), draw(prompts, 30, 0, 1)
+    assert large.rows(range(8)) == small
+    assert small.prompts[0::2] == small.prompts[1::2]
+    assert len(set(small.prompts)) == 4
+    assert {large.prompts.count(prompt) for prompt in prompts} == {2, 4}
+
+
+def test_sets_share_no_noise() -> None:
+    # The CPU's generator reads 32 bits of a seed: seeds that differ above them only would give the same noise.
+    seeds = [*draw(["a"], 300, 0, 0).seeds, *draw(["a"], 300, 0, 1).seeds, *draw(["a"], 300, 1, 0).seeds]
+    assert len({tuple(noise_source([seed], (4,), "cpu")().flatten().tolist()) for seed in seeds}) == 900
+
+
+def test_a_reference_survives_the_file_and_says_what_it_is_of(tmp_path: Path) -> None:
+    report = run_evaluation(tmp_path)
+    reference = Reference.load(tmp_path / "reference.safetensors")
+    origin = reference.origin
+    assert (origin.samples, origin.steps, origin.guidance, origin.solver) == (24, 16, 2.0, "euler")
+    assert reference.mismatch(origin) is None
+    assert reference.mismatch(replace(origin, samples=10)) is None
+    assert "samples is 24 there and 25 now" in str(reference.mismatch(replace(origin, samples=25)))
+    assert "teacher is 'paints' there and 'other' now" in str(reference.mismatch(replace(origin, teacher="other")))
+    assert len(reference.head(10).first.features) == 10
+    floor = metrics.frechet_distance(reference.second.features, reference.first.features)
+    assert report["floor"]["fd"] == pytest.approx(floor)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="--make-reference"):
+        Reference.load(tmp_path / "other.safetensors")
+
+
+def test_a_fingerprint_follows_weights_and_configuration_alone(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        fingerprint(tmp_path)
+    (tmp_path / "unet" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    before = fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("a card")
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "unet" / "config.json").write_text('{"a": 1}')
+    changed = fingerprint(tmp_path)
+    (tmp_path / "unet" / "model.safetensors").write_bytes(b"Weights")
+    assert len({before, changed, fingerprint(tmp_path)}) == 3
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+
+OPTIONS = Options(samples=24, steps=16, guidance=2.0, batch_size=10, pictures=3)
+
+
+def run_evaluation(output: Path, model: Paints | None = None, student: str | None = "s", **settings: object) -> dict:
+    options = replace(OPTIONS, **{name: value for name, value in settings.items() if name in OPTIONS.__dict__})
+    others = {name: value for name, value in settings.items() if name not in OPTIONS.__dict__}
+    known = {"teacher": "paints", "features": "eye"}
+    return evaluate(
+        model or Paints(), Eye(), list(COLOURS), options, output=output, student=student, **(known | others)
+    )
+
+
+def test_the_report_has_the_agreed_schema_and_files(tmp_path: Path) -> None:
+    report = run_evaluation(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert set(report["floor"]) == {"fd", "kid"}
+    scores = ["fd", "kid", "paired", "prompt_accuracy", "diversity", "seconds_per_image"]
+    for line in report["runs"]:
+        assert list(line) == ["name", "steps", "guidance", "nfe", *scores]
+        assert line["fd"] >= 0
+        assert line["seconds_per_image"] > 0
+    assert [line["name"] for line in report["runs"]][:2] == ["teacher 16 steps, guided", "student 4 steps"]
+    assert len(report["runs"]) == 10
+    assert len(report["targets"]) == 6
+    assert len(set(report["pictures"]["prompts"])) == 3
+    for files in report["pictures"]["files"].values():
+        assert len(files) == 3
+        assert all((tmp_path / name).is_file() for name in files)
+
+
+def test_the_teachers_many_steps_score_the_floor_and_match_themselves(tmp_path: Path) -> None:
+    report = run_evaluation(tmp_path)
+    many = report["runs"][0]
+    assert many["fd"] == report["floor"]["fd"] > 0
+    assert many["kid"] == report["floor"]["kid"]
+    assert many["paired"] == 0
+    assert many["prompt_accuracy"] == 1
+
+
+def test_a_worse_student_scores_worse(tmp_path: Path) -> None:
+    """A student off in all its colours is farther in every distance, by the squared shift of its features in one."""
+    close, off = (run_evaluation(tmp_path / str(bias), Paints(bias)) for bias in (0.0, 0.9))
+    for line, other in zip(close["runs"][1:4], off["runs"][1:4], strict=True):
+        assert line["name"] == other["name"]
+        assert line["fd"] < other["fd"]
+        assert line["kid"] < other["kid"]
+        assert line["paired"] < other["paired"]
+    assert close["runs"][4:] == [line | {"seconds_per_image": other["seconds_per_image"]}
+                                 for line, other in zip(off["runs"][4:], close["runs"][4:], strict=True)]  # fmt: skip
+
+
+def test_a_seed_decides_every_number(tmp_path: Path) -> None:
+    def numbers(seed: int, batch_size: int) -> list[dict]:
+        report = run_evaluation(tmp_path / f"{seed}-{batch_size}", seed=seed, batch_size=batch_size)
+        return [{name: value for name, value in line.items() if name != "seconds_per_image"} for line in report["runs"]]
+
+    assert numbers(0, 10) == numbers(0, 10)
+    for line, other in zip(numbers(0, 10), numbers(0, 7), strict=True):
+        assert {**line, "name": 0} == pytest.approx({**other, "name": 0}, abs=1e-5)
+    assert numbers(0, 10) != numbers(1, 10)
+
+
+def test_a_stored_reference_is_used_and_a_wrong_one_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, again = Paints(), Paints()
+    before = run_evaluation(tmp_path / "first", first)
+    references = [tmp_path / "missing.safetensors", tmp_path / "first" / "reference.safetensors"]
+    after = run_evaluation(tmp_path / "again", again, references=references)
+    assert not before["reference"]["stored"]
+    assert after["reference"]["stored"]
+    assert after["floor"] == before["floor"]
+    assert first.passes - again.passes == 2 * OPTIONS.samples * 2 * OPTIONS.steps
+    with caplog.at_level(logging.WARNING):
+        other = run_evaluation(tmp_path / "other", teacher="retrained", references=references)
+    assert not other["reference"]["stored"]
+    assert "teacher is 'paints' there and 'retrained' now" in caplog.text
+
+
+def test_a_reference_that_this_machine_cannot_reproduce_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_evaluation(tmp_path)
+    path = tmp_path / "reference.safetensors"
+    reference = Reference.load(path)
+    off = replace(reference.second, features=reference.second.features + 0.1)
+    replace(reference, second=off).save(path)
+    with caplog.at_level(logging.WARNING):
+        report = run_evaluation(tmp_path / "again", references=[path])
+    assert "does not hold here" in caplog.text
+    assert not report["reference"]["stored"]
+
+
+def test_the_teacher_alone(tmp_path: Path) -> None:
+    report = run_evaluation(tmp_path, student=None)
+    assert len(report["runs"]) == 7
+    assert report["targets"] == []
+
+
+def test_targets_are_the_issues() -> None:
+    fd = {"student 4 steps": 1.4, "student 2 steps": 3.1, "student 1 step": 6.0,
+          "teacher 4 steps": 7.1, "teacher 2 steps": 15.5, "teacher 1 step": 29.0}  # fmt: skip
+    found = targets([{"name": name, "fd": value} for name, value in fd.items()], 1.0)
+    assert [line.get("at_most", line.get("at_least")) for line in found] == [1.5, 3.0, 6.0, 5.0, 5.0, 5.0]
+    assert [line["value"] for line in found] == pytest.approx([1.4, 3.1, 6.0, 7.1 / 1.4, 5.0, 29 / 6])
+    assert [line["met"] for line in found] == [True, False, True, True, True, False]
+
+
+def test_pairs_are_all_pairs() -> None:
+    features = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pairs = [float((features[i] - features[j]).norm()) for i, j in combinations(range(5), 2)]
+    assert metrics.diversity(features, ["a"] * 5) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_an_origin_is_complete() -> None:
+    assert set(Origin.__dataclass_fields__) >= {"teacher", "features", "prompts", "seed", "guidance", "solver"}

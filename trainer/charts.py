@@ -1,0 +1,166 @@
+"""Small charts as inline SVG. Colours and fonts are the page's, by class, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+LEFT, RIGHT, TOP, BOTTOM = 50, 18, 18, 44  # px around the plot, for its labels
+CURVE_POINTS = 240  # drawn of a training curve; more would not be seen
+SMOOTHING = 0.02  # of a run's length: how far a curve's average reaches back
+LOG_SCALE_FROM = 20.0  # times between the least and the largest value of a curve
+WIDE_DECADES = 2.5  # decades from which a logarithmic axis is marked at powers of ten alone
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A drawing's size, in px of a text size of 13."""
+
+    width: int
+    height: int
+
+    @property
+    def right(self) -> int:
+        """Where the plot ends."""
+        return self.width - RIGHT
+
+    @property
+    def bottom(self) -> int:
+        """Where the plot stands on."""
+        return self.height - BOTTOM
+
+
+LARGE, SMALL = Frame(520, 310), Frame(380, 230)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points (x, y), each with its tooltip; ``kind`` is the class that colours them."""
+
+    kind: str
+    points: tuple[tuple[float, float], ...]
+    tips: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From values ``low..high`` to pixels ``start..end``: linear, or logarithmic where ``log``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Where a value lies, in px."""
+        low, high, value = (math.log(number) if self.log else number for number in (self.low, self.high, value))
+        return self.start + (value - low) / ((high - low) or 1.0) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """A few round values: 1, 2 and 5 times powers of ten, powers alone where the axis is long."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            factors = (1,) if math.log10(self.high / self.low) > WIDE_DECADES else (1, 2, 5)
+            values = [factor * 10.0**decade for decade in decades for factor in factors]
+        else:
+            rough = (self.high - self.low) / 5 or 1.0
+            power = 10.0 ** math.floor(math.log10(rough))
+            step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+            values = [index * step for index in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        tolerance = 1e-9 * abs(self.high)
+        return [value for value in values if self.low - tolerance <= value <= self.high + tolerance]
+
+
+def passes_chart(name: str, lines: Sequence[Line], level: float | None, level_name: str) -> Markup:
+    """Values over the number of network passes, both logarithmic, and a dashed level to compare them with."""
+    frame = LARGE
+    values = [y for line in lines for _, y in line.points if y > 0] + ([level] if level else [])
+    passes = sorted({x for line in lines for x, _ in line.points})
+    across = Axis(min(passes), max(passes), LEFT + 20, frame.right - 20, log=True)
+    up = Axis(min(values, default=1.0) / 1.5, max(values, default=1.0) * 1.25, frame.bottom, TOP, log=True)
+    parts = [*_rules(frame, up), *_marks(frame, across, passes, "network passes a picture")]
+    if level:
+        parts.append(f'<path class="level" d="M{LEFT} {up(level):.1f}H{frame.right}"/>')
+    for line in lines:
+        points = [(across(x), up(max(y, up.low))) for x, y in line.points]
+        parts.append(f'<path class="line {line.kind}" d="{_path(points)}"/>')
+        for (x, y), tip in zip(points, line.tips, strict=True):
+            title = f"<title>{escape(tip)}</title>"
+            parts.append(f'<circle class="dot {line.kind}" cx="{x:.1f}" cy="{y:.1f}" r="5">{title}</circle>')
+    if level:
+        parts.append(_text(LEFT + 4, up(level) + 16, level_name, "start", "level-name"))
+    return _svg(frame, f"{name} against the number of network passes", parts)
+
+
+def curve_chart(name: str, points: Sequence[tuple[float, float]], phases: Sequence[tuple[float, Any]]) -> Markup:
+    """A training curve over updates: every value faint, their running mean strong, a line where a phase begins.
+
+    Args:
+        points: (update, value), in order, finite.
+        phases: (update, phase), in order.
+    """
+    frame = SMALL
+    smooth = list(zip([x for x, _ in points], running_mean([y for _, y in points]), strict=True))
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    log = low > 0 and high / low > LOG_SCALE_FROM
+    across = Axis(points[0][0], points[-1][0], LEFT, frame.right)
+    up = Axis(low if log else min(low, 0.0), max(high, 0.0), frame.bottom, TOP, log)
+    parts = [*_rules(frame, up), *_marks(frame, across, across.ticks(), "updates")]
+    for kind, values in (("raw", points), ("student", smooth)):
+        parts.append(f'<path class="line {kind}" d="{_path([(across(x), up(y)) for x, y in thinned(values)])}"/>')
+    for (_, before), (update, phase) in itertools.pairwise(phases):
+        if phase != before and across.low <= update <= across.high:
+            parts.append(f'<path class="phase" d="M{across(update):.1f} {TOP}V{frame.bottom}"/>')
+            parts.append(_text(across(update) + 5, frame.bottom - 7, str(phase), "start", "phase-name"))
+    return _svg(frame, f"{name} over the training", parts)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """An exponential average, unbiased from the first value on, over ``SMOOTHING`` of the run."""
+    decay = math.exp(-1 / max(SMOOTHING * len(values), 1.0))
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most about ``CURVE_POINTS`` of them, evenly, the last among them."""
+    step = math.ceil(len(points) / CURVE_POINTS)
+    return [*points[:-1:step], points[-1]]
+
+
+def _rules(frame: Frame, up: Axis) -> Iterator[str]:
+    for value in up.ticks():
+        yield f'<path class="rule" d="M{LEFT} {up(value):.1f}H{frame.right}"/>'
+        yield _text(LEFT - 8, up(value) + 4, f"{value:g}", "end")
+
+
+def _marks(frame: Frame, across: Axis, values: Sequence[float], name: str) -> Iterator[str]:
+    for value in values:
+        yield _text(across(value), frame.bottom + 18, f"{value:g}", "middle")
+    yield _text((LEFT + frame.right) / 2, frame.height - 6, name, "middle")
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(frame: Frame, name: str, parts: Sequence[str]) -> Markup:
+    from markupsafe import Markup
+
+    head = f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(name)}">'
+    return Markup(head + "".join(parts) + "</svg>")  # safe: every text in it went through escape

@@ -1,0 +1,326 @@
+"""`flash-diffusion evaluate`: how close a student's few steps come to its teacher's many, in numbers and in pictures.
+
+Decides what is run and writes `report.json` and the pictures. `reference.py` says what reference and floor are,
+`metrics.py` has the numbers, `generate.py` makes the pictures, `measure.py` looks at them and keeps the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .demo import FEATURES, ROOT
+from .demo import TEACHER as DEMO_TEACHER
+from .errors import UserError
+from .generate import Generator, Run, default_solver
+from .measure import Evaluation, FeatureNetwork, Measured, Options, progress_bar
+from .metrics import diversity, frechet_distance, kernel_distance, paired_distance, prompt_accuracy
+from .reference import Origin, Reference, fingerprint, fingerprint_texts
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from .teachers.base import Teacher
+
+logger = logging.getLogger(__name__)
+
+FEW_STEPS = (4, 2, 1)
+REFERENCE = "reference.safetensors"
+DEMO_REFERENCE = ROOT / REFERENCE
+# The project's own targets, for its demo: the student's distance as a multiple of the floor, at most; and how many
+# times closer to the teacher it is than the undistilled teacher with as many passes and no guidance, at least.
+FLOOR_LIMITS = {4: 1.5, 2: 3.0, 1: 6.0}
+CLOSER_LIMIT = 5.0
+
+
+def plan(options: Options, student: bool) -> list[Run]:
+    """Every run but the reference's own: the student, and the undistilled teacher with and without guidance."""
+    runs = [Run("student", steps) for steps in FEW_STEPS] if student else []
+    runs += [Run("teacher", steps, options.guidance) for steps in FEW_STEPS]
+    return runs + [Run("teacher", steps) for steps in FEW_STEPS]
+
+
+def evaluate(
+    generator: Generator,
+    network: FeatureNetwork,
+    prompts: Sequence[str],
+    options: Options,
+    *,
+    teacher: str,
+    features: str,
+    output: Path,
+    student: str | None = None,
+    references: Sequence[Path] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run everything, write ``report.json`` and ``pictures/`` into ``output``, and return the report.
+
+    Args:
+        teacher, features: fingerprints of the weights, see :func:`~.reference.fingerprint`.
+        student: what the student is called in the report; None evaluates the teacher alone.
+        references: reference files to try in turn. Where none fits, both sets are made anew (two runs of the teacher's
+            many steps) and kept in ``output``, with a message that says why.
+        console: where the progress bar is drawn; None draws none.
+    """
+    with progress_bar(console) as progress:
+        evaluation = Evaluation(generator, network, prompts, options, progress)
+        samples, shown, runs = evaluation.samples, evaluation.shown(), plan(options, student is not None)
+        evaluation.expect(evaluation.many.nfe * len(shown) + sum(run.nfe for run in runs) * len(samples))
+        origin = origin_of(generator, prompts, options, teacher, features)
+        live = evaluation.measure(evaluation.many, samples.rows(shown), range(len(shown)))
+        reference = find_reference(references, origin)
+        if reference is not None and (problem := evaluation.not_reproduced(reference, live.set, shown)):
+            logger.warning("The reference does not hold here: %s. It is made anew.", problem)
+            reference = None
+        stored = reference is not None
+        if reference is None:
+            reference = evaluation.make_reference(origin)
+            reference.save(output / REFERENCE)
+        results = {evaluation.many: Measured(reference.second, live.pictures, live.seconds_per_image)}
+        for run in runs:
+            results[run] = evaluation.measure(run, samples, shown)
+
+    known = {name: index for index, name in enumerate(network.classes)}
+    classes = [known.get(prompt) for prompt in samples.prompts]
+    records = [record(run, result, reference, samples.prompts, classes) for run, result in results.items()]
+    floor = {name: records[0][name] for name in ("fd", "kid")}
+    report = {
+        "floor": floor,
+        "runs": records,
+        "targets": targets(records, floor["fd"]) if student is not None else [],
+        "student": student,
+        "reference": {**asdict(origin), "distinct_prompts": len(set(samples.prompts)), "stored": stored},
+        "settings": asdict(options),
+        "environment": environment(generator),
+        "pictures": {
+            "prompts": [samples.prompts[row] for row in shown],
+            "files": {run.name: save_pictures(result.pictures, output, run) for run, result in results.items()},
+        },
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return report
+
+
+def origin_of(generator: Generator, prompts: Sequence[str], options: Options, teacher: str, features: str) -> Origin:
+    """What a reference for this evaluation is made of."""
+    return Origin(
+        teacher=teacher,
+        features=features,
+        prompts=fingerprint_texts(prompts),
+        samples=options.samples,
+        seed=options.seed,
+        steps=options.steps,
+        guidance=options.guidance,
+        solver=options.solver or default_solver(generator.denoiser.process),
+    )
+
+
+def find_reference(paths: Sequence[Path], wanted: Origin) -> Reference | None:
+    """The first stored reference that serves; says of each other why it doesn't."""
+    for path in paths:
+        if not path.is_file():
+            logger.info("There is no reference at %s.", path)
+            continue
+        reference = Reference.load(path)
+        if (mismatch := reference.mismatch(wanted)) is None:
+            return reference.head(wanted.samples)
+        logger.warning("The reference %s is of something else: %s.", path, mismatch)
+    return None
+
+
+def record(
+    run: Run, result: Measured, reference: Reference, prompts: Sequence[str], classes: Sequence[int | None]
+) -> dict[str, Any]:
+    """A run's line in the report; distances are in units of the feature network."""
+    features = result.set.features
+    return {
+        "name": run.name,
+        "steps": run.steps,
+        "guidance": run.guidance,
+        "nfe": run.nfe,
+        "fd": frechet_distance(features, reference.first.features),
+        "kid": kernel_distance(features, reference.first.features),
+        "paired": paired_distance(features, reference.second.features),
+        "prompt_accuracy": prompt_accuracy(result.set.predicted, classes),
+        "diversity": diversity(features, prompts),
+        "seconds_per_image": result.seconds_per_image,
+    }
+
+
+def targets(records: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]]:
+    """The project's targets: what was asked, what came out, and whether that meets it.
+
+    Args:
+        floor: Fréchet distance of two independent sets of the teacher's own, above 0.
+    """
+    fd = {line["name"]: line["fd"] for line in records}
+    found = []
+    for steps, limit in FLOOR_LIMITS.items():
+        student = Run("student", steps).name
+        value = fd[student] / floor
+        found.append(
+            {"run": student, "measure": "times the floor", "value": value, "at_most": limit, "met": value <= limit}
+        )
+    for steps in FLOOR_LIMITS:
+        student, rival = Run("student", steps).name, Run("teacher", steps).name
+        value = fd[rival] / fd[student]
+        found.append(
+            {
+                "run": student,
+                "measure": f"times closer than {rival} without guidance",
+                "value": value,
+                "at_least": CLOSER_LIMIT,
+                "met": value >= CLOSER_LIMIT,
+            }
+        )
+    return found
+
+
+def environment(generator: Generator) -> dict[str, Any]:
+    """Where the seconds were measured."""
+    import torch
+
+    from .. import __version__
+
+    return {
+        "flash_diffusion": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(generator.device),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def save_pictures(pictures: Tensor, output: Path, run: Run) -> list[str]:
+    """Write (K, 3, H, W) pictures in [0, 1] as lossless WebP; returns their paths inside ``output``."""
+    from PIL import Image
+
+    folder = Path("pictures") / run.name.replace(",", "").replace(" ", "-")
+    (output / folder).mkdir(parents=True, exist_ok=True)
+    names = []
+    for index, picture in enumerate(pictures):
+        pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
+        names.append((folder / f"{index:02}.webp").as_posix())
+        Image.fromarray(pixels).save(output / names[-1], lossless=True)
+    return names
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `flash-diffusion evaluate`."""
+    defaults = Options()
+    parser.add_argument("--lora", type=Path, help="the student: lora.safetensors of a distillation (default: none)")
+    parser.add_argument("--teacher", help="diffusers folder or Hub name (default: the embedded demo)")
+    parser.add_argument("--family", default="demo", help="the teacher's model family (default: %(default)s)")
+    parser.add_argument("--features", type=Path, default=FEATURES, help="the feature network (default: the demo's)")
+    parser.add_argument(
+        "--prompts", type=Path, help="text file, one prompt a line (default: all that the feature network knows)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("out/evaluation"), help="folder (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=defaults.samples, help="pictures a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="of the reference (default: %(default)s)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=defaults.guidance,
+        help="the teacher's scale w in uncond + w (cond - uncond) (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of prompts and noise (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="pictures at once (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=defaults.pictures, help="prompts in the report (%(default)s)")
+    parser.add_argument(
+        "--reference", type=Path, default=DEMO_REFERENCE, help="the teacher's sets as features (default: the demo's)"
+    )
+    parser.add_argument(
+        "--make-reference", action="store_true", help="make the two sets, write them to --reference, and stop"
+    )
+    parser.add_argument("--log", type=Path, help="log.jsonl of the training (default: the one beside the LoRA)")
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, write `report.json` and `report.html`, and print the numbers."""
+    from rich.console import Console
+
+    from .demo.features import FeatureNetwork as Features
+    from .report import print_report, write_report
+
+    console = Console()
+    options = Options(args.samples, args.seed, args.steps, args.guidance, None, args.batch_size, args.pictures)
+    check(options)
+    teacher, weights, student = load_generator(args)
+    network = Features.from_pretrained(args.features).to(teacher.device)
+    prompts = read_prompts(args.prompts) if args.prompts else network.classes
+    known = {"teacher": weights, "features": fingerprint(args.features)}
+    if args.make_reference:
+        with progress_bar(console) as progress:
+            origin = origin_of(teacher, prompts, options, **known)
+            reference = Evaluation(teacher, network, prompts, options, progress).make_reference(origin)
+        reference.save(args.reference)
+        floor = frechet_distance(reference.second.features, reference.first.features)
+        console.print(f"reference {args.reference}: the floor's Fréchet distance is {floor:.4g}", soft_wrap=True)
+        return 0
+    evaluate(
+        teacher,
+        network,
+        prompts,
+        options,
+        **known,
+        output=args.output,
+        student=student,
+        references=[args.reference, args.output / REFERENCE],
+        console=console,
+    )
+    page = write_report(args.output, args.log or (args.lora.with_name("log.jsonl") if args.lora else None))
+    print_report(args.output, page, console)
+    return 0
+
+
+def check(options: Options) -> None:
+    """Raise a :class:`UserError` for options that mean nothing."""
+    least = {"samples": 2, "steps": 1, "guidance": 1, "batch_size": 1, "pictures": 1}
+    for name, value in least.items():
+        if (given := getattr(options, name)) < value:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+
+
+def load_generator(args: argparse.Namespace) -> tuple[Teacher, str, str | None]:
+    """The teacher with the student's LoRA on it, the fingerprint of the teacher's weights, and the student's title."""
+    import torch
+
+    from ..flash_core.lora import read_lora
+    from .config import ModelSection
+    from .teachers import load_teacher
+
+    if args.lora is not None and not args.lora.is_file():
+        raise UserError(f"there is no LoRA at {args.lora}; make one with `flash-diffusion distill`")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load_teacher(ModelSection(family=args.family, path=args.teacher), device)
+    folder = Path(args.teacher) if args.teacher else DEMO_TEACHER
+    weights = fingerprint(folder) if folder.is_dir() else teacher.weights_hash()
+    if args.lora is None:
+        return teacher, weights, None
+    lora = read_lora(args.lora)
+    made_for = lora.metadata.teacher_hash if lora.metadata is not None else ""
+    if made_for and made_for != teacher.weights_hash():
+        logger.warning("%s was distilled from a teacher with other weights than %s.", args.lora, teacher.name)
+    teacher.denoiser.load_adapter("student", lora.modules)
+    return teacher, weights, lora.metadata.title if lora.metadata is not None else args.lora.stem
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty."""
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts; expected one a line")
+    return prompts

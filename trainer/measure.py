@@ -1,0 +1,176 @@
+"""An evaluation at work: it draws samples, has them made, shows them to the feature network and keeps the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from .generate import Generator, Run, decode_pictures, sample_latents
+from .metrics import diversity, paired_distance
+from .reference import Draw, FeatureSet, Origin, Reference, draw
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from torch import Tensor
+
+    from ..flash_core.solvers import Solver
+
+# Features of pictures made again may differ from the stored ones by this share of the distance between two pictures of
+# one prompt: arithmetic differs a little between machines, and by far more where anything else has changed.
+LIVE_TOLERANCE = 0.05
+
+
+class FeatureNetwork(Protocol):
+    """What sees the pictures for the metrics."""
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [0, 1] to embeddings (B, D) and class scores (B, C)."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The prompts it can tell apart, in the order of the scores."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an evaluation costs and compares.
+
+    Attributes:
+        samples: pictures of each run and of each reference set.
+        seed: of prompts and noise.
+        steps: of the teacher in the reference.
+        guidance: the teacher's scale, ``uncond + w (cond - uncond)``.
+        solver: the teacher's; None is the one it is trained against.
+        batch_size: pictures made at once; changes no picture.
+        pictures: how many prompts the report shows.
+    """
+
+    samples: int = 256
+    seed: int = 0
+    steps: int = 32
+    guidance: float = 3.0
+    solver: Solver | None = None
+    batch_size: int = 32
+    pictures: int = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's pictures as the metrics see them, the first of them as (K, 3, H, W) in [0, 1], and their cost."""
+
+    set: FeatureSet
+    pictures: Tensor
+    seconds_per_image: float
+
+
+class Evaluation:
+    """A model under evaluation: makes pictures, shows them to the feature network, keeps the time."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        network: FeatureNetwork,
+        prompts: Sequence[str],
+        options: Options,
+        progress: Progress,
+    ) -> None:
+        """Draw the samples; nothing is generated yet. ``progress`` gets one task, counted in passes."""
+        self.generator = generator
+        self.network = network
+        self.options = options
+        self.many = Run("teacher", options.steps, options.guidance)
+        self.draws = [draw(prompts, options.samples, options.seed, stream) for stream in range(2)]
+        self.progress = progress
+        self.task = progress.add_task("", total=0)
+
+    @property
+    def samples(self) -> Draw:
+        """What every run is generated from: the second set's prompts and noise."""
+        return self.draws[1]
+
+    def shown(self) -> list[int]:
+        """The samples whose pictures the report shows: the first of each of the first prompts, none chosen."""
+        prompts = self.samples.prompts
+        first = [row for row, prompt in enumerate(prompts) if prompt not in prompts[:row]]
+        return first[: self.options.pictures]
+
+    def expect(self, passes: int) -> None:
+        """Announce work to the progress bar."""
+        task = self.progress.tasks[self.task]
+        self.progress.update(self.task, total=(task.total or 0) + passes)
+
+    def measure(self, run: Run, samples: Draw, shown: Sequence[int] = (), name: str | None = None) -> Measured:
+        """Generate ``samples``, look at all of them, keep the pictures at ``shown``.
+
+        The time counts text encoder, network and decoder, not the metrics.
+        """
+        import torch
+
+        self.progress.update(self.task, description=name or run.name)
+        features, predicted, pictures, seconds = [], [], [], 0.0
+        options, size = self.options, self.options.batch_size
+        for begin in range(0, len(samples), size):
+            batch = samples.rows(range(begin, min(begin + size, len(samples))))
+            start = time.perf_counter()
+            latents = sample_latents(self.generator, run, batch.prompts, batch.seeds, options.solver)
+            images = decode_pictures(self.generator, latents)
+            seconds += time.perf_counter() - start
+            with torch.inference_mode():
+                embedding, scores = self.network(images.to(self.generator.device))
+            features.append(embedding.float().cpu())
+            predicted.append(scores.argmax(1).cpu())
+            pictures += [images[row - begin] for row in shown if begin <= row < begin + size]
+            self.progress.advance(self.task, run.nfe * len(batch))
+        return Measured(
+            FeatureSet(torch.cat(features), torch.cat(predicted)),
+            torch.stack(pictures) if pictures else torch.empty(0),
+            seconds / len(samples),
+        )
+
+    def make_reference(self, origin: Origin) -> Reference:
+        """Both sets, at the full price."""
+        self.expect(sum(self.many.nfe * len(samples) for samples in self.draws))
+        first, second = (
+            self.measure(self.many, samples, name=f"{self.many.name}, set {index}").set
+            for index, samples in enumerate(self.draws, 1)
+        )
+        return Reference(origin, first, second)
+
+    def not_reproduced(self, reference: Reference, live: FeatureSet, rows: Sequence[int]) -> str | None:
+        """Why the stored second set is not what this machine makes at ``rows``, in words, or None."""
+        scale = diversity(reference.second.features, self.samples.prompts)
+        off = paired_distance(live.features, reference.second.features[list(rows)])
+        if scale is None or off <= LIVE_TOLERANCE * scale:
+            return None
+        return (
+            f"pictures made again lie {off:.3g} from the stored ones, where two pictures of one prompt lie {scale:.3g} "
+            "apart"
+        )
+
+
+def progress_bar(console: Console | None) -> Progress:
+    """Passes of the network, done and to come; drawn on ``console``, or nowhere."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:<30}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("passes"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None,
+    )
