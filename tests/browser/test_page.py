@@ -1,4 +1,4 @@
-"""ComfyUI's page in Chromium: the shipped template is listed, opens, runs, its picture appears, and no error is ours."""
+"""ComfyUI's page in Chromium: the template is listed, opens, runs, its picture appears, no error is ours."""
 
 from __future__ import annotations
 
@@ -65,8 +65,10 @@ def page(tmp_path: Path) -> Iterator[Page]:
 
 
 def is_ours(message: str) -> bool:
-    """Whether a console error concerns this extension rather than the page itself (which reports some on its own)."""
-    return any(word in message.lower() for word in ("flash", "flash-diffusion", NAME))
+    """Whether a console error concerns this extension: the page reports files of its own that are not there, and that
+    it may not ask the registry on the internet about the nodes it shows.
+    """
+    return "flash" in message.lower() and "https://api.comfy.org/" not in message
 
 
 def test_the_template_opens_and_runs_in_the_page(page: Page, server: Any) -> None:
