@@ -38,7 +38,7 @@ def pipeline_and_results(
     save_file(inputs, folder / "inputs.safetensors")
     (folder / "prompts.json").write_text(json.dumps(PROMPTS))
     outputs = folder / "outputs.safetensors"
-    script = HERE / "inside_comfyui.py"
+    script = HERE / "inside" / "demo_models.py"
     arguments = [runtime.comfyui_folder(), root, folder, folder / "inputs.safetensors", outputs]
     command = [sys.executable, script, *arguments]
     finished = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
@@ -98,3 +98,36 @@ def test_preview_colours_have_a_row_for_each_channel(pipeline_and_results) -> No
     _, _, results = pipeline_and_results
     assert results["rgb_factors"].shape == (8, 3)
     assert bool(torch.isfinite(results["rgb_factors"]).all())
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_trained_sigmas_are_those_of_the_trailing_timesteps(pipeline_and_results, steps: int) -> None:
+    pipeline, _, results = pipeline_and_results
+    timesteps = [round(1000 * (steps - index) / steps) - 1 for index in range(steps)]
+    if steps == 4:
+        assert timesteps == [999, 749, 499, 249]
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod[timesteps].double()
+    expected = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    assert torch.allclose(results[f"sigmas.{steps}"][:-1].double(), expected, rtol=1e-5)
+    assert results[f"sigmas.{steps}"][-1] == 0
+
+
+def test_half_denoise_keeps_the_lower_half_of_the_trained_sigmas(pipeline_and_results) -> None:
+    _, _, results = pipeline_and_results
+    assert torch.equal(results["sigmas.half"], results["sigmas.4"][2:])
+
+
+def test_re_noising_continues_the_stream_of_the_seed(pipeline_and_results) -> None:
+    _, _, results = pipeline_and_results
+    generator = torch.Generator().manual_seed(7)
+    first, second = (torch.randn(2, 8, 16, 16, generator=generator) for _ in range(2))
+    assert torch.equal(results["noise"], first)
+    assert torch.equal(results["next_noise"], second)
+
+
+def test_no_noise_is_used_twice_where_the_first_came_from_a_batch_index(pipeline_and_results) -> None:
+    """The fourth item's first noise is the fourth draw of the seed's stream: re-noising must keep clear of it."""
+    _, _, results = pipeline_and_results
+    noises = results["item_noises"].flatten(1)
+    correlation = torch.corrcoef(noises) - torch.eye(len(noises))
+    assert float(correlation.abs().max()) < 0.2

@@ -1,36 +1,25 @@
-"""Run in a process that has ComfyUI on its path (see ``test_demo_models.py``): the demo's parts on given inputs.
+"""The demo's parts on given inputs (see ``test_demo_models.py``).
 
-python inside_comfyui.py COMFYUI ROOT TEACHER INPUTS OUTPUTS
+python demo_models.py COMFYUI ROOT TEACHER INPUTS OUTPUTS
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+from boot import boot
+
 
 def main(comfyui: Path, root: Path, folder: Path, inputs: Path, outputs: Path) -> None:
     """Build the demo's models of ``folder`` and write what they make of the tensors in ``inputs``."""
-    sys.path.insert(0, str(comfyui))
-    from comfy.cli_args import args
-
-    args.cpu = True  # before ComfyUI looks for a device
-    args.use_pytorch_cross_attention = True
-
+    boot(comfyui, root)
     import comfy.sample
-    import comfy.samplers
     import torch
-    from safetensors.torch import load_file, save_file
-
-    spec = importlib.util.spec_from_file_location(
-        "dropped_in", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["dropped_in"] = package
-    spec.loader.exec_module(package)
     from dropped_in.nodes.demo_models import build_demo
+    from dropped_in.nodes.few_step import fresh_noise, trained_sigmas
+    from safetensors.torch import load_file, save_file
 
     given = load_file(inputs)
     with torch.inference_mode():
@@ -41,14 +30,20 @@ def main(comfyui: Path, root: Path, folder: Path, inputs: Path, outputs: Path) -
         results["unet"] = model.model.diffusion_model(given["latents"], given["timesteps"], context=given["context"])
         results["decoded"] = vae.decode(given["latents"])
         results["encoded"] = vae.encode(given["images"])
-        empty = torch.zeros(2, 4, 16, 16)
-        fixed = comfy.sample.fix_empty_latent_channels(model, empty)
+        fixed = comfy.sample.fix_empty_latent_channels(model, torch.zeros(2, 4, 16, 16))
         noise = comfy.sample.prepare_noise(fixed, 7)
         for sampler in ("euler", "ddim"):
             results[sampler] = comfy.sample.sample(
                 model, noise, 8, 2.0, sampler, "simple", conditioning[0], conditioning[2], fixed, seed=7
             )
         results["noise"] = noise
+        results["next_noise"] = fresh_noise(noise, 7)()
+        item = comfy.sample.prepare_noise(fixed[:1], 7, [3])
+        draw = fresh_noise(item, 7)
+        results["item_noises"] = torch.cat([item, *(draw() for _ in range(8))])
+        for steps in range(1, 9):
+            results[f"sigmas.{steps}"] = trained_sigmas(model, steps)
+        results["sigmas.half"] = trained_sigmas(model, 4, 0.5)
         results["rgb_factors"] = torch.tensor(model.model.latent_format.latent_rgb_factors)
     save_file({name: value.float().contiguous() for name, value in results.items()}, outputs)
 

@@ -1,0 +1,23 @@
+"""What the scripts of this folder share: they run in a process of their own, with ComfyUI and this extension in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+PACKAGE = "dropped_in"
+
+
+def boot(comfyui: Path, root: Path) -> None:
+    """Put ComfyUI on the path, on the CPU, and load the extension under the name :data:`PACKAGE`."""
+    sys.path.insert(0, str(comfyui))
+    from comfy.cli_args import args
+
+    args.cpu = True  # before ComfyUI looks for a device
+    args.use_pytorch_cross_attention = True
+
+    spec = importlib.util.spec_from_file_location(PACKAGE, root / "__init__.py", submodule_search_locations=[str(root)])
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[PACKAGE] = package
+    spec.loader.exec_module(package)

@@ -1,0 +1,50 @@
+"""LoRA files against ComfyUI's models of other families (see ``test_lora_families.py``).
+
+python families.py COMFYUI ROOT REQUESTS
+
+REQUESTS is a JSON file, {family: {"shapes": {diffusers key: shape}, "lora": path}}; the answer goes to stdout, one JSON
+object {family: {"matched", "total", "patched", "base", "model", "error"}}. The models are built without memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from boot import boot
+
+
+def main(comfyui: Path, root: Path, requests: Path) -> None:
+    """Build each model from its shapes and load its LoRA."""
+    boot(comfyui, root)
+    import comfy.model_detection
+    import comfy.model_patcher
+    import torch
+    from dropped_in.flash_core.lora import describe_base, read_lora
+    from dropped_in.nodes.lora_patches import LoraMismatch, apply_lora, describe_model
+
+    meta = torch.device("meta")
+    answers = {}
+    for family, request in json.loads(requests.read_text()).items():
+        weights = {key: torch.empty(shape, device=meta) for key, shape in request["shapes"].items()}
+        converted = comfy.model_detection.convert_diffusers_mmdit(dict(weights), "")
+        if converted is not None:
+            config = comfy.model_detection.model_config_from_unet(converted, "")
+        else:
+            config = comfy.model_detection.model_config_from_diffusers_unet(weights)
+        config.set_inference_dtype(torch.float32, None)
+        model = comfy.model_patcher.ModelPatcher(config.get_model(converted or weights, "", device=meta), meta, meta)
+        file = read_lora(request["lora"])
+        answer = {"base": describe_base(file), "model": describe_model(model)}
+        try:
+            patched, report = apply_lora(file, model, 1.0)
+            answer |= {"matched": len(report.matched), "total": report.total, "patched": len(patched.patches)}
+        except LoraMismatch as error:
+            answer["error"] = str(error)
+        answers[family] = answer
+    sys.stdout.write(json.dumps(answers) + "\n")
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""LoRA files as diffusers and PEFT write them fit ComfyUI's models of every family, layer for layer, or are refused.
+
+Names and shapes come from diffusers' model classes, which hold no memory here ("meta" tensors), as do ComfyUI's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.comfy
+
+RANK = 2
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "proj_mlp")
+PREFIX = {"sd15": "unet.", "sdxl": "base_model.model.", "sd3": "transformer.", "pixart": "base_model.model."}
+
+
+def diffusers_model(family: str) -> torch.nn.Module:
+    """A model of the family at its published sizes (Flux with fewer blocks), without memory."""
+    if family == "sd15":
+        return UNet2DConditionModel(cross_attention_dim=768)
+    if family == "sdxl":
+        return UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            use_linear_projection=True,
+        )
+    if family == "sd3":
+        return SD3Transformer2DModel(num_layers=24, num_attention_heads=24, pos_embed_max_size=192)
+    if family == "pixart":
+        return PixArtTransformer2DModel()
+    return FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+
+
+def save_lora(path: Path, model: torch.nn.Module, prefix: str, targets: tuple[str, ...] = TARGETS) -> int:
+    """A LoRA on the model's attention in the PEFT spelling; the number of its layers."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(f".{target}" for target in targets)):
+            tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(RANK, module.in_features)
+            tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(module.out_features, RANK)
+    save_file(tensors, path)
+    return len(tensors) // 2
+
+
+@pytest.fixture(scope="module")
+def answers(
+    runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """What ComfyUI's models say of the LoRAs, and how many layers each LoRA has."""
+    folder = tmp_path_factory.mktemp("families")
+    requests, totals = {}, {}
+    for family in ("sd15", "sdxl", "sd3", "pixart", "flux"):
+        with torch.device("meta"):
+            model = diffusers_model(family)
+        path = folder / f"{family}.safetensors"
+        totals[family] = save_lora(path, model, PREFIX.get(family, "transformer."))
+        shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+        requests[family] = {"shapes": shapes, "lora": str(path)}
+    requests["sdxl model, sd15 lora"] = {"shapes": requests["sdxl"]["shapes"], "lora": requests["sd15"]["lora"]}
+    requests["sd15 model, sdxl lora"] = {"shapes": requests["sd15"]["shapes"], "lora": requests["sdxl"]["lora"]}
+    requests["sd15 model, sd3 lora"] = {"shapes": requests["sd15"]["shapes"], "lora": requests["sd3"]["lora"]}
+    (folder / "requests.json").write_text(json.dumps(requests))
+    script = Path(__file__).resolve().parent / "inside" / "families.py"
+    command = [sys.executable, script, runtime.comfyui_folder(), root, folder / "requests.json"]
+    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), totals
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "pixart", "flux"])
+def test_every_layer_is_patched(answers, family: str) -> None:
+    answer, total = answers[0][family], answers[1][family]
+    assert "error" not in answer
+    assert answer["matched"] == answer["total"] == total
+    assert total > 10
+
+
+@pytest.mark.parametrize(
+    ("case", "lora", "model"),
+    [
+        ("sdxl model, sd15 lora", "SD 1.5 (attn2 reads 768 channels)", "SDXL (attn2 reads 2048 channels)"),
+        ("sd15 model, sdxl lora", "SDXL (attn2 reads 2048 channels)", "SD15 (attn2 reads 768 channels)"),
+        ("sd15 model, sd3 lora", "SD3", "SD15 (attn2 reads 768 channels)"),
+    ],
+)
+def test_another_family_is_refused_with_both_names(answers, case: str, lora: str, model: str) -> None:
+    error = answers[0][case]["error"]
+    assert f"It is for {lora}" in error
+    assert f"the model is {model}" in error
