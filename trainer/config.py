@@ -6,13 +6,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..flash_core.distiller import DistillerSettings, Phase
 from .errors import UserError
+
+if TYPE_CHECKING:  # flash_core brings torch, too heavy for a help text
+    from ..flash_core.distiller import DistillerSettings, Phase
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -42,7 +44,7 @@ class DataSection(Section):
     """Pictures and their captions."""
 
     source: Literal["folder", "webdataset", "demo"] = Field(
-        description="folder: images with .txt captions beside them; webdataset: .tar shards; demo: the embedded pictures"
+        description="folder: images with .txt captions beside them; webdataset: .tar shards; demo: the embedded ones"
     )
     path: Path | None = Field(None, description="the folder, or a shard, or a folder of shards; not needed for `demo`")
     resolution: int | None = Field(
@@ -102,6 +104,8 @@ class MethodSection(Section):
 
     def settings(self) -> DistillerSettings:
         """The same constants as the core takes them."""
+        from ..flash_core.distiller import DistillerSettings
+
         return DistillerSettings(**self.model_dump())
 
 
@@ -127,6 +131,8 @@ class PhaseSection(Section):
 
     def phase(self) -> Phase:
         """The same phase as the core takes it."""
+        from ..flash_core.distiller import Phase
+
         return Phase(self.modes, self.adversarial, self.dmd, self.distillation)
 
 
@@ -147,7 +153,7 @@ class OptimizerSection(Section):
 
 
 class TrajectorySection(Section):
-    """For small budgets: teacher trajectories computed once and replayed, instead of a fresh rollout for every batch."""
+    """For small budgets: teacher trajectories computed once and replayed, instead of a rollout for every batch."""
 
     count: Annotated[int, Field(ge=0)] = Field(0, description="teacher trajectories; 0 is a fresh rollout (the paper)")
     batch: Count = Field(32, description="trajectories computed at once")
@@ -331,18 +337,16 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parents):
         if isinstance(node, list):
             node = node[_position(node, part, override)]
-        elif isinstance(node, dict):
+        else:
             if node.get(part) is None:
                 node[part] = {}
             node = node[part]
-        else:
-            raise UserError(f"--set {override}: {'.'.join(parents[:depth])} is a value, not a section")
+        if not isinstance(node, (dict, list)):
+            raise UserError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     if isinstance(node, list):
         node[_position(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
     else:
-        raise UserError(f"--set {override}: {'.'.join(parents)} is a value, not a section")
+        node[last] = value
 
 
 def _position(items: list[Any], part: str, override: str) -> int:

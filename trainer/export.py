@@ -70,7 +70,6 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
         recipe_hash=recipe.digest(),
         training={
             "updates": str(state.update),
-            "seconds": f"{state.elapsed:.0f}",
             "samples": str(state.position),
             "trainer": f"flash-diffusion {__version__}",
         },
@@ -140,8 +139,8 @@ pipe(prompt, timesteps={grids[4]}, guidance_scale=1.0)
 ## Training
 
 {state.update} updates in {state.elapsed / 60:.1f} minutes, {state.position} samples drawn. The teacher solved
-{recipe.method.teacher_steps} steps ({recipe.method.solver}) at guidance {low:g}..{high:g}. `config.yaml` holds every setting,
-`log.jsonl` the course.
+{recipe.method.teacher_steps} steps ({recipe.method.solver}) at guidance {low:g}..{high:g}. `config.yaml` holds every
+setting, `log.jsonl` the course.
 
 | phase | updates | modes at 999, 749, 499, 249 | distillation | adversarial | dmd |
 |---|---|---|---|---|---|

@@ -25,6 +25,7 @@ from .assembly import Assembly, assemble, learning_rate_factor, needs_critic
 from .checkpoint import TrainingState
 from .config import PhaseSection, Recipe
 from .data.order import Order
+from .data.sources import check_source
 from .data.trajectories import TrajectoryBank, record_trajectories
 from .errors import UserError
 from .export import export_run
@@ -59,6 +60,7 @@ def distil(recipe: Recipe, output: Path, *, resume: bool = False) -> Path:
         # Weights cast under no_grad must not be found in autocast's cache by a step that needs their gradients.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
+    check_source(recipe.data)
     found = checkpoint.checkpoints(output)
     if found and not resume:
         raise UserError(f"{output} already holds a run; continue it with --resume, or choose another --output")

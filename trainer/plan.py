@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +15,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of each trained parameter: itself, its gradient and AdamW's two moments, all float32.
 TRAINED_BYTES = 16
 AVERAGE_BYTES = 4
+MILLION = 1e6
 
 
 def expected_passes(teacher_steps: int, modes: tuple[float, ...]) -> float:
@@ -24,7 +26,7 @@ def expected_passes(teacher_steps: int, modes: tuple[float, ...]) -> float:
 
 
 def print_plan(recipe: Recipe, console: Console) -> None:
-    """Print the phases, the teacher's work, what trains, memory and what is not known before it is measured.
+    """Print the phases, the teacher's work, what trains, memory, and what only a measurement can tell.
 
     Raises:
         UserError: the recipe does not fit the model.
@@ -32,51 +34,49 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     outline = outline_teacher(recipe.model, recipe.data.resolution)
     add_adapters(outline.denoiser, recipe, family(recipe.model.family).default_targets)
     student = sum(value.numel() for value in outline.denoiser.adapter_parameters("student").values())
-    adapters = student * (2 if needs_critic(recipe) else 1)
-    base = outline.parameters * BYTES[recipe.model.dtype]
-    mega = 1e6
-    table = Table(title=f"{outline.name} ({recipe.model.family}): {recipe.updates} updates", title_justify="left")
-    for heading in (
-        "phase",
-        "updates",
-        "modes 999/749/499/249",
-        "distillation",
-        "adversarial",
-        "dmd",
-        "teacher passes",
-    ):
-        table.add_column(heading, justify="left" if heading == "phase" else "right")
-    recorded = recipe.trajectories.count
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates; modes weigh t = 999/749/499/249")
+    console.print(_phases(recipe))
+    effective = recipe.batch_size * recipe.gradient_accumulation
+    say(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} samples a process")
+    if recorded := recipe.trajectories.count:
+        passes = recorded * 2 * recipe.method.teacher_steps
+        say(f"before: {recorded} teacher trajectories in {passes} passes; training replays them")
+    heads = " and discriminator heads" if needs_discriminator(recipe) else ""
+    critic = " and a critic LoRA of the same size" if needs_critic(recipe) else ""
+    say(
+        f"trains: {student / MILLION:.2f} M parameters, LoRA rank {recipe.lora.rank}{critic}{heads}, "
+        f"on a frozen base of {outline.parameters / MILLION:.1f} M"
+    )
+    adapters = student * (2 if critic else 1)
+    memory = outline.parameters * BYTES[recipe.model.dtype] + adapters * TRAINED_BYTES + student * AVERAGE_BYTES
+    recomputed = ", recomputed to save memory" if recipe.gradient_checkpointing else ""
+    say(
+        f"memory: {memory / 2**30:.2f} GiB for the base in {recipe.model.dtype}, adapters and their optimiser; "
+        f"activations come on top{recomputed}"
+    )
+    channels, height, width = outline.latent_shape
+    say(f"latents: {channels} x {height} x {width} a sample")
+    if recipe.limits.max_minutes is None:
+        say("time: the progress bar tells it once the first updates are measured")
+    else:
+        say(f"time: at most {recipe.limits.max_minutes:g} minutes; phases and learning rate follow the clock")
+
+
+def _phases(recipe: Recipe) -> Table:
+    table = Table(box=box.SIMPLE)
+    for heading in ("phase", "updates", "modes", "distillation", "adversarial", "dmd", "teacher passes"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
     for phase in recipe.phases:
         passes = expected_passes(recipe.method.teacher_steps, phase.modes) * recipe.batch_size
         table.add_row(
             phase.name,
             str(phase.updates),
-            " / ".join(f"{weight:g}" for weight in phase.modes),
-            f"{phase.distillation:g}",
-            f"{phase.adversarial:g}" if phase.adversarial else "off",
-            f"{phase.dmd:g}" if phase.dmd else "off",
-            "0 (replayed)" if recorded else f"{passes:.0f} a batch",
+            "/".join(f"{weight:g}" for weight in phase.modes),
+            *(f"{weight:g}" if weight else "off" for weight in (phase.distillation, phase.adversarial, phase.dmd)),
+            "replayed" if recipe.trajectories.count else f"{passes:.0f} a batch",
         )
-    console.print(table)
-    effective = recipe.batch_size * recipe.gradient_accumulation
-    console.print(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} a process")
-    if recorded:
-        console.print(f"before: {recorded} teacher trajectories, {recorded * 2 * recipe.method.teacher_steps} passes")
-    heads = " and discriminator heads" if needs_discriminator(recipe) else ""
-    critic = " and a critic LoRA of the same size" if needs_critic(recipe) else ""
-    console.print(
-        f"trains: {student / mega:.2f} M parameters, LoRA rank {recipe.lora.rank}{critic}{heads}, "
-        f"on a frozen base of {outline.parameters / mega:.0f} M"
-    )
-    memory = base + adapters * TRAINED_BYTES + student * AVERAGE_BYTES
-    console.print(
-        f"memory: {memory / 2**30:.2f} GiB for base ({recipe.model.dtype}), adapters, gradients, optimiser and average; "
-        f"activations come on top{', recomputed to save memory' if recipe.gradient_checkpointing else ''}"
-    )
-    channels, height, width = outline.latent_shape
-    console.print(f"latents: {channels} x {height} x {width} a sample, float32")
-    if recipe.limits.max_minutes is not None:
-        console.print(f"time: at most {recipe.limits.max_minutes:g} minutes; phases follow the clock")
-    else:
-        console.print("time: known once the first updates are measured; the progress bar shows it")
+    return table

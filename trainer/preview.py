@@ -24,7 +24,7 @@ HEADER = 18  # pixels for the column's title
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """The model as :func:`~.generate.sample_latents` wants it, with the prompts encoded before the encoders were freed."""
+    """The model as ``generate.sample_latents`` wants it, its prompts encoded before the encoders were freed."""
 
     teacher: Teacher
     prompts: tuple[str, ...]

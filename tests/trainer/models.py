@@ -55,7 +55,13 @@ def tiny_stable_diffusion(folder: Path, seed: int = 0, **scheduler: Any) -> Path
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    settings = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "steps_offset": 1,
+    }
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

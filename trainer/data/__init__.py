@@ -1,1 +1,1 @@
-"""Where training samples come from: shards, folders with captions, the demo; their order; latents and text in memory."""
+"""Where training samples come from: shards, folders, the demo; their order; latents and text in memory."""

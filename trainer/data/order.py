@@ -1,4 +1,4 @@
-"""The order samples are visited in: a function of seed and position alone, so that a position is all there is to save."""
+"""The order samples are visited in: a function of seed and position alone, so that a position is all one saves."""
 
 from __future__ import annotations
 

@@ -40,6 +40,15 @@ class Sample:
     caption: str
 
 
+def check_source(data: DataSection) -> None:
+    """Look whether the data is there, before anything heavy is loaded.
+
+    Raises:
+        UserError: it is not; names the path.
+    """
+    next(read_samples(data), None)
+
+
 def read_samples(data: DataSection) -> Iterator[Sample]:
     """The samples a recipe names, in a fixed order.
 

@@ -136,8 +136,8 @@ def _read(folder: Path, fingerprint: str) -> TrajectoryBank:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != fingerprint:
                     raise UserError(
-                        f"{folder} holds trajectories of another teacher, data or method; remove that folder, or choose "
-                        "another --output"
+                        f"{folder} holds trajectories of another teacher, data or method; remove that folder, "
+                        "or choose another --output"
                     )
                 parts.append({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         except SafetensorError as error:

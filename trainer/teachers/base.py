@@ -87,6 +87,7 @@ class Teacher(ABC):
     def weights_hash(self) -> str:
         """Identifies the base's weights."""
 
+    @abstractmethod
     def release_text_encoders(self) -> None:
         """Free the text encoders' memory; :meth:`unconditional` still works, :meth:`encode_prompts` does not."""
 

@@ -82,7 +82,10 @@ class DiffusersDenoiser(ABC):
 
     @contextmanager
     def role(self, role: Role) -> Iterator[None]:
-        """Switch to ``role`` inside the block, and back to the previous one after it."""
+        """Switch to ``role`` inside the block, and back to the previous one after it.
+
+        An adapter takes gradients while its role is on: run the backward pass inside the block as well.
+        """
         previous = self._role
         self._switch(role)
         try:

@@ -1,0 +1,72 @@
+"""Tiny random models and pictures, made once for all tests of the trainer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from flash_diffusion.trainer.config import Recipe, parse_recipe
+
+from .models import picture_folder, tiny_recipe, tiny_stable_diffusion
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion 1.5 as a diffusers folder."""
+    return tiny_stable_diffusion(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six random pictures with captions."""
+    return picture_folder(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture
+def recipe_content(tiny_model: Path, pictures: Path) -> dict[str, Any]:
+    """A recipe that runs in seconds and computes every term."""
+    return tiny_recipe(tiny_model, pictures)
+
+
+@pytest.fixture
+def recipe(recipe_content: dict[str, Any]) -> Recipe:
+    """The same, checked."""
+    return parse_recipe(recipe_content)
+
+
+@pytest.fixture
+def recipe_file(recipe_content: dict[str, Any], tmp_path: Path) -> Path:
+    """The same, as a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe_content))
+    return path
+
+
+def trainer_process(*arguments: str | Path) -> subprocess.Popen[str]:
+    """``python -m trainer`` in a process of its own, as in a clone."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -1,0 +1,90 @@
+"""The command line: quick to help, plain in its errors, a plan before any weights."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flash_diffusion.trainer.cli import COMMANDS, main
+from flash_diffusion.trainer.config import Recipe, parse_recipe
+from flash_diffusion.trainer.plan import expected_passes
+
+from .conftest import trainer_process
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+    """A command's exit code and everything it said."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    fastest = float("inf")
+    for _ in range(3):  # the machine may be busy
+        started = time.monotonic()
+        process = trainer_process("--help")
+        text = process.communicate(timeout=60)[0]
+        fastest = min(fastest, time.monotonic() - started)
+        assert process.returncode == 0
+    assert all(command in text for command in COMMANDS)
+    assert fastest < 1
+
+
+def test_every_commands_help_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("distill", "export"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        assert len(capsys.readouterr().out) > 200
+
+
+def test_a_users_mistake_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str], recipe_file: Path) -> None:
+    code, text = said(capsys, "distill", recipe_file, "--set", "optimizer.lr=-1")
+    assert code == 2
+    assert text.startswith("flash-diffusion: ")
+    assert "optimizer.lr" in text
+    assert "Traceback" not in text
+
+
+def test_the_plan_needs_no_weights(
+    capsys: pytest.CaptureFixture[str], recipe_content: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    recipe_content["model"]["path"] = str(bare)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_content))
+    code, text = said(capsys, "distill", file, "--dry-run", "--output", tmp_path / "run")
+    assert code == 0
+    for part in ("warm-up", "off", "11 a batch", "LoRA rank 4", "discriminator heads", "GiB", "4 x 8 x 8"):
+        assert part in text, part
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("teacher_steps", "modes", "wanted"),
+    # By hand: from index k a trailing grid of K has K - k evaluations left, two passes each with guidance.
+    [(4, (1, 0, 0, 0), 2 * (4 * 0.8808 + 3 * 0.1192)), (32, (0, 0, 0, 1), 2 * 8), (32, (1, 1, 1, 1), 2 * 19.975)],
+)
+def test_expected_passes(teacher_steps: int, modes: tuple[float, ...], wanted: float) -> None:
+    assert expected_passes(teacher_steps, modes) == pytest.approx(wanted, abs=0.02)
+
+
+def test_a_run_from_the_command_line(capsys: pytest.CaptureFixture[str], recipe_file: Path, tmp_path: Path) -> None:
+    code, text = said(capsys, "distill", recipe_file, "--output", tmp_path / "run", "--set", "phases.1.updates=1")
+    assert code == 0
+    assert "lora.safetensors" in text
+    written = parse_recipe(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    assert isinstance(written, Recipe)
+    assert written.updates == 3
+    code, text = said(capsys, "distill", recipe_file, "--output", tmp_path / "run")
+    assert code == 2
+    assert "--resume" in text
+    code, text = said(capsys, "export", tmp_path / "run", "--checkpoint", "2")
+    assert code == 0

@@ -1,0 +1,151 @@
+"""Recipes: what may be said, and what a user reads when it does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flash_diffusion.flash_core.distiller import PUBLISHED_PHASES, DistillerSettings
+from flash_diffusion.trainer.config import RECIPES, Recipe, Section, load_recipe, parse_recipe, shipped_recipes
+from flash_diffusion.trainer.errors import UserError
+
+
+def refusal(content: dict[str, Any]) -> str:
+    """The message that refuses a recipe."""
+    with pytest.raises(UserError) as error:
+        parse_recipe(content)
+    return str(error.value)
+
+
+def changed(content: dict[str, Any], section: str, **fields: Any) -> dict[str, Any]:
+    """The recipe with fields of one section changed."""
+    return {**content, section: {**content.get(section, {}), **fields}}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_valid(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.updates == sum(phase.updates for phase in recipe.phases)
+
+
+def test_the_published_recipe_has_the_papers_constants() -> None:
+    recipe = load_recipe("sd15.yaml")
+    assert [phase.phase() for phase in recipe.phases] == list(PUBLISHED_PHASES)
+    assert [phase.updates for phase in recipe.phases] == [5000] * 4
+    assert recipe.method.settings() == DistillerSettings()
+    assert (recipe.lora.rank, recipe.lora.alpha) == (128, 128)
+    assert (recipe.optimizer.lr, recipe.optimizer.discriminator_lr) == (1e-5, 1e-5)
+    assert recipe.method.guidance == (3, 13)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_line_of_a_shipped_recipe_is_explained(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    unexplained = [
+        line
+        for index, line in enumerate(lines)
+        if ":" in line and not line.lstrip().startswith("#") and not line.rstrip().endswith(":") and "#" not in line
+        if not (index and lines[index - 1].lstrip().startswith("#"))
+    ]
+    assert not unexplained
+
+
+def test_every_field_has_a_description() -> None:
+    pending: list[type[Section]] = [Recipe]
+    while pending:
+        section = pending.pop()
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                pending.append(field.annotation)
+            else:
+                assert field.description, f"{section.__name__}.{name}"
+
+
+def test_an_unknown_field_is_named_with_what_there_is(recipe_content: dict[str, Any]) -> None:
+    message = refusal(changed(recipe_content, "lora", rnk=3))
+    assert "lora.rnk" in message
+    assert "rank, alpha, targets" in message
+
+
+def test_a_missing_field_is_named_with_its_meaning(recipe_content: dict[str, Any]) -> None:
+    del recipe_content["model"]["family"]
+    message = refusal(recipe_content)
+    assert "model.family: is missing" in message
+    assert "model family" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "expected"),
+    [
+        ("optimizer", {"lr": -1}, ("optimizer.lr", "greater than 0", "-1", "learning rate")),
+        ("optimizer", {"lr": "fast"}, ("optimizer.lr", "number", "'fast'")),
+        ("optimizer", {"lr": float("nan")}, ("optimizer.lr", "finite", "nan")),
+        ("method", {"teacher_steps": 6}, ("method", "multiple of the 4 modes", "6")),
+        ("method", {"guidance": [3, 2]}, ("method", "low <= high", "[3.0, 2.0]")),
+        ("method", {"solver": "heun"}, ("method.solver", "'dpmpp_2m'", "'heun'")),
+        ("data", {"resolution": 100}, ("data", "multiple of 8", "100")),
+        ("data", {"path": None}, ("data", "needs a path", "'folder'")),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    recipe_content: dict[str, Any], section: str, fields: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    message = refusal(changed(recipe_content, section, **fields))
+    for part in expected:
+        assert part in message
+
+
+def test_problems_in_a_list_say_which_entry(recipe_content: dict[str, Any]) -> None:
+    recipe_content["phases"][1]["modes"] = [0, 0, 0, 0]
+    assert "phases.1: at least one of the modes" in refusal(recipe_content)
+
+
+def test_overrides_reach_sections_lists_and_absent_sections(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        str(recipe_file), ["optimizer.lr=2e-4", "phases.0.updates=7", "limits.max_minutes=1.5", "lora.targets=[to_q]"]
+    )
+    assert recipe.optimizer.lr == 2e-4
+    assert recipe.phases[0].updates == 7
+    assert recipe.limits.max_minutes == 1.5
+    assert recipe.lora.targets == ["to_q"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lr", "key=value"),
+        ("phases.9.updates=1", "0..1"),
+        ("batch_size.x=1", "a value, not a section"),
+        ("seed=[1", "not readable YAML"),
+    ],
+)
+def test_an_override_that_fits_nowhere_is_explained(recipe_file: Path, override: str, expected: str) -> None:
+    with pytest.raises(UserError, match="--set") as error:
+        load_recipe(str(recipe_file), [override])
+    assert expected in str(error.value)
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(UserError, match="demo.*sd15"):
+        load_recipe("nothing-of-that-name")
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "\xff\xfe"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_recipe(str(path))
+
+
+def test_the_resolved_recipe_reads_back_as_itself(recipe: Recipe) -> None:
+    again = parse_recipe(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+
+
+def test_the_digest_tells_recipes_apart(recipe_content: dict[str, Any]) -> None:
+    assert parse_recipe(recipe_content).digest() != parse_recipe({**recipe_content, "seed": 1}).digest()

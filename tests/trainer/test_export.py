@@ -1,0 +1,97 @@
+"""What a run hands over works elsewhere: stock diffusers, and a reader of the header."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+
+from flash_diffusion.flash_core.lora import read_lora
+from flash_diffusion.trainer.config import Recipe, parse_recipe
+from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.export import export_checkpoint
+from flash_diffusion.trainer.loop import Run, distil
+
+
+def test_stock_diffusers_loads_it_with_the_same_output(
+    recipe_content: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    recipe_content["optimizer"]["lr"] = 0.05  # so that the LoRA does something
+    recipe = parse_recipe(recipe_content)
+    run = Run(recipe, tmp_path, Accelerator(), None)
+    path = run.train()
+    teacher = run.parts.teacher
+    z = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([999.0, 499.0])
+    conditioning = teacher.unconditional(2)
+    with torch.no_grad():
+        bare = teacher.denoiser.predict(z, t, conditioning)
+        with run.parts.average.applied(), teacher.denoiser.role("student"):
+            trained = teacher.denoiser.predict(z, t, conditioning)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+    with torch.no_grad():
+        loaded = pipeline.unet(z, t, encoder_hidden_states=conditioning.cross_attention).sample
+    assert not torch.allclose(trained, bare, atol=1e-3)
+    torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_convolutions_and_feed_forward_layers_can_be_adapted(
+    recipe_content: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    recipe_content["lora"]["targets"] = ["to_q", "proj_in", "ff.net.2", "conv1"]
+    recipe_content["optimizer"]["lr"] = 0.05
+    run = Run(parse_recipe(recipe_content), tmp_path, Accelerator(), None)
+    path = run.train()
+    z, t = torch.ones(1, 4, 8, 8), torch.tensor([749.0])
+    conditioning = run.parts.teacher.unconditional(1)
+    with torch.no_grad(), run.parts.average.applied(), run.parts.teacher.denoiser.role("student"):
+        trained = run.parts.teacher.denoiser.predict(z, t, conditioning)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+    with torch.no_grad():
+        loaded = pipeline.unet(z, t, encoder_hidden_states=conditioning.cross_attention).sample
+    torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_the_header_says_how_to_sample(recipe: Recipe, tmp_path: Path) -> None:
+    lora = read_lora(distil(recipe, tmp_path))
+    assert lora.metadata is not None
+    assert (lora.metadata.base, lora.metadata.prediction, lora.metadata.process) == ("sd15", "epsilon", "vp")
+    assert lora.metadata.timesteps[4] == (999, 749, 499, 249)
+    assert set(lora.metadata.timesteps) == set(range(1, 9))
+    assert lora.metadata.recipe_hash == recipe.digest()
+    assert lora.metadata.teacher == "tiny"
+    assert len(lora.metadata.teacher_hash) == 64
+    assert lora.metadata.training["updates"] == "5"
+    assert lora.alphas == (8.0,)
+    assert lora.ranks == (4,)
+    assert lora.alpha_source == "file"
+
+
+def test_the_card_tells_how_it_was_made_and_how_to_use_it(recipe: Recipe, tmp_path: Path) -> None:
+    distil(recipe, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n")
+    for part in ("load_lora_weights", "[999.0, 749.0, 499.0, 249.0]", "warm-up", "5 updates", "Rank 4, alpha 8"):
+        assert part in card
+    assert str(tmp_path) not in card
+
+
+def test_any_kept_checkpoint_can_be_exported(recipe: Recipe, tmp_path: Path) -> None:
+    last = distil(recipe, tmp_path).read_bytes()
+    export_checkpoint(tmp_path, 4)
+    assert read_lora(tmp_path / "lora.safetensors").metadata.training["updates"] == "4"  # type: ignore[union-attr]
+    export_checkpoint(tmp_path)
+    assert len((tmp_path / "lora.safetensors").read_bytes()) == len(last)
+    with pytest.raises(UserError, match="it keeps those of 4, 5"):
+        export_checkpoint(tmp_path, 3)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        export_checkpoint(tmp_path)

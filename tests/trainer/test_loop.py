@@ -1,0 +1,275 @@
+"""Whole runs on a tiny model: what changes and what does not, phases, clock, divergence, folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+from flash_diffusion.flash_core.distiller import Distiller
+from flash_diffusion.trainer import checkpoint
+from flash_diffusion.trainer.assembly import Average, assemble, learning_rate_factor
+from flash_diffusion.trainer.config import OptimizerSection, Recipe, parse_recipe
+from flash_diffusion.trainer.loop import Run, TrainingDiverged, distil, phase_at
+from flash_diffusion.trainer.seeds import stream
+from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser
+
+
+def log(output: Path) -> list[dict[str, Any]]:
+    """A run's log."""
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def frozen(denoiser: DiffusersDenoiser) -> dict[str, torch.Tensor]:
+    """A copy of everything that must not change."""
+    return {name: value.detach().clone() for name, value in denoiser.network.named_parameters() if ".lora_" not in name}
+
+
+def test_only_the_adapters_and_heads_change(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    recipe_content["method"]["fake_score"] = "critic"
+    recipe = parse_recipe(recipe_content)
+    run = Run(recipe, tmp_path, Accelerator(), None)
+    before = frozen(run.parts.teacher.denoiser)
+    trained = {
+        part: {name: value.detach().clone() for name, value in parameters.items()}
+        for part, parameters in run.parts.trained.parameters.items()
+    }
+    (tmp_path / "config.yaml").write_text(recipe.to_yaml())
+    run.train()
+    after = frozen(run.parts.teacher.denoiser)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert set(trained) == {"student", "discriminator", "critic"}
+    for part, parameters in run.parts.trained.parameters.items():
+        assert any(not torch.equal(value, trained[part][name]) for name, value in parameters.items()), part
+
+
+def test_a_run_writes_what_it_promises(recipe: Recipe, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    lora = distil(recipe, output)
+    assert lora == output / "lora.safetensors"
+    assert {path.name for path in output.iterdir()} >= {
+        "lora.safetensors", "README.md", "config.yaml", "log.jsonl", "previews", "tensorboard", "checkpoints",
+    }  # fmt: skip
+    lines = log(output)
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["phase"] for line in lines] == ["warm-up", "warm-up", "all", "all", "all"]
+    assert "adversarial" not in lines[0]
+    assert {"distillation", "adversarial", "dmd", "discriminator", "gradient_student"} <= set(lines[-1])
+    assert all(line["images_per_second"] > 0 for line in lines)
+    (preview,) = (output / "previews").iterdir()
+    with Image.open(preview) as grid:
+        assert grid.width > 64 * 2
+    assert [path.name for path in checkpoint.checkpoints(output)] == ["00000004", "00000005"]
+    assert "red" not in (output / "log.jsonl").read_text()
+
+
+def test_a_checkpoint_holds_only_what_trains(recipe: Recipe, tmp_path: Path) -> None:
+    run = Run(recipe, tmp_path, Accelerator(), None)
+    (tmp_path / "config.yaml").write_text(recipe.to_yaml())
+    run.train()
+    parts = run.parts.trained
+    student = sum(value.numel() for value in parts.parameters["student"].values())
+    heads = sum(value.numel() for value in parts.parameters["discriminator"].values())
+    # Itself and two moments each, and the student's average: four bytes a number, and the names.
+    size = (checkpoint.checkpoints(tmp_path)[-1] / checkpoint.TENSORS).stat().st_size
+    assert size < 4 * (4 * student + 3 * heads) + 200_000
+    names = load_file(checkpoint.checkpoints(tmp_path)[-1] / checkpoint.TENSORS)
+    assert {name.split("/")[0] for name in names} == {"student", "discriminator", "average", "optimizer"}
+    assert all(".lora_" in name for name in names if name.startswith(("student/", "average/")))
+    assert {path.suffix for path in checkpoint.checkpoints(tmp_path)[-1].iterdir()} == {".safetensors", ".json"}
+
+
+def test_the_student_learns(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    """On two recorded trajectories the distillation loss falls well below its start."""
+    recipe_content |= {
+        "phases": [{"name": "fit", "updates": 60, "modes": [1, 0, 0, 0]}],
+        "optimizer": {"lr": 3e-3},
+        "trajectories": {"count": 2, "batch": 2},
+        "checkpoint": {"every": 0},
+        "log_every": 10,
+    }
+    distil(parse_recipe(recipe_content), tmp_path / "run")
+    losses = [line["distillation"] for line in log(tmp_path / "run")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("terms", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["distillation", "adversarial", "dmd"])
+def test_gradient_checkpointing_changes_no_gradient(recipe_content: dict[str, Any], terms: tuple[float, ...]) -> None:
+    """With the real UNet, whose blocks are recomputed while roles have moved on."""
+    distillation, adversarial, dmd = terms
+    recipe_content["phases"] = [
+        {
+            "name": "one", "updates": 1, "modes": [1, 1, 1, 1],
+            "distillation": distillation, "adversarial": adversarial, "dmd": dmd,
+        }
+    ]  # fmt: skip
+    recipe_content["method"]["fake_score"] = "critic"
+    gradients = []
+    for recompute in (False, True):
+        recipe = parse_recipe({**recipe_content, "gradient_checkpointing": recompute})
+        parts = assemble(recipe, Accelerator())
+        assert parts.teacher.denoiser.network.is_gradient_checkpointing is recompute
+        generator = stream(0, "noise")
+        student = parts.trained.parameters["student"]
+        with torch.no_grad():
+            for value in student.values():
+                value.add_(0.05 * torch.randn(value.shape, generator=generator))
+        z0, conditioning = parts.examples.batch(torch.tensor([0, 3]), "cpu")
+        phase = recipe.phases[0].phase()
+        rollout = parts.distiller.rollout(z0, conditioning, parts.teacher.unconditional(2), phase, generator)
+        parts.distiller.student_step(rollout, phase, generator)
+        gradients.append([value.grad for value in student.values()])
+    assert all(gradient is not None for gradient in gradients[0])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
+
+
+def test_accumulated_batches_are_one_larger_batch(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    """Two batches of two give the gradient of one batch of four."""
+    recipe_content["phases"] = [{"name": "one", "updates": 1, "modes": [1, 0, 0, 0]}]
+    recipe_content |= {"trajectories": {"count": 4, "batch": 4}, "gradient_clip": 1e9, "optimizer": {"lr": 1e-3}}
+    norms = []
+    for name, size, accumulated in (("whole", 4, 1), ("parts", 2, 2)):
+        recipe = parse_recipe({**recipe_content, "batch_size": size, "gradient_accumulation": accumulated})
+        distil(recipe, tmp_path / name)
+        norms.append(log(tmp_path / name)[0]["gradient_student"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_trajectories_are_kept_and_not_computed_again(
+    recipe_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_content |= {"trajectories": {"count": 5, "batch": 2}}
+    recipe = parse_recipe(recipe_content)
+    distil(recipe, tmp_path)
+    assert len(list((tmp_path / "trajectories").glob("*.safetensors"))) == 3
+    for path in checkpoint.checkpoints(tmp_path):
+        assert not list(path.glob("*traject*"))
+    (tmp_path / "trajectories" / "complete").unlink()
+    (tmp_path / "trajectories" / "00001.safetensors").unlink()
+    solved: list[int] = []
+    original = Distiller.trajectory
+
+    def counted(self: Distiller, z0: torch.Tensor, *arguments: Any) -> Any:
+        solved.append(len(z0))
+        return original(self, z0, *arguments)
+
+    monkeypatch.setattr(Distiller, "trajectory", counted)
+    distil(recipe, tmp_path, resume=True)
+    assert solved == [2]
+
+
+def test_trajectories_of_another_recipe_are_refused(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    recipe_content |= {"trajectories": {"count": 2, "batch": 2}}
+    distil(parse_recipe(recipe_content), tmp_path)
+    recipe_content["method"]["guidance"] = [2, 2]
+    with pytest.raises(Exception, match="trajectories of another teacher, data or method"):
+        distil(parse_recipe(recipe_content), tmp_path, resume=True)
+
+
+def test_a_clock_ends_the_run_and_the_schedule_with_it(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    recipe_content["phases"][0]["updates"] = recipe_content["phases"][1]["updates"] = 100_000
+    recipe_content |= {
+        "limits": {"max_minutes": 0.15}, "optimizer": {"lr": 1e-3, "schedule": "cosine"}, "checkpoint": {"every": 0},
+    }  # fmt: skip
+    distil(parse_recipe(recipe_content), tmp_path)
+    lines = log(tmp_path)
+    assert 7 < lines[-1]["seconds"] < 14
+    assert {line["phase"] for line in lines} == {"warm-up", "all"}
+    assert lines[-1]["lr"] < 0.05 * lines[0]["lr"]
+
+
+def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(recipe, tmp_path, Accelerator(), None)
+    original = Distiller.student_step
+
+    def poisoned(self: Distiller, *arguments: Any) -> Any:
+        step = original(self, *arguments)
+        if run.state.update == 3:
+            step.terms["total"] *= float("nan")
+        return step
+
+    monkeypatch.setattr(Distiller, "student_step", poisoned)
+    with pytest.raises(TrainingDiverged, match="not a finite number") as error:
+        run.train()
+    assert str(checkpoint.checkpoint_path(tmp_path, 2)) in str(error.value)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["00000002"]
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_an_infinite_gradient_is_noticed_too(
+    recipe_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(parse_recipe({**recipe_content, "log_every": 100}), tmp_path, Accelerator(), None)
+    original = Distiller.student_step
+
+    def poisoned(self: Distiller, *arguments: Any) -> Any:
+        step = original(self, *arguments)
+        next(iter(run.parts.trained.parameters["student"].values())).grad.fill_(float("inf"))  # type: ignore[union-attr]
+        return step
+
+    monkeypatch.setattr(Distiller, "student_step", poisoned)
+    with pytest.raises(TrainingDiverged, match="no checkpoint yet"):
+        run.train()
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(recipe: Recipe, tmp_path: Path) -> None:
+    distil(recipe, tmp_path)
+    with pytest.raises(Exception, match="--resume"):
+        distil(recipe, tmp_path)
+
+
+def test_missing_data_is_found_before_the_model_is_loaded(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    recipe_content["data"]["path"] = str(tmp_path / "nowhere")
+    recipe_content["model"]["path"] = "/no/model/either"
+    with pytest.raises(Exception, match="no folder .*nowhere"):
+        distil(parse_recipe(recipe_content), tmp_path / "run")
+
+
+def test_phases_follow_each_other_by_updates(recipe: Recipe) -> None:
+    names = [phase_at(recipe, update / recipe.updates).name for update in range(recipe.updates)]
+    assert names == ["warm-up"] * 2 + ["all"] * 3
+
+
+def test_every_update_has_the_phase_that_the_recipe_says(recipe_content: dict[str, Any]) -> None:
+    """Also where update / updates is not an exact number."""
+    recipe_content["phases"] = [
+        {"name": str(index), "updates": count, "modes": [1, 1, 1, 1]} for index, count in enumerate((3, 7, 1, 46))
+    ]
+    recipe = parse_recipe(recipe_content)
+    wanted = [str(index) for index, phase in enumerate(recipe.phases) for _ in range(phase.updates)]
+    assert [phase_at(recipe, update / recipe.updates).name for update in range(recipe.updates)] == wanted
+
+
+def test_learning_rates() -> None:
+    cosine = OptimizerSection(schedule="cosine", warmup=10, decay_from=0.5)
+    assert learning_rate_factor(cosine, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate_factor(cosine, 50, 0.4) == 1
+    assert learning_rate_factor(cosine, 75, 0.75) == pytest.approx(0.5)
+    assert learning_rate_factor(cosine, 100, 1.0) == pytest.approx(0, abs=1e-12)
+    assert learning_rate_factor(OptimizerSection(), 0, 0.9) == 1
+
+
+def test_the_average_is_the_formulas() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    average = Average({"x": parameter}, 0.9)
+    wanted = 1.0
+    for update in range(30):
+        with torch.no_grad():
+            parameter.add_(1)
+        average.update(update)
+        decay = min(0.9, (1 + update) / (10 + update))
+        wanted = decay * wanted + (1 - decay) * float(parameter)
+    assert float(average.tensors["x"]) == pytest.approx(wanted, rel=1e-5)
+    live = float(parameter)
+    with average.applied():
+        assert float(parameter) == pytest.approx(wanted, rel=1e-5)
+    assert float(parameter) == live

@@ -1,0 +1,113 @@
+"""A killed run continues exactly: the LoRA is bit for bit that of a run that nobody killed."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from flash_diffusion.trainer import checkpoint
+from flash_diffusion.trainer.config import Recipe, parse_recipe
+from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.loop import distil
+
+from .conftest import trainer_process
+
+
+def assert_same_file(one: Path, other: Path) -> None:
+    """Two LoRAs are the same: every bit of every tensor, and the header."""
+    ours, theirs = load_file(one), load_file(other)
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        assert torch.equal(value.view(torch.uint8), theirs[name].view(torch.uint8)), name
+    with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
+        assert first.metadata() == second.metadata()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trajectories", [0, 6], ids=["rollouts", "trajectories"])
+def test_a_killed_run_resumes_exactly(recipe_content: dict[str, Any], tmp_path: Path, trajectories: int) -> None:
+    recipe_content["method"]["fake_score"] = "critic"
+    recipe_content |= {
+        "phases": [{**phase, "updates": 8} for phase in recipe_content["phases"]],
+        "trajectories": {"count": trajectories, "batch": 2},
+        "checkpoint": {"every": 3},
+        "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup": 3},
+        "gradient_accumulation": 2,
+        "log_every": 2,
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_content))
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = trainer_process("distill", file, "--output", killed)
+    started = time.monotonic()
+    while not (checkpoint.checkpoints(killed) or list((killed / "trajectories").glob("*.safetensors"))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() - started < 120
+        time.sleep(0.01)
+    moment = random.SystemRandom().uniform(0, 3)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    at = [path.name for path in checkpoint.checkpoints(killed)]
+    print(f"killed {moment:.3f} s after the first file; checkpoints {at}")  # noqa: T201
+    resumed = trainer_process("distill", file, "--output", killed, "--resume")
+    text = resumed.communicate(timeout=120)[0]
+    assert resumed.returncode == 0, text
+    distil(parse_recipe(recipe_content), whole)
+    assert_same_file(killed / "lora.safetensors", whole / "lora.safetensors")
+    logged = [(line["update"], line["total"]) for line in map(yaml.safe_load, (killed / "log.jsonl").open())]
+    wanted = [(line["update"], line["total"]) for line in map(yaml.safe_load, (whole / "log.jsonl").open())]
+    assert [update for update, _ in logged] == [update for update, _ in wanted]
+
+
+def test_resuming_at_every_checkpoint_gives_the_same(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    """Without a kill, but from every single position."""
+    recipe_content |= {"checkpoint": {"every": 1, "keep": 10}}
+    recipe = parse_recipe(recipe_content)
+    distil(recipe, tmp_path / "whole")
+    for kept in range(1, recipe.updates):
+        output = tmp_path / f"from-{kept}"
+        source = checkpoint.checkpoint_path(tmp_path / "whole", kept)
+        shutil.copytree(source, checkpoint.checkpoint_path(output, kept))
+        distil(recipe, output, resume=True)
+        assert_same_file(output / "lora.safetensors", tmp_path / "whole" / "lora.safetensors")
+
+
+def test_a_half_written_checkpoint_is_ignored(recipe: Recipe, tmp_path: Path) -> None:
+    distil(recipe, tmp_path)
+    partial = tmp_path / "checkpoints" / ".00000009.partial"
+    partial.mkdir()
+    (partial / checkpoint.TENSORS).write_bytes(b"half")
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["00000004", "00000005"]
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    distil(parse_recipe(recipe_content), tmp_path)
+    recipe_content["lora"]["targets"] = ["to_q"]
+    with pytest.raises(UserError, match="does not fit this recipe"):
+        distil(parse_recipe(recipe_content), tmp_path, resume=True)
+    recipe_content["lora"] = {"rank": 2, "alpha": 8}
+    with pytest.raises(UserError, match="does not fit this recipe"):
+        distil(parse_recipe(recipe_content), tmp_path, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    distil(recipe, tmp_path)
+    last = checkpoint.checkpoints(tmp_path)[-1]
+    (last / checkpoint.FACTS).write_text("{}")
+    with pytest.raises(UserError, match=f"{last.name} is not a readable checkpoint"):
+        distil(recipe, tmp_path, resume=True)
+
+
+def test_resuming_where_nothing_is_begins(recipe: Recipe, tmp_path: Path) -> None:
+    assert distil(recipe, tmp_path / "new", resume=True).is_file()
