@@ -24,7 +24,6 @@ class FlashLoraLoader(io.ComfyNode):
             node_id="FlashLoraLoader",
             display_name="Flash LoRA Loader",
             search_aliases=["lora", "load lora", "few-step lora", "lcm lora", "turbo lora", "flash diffusion"],
-            essentials_category="Image Generation",
             description="Loads a few-step (Flash) LoRA of any dialect at its true scale, or says why it does not fit.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the LoRA was made for, or a fine-tune of it."),

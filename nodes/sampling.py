@@ -48,7 +48,6 @@ class FlashSampler(io.ComfyNode):
             node_id="FlashSampler",
             display_name="Flash Sampler",
             search_aliases=["few-step sampler", "ksampler", "lcm", "turbo", "lightning", "flash diffusion"],
-            essentials_category="Image Generation",
             description="Samples a few-step (Flash) model on exactly the timesteps it was trained on.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with its Flash LoRA: connect Flash LoRA Loader."),

@@ -11,7 +11,7 @@ from comfy_api.v0_0_2 import io
 CATEGORY = "Flash Diffusion"
 
 SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
-NEWER_SCHEMA_FIELDS = {"search_aliases", "essentials_category"}  # since ComfyUI 0.11 and 0.15
+NEWER_SCHEMA_FIELDS = {"search_aliases"}  # since ComfyUI 0.11
 
 
 def node_schema(**fields: Any) -> io.Schema:

