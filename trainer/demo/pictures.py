@@ -65,16 +65,15 @@ class Package:
     """A published npm package, as a tarball or as the folder it unpacks to; `read` returns a member's bytes."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Find package `name` ("iconify-json-noto") in `folder`.
+        """Find package `name` ("@iconify-json/noto") in `folder`, under the name that `npm pack` gives its tarball.
 
         Raises:
             FileNotFoundError: neither a tarball nor a folder of that name is there.
         """
-        found = sorted(folder.glob(f"{name}*"))
+        found = sorted(folder.glob(f"{name.lstrip('@').replace('/', '-')}*"))
         if not found:
             raise FileNotFoundError(
-                f"No package {name!r} in {folder}. Fetch it there: npm pack @{name.replace('-', '/', 1)} "
-                "(`lobehub/fluent-emoji-3d` and `iconify-json/noto`)."
+                f"The package {name} is not in {folder}, neither packed nor unpacked. Fetch it there: npm pack {name}"
             )
         self.root = found[-1]
         self._members: dict[str, bytes] = {}
@@ -112,7 +111,7 @@ def on_white(data: bytes) -> Image.Image:
 
 def fluent3d(packages: Path) -> Callable[[str], Image.Image]:
     """Microsoft Fluent 3D, 256 px WebP: a function from code to picture."""
-    package = Package(packages, "lobehub-fluent-emoji-3d")
+    package = Package(packages, "@lobehub/fluent-emoji-3d")
     files = {_normalised(Path(name).stem): name for name in package.names() if name.endswith(".webp")}
     return lambda code: on_white(package.read(files[code]))
 
@@ -142,7 +141,7 @@ def iconify(packages: Path, name: str) -> Callable[[str], Image.Image]:
 
 def noto(packages: Path) -> Callable[[str], Image.Image]:
     """Google Noto, vector: a function from code to picture."""
-    return iconify(packages, "iconify-json-noto")
+    return iconify(packages, "@iconify-json/noto")
 
 
 STYLES: dict[str, Callable[[Path], Callable[[str], Image.Image]]] = {"fluent3d": fluent3d, "noto": noto}
@@ -153,7 +152,7 @@ def unseen_style(packages: Path) -> Iterator[tuple[str, Tensor]]:
     import numpy as np
     import torch
 
-    render = iconify(packages, "iconify-json-fluent-emoji-flat")
+    render = iconify(packages, "@iconify-json/fluent-emoji-flat")
     for caption in captions("fluent3d"):
         try:
             picture = render(caption.code)

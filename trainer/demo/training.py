@@ -153,7 +153,7 @@ class Trainer:
                     value.copy_(file.get_tensor(f"model.{name}"))
                     self.average[name].copy_(file.get_tensor(f"average.{name}"))
                     self.optimizer.state[value] = {
-                        "step": file.get_tensor(f"optimizer.step.{name}"),
+                        "step": file.get_tensor(f"optimizer.step.{name}").to(self.device),
                         **{
                             key: torch.empty_like(value).copy_(file.get_tensor(f"optimizer.{key}.{name}"))
                             for key in ("exp_avg", "exp_avg_sq")
