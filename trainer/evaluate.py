@@ -11,7 +11,7 @@ import json
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from .demo import FEATURES, ROOT
 from .demo import TEACHER as DEMO_TEACHER
 from .errors import UserError
 from .generate import Generator, Run, default_solver
-from .measure import Evaluation, FeatureNetwork, Measured, Options, progress_bar
+from .measure import FEW_STEPS, Evaluation, FeatureNetwork, Measured, Options, progress_bar
 from .metrics import diversity, frechet_distance, kernel_distance, paired_distance, prompt_accuracy
 from .reference import Origin, Reference, fingerprint, fingerprint_texts
 
@@ -31,20 +31,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FEW_STEPS = (4, 2, 1)
 REFERENCE = "reference.safetensors"
 DEMO_REFERENCE = ROOT / REFERENCE
 # The project's own targets, for its demo: the student's distance as a multiple of the floor, at most; and how many
 # times closer to the teacher it is than the undistilled teacher with as many passes and no guidance, at least.
 FLOOR_LIMITS = {4: 1.5, 2: 3.0, 1: 6.0}
 CLOSER_LIMIT = 5.0
-
-
-def plan(options: Options, student: bool) -> list[Run]:
-    """Every run but the reference's own: the student, and the undistilled teacher with and without guidance."""
-    runs = [Run("student", steps) for steps in FEW_STEPS] if student else []
-    runs += [Run("teacher", steps, options.guidance) for steps in FEW_STEPS]
-    return runs + [Run("teacher", steps) for steps in FEW_STEPS]
 
 
 def evaluate(
@@ -65,27 +57,31 @@ def evaluate(
     Args:
         teacher, features: fingerprints of the weights, see :func:`~.reference.fingerprint`.
         student: what the student is called in the report; None evaluates the teacher alone.
-        references: reference files to try in turn. Where none fits, both sets are made anew (two runs of the teacher's
-            many steps) and kept in ``output``, with a message that says why.
+        references: reference files to try in turn. Where none fits, all of the teacher's sets are made anew (which
+            costs many times the student's) and kept in ``output``, with a message that says why.
         console: where the progress bar is drawn; None draws none.
     """
     with progress_bar(console) as progress:
         evaluation = Evaluation(generator, network, prompts, options, progress)
-        samples, shown, runs = evaluation.samples, evaluation.shown(), plan(options, student is not None)
-        evaluation.expect(evaluation.many.nfe * len(shown) + sum(run.nfe for run in runs) * len(samples))
+        many, samples, shown = evaluation.many, evaluation.samples, evaluation.shown()
+        student_runs = [Run("student", steps) for steps in FEW_STEPS] if student is not None else []
+        evaluation.expect(sum(run.nfe for run in evaluation.teacher_runs) * len(shown))
+        evaluation.expect(sum(run.nfe for run in student_runs) * len(samples))
+        evaluation.warm_up()
+        live = {run: evaluation.measure(run, samples.rows(shown), range(len(shown))) for run in evaluation.teacher_runs}
         origin = origin_of(generator, prompts, options, teacher, features)
-        live = evaluation.measure(evaluation.many, samples.rows(shown), range(len(shown)))
         reference = find_reference(references, origin)
-        if reference is not None and (problem := evaluation.not_reproduced(reference, live.set, shown)):
+        if reference is not None and (problem := evaluation.not_reproduced(reference, live, shown)):
             logger.warning("The reference does not hold here: %s. It is made anew.", problem)
             reference = None
-        stored = reference is not None
+        was_stored = reference is not None
         if reference is None:
             reference = evaluation.make_reference(origin)
             reference.save(output / REFERENCE)
-        results = {evaluation.many: Measured(reference.second, live.pictures, live.seconds_per_image)}
-        for run in runs:
-            results[run] = evaluation.measure(run, samples, shown)
+        made = {run: replace(seen, set=evaluation.stored(reference, run)) for run, seen in live.items()}
+        results = {many: made.pop(many)}
+        results |= {run: evaluation.measure(run, samples, shown) for run in student_runs}
+        results |= made
 
     known = {name: index for index, name in enumerate(network.classes)}
     classes = [known.get(prompt) for prompt in samples.prompts]
@@ -96,7 +92,7 @@ def evaluate(
         "runs": records,
         "targets": targets(records, floor["fd"]) if student is not None else [],
         "student": student,
-        "reference": {**asdict(origin), "distinct_prompts": len(set(samples.prompts)), "stored": stored},
+        "reference": {**asdict(origin), "distinct_prompts": len(set(samples.prompts)), "stored": was_stored},
         "settings": asdict(options),
         "environment": environment(generator),
         "pictures": {

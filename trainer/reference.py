@@ -1,10 +1,12 @@
-"""The teacher's own pictures as a yardstick: two independent sets of them, kept as features in one small file.
+"""The teacher's own pictures as a yardstick, kept as features in one small file.
 
-Both sets are made by the teacher in many steps with guidance, from the same list of prompts and different seeds. A run
-is generated from the prompts and the noise of the second set, so that it can be compared with that set picture by
-picture, and its distribution is measured against the *first*, whose noise it has never seen. So the distance between
-the two sets, the floor, is what a perfect student would score: sharing noise with the set that is measured against
-would let a distance fall below it.
+Two independent sets are made by the teacher in many steps with guidance, from the same list of prompts and different
+seeds. Every run is generated from the prompts and the noise of the second set, so that it can be compared with that set
+picture by picture, and its distribution is measured against the *first*, whose noise it has never seen. So the distance
+between the two sets, the floor, is what a perfect student would score: sharing noise with the set that is measured
+against would let a distance fall below it.
+
+What the undistilled teacher makes in few steps is kept as well, since it depends on nothing else.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1  # of the file
+FEW = "few/"  # what the names of few-step runs begin with in the file
 PICTURES_A_PROMPT = 2  # in a row; the least that shows how much pictures of one prompt differ
 
 
@@ -91,11 +94,16 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class Reference:
-    """The two sets: ``first`` is measured against, ``second`` shares prompts and noise with every run."""
+    """The teacher's sets: ``first`` is measured against, ``second`` shares prompts and noise with every run.
+
+    Attributes:
+        few: the undistilled teacher's runs in few steps, by name.
+    """
 
     origin: Origin
     first: FeatureSet
     second: FeatureSet
+    few: Mapping[str, FeatureSet]
 
     def mismatch(self, wanted: Origin) -> str | None:
         """Why this reference can't serve, in words, or None. One with more samples than wanted can."""
@@ -107,24 +115,21 @@ class Reference:
 
     def head(self, samples: int) -> Reference:
         """The reference that a smaller number of samples would have made."""
-        origin = Origin(**(asdict(self.origin) | {"samples": samples}))
-        return Reference(origin, self.first.head(samples), self.second.head(samples))
+        few = {name: made.head(samples) for name, made in self.few.items()}
+        return Reference(
+            replace(self.origin, samples=samples), self.first.head(samples), self.second.head(samples), few
+        )
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file; the origin goes into its header."""
         from safetensors.torch import save_file
 
+        tensors = {}
+        for name, made in {"first": self.first, "second": self.second, **_prefixed(self.few)}.items():
+            tensors[f"{name}.features"] = made.features.contiguous()
+            tensors[f"{name}.predicted"] = made.predicted.contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {
-                "first.features": self.first.features.contiguous(),
-                "first.predicted": self.first.predicted.contiguous(),
-                "second.features": self.second.features.contiguous(),
-                "second.predicted": self.second.predicted.contiguous(),
-            },
-            path,
-            {"flash.reference": json.dumps({"version": VERSION, **asdict(self.origin)}, sort_keys=True)},
-        )
+        save_file(tensors, path, {"flash.reference": json.dumps({"version": VERSION, **asdict(self.origin)})})
 
     @classmethod
     def load(cls, path: Path) -> Reference:
@@ -142,23 +147,31 @@ class Reference:
                     f"{path} is not a reference file of version {VERSION}; make one with "
                     f"`flash-diffusion evaluate --make-reference --reference {path}`"
                 )
-            sets = [
-                FeatureSet(file.get_tensor(f"{name}.features"), file.get_tensor(f"{name}.predicted"))
-                for name in ("first", "second")
-            ]
-        return cls(Origin(**header), *sets)
+            names = [key.removesuffix(".features") for key in file.keys() if key.endswith(".features")]  # noqa: SIM118
+            sets = {
+                name: FeatureSet(file.get_tensor(f"{name}.features"), file.get_tensor(f"{name}.predicted"))
+                for name in names
+            }
+        few = {name.removeprefix(FEW): made for name, made in sets.items() if name.startswith(FEW)}
+        return cls(Origin(**header), sets["first"], sets["second"], few)
+
+
+def _prefixed(few: Mapping[str, FeatureSet]) -> dict[str, FeatureSet]:
+    return {f"{FEW}{name}": made for name, made in few.items()}
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of a model folder's weights, configurations and vocabularies, 16 hexadecimal digits.
+    """A hash of a model's weights, configurations and vocabularies, 16 hexadecimal digits.
 
-    Cards and pictures beside them do not count. Files are told by their path inside the folder.
+    Files are told by their path inside the folder. Of the folder's own files, cards and notes on the training do not
+    count, only weights and ``config.json``.
     """
     digest = hashlib.sha256()
-    files = [path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json", ".txt"} and path.is_file()]
-    if not any(path.suffix == ".safetensors" for path in files):
+    weights = {*folder.rglob("*.safetensors")}
+    if not weights:
         raise FileNotFoundError(f"no .safetensors weights in {folder}; expected a model folder in diffusers' layout")
-    for path in sorted(files):
+    settings = {*folder.glob("config.json"), *folder.glob("*/*.json"), *folder.glob("*/*.txt")}
+    for path in sorted(weights | settings):
         digest.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):

@@ -20,12 +20,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flash_diffusion.flash_core.denoiser import Conditioning, Role
+from flash_diffusion.flash_core.lora import FlashMetadata, write_lora
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.trainer import metrics
-from flash_diffusion.trainer.evaluate import evaluate, plan, targets
+from flash_diffusion.trainer.cli import main
+from flash_diffusion.trainer.config import ModelSection
+from flash_diffusion.trainer.demo.features import FeatureNetwork
+from flash_diffusion.trainer.evaluate import evaluate, targets
 from flash_diffusion.trainer.generate import Run, decode_pictures, default_solver, noise_source, sample_latents
-from flash_diffusion.trainer.measure import Options
+from flash_diffusion.trainer.measure import Options, few_step_runs
 from flash_diffusion.trainer.reference import Origin, Reference, draw, fingerprint
+from flash_diffusion.trainer.teachers import load_teacher
+
+from .models import CAPTIONS
 
 SHAPE = (3, 4, 4)
 COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "white": (1.0, 1.0, 1.0)}
@@ -79,14 +86,6 @@ class Eye:
         mean = (images.mean((2, 3)) - 0.5) * 6
         wanted = torch.tensor(list(COLOURS.values()))
         return colour.flatten(1), -torch.cdist(mean, wanted)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------
@@ -215,13 +214,13 @@ def test_the_teacher_solves_its_ode_with_guidance() -> None:
 
 
 def test_names_and_passes_of_runs() -> None:
-    assert [run.name for run in plan(Options(guidance=2.5), True)] == [
-        "student 4 steps", "student 2 steps", "student 1 step",
-        "teacher 4 steps, guided", "teacher 2 steps, guided", "teacher 1 step, guided",
-        "teacher 4 steps", "teacher 2 steps", "teacher 1 step",
-    ]  # fmt: skip
-    assert [run.nfe for run in plan(Options(), True)] == [4, 2, 1, 8, 4, 2, 4, 2, 1]
-    assert all(run.role == "teacher" for run in plan(Options(), False))
+    runs = [Run("teacher", 32, 2.5), *few_step_runs(2.5), Run("student", 4), Run("student", 1)]
+    assert {run.name: run.nfe for run in runs} == {
+        "teacher 32 steps, guided": 64,
+        "teacher 4 steps, guided": 8, "teacher 2 steps, guided": 4, "teacher 1 step, guided": 2,
+        "teacher 4 steps": 4, "teacher 2 steps": 2, "teacher 1 step": 1,
+        "student 4 steps": 4, "student 1 step": 1,
+    }  # fmt: skip
 
 
 # -- reference sets --------------------------------------------------------------------------------------------------
@@ -252,6 +251,7 @@ def test_a_reference_survives_the_file_and_says_what_it_is_of(tmp_path: Path) ->
     assert "samples is 24 there and 25 now" in str(reference.mismatch(replace(origin, samples=25)))
     assert "teacher is 'paints' there and 'other' now" in str(reference.mismatch(replace(origin, teacher="other")))
     assert len(reference.head(10).first.features) == 10
+    assert len(reference.head(10).few["teacher 1 step"].features) == 10
     floor = metrics.frechet_distance(reference.second.features, reference.first.features)
     assert report["floor"]["fd"] == pytest.approx(floor)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -267,6 +267,7 @@ def test_a_fingerprint_follows_weights_and_configuration_alone(tmp_path: Path) -
     (tmp_path / "unet" / "config.json").write_text("{}")
     before = fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "training.json").write_text("{}")
     assert fingerprint(tmp_path) == before
     (tmp_path / "unet" / "config.json").write_text('{"a": 1}')
     changed = fingerprint(tmp_path)
@@ -348,7 +349,10 @@ def test_a_stored_reference_is_used_and_a_wrong_one_is_made_anew(
     assert not before["reference"]["stored"]
     assert after["reference"]["stored"]
     assert after["floor"] == before["floor"]
-    assert first.passes - again.passes == 2 * OPTIONS.samples * 2 * OPTIONS.steps
+    # Two sets of many steps, and 4 + 2 + 1 steps with guidance and without.
+    assert first.passes - again.passes == OPTIONS.samples * (2 * 2 * OPTIONS.steps + 2 * 7 + 7)
+    numbers = [{**line, "seconds_per_image": 0} for report in (before, after) for line in report["runs"]]
+    assert numbers[:10] == numbers[10:]
     with caplog.at_level(logging.WARNING):
         other = run_evaluation(tmp_path / "other", teacher="retrained", references=references)
     assert not other["reference"]["stored"]
@@ -392,3 +396,77 @@ def test_pairs_are_all_pairs() -> None:
 
 def test_an_origin_is_complete() -> None:
     assert set(Origin.__dataclass_fields__) >= {"teacher", "features", "prompts", "seed", "guidance", "solver"}
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random feature network that knows the tiny model's captions."""
+    folder = tmp_path_factory.mktemp("features")
+    torch.manual_seed(0)
+    classes = sorted(set(CAPTIONS))
+    FeatureNetwork(classes, classes).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA of the tiny model, strong enough to be seen."""
+    teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
+    teacher.denoiser.add_adapter("student", 4, 4, ["to_q", "to_v"])
+    with torch.no_grad():
+        for name, value in teacher.denoiser.adapter_parameters("student").items():
+            value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    metadata = FlashMetadata(
+        base="sd15",
+        prediction="epsilon",
+        process="vp",
+        timesteps={1: (999.0,)},
+        title="Tiny",
+        teacher_hash=teacher.weights_hash(),
+    )
+    write_lora(path, teacher.denoiser.adapter("student"), metadata)
+    return path
+
+
+def test_the_command_on_a_diffusers_folder(
+    tiny_model: Path, features: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference, output = tmp_path / "teacher.safetensors", tmp_path / "out"
+    common = ["evaluate", "--family", "sd15", "--teacher", tiny_model, "--features", features, "--reference", reference,
+              "--samples", "8", "--steps", "4", "--pictures", "2", "--device", "cpu", "--output", output]  # fmt: skip
+    assert main([*map(str, common), "--make-reference"]) == 0
+    assert len(Reference.load(reference).second.features) == 8
+    assert not output.exists()
+    (lora.parent / "log.jsonl").write_text('{"update": 1, "total": 2.0}\n{"update": 2, "total": 1.0}\n')
+    assert main([*map(str, common), "--lora", str(lora)]) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["reference"]["stored"]
+    assert report["student"] == "Tiny"
+    lines = {line["name"]: line for line in report["runs"]}
+    assert lines["student 1 step"]["paired"] != lines["teacher 1 step"]["paired"]  # the LoRA is on for one of them
+    assert all(line["prompt_accuracy"] is not None for line in report["runs"])
+    assert "<h2>Training</h2>" in (output / "report.html").read_text(encoding="utf-8")
+    (output / "report.html").unlink()
+    assert main(["report", str(output), "--log", str(lora.parent / "log.jsonl")]) == 0
+    assert (output / "report.html").is_file()
+    assert "student 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "1"], "--samples must be at least 2, got 1"),
+        (["--guidance", "0"], "--guidance must be at least 1, got 0.0"),
+        (["--lora", "nowhere.safetensors"], "no LoRA at nowhere.safetensors"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    arguments: list[str], message: str, tiny_model: Path, features: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["evaluate", "--family", "sd15", "--teacher", str(tiny_model), "--features", str(features)]
+    assert main([*common, *arguments]) == 2
+    assert message in capsys.readouterr().err
