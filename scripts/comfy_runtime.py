@@ -349,6 +349,8 @@ def run_workflow(server: Server, prompt: dict[str, dict], output: Path, seconds:
             picture = output / image["filename"]
             picture.write_bytes(server.get("/view?" + urllib.parse.urlencode(image)))
             pictures.append(picture)
+    if not pictures:
+        raise RuntimeProblem("the workflow ended without a picture; does it have a Save Image node?")
     return pictures
 
 
