@@ -62,6 +62,19 @@ def test_without_stochasticity_the_sampler_is_ddim(client: Client, lora: str) ->
     assert float((ours - core).abs().max() / core.std()) < 1e-4
 
 
+def test_split_sigmas_pass_a_noisy_latent_on(client: Client, lora: str) -> None:
+    """Two samplers, one for the first two steps and one for the rest, are one sampler (without fresh noise)."""
+    whole = custom_sampling(lora, 7, ["ddim", 0])
+    split = custom_sampling(lora, 7, ["ddim", 0])
+    split["split"] = prompts.node("SplitSigmas", sigmas=["sigmas", 0], step=2)
+    split["none"] = prompts.node("DisableNoise")
+    split["first"] = prompts.node(**{"kind": "SamplerCustomAdvanced", **split[prompts.SAMPLER]["inputs"]})
+    split["first"]["inputs"]["sigmas"] = ["split", 0]
+    split[prompts.SAMPLER]["inputs"].update(noise=["none", 0], sigmas=["split", 1], latent_image=["first", 0])
+    expected = latent_of(client, whole)
+    assert float((latent_of(client, split) - expected).abs().max() / expected.std()) < 1e-3
+
+
 def test_one_step_is_core_one_step(client: Client, lora: str) -> None:
     """With one step every sampler predicts once from the same first noise: KSampler's noise, our timestep."""
     ours = latent_of(client, prompts.latents(lora, seed=8, steps=1))

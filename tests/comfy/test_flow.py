@@ -1,0 +1,47 @@
+"""Flow models (SD3's kind of noise) in ComfyUI: the trained levels, and the sampler against diffusers' scheduler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+from torch import Tensor
+
+pytestmark = pytest.mark.comfy
+
+# shift u / (1 + (shift - 1) u) with shift 3, by hand, at u = 1, 3/4, 1/2, 1/4.
+LEVELS = {1: [1.0], 2: [1.0, 0.75], 4: [1.0, 0.9, 0.75, 0.5]}
+
+
+@pytest.fixture(scope="module")
+def results(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What the script in ComfyUI's process wrote."""
+    outputs = tmp_path_factory.mktemp("flow") / "outputs.safetensors"
+    script = Path(__file__).resolve().parent / "inside" / "flow.py"
+    command = [sys.executable, script, runtime.comfyui_folder(), root, outputs]
+    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return load_file(outputs)
+
+
+@pytest.mark.parametrize("steps", LEVELS)
+def test_trained_levels_follow_the_models_shift(results: dict[str, Tensor], steps: int) -> None:
+    assert torch.allclose(results[f"sigmas.{steps}"], torch.tensor([*LEVELS[steps], 0.0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", LEVELS)
+def test_the_sampler_equals_diffusers_stochastic_flow_scheduler(results: dict[str, Tensor], steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    scheduler.set_timesteps(sigmas=LEVELS[steps])
+    generator = torch.Generator().manual_seed(21)
+    z = torch.randn(2, 16, 8, 8, generator=generator)
+    for timestep, sigma in zip(scheduler.timesteps, LEVELS[steps], strict=True):
+        velocity = torch.tanh(z) / 2 + sigma
+        z = scheduler.step(velocity, timestep, z, generator=generator).prev_sample
+    assert float((results[f"sampled.{steps}"] - z).abs().max()) < 1e-5
