@@ -289,9 +289,13 @@ class TestTraining:
 
     def test_learning_rate_warms_up_stays_and_falls(self) -> None:
         assert schedule(0, 0.0) == pytest.approx(1 / WARM_UP)
-        assert schedule(1000, 0.5) == 1.0
-        assert schedule(1000, 0.8) == pytest.approx(0.51)
+        assert schedule(1000, 0.3) == 1.0
+        assert schedule(1000, 0.65) == pytest.approx(0.51)
         assert schedule(1000, 1.0) == pytest.approx(0.02)
+
+    def test_resuming_from_nothing_says_what_to_do(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no teacher in .*--output.*without --resume"):
+            teacher.shipped(tmp_path)
 
     @pytest.mark.slow
     def test_the_command_trains_exports_and_resumes(self, tmp_path: Path) -> None:

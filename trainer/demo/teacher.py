@@ -178,10 +178,18 @@ class Start:
 
 
 def shipped(folder: Path = TEACHER) -> Start:
-    """An exported teacher."""
+    """An exported teacher.
+
+    Raises:
+        FileNotFoundError: there is none in `folder`.
+    """
+    if not (folder / "unet").is_dir():
+        raise FileNotFoundError(
+            f"There is no teacher in {folder} to resume from. Name its folder with --output, or train without --resume."
+        )
     return Start(
         UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
-        CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32),
+        CLIPTextModel.from_pretrained(folder / "text_encoder").float(),
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
     )
 

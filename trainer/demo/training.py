@@ -32,7 +32,7 @@ BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.01
 EMA_DECAY = 0.998
 WARM_UP = 100  # updates
-FLAT_SHARE = 0.6  # of the run at the full learning rate; then a cosine down to FINAL_SHARE of it
+FLAT_SHARE = 0.3  # of the run at the full learning rate; then a cosine down to FINAL_SHARE of it
 FINAL_SHARE = 0.02
 CHECKPOINT_EVERY = 180.0  # seconds
 
