@@ -110,6 +110,10 @@ class TestPictures:
         assert sum(path.stat().st_size for path in files) <= 25_000_000
 
 
+def same_up_to_sign(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return bool((torch.cosine_similarity(first, second).abs() > 0.999).all())
+
+
 class TestPatchPCA:
     def test_with_all_components_nothing_is_lost(self) -> None:
         images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -128,12 +132,12 @@ class TestPatchPCA:
     def test_the_order_of_pictures_does_not_matter(self, fluent: Pictures) -> None:
         images = fluent.images[:40] / 255
         forward, backward = PatchPCA.fit(images), PatchPCA.fit(images.flip(0))
-        torch.testing.assert_close(forward.encoder, backward.encoder, atol=1e-3, rtol=0)
+        assert same_up_to_sign(forward.encoder, backward.encoder)
 
     def test_the_shipped_code_is_the_one_the_pictures_give(self) -> None:
         shipped = PatchPCA.load()
         fitted = PatchPCA.fit(torch.cat([load_pictures(style).images for style in STYLES]) / 255)
-        torch.testing.assert_close(shipped.encoder, fitted.encoder, atol=1e-2, rtol=0)
+        assert same_up_to_sign(shipped.encoder, fitted.encoder)
 
 
 class TestAutoencoder:
@@ -152,13 +156,16 @@ class TestAutoencoder:
     def test_no_latent_channel_is_dead(self, pipeline: StableDiffusionPipeline, fluent: Pictures) -> None:
         images = fluent.images[::30] / 255
         latents = PatchPCA.load().encode(images)
-        with torch.no_grad():
-            whole = pipeline.vae.decode(latents).sample / 2 + 0.5
-            for channel in range(latents.shape[1]):
-                ablated = latents.clone()
-                ablated[:, channel] = 0
-                change = (pipeline.vae.decode(ablated).sample / 2 + 0.5 - whole).abs().mean()
-                assert change > 2e-3, f"latent channel {channel} does nothing"
+
+        @torch.no_grad()
+        def quality(latents: torch.Tensor) -> float:
+            return psnr((pipeline.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1), images).mean().item()
+
+        whole = quality(latents)
+        for channel in range(latents.shape[1]):
+            ablated = latents.clone()
+            ablated[:, channel] = 0
+            assert whole - quality(ablated) > 0.2, f"without latent channel {channel} nothing is missing"  # dB
 
     def test_its_posterior_is_a_point(self, pipeline: StableDiffusionPipeline, fluent: Pictures) -> None:
         with torch.no_grad():
@@ -297,7 +304,6 @@ class TestTraining:
         with pytest.raises(FileNotFoundError, match=r"no teacher in .*--output.*without --resume"):
             teacher.shipped(tmp_path)
 
-    @pytest.mark.slow
     def test_the_command_trains_exports_and_resumes(self, tmp_path: Path) -> None:
         parser = argparse.ArgumentParser()
         teacher.add_arguments(parser)

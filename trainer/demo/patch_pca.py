@@ -35,15 +35,14 @@ class PatchPCA:
         Each coefficient is divided by its standard deviation to the power `whitening`, and all by one number, so that
         the latents have unit variance on average. Whitened fully (1), a component that hardly shows would weigh in the
         diffusion loss as much as the one that carries the picture; left alone (0), the first would drown the others.
+
+        A component's sign is arbitrary and may differ between machines: keep the code (`save`) that a model has learnt.
         """
         blocks = torch.cat([_blocks(images), _blocks(images.flip(-1))]).reshape(-1, 3 * PATCH**2).double()
         mean = blocks.mean(0)
         covariance = (blocks - mean).T @ (blocks - mean) / len(blocks)
         variance, vectors = torch.linalg.eigh(covariance)
         deviation, basis = variance.flip(0)[:channels].sqrt(), vectors.flip(1).T[:channels]
-        # An eigenvector's sign is arbitrary: its largest entry is made positive, so that every machine finds the same.
-        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-        basis = basis * largest.sign()
         scale = deviation**-whitening
         scale = scale / (deviation * scale).square().mean().sqrt()
         return cls(mean.float(), (basis * scale[:, None]).float(), (basis / scale[:, None]).T.contiguous().float())
