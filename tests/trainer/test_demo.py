@@ -220,6 +220,13 @@ class TestTeacher:
             assert text.replace(" ", "") == caption.name.replace(" ", "")
         assert tokenizer.decode(tokenizer("Ünseen, 7!").input_ids, skip_special_tokens=True).strip() == "ünseen , 7 !"
 
+    def test_its_card_names_data_licences_and_figures(self) -> None:
+        card = (TEACHER / "README.md").read_text()
+        assert all(word in card for word in ("Fluent", "MIT", "Noto", "Apache-2.0", "PSNR", "grid.webp"))
+        assert "{" not in card
+        with Image.open(TEACHER / "grid.webp") as grid:
+            assert min(grid.size) >= 512
+
     def test_draws_what_it_is_told(self, pipeline: StableDiffusionPipeline, fluent: Pictures) -> None:
         names = [caption.name for caption in fluent.captions][::15]
         drawn = pipeline(

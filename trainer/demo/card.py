@@ -30,9 +30,14 @@ GRID_COLUMNS, GRID_ROWS = 15, 10
 GRID_TILE = 96  # pixels
 
 TEMPLATE = ROOT / "card_template.md"
+RENDITIONS = {  # what `features.report` measures on, in words
+    "augmented": "under fresh augmentation",
+    "autoencoder": "in the autoencoder's reconstruction",
+    "unseen_style": "in a style it never saw (Fluent Emoji Flat)",
+}
 
 
-def draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 0) -> Tensor:
+def draw(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: float, seed: int = 0) -> Tensor:
     """One picture per prompt, (N, 3, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     drawn = []
@@ -40,7 +45,7 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 0) -
         images = pipeline(
             prompts[start : start + 16],
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            guidance_scale=guidance,
             generator=generator,
             output_type="pt",
         ).images
@@ -78,8 +83,9 @@ def write_card(teacher: Path = TEACHER, features: Path = FEATURES) -> dict[str, 
     unseen = other.images[held_out(other)] / 255
     code = PatchPCA.load()
 
-    drawn = draw(pipeline, names)
+    drawn = draw(pipeline, names, GUIDANCE)
     grid(drawn).save(teacher / "grid.webp", quality=85, method=6)
+    config = json.loads((features / "config.json").read_text())
     training = json.loads((teacher / TRAINING_FILE).read_text())
     millions = {
         part: sum(parameter.numel() for parameter in getattr(pipeline, module).parameters()) / 1e6
@@ -88,6 +94,7 @@ def write_card(teacher: Path = TEACHER, features: Path = FEATURES) -> dict[str, 
     losses = v_loss(pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pictures)
     figures = {
         "right": accuracy(network, drawn, names),
+        "right_unguided": accuracy(network, draw(pipeline, names, 1.0), names),
         "ceiling": accuracy(network, images, names),
         "psnr_teacher": psnr(reconstruct(pipeline, images), images).mean().item(),
         "psnr_held_out": psnr(reconstruct(pipeline, unseen), unseen).mean().item(),
@@ -97,6 +104,10 @@ def write_card(teacher: Path = TEACHER, features: Path = FEATURES) -> dict[str, 
         size=SIZE,
         steps=STEPS,
         guidance=GUIDANCE,
+        general=", ".join(f'"{caption}"' for caption in sorted({caption.general for caption in pictures.captions})),
+        held_out=len(unseen),
+        recognised=", ".join(f"{share:.1%} {RENDITIONS[kind]}" for kind, share in config["accuracy"].items()),
+        features=sum(parameter.numel() for parameter in network.parameters()) / 1e6,
         latent_channels=pipeline.vae.config.latent_channels,
         vocabulary=len(pipeline.tokenizer),
         epochs=training["updates"] * training["batch_size"] // training["pictures"],
