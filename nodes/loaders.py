@@ -54,8 +54,10 @@ class FlashLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: object) -> str:
+    def fingerprint_inputs(cls, lora_name: str | None, **_: object) -> str:
         """Load again where the file was replaced, as it is after further training."""
+        if lora_name is None:  # comes over a link, and then its node decides
+            return ""
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         return f"{path} {os.stat(path).st_mtime_ns}"
 

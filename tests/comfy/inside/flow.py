@@ -31,6 +31,7 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
         """The velocity ``tanh(z) / 2 + s``, as ComfyUI's guider hands a model to a sampler."""
 
         inner_model = inner
+        model_patcher, cfg = SimpleNamespace(model=inner), 1.0  # newer ComfyUI writes them into its log
 
         def __call__(self, x, sigma, model_options=None, seed=None):
             velocity = torch.tanh(x) / 2 + sigma.reshape(-1, 1, 1, 1)
