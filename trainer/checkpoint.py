@@ -127,10 +127,10 @@ def restore_shared(folder: Path, trained: Trained) -> None:
         UserError: the checkpoint belongs to other parameters.
     """
     tensors = load_file(folder / TENSORS)
-    expected = {name for name in collect(trained) if not name.startswith("optimizer/")}
-    present = {name for name in tensors if not name.startswith("optimizer/")}
+    expected = {(name, value.shape) for name, value in collect(trained).items() if not name.startswith("optimizer/")}
+    present = {(name, value.shape) for name, value in tensors.items() if not name.startswith("optimizer/")}
     if expected != present:
-        different = sorted(expected ^ present)
+        different = sorted({name for name, _ in expected ^ present})
         raise UserError(
             f"{folder} does not fit this recipe: {len(different)} tensors differ, such as {different[0]}; resume with "
             "the recipe the run was started with, or choose another --output"

@@ -66,7 +66,6 @@ def distil(recipe: Recipe, output: Path, *, resume: bool = False) -> Path:
         raise UserError(f"{output} already holds a run; continue it with --resume, or choose another --output")
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     accelerator.wait_for_everyone()
     return Run(recipe, output, accelerator, found[-1] if found else None).train()
 
@@ -95,7 +94,7 @@ class Run:
             prompts = recipe.preview.prompts or self.parts.examples.prompts(ROWS)
             self.preview = Preview(recipe, EncodedPrompts.of(teacher, prompts))
         self.state.teacher_hash = teacher.weights_hash()
-        teacher.release_text_encoders()
+        teacher.release_encoders()
         if last is not None:
             checkpoint.restore_shared(last, self.parts.trained)
             checkpoint.restore_random(last, accelerator.process_index, {"training": self.generator})
@@ -110,6 +109,8 @@ class Run:
 
     def train(self) -> Path:
         """Train to the end and export."""
+        if self.accelerator.is_main_process:
+            (self.output / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         with self.journal.progress:
             if self.recipe.trajectories.count:
                 self._record_trajectories()

@@ -38,7 +38,8 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates; modes weigh t = 999/749/499/249")
+    say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates")
+    say("modes weigh t = 999/749/499/249; passes are the teacher's, expected, with guidance")
     console.print(_phases(recipe))
     effective = recipe.batch_size * recipe.gradient_accumulation
     say(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} samples a process")
@@ -68,8 +69,8 @@ def print_plan(recipe: Recipe, console: Console) -> None:
 
 def _phases(recipe: Recipe) -> Table:
     table = Table(box=box.SIMPLE)
-    for heading in ("phase", "updates", "modes", "distillation", "adversarial", "dmd", "teacher passes"):
-        table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
+    for heading in ("phase", "updates", "modes", "distil", "adversarial", "dmd", "passes"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
     for phase in recipe.phases:
         passes = expected_passes(recipe.method.teacher_steps, phase.modes) * recipe.batch_size
         table.add_row(

@@ -40,7 +40,6 @@ def test_only_the_adapters_and_heads_change(recipe_content: dict[str, Any], tmp_
         part: {name: value.detach().clone() for name, value in parameters.items()}
         for part, parameters in run.parts.trained.parameters.items()
     }
-    (tmp_path / "config.yaml").write_text(recipe.to_yaml())
     run.train()
     after = frozen(run.parts.teacher.denoiser)
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -71,7 +70,6 @@ def test_a_run_writes_what_it_promises(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_only_what_trains(recipe: Recipe, tmp_path: Path) -> None:
     run = Run(recipe, tmp_path, Accelerator(), None)
-    (tmp_path / "config.yaml").write_text(recipe.to_yaml())
     run.train()
     parts = run.parts.trained
     student = sum(value.numel() for value in parts.parameters["student"].values())

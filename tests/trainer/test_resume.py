@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -28,7 +27,7 @@ def assert_same_file(one: Path, other: Path) -> None:
     ours, theirs = load_file(one), load_file(other)
     assert set(ours) == set(theirs)
     for name, value in ours.items():
-        assert torch.equal(value.view(torch.uint8), theirs[name].view(torch.uint8)), name
+        assert value.numpy().tobytes() == theirs[name].numpy().tobytes(), name
     with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
         assert first.metadata() == second.metadata()
 
@@ -52,7 +51,7 @@ def test_a_killed_run_resumes_exactly(recipe_content: dict[str, Any], tmp_path: 
     started = time.monotonic()
     while not (checkpoint.checkpoints(killed) or list((killed / "trajectories").glob("*.safetensors"))):
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() - started < 120
+        assert time.monotonic() - started < 600
         time.sleep(0.01)
     moment = random.SystemRandom().uniform(0, 3)
     time.sleep(moment)
@@ -61,7 +60,7 @@ def test_a_killed_run_resumes_exactly(recipe_content: dict[str, Any], tmp_path: 
     at = [path.name for path in checkpoint.checkpoints(killed)]
     print(f"killed {moment:.3f} s after the first file; checkpoints {at}")  # noqa: T201
     resumed = trainer_process("distill", file, "--output", killed, "--resume")
-    text = resumed.communicate(timeout=120)[0]
+    text = resumed.communicate(timeout=600)[0]
     assert resumed.returncode == 0, text
     distil(parse_recipe(recipe_content), whole)
     assert_same_file(killed / "lora.safetensors", whole / "lora.safetensors")

@@ -232,12 +232,16 @@ def test_a_lora_of_another_model_is_refused(teacher: Teacher, tmp_path_factory: 
         teacher.denoiser.load_adapter("critic", wrong)
 
 
-def test_text_encoders_can_be_freed(teacher: Teacher) -> None:
-    null = teacher.unconditional(2)
-    teacher.release_text_encoders()
+def test_encoders_can_be_freed(teacher: Teacher) -> None:
+    z, _ = batch(teacher)
+    null, picture = teacher.unconditional(2), teacher.decode(z)
+    teacher.release_encoders()
     assert torch.equal(teacher.unconditional(2).cross_attention, null.cross_attention)  # type: ignore[arg-type]
+    assert torch.equal(teacher.decode(z), picture)
     with pytest.raises(RuntimeError, match="released"):
         teacher.encode_prompts(["x"])
+    with pytest.raises(RuntimeError, match="released"):
+        teacher.encode(picture)
 
 
 def test_the_hash_is_the_bases_alone(teacher: Teacher) -> None:

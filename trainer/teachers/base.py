@@ -88,8 +88,8 @@ class Teacher(ABC):
         """Identifies the base's weights."""
 
     @abstractmethod
-    def release_text_encoders(self) -> None:
-        """Free the text encoders' memory; :meth:`unconditional` still works, :meth:`encode_prompts` does not."""
+    def release_encoders(self) -> None:
+        """Free the memory of text and image encoders; :meth:`unconditional` and :meth:`decode` still work."""
 
     @property
     def device(self) -> torch.device:

@@ -75,16 +75,14 @@ class StableDiffusion(Teacher):
             scheduler = DDIMScheduler.load_config(path, subfolder="scheduler")
             unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=dtype, use_safetensors=True)
             vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
-            text_encoder = CLIPTextModel.from_pretrained(
-                path, subfolder="text_encoder", torch_dtype=dtype, use_safetensors=True
-            )
+            text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", use_safetensors=True)
             tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
         except OSError as error:
             raise UserError(f"model.path: {path} is not a complete diffusers folder: {error}") from error
         return cls(
             UNetDenoiser(unet.to(device), process_from_scheduler(scheduler)),
             vae.to(device),
-            text_encoder.to(device),
+            text_encoder.to(device, dtype),
             tokenizer,
             _latent_shape(unet.config, vae.config, resolution),
             Path(path).name,
@@ -133,6 +131,8 @@ class StableDiffusion(Teacher):
 
     def encode(self, images: Tensor) -> Tensor:
         """Scaled and shifted mode of the VAE's posterior (B, C, h, w)."""
+        if self.vae.encoder is None:
+            raise RuntimeError("the image encoder was released; encode images before release_encoders()")
         mode = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
         return ((mode - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor).float()
 
@@ -145,7 +145,7 @@ class StableDiffusion(Teacher):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The text encoder's last hidden states (B, L, D)."""
         if self.text_encoder is None:
-            raise RuntimeError("the text encoder was released; encode prompts before release_text_encoders()")
+            raise RuntimeError("the text encoder was released; encode prompts before release_encoders()")
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -164,9 +164,10 @@ class StableDiffusion(Teacher):
         """The empty prompt."""
         return self._null.map(lambda value: value.expand(batch, *value.shape[1:]))
 
-    def release_text_encoders(self) -> None:
-        """Free the text encoder's memory."""
+    def release_encoders(self) -> None:
+        """Free the text encoder and the encoding half of the VAE."""
         self.text_encoder = None
+        self.vae.encoder = self.vae.quant_conv = None
 
     def weights_hash(self) -> str:
         """SHA-256 over the UNet's parameters in the order of their names."""
