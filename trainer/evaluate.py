@@ -10,7 +10,7 @@ import argparse
 import json
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,8 +83,7 @@ def evaluate(
         results |= {run: evaluation.measure(run, samples, shown) for run in student_runs}
         results |= made
 
-    known = {name: index for index, name in enumerate(network.classes)}
-    classes = [known.get(prompt) for prompt in samples.prompts]
+    classes = [fitting_classes(network, prompt) for prompt in samples.prompts]
     records = [record(run, result, reference, samples.prompts, classes) for run, result in results.items()]
     floor = {name: records[0][name] for name in ("fd", "kid")}
     report = {
@@ -131,8 +130,14 @@ def find_reference(paths: Sequence[Path], wanted: Origin) -> Reference | None:
     return None
 
 
+def fitting_classes(network: FeatureNetwork, prompt: str) -> set[int]:
+    """The classes that a prompt names, by their own name or by a general caption."""
+    names = zip(network.classes, network.general, strict=True)
+    return {index for index, (name, general) in enumerate(names) if prompt in (name, general)}
+
+
 def record(
-    run: Run, result: Measured, reference: Reference, prompts: Sequence[str], classes: Sequence[int | None]
+    run: Run, result: Measured, reference: Reference, prompts: Sequence[str], classes: Sequence[Collection[int]]
 ) -> dict[str, Any]:
     """A run's line in the report; distances are in units of the feature network."""
     features = result.set.features
@@ -220,7 +225,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", default="demo", help="the teacher's model family (default: %(default)s)")
     parser.add_argument("--features", type=Path, default=FEATURES, help="the feature network (default: the demo's)")
     parser.add_argument(
-        "--prompts", type=Path, help="text file, one prompt a line (default: all that the feature network knows)"
+        "--prompts",
+        type=Path,
+        help="text file, one prompt a line, each drawn as often as it is there (default: the demo's general captions)",
     )
     parser.add_argument("--output", type=Path, default=Path("out/evaluation"), help="folder (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=defaults.samples, help="pictures a run (default: %(default)s)")
@@ -256,7 +263,7 @@ def run(args: argparse.Namespace) -> int:
     check(options)
     teacher, weights, student = load_generator(args)
     network = Features.from_pretrained(args.features).to(teacher.device)
-    prompts = read_prompts(args.prompts) if args.prompts else network.classes
+    prompts = read_prompts(args.prompts) if args.prompts else network.general
     known = {"teacher": weights, "features": fingerprint(args.features)}
     if args.make_reference:
         with progress_bar(console) as progress:

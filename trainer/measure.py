@@ -33,7 +33,12 @@ class FeatureNetwork(Protocol):
 
     @property
     def classes(self) -> Sequence[str]:
-        """The prompts it can tell apart, in the order of the scores."""
+        """What it can tell apart, in the order of the scores: "red heart", "blue heart"."""
+        ...
+
+    @property
+    def general(self) -> Sequence[str]:
+        """A more general caption of each class: "heart"."""
         ...
 
 

@@ -7,7 +7,7 @@ feature network; nothing generates a picture. Distances are computed in float64 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -75,22 +75,20 @@ def paired_distance(features: Tensor, reference: Tensor) -> float:
     return float((features.double() - reference.double()).norm(dim=1).mean())
 
 
-def prompt_accuracy(predicted: Tensor, wanted: Sequence[int | None]) -> float | None:
-    """Share of pictures, in 0..1, that the classifier takes for what their prompt names.
+def prompt_accuracy(predicted: Tensor, wanted: Sequence[Collection[int]]) -> float | None:
+    """Share of pictures, in 0..1, that the classifier takes for something their prompt names.
 
     Args:
         predicted: (N,) class indices.
-        wanted: for each picture the class its prompt names, or None where it names none that the classifier knows;
-            those pictures do not count.
+        wanted: for each picture the classes that fit its prompt: one for "red heart", several for "heart", none where
+            the classifier knows nothing of the kind; those pictures do not count.
 
     Returns:
         None where no prompt names a known class.
     """
     if len(predicted) != len(wanted):
         raise ValueError(f"got {len(predicted)} predictions for {len(wanted)} pictures; give one class for each")
-    hits = [
-        int(guess) == target for guess, target in zip(predicted.tolist(), wanted, strict=True) if target is not None
-    ]
+    hits = [guess in fitting for guess, fitting in zip(predicted.tolist(), wanted, strict=True) if fitting]
     return sum(hits) / len(hits) if hits else None
 
 

@@ -47,15 +47,15 @@ def draw(prompts: Sequence[str], samples: int, seed: int, stream: int) -> Draw:
     """Draw ``samples`` prompts and seeds: prompts in a shuffled order, two pictures of each before the next.
 
     Args:
+        prompts: one that stands there several times is drawn so much more often.
         stream: sets of one seed and different streams are independent of each other.
     """
-    distinct = list(dict.fromkeys(prompts))
-    if not distinct or samples < 2:
-        raise ValueError(f"need at least 1 prompt and 2 samples, got {len(distinct)} and {samples}")
+    if not prompts or samples < 2:
+        raise ValueError(f"need at least 1 prompt and 2 samples, got {len(prompts)} and {samples}")
     source = random.Random(f"{seed}/{stream}")
-    source.shuffle(distinct)
+    order = source.sample(prompts, len(prompts))
     return Draw(
-        tuple(distinct[index // PICTURES_A_PROMPT % len(distinct)] for index in range(samples)),
+        tuple(order[index // PICTURES_A_PROMPT % len(order)] for index in range(samples)),
         tuple(source.getrandbits(32) for _ in range(samples)),
     )
 

@@ -26,7 +26,7 @@ from flash_diffusion.trainer import metrics
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.demo.features import FeatureNetwork
-from flash_diffusion.trainer.evaluate import evaluate, targets
+from flash_diffusion.trainer.evaluate import evaluate, fitting_classes, targets
 from flash_diffusion.trainer.generate import Run, decode_pictures, default_solver, noise_source, sample_latents
 from flash_diffusion.trainer.measure import Options, few_step_runs
 from flash_diffusion.trainer.reference import Origin, Reference, draw, fingerprint
@@ -80,6 +80,7 @@ class Eye:
     """A feature network: the colour of each quadrant, and the nearest of the colours' names."""
 
     classes = tuple(COLOURS)
+    general = ("primary", "primary", "primary", "grey")
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         colour = torch.nn.functional.avg_pool2d(images, 2)
@@ -149,8 +150,8 @@ def test_paired_distance_by_hand() -> None:
 
 
 def test_prompt_accuracy_counts_known_prompts_only() -> None:
-    assert metrics.prompt_accuracy(torch.tensor([0, 1, 2, 3]), [0, 2, None, 3]) == pytest.approx(2 / 3)
-    assert metrics.prompt_accuracy(torch.tensor([0]), [None]) is None
+    assert metrics.prompt_accuracy(torch.tensor([0, 1, 2, 3]), [{0}, {2}, set(), {1, 3}]) == pytest.approx(2 / 3)
+    assert metrics.prompt_accuracy(torch.tensor([0]), [set()]) is None
 
 
 def test_diversity_by_hand() -> None:
@@ -273,6 +274,16 @@ def test_a_fingerprint_follows_weights_and_configuration_alone(tmp_path: Path) -
     changed = fingerprint(tmp_path)
     (tmp_path / "unet" / "model.safetensors").write_bytes(b"Weights")
     assert len({before, changed, fingerprint(tmp_path)}) == 3
+
+
+def test_a_prompt_names_a_class_or_all_that_share_a_caption() -> None:
+    known = {prompt: fitting_classes(Eye(), prompt) for prompt in ("red", "white", "primary", "grey", "purple")}
+    assert known == {"red": {0}, "white": {3}, "primary": {0, 1, 2}, "grey": {3}, "purple": set()}
+
+
+def test_a_prompt_is_drawn_as_often_as_it_stands_in_the_list() -> None:
+    drawn = draw(["a", "b", "a"], 60, 0, 0).prompts
+    assert drawn.count("a") == 2 * drawn.count("b") == 40
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
@@ -449,6 +460,7 @@ def test_the_command_on_a_diffusers_folder(
     lines = {line["name"]: line for line in report["runs"]}
     assert lines["student 1 step"]["paired"] != lines["teacher 1 step"]["paired"]  # the LoRA is on for one of them
     assert all(line["prompt_accuracy"] is not None for line in report["runs"])
+    assert set(report["pictures"]["prompts"]) <= set(CAPTIONS)
     assert "<h2>Training</h2>" in (output / "report.html").read_text(encoding="utf-8")
     (output / "report.html").unlink()
     assert main(["report", str(output), "--log", str(lora.parent / "log.jsonl")]) == 0
