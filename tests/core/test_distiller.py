@@ -12,6 +12,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flash_diffusion.flash_core import losses
 from flash_diffusion.flash_core.denoiser import Conditioning, predict_z0
 from flash_diffusion.flash_core.discriminator import Discriminator
 from flash_diffusion.flash_core.distiller import (
@@ -375,16 +376,25 @@ def test_the_discriminator_step_trains_its_heads_and_nothing_else(r1: float) -> 
     assert untouched(distiller.denoiser.parameters())
 
 
-def test_r1_adds_half_its_weight_to_the_discriminators_gradient() -> None:
+def test_r1_adds_half_its_weight_times_the_penaltys_gradient() -> None:
     def grads(r1: float) -> list[Tensor]:
         distiller = make_distiller(r1=r1)
         distiller.discriminator_step(make_rollout(distiller), latents(seed=8), seeded(0))
         return [parameter.grad for parameter in distiller.discriminator.parameters()]
 
-    plain, one, two = grads(0.0), grads(1.0), grads(2.0)
-    assert sum((b - a).abs().sum().item() for a, b in zip(plain, one, strict=True)) > 1e-4
-    for a, b, c in zip(plain, one, two, strict=True):
-        assert torch.allclose(c - a, 2 * (b - a), atol=1e-4 * (1 + b.abs().max().item()))
+    # The penalty by itself, on the features that the step showed to the heads: the first half of the batch is real.
+    distiller = make_distiller()
+    features = distiller.denoiser.features
+    shown: list[Tensor] = []
+    distiller.denoiser.features = lambda *asked: shown.extend(features(*asked)) or shown
+    distiller.discriminator_step(make_rollout(distiller), latents(seed=8), seeded(0))
+    real = [feature[:B].detach().requires_grad_() for feature in shown]
+    parameters = list(distiller.discriminator.parameters())
+    penalty = losses.r1_penalty(distiller.discriminator(real), real)
+    expected = torch.autograd.grad(penalty, parameters, allow_unused=True, materialize_grads=True)
+    assert sum(gradient.abs().sum().item() for gradient in expected) > 1e-4
+    for without, with_r1, gradient in zip(grads(0.0), grads(3.0), expected, strict=True):
+        assert torch.allclose(with_r1 - without, 1.5 * gradient, atol=1e-5 * (1 + with_r1.abs().max().item()))
 
 
 @every_process
