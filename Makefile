@@ -17,11 +17,12 @@ TEST_THREADS ?= 1
 help:  ## show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] < (3, 14); sys.exit(0 if ok else "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.12")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[trainer,dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[trainer,dev]"
 	touch $@
 
 install: $(VENV)/.installed  ## make .venv with the trainer and the development tools
