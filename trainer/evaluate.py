@@ -110,6 +110,7 @@ def origin_of(generator: Generator, prompts: Sequence[str], options: Options, te
         features=features,
         prompts=fingerprint_texts(prompts),
         samples=options.samples,
+        times=options.times,
         seed=options.seed,
         steps=options.steps,
         guidance=options.guidance,
@@ -259,7 +260,14 @@ def run(args: argparse.Namespace) -> int:
     from .report import print_report, write_report
 
     console = Console()
-    options = Options(args.samples, args.seed, args.steps, args.guidance, None, args.batch_size, args.pictures)
+    options = Options(
+        samples=args.samples,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        batch_size=args.batch_size,
+        pictures=args.pictures,
+    )
     check(options)
     teacher, weights, student = load_generator(args)
     network = Features.from_pretrained(args.features).to(teacher.device)

@@ -47,7 +47,8 @@ class Options:
     """What an evaluation costs and compares.
 
     Attributes:
-        samples: pictures of each run and of each reference set.
+        samples: pictures of each run.
+        times: so many for each one of those hold the set they are measured against.
         seed: of prompts and noise.
         steps: of the teacher in the reference.
         guidance: the teacher's scale, ``uncond + w (cond - uncond)``.
@@ -57,6 +58,7 @@ class Options:
     """
 
     samples: int = 256
+    times: int = 2
     seed: int = 0
     steps: int = 32
     guidance: float = 3.0
@@ -90,20 +92,20 @@ class Evaluation:
         options: Options,
         progress: Progress,
     ) -> None:
-        """Draw the samples; nothing is generated yet. ``progress`` gets one task, counted in passes."""
+        """Draw the samples; nothing is generated yet. ``progress`` gets one task, counted in passes.
+
+        ``self.samples`` is what every run is generated from, ``self.independent`` the set it is measured against.
+        """
         self.generator = generator
         self.network = network
         self.options = options
         self.many = Run("teacher", options.steps, options.guidance)
         self.teacher_runs = [self.many, *few_step_runs(options.guidance)]
-        self.draws = [draw(prompts, options.samples, options.seed, stream) for stream in range(2)]
+        seed, samples = options.seed, options.samples
+        self.independent = draw(prompts, samples, seed, 0, options.times)
+        self.samples = draw(prompts, samples, seed, 1)
         self.progress = progress
         self.task = progress.add_task("", total=0)
-
-    @property
-    def samples(self) -> Draw:
-        """What every run is generated from: the second set's prompts and noise."""
-        return self.draws[1]
 
     def shown(self) -> list[int]:
         """The samples whose pictures the report shows: the first of each of the first prompts, none chosen."""
@@ -151,8 +153,10 @@ class Evaluation:
 
     def make_reference(self, origin: Origin) -> Reference:
         """All of the teacher's sets, at the full price."""
-        self.expect(self.many.nfe * len(self.draws[0]) + sum(run.nfe for run in self.teacher_runs) * len(self.samples))
-        first = self.measure(self.many, self.draws[0], name="teacher, independent set").set
+        self.expect(
+            self.many.nfe * len(self.independent) + sum(run.nfe for run in self.teacher_runs) * len(self.samples)
+        )
+        first = self.measure(self.many, self.independent, name="teacher, independent set").set
         made = {run: self.measure(run, self.samples).set for run in self.teacher_runs}
         second = made.pop(self.many)
         return Reference(origin, first, second, {run.name: features for run, features in made.items()})

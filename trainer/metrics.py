@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-KID_SEED = 0  # of the subset that is drawn where the two sets differ in size
+KID_PARTS = 50  # of the larger set, where the two differ in size
+KID_SEED = 0  # of the drawing of those parts
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Squared Fréchet distance between Gaussians fitted to two sets of features (arXiv 1706.08500, eq. 6).
 
     ``|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2))``, covariances with N - 1. It has a positive bias that falls with N:
-    compare sets of equal size only, and read a value against that of two independent sets from one model.
+    compare sets of one size with one reference, and read a value against that of an independent set of the teacher's.
 
     Args:
         features, reference: (N, D) and (M, D), N and M at least 2.
@@ -38,11 +39,12 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
     """Kernel distance (KID): squared maximum mean discrepancy, kernel ``(x.y / D + 1)^3`` (arXiv 1801.01401).
 
-    Unbiased for independent sets of any size, so that two sets from one model scatter around 0 and may fall below it.
-    One estimate over all samples: averaging over random subsets, as for sets too large for memory, only adds noise.
+    Unbiased for independent sets of any size, so that two sets from one model scatter around 0, and fall a little below
+    it where they show the same prompts. One estimate over all samples of two equal sets; of a larger reference the mean
+    over random parts of the smaller set's size.
 
     Args:
-        features, reference: (N, D) and (M, D), N and M at least 2; where they differ the larger one is thinned.
+        features, reference: (N, D) and (M, D), N and M at least 2.
     """
     import torch
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -51,11 +53,13 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all extracted features")
         metric = KernelInceptionDistance(
-            feature=_precomputed(features.shape[1]), subsets=1, subset_size=min(len(features), len(reference))
+            feature=_precomputed(features.shape[1]),
+            subsets=1 if len(features) == len(reference) else KID_PARTS,
+            subset_size=min(len(features), len(reference)),
         )
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
-    with torch.random.fork_rng(devices=[]):  # the metric permutes its samples with the global generator
+    with torch.random.fork_rng(devices=[]):  # the metric draws its parts with the global generator
         torch.manual_seed(KID_SEED)
         return float(metric.compute()[0])
 

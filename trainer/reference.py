@@ -1,10 +1,11 @@
 """The teacher's own pictures as a yardstick, kept as features in one small file.
 
-Two independent sets are made by the teacher in many steps with guidance, from the same list of prompts and different
-seeds. Every run is generated from the prompts and the noise of the second set, so that it can be compared with that set
-picture by picture, and its distribution is measured against the *first*, whose noise it has never seen. So the distance
-between the two sets, the floor, is what a perfect student would score: sharing noise with the set that is measured
-against would let a distance fall below it.
+Two sets are made by the teacher in many steps with guidance, from the same prompts and independent noise. Every run is
+generated from the prompts and the noise of the second set, so that it can be compared with that set picture by picture,
+and its distribution is measured against the *first*, whose noise it has never seen. So the distance between the two
+sets, the floor, is what a perfect student would score: sharing noise with the set that is measured against would let a
+distance fall below it. The first set holds several pictures for each one of the second, which lowers the floor (it is
+due to chance alone) and costs nothing when a student is evaluated.
 
 What the undistilled teacher makes in few steps is kept as well, since it depends on nothing else.
 """
@@ -43,20 +44,21 @@ class Draw:
         return Draw(tuple(self.prompts[row] for row in index), tuple(self.seeds[row] for row in index))
 
 
-def draw(prompts: Sequence[str], samples: int, seed: int, stream: int) -> Draw:
-    """Draw ``samples`` prompts and seeds: prompts in a shuffled order, two pictures of each before the next.
+def draw(prompts: Sequence[str], samples: int, seed: int, stream: int, times: int = 1) -> Draw:
+    """Draw ``samples`` prompts, two pictures of each in a row, and all of them ``times`` times, each with its own seed.
 
     Args:
-        prompts: one that stands there several times is drawn so much more often.
-        stream: sets of one seed and different streams are independent of each other.
+        prompts: one that stands there several times is drawn so much more often. Their order is shuffled once for all
+            streams of a seed, so that two sets differ in their noise and not in what they show.
+        stream: sets of different streams share no noise.
     """
     if not prompts or samples < 2:
         raise ValueError(f"need at least 1 prompt and 2 samples, got {len(prompts)} and {samples}")
+    order = random.Random(f"{seed}").sample(prompts, len(prompts))
     source = random.Random(f"{seed}/{stream}")
-    order = source.sample(prompts, len(prompts))
     return Draw(
-        tuple(order[index // PICTURES_A_PROMPT % len(order)] for index in range(samples)),
-        tuple(source.getrandbits(32) for _ in range(samples)),
+        tuple(order[index // PICTURES_A_PROMPT % len(order)] for index in range(samples)) * times,
+        tuple(source.getrandbits(32) for _ in range(samples * times)),
     )
 
 
@@ -67,13 +69,15 @@ class Origin:
     Attributes:
         teacher, features: fingerprints of the weights, see :func:`fingerprint`.
         prompts: fingerprint of the list of prompts.
-        samples: pictures in each of the two sets.
+        samples: pictures in the second set and in every run.
+        times: pictures in the first set for each one of the second.
     """
 
     teacher: str
     features: str
     prompts: str
     samples: int
+    times: int
     seed: int
     steps: int
     guidance: float
@@ -87,9 +91,9 @@ class FeatureSet:
     features: Tensor
     predicted: Tensor
 
-    def head(self, samples: int) -> FeatureSet:
-        """The first ``samples`` pictures."""
-        return FeatureSet(self.features[:samples], self.predicted[:samples])
+    def rows(self, index: Sequence[int]) -> FeatureSet:
+        """The pictures at ``index``."""
+        return FeatureSet(self.features[list(index)], self.predicted[list(index)])
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,11 @@ class Reference:
         return None
 
     def head(self, samples: int) -> Reference:
-        """The reference that a smaller number of samples would have made."""
-        few = {name: made.head(samples) for name, made in self.few.items()}
-        return Reference(
-            replace(self.origin, samples=samples), self.first.head(samples), self.second.head(samples), few
-        )
+        """The part of it that shows the first ``samples`` prompts of the second set."""
+        rows = range(samples)
+        first = [row for row in range(len(self.first.features)) if row % self.origin.samples < samples]
+        few = {name: made.rows(rows) for name, made in self.few.items()}
+        return Reference(replace(self.origin, samples=samples), self.first.rows(first), self.second.rows(rows), few)
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file; the origin goes into its header."""

@@ -133,6 +133,16 @@ def test_kernel_distance_is_the_unbiased_estimate() -> None:
     assert value == pytest.approx(sum(within) - 2 * between, rel=1e-9)
 
 
+def test_kernel_distance_from_a_larger_set_uses_all_of_it() -> None:
+    source = torch.Generator().manual_seed(0)
+    features, reference = torch.randn(30, 4, generator=source), torch.randn(90, 4, generator=source) + 0.5
+    terms = [((one @ other.T / 4 + 1) ** 3).double() for one, other in
+             ((features, features), (reference, reference), (features, reference))]  # fmt: skip
+    within = sum((term.sum() - term.trace()) / (len(term) * (len(term) - 1)) for term in terms[:2])
+    exact = float(within - 2 * terms[2].mean())
+    assert metrics.kernel_distance(features, reference) == pytest.approx(exact, rel=0.1)
+
+
 def test_kernel_distance_leaves_the_global_generator_alone() -> None:
     features = torch.randn(8, 3)
     torch.manual_seed(5)
@@ -236,6 +246,14 @@ def test_a_draw_begins_with_the_draw_of_a_smaller_set_and_pairs_its_prompts() ->
     assert {large.prompts.count(prompt) for prompt in prompts} == {2, 4}
 
 
+def test_two_sets_show_the_same_prompts() -> None:
+    prompts = [str(number) for number in range(10)]
+    second, first = draw(prompts, 8, 0, 1), draw(prompts, 8, 0, 0, times=3)
+    assert first.prompts == second.prompts * 3
+    assert not set(first.seeds) & set(second.seeds)
+    assert draw(prompts, 8, 1, 1).prompts != second.prompts
+
+
 def test_sets_share_no_noise() -> None:
     # The CPU's generator reads 32 bits of a seed: seeds that differ above them only would give the same noise.
     seeds = [*draw(["a"], 300, 0, 0).seeds, *draw(["a"], 300, 0, 1).seeds, *draw(["a"], 300, 1, 0).seeds]
@@ -251,7 +269,9 @@ def test_a_reference_survives_the_file_and_says_what_it_is_of(tmp_path: Path) ->
     assert reference.mismatch(replace(origin, samples=10)) is None
     assert "samples is 24 there and 25 now" in str(reference.mismatch(replace(origin, samples=25)))
     assert "teacher is 'paints' there and 'other' now" in str(reference.mismatch(replace(origin, teacher="other")))
-    assert len(reference.head(10).first.features) == 10
+    smaller = reference.head(10)
+    assert len(smaller.first.features) == 20
+    torch.testing.assert_close(smaller.first.features[10:], reference.first.features[24:34])
     assert len(reference.head(10).few["teacher 1 step"].features) == 10
     floor = metrics.frechet_distance(reference.second.features, reference.first.features)
     assert report["floor"]["fd"] == pytest.approx(floor)
@@ -360,8 +380,8 @@ def test_a_stored_reference_is_used_and_a_wrong_one_is_made_anew(
     assert not before["reference"]["stored"]
     assert after["reference"]["stored"]
     assert after["floor"] == before["floor"]
-    # Two sets of many steps, and 4 + 2 + 1 steps with guidance and without.
-    assert first.passes - again.passes == OPTIONS.samples * (2 * 2 * OPTIONS.steps + 2 * 7 + 7)
+    # The set of many steps, a second one of twice its size, and 4 + 2 + 1 steps with guidance and without.
+    assert first.passes - again.passes == OPTIONS.samples * ((2 + 1) * 2 * OPTIONS.steps + 2 * 7 + 7)
     numbers = [{**line, "seconds_per_image": 0} for report in (before, after) for line in report["runs"]]
     assert numbers[:10] == numbers[10:]
     with caplog.at_level(logging.WARNING):

@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
         "runs": records,
         "targets": targets(records, 0.2),
         "student": "tiny",
-        "reference": {"samples": 256, "distinct_prompts": 128, "stored": True},
+        "reference": {"samples": 256, "times": 2, "distinct_prompts": 128, "stored": True},
         "settings": {"samples": 256},
         "environment": {"device": "cpu", "threads": 1},
         "pictures": {"prompts": PROMPTS, "files": files},
