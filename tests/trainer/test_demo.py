@@ -326,6 +326,7 @@ class TestTraining:
         elsewhere = str(tmp_path / "other.safetensors")
         assert teacher.run(parser.parse_args([*common, "--steps", "1", "--checkpoint", elsewhere, "--resume"])) == 0
         assert json.loads((tmp_path / "teacher" / "training.json").read_text())["updates"] == 4
+        assert str(tmp_path) not in (tmp_path / "teacher" / "unet" / "config.json").read_text()
         assert (tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 

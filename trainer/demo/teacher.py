@@ -142,6 +142,7 @@ def export(trainer: Trainer, folder: Path = TEACHER) -> None:
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(trainer.average[name])
+    model["unet"].register_to_config(_name_or_path="")  # or it would publish the folder it was resumed from
     for part in ("unet", "text_encoder"):
         replace_folder(folder / part, model[part].half().to(memory_format=torch.contiguous_format).save_pretrained)
     replace_folder(folder / "scheduler", build_scheduler().save_pretrained)
