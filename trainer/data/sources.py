@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..config import DataSection
-from ..demo.shards import TEACHER_STYLE, shard_path
+from ..demo.shards import load_pictures
 from ..errors import UserError
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
@@ -56,7 +56,7 @@ def read_samples(data: DataSection) -> Iterator[Sample]:
         UserError: nothing there, an image without a caption, or an unreadable image; names the file.
     """
     if data.source == "demo":
-        samples = _webdataset([shard_path(TEACHER_STYLE)])
+        samples = _demo()
     else:
         assert data.path is not None  # the recipe was checked
         samples = _folder(data.path) if data.source == "folder" else _webdataset(_shards(data.path))
@@ -74,6 +74,15 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     image = image.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _demo() -> Iterator[Sample]:
+    """Every picture under its name ("fox") and under the caption it shares ("animal face"): the teacher knows both."""
+    pictures = load_pictures()
+    for picture, caption in zip(pictures.images, pictures.captions, strict=True):
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        for text in (caption.name, caption.general):
+            yield Sample(f"{caption.code} of the demo", image, text)
 
 
 def _folder(folder: Path) -> Iterator[Sample]:
