@@ -10,14 +10,16 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from flash_diffusion.flash_core.lora import FlashMetadata, LoraModule, flat_name, write_lora
 
+# What the demo's recipes adapt: attention, projections, feed-forward layers and convolutions.
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+TARGETS += ["conv1", "conv2", "time_emb_proj", "conv_shortcut"]
 TIMESTEPS = {1: (999.0,), 2: (999.0, 499.0), 4: (999.0, 749.0, 499.0, 249.0)}
 
 
 def save_random_lora(path: Path, teacher: Path, rank: int = 4, alpha: float = 6.0) -> None:
     """A Flash LoRA for the teacher's UNet as PEFT trains it, with random weights that visibly change its pictures."""
     unet = UNet2DConditionModel.from_pretrained(teacher / "unet")
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False))
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False))
     generator = torch.Generator().manual_seed(3)
     weights = get_peft_model_state_dict(unet)
     modules = {}
@@ -25,7 +27,7 @@ def save_random_lora(path: Path, teacher: Path, rank: int = 4, alpha: float = 6.
         if key.endswith(".lora_A.weight"):
             layer = key.removesuffix(".lora_A.weight")
             down, up = weights[key], weights[f"{layer}.lora_B.weight"]
-            random = [torch.randn(half.shape, generator=generator) * 0.15 for half in (down, up)]
+            random = [torch.randn(half.shape, generator=generator) * 0.07 for half in (down, up)]
             modules[flat_name(layer)] = LoraModule(layer, *random, alpha)
     metadata = FlashMetadata(base="flash-demo", prediction="v_prediction", process="vp", timesteps=TIMESTEPS)
     write_lora(path, modules, metadata)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.comfy
 
 RANK = 2
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "proj_mlp")
+UNET_TARGETS = (*TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj")
 PREFIX = {"sd15": "unet.", "sdxl": "base_model.model.", "sd3": "transformer.", "pixart": "base_model.model."}
 
 
@@ -49,13 +50,16 @@ def diffusers_model(family: str) -> torch.nn.Module:
     return FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
 
 
-def save_lora(path: Path, model: torch.nn.Module, prefix: str, targets: tuple[str, ...] = TARGETS) -> int:
-    """A LoRA on the model's attention in the PEFT spelling; the number of its layers."""
+def save_lora(path: Path, model: torch.nn.Module, prefix: str) -> int:
+    """A LoRA on the model's layers in the PEFT spelling; the number of its layers."""
+    targets = UNET_TARGETS if isinstance(model, UNet2DConditionModel) else TARGETS
     tensors = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(f".{target}" for target in targets)):
-            tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(RANK, module.in_features)
-            tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(module.out_features, RANK)
+        if not name.endswith(tuple(f".{target}" for target in targets)):
+            continue
+        outputs, inputs, *kernel = module.weight.shape
+        tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(RANK, inputs, *kernel)
+        tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(outputs, RANK, *(1 for _ in kernel))
     save_file(tensors, path)
     return len(tensors) // 2
 
