@@ -40,9 +40,10 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     # PEFT warns whenever a network gets its second adapter, which is how roles share one base here.
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-    from rich.console import Console
 
     if args.dry_run:
+        from rich.console import Console
+
         from .plan import print_plan
 
         print_plan(recipe, Console())
@@ -50,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
     from .loop import distil
 
     output = args.output or Path("out") / Path(args.recipe).stem
-    Console().print(f"the LoRA is at {distil(recipe, output, resume=args.resume)}", highlight=False, soft_wrap=True)
+    distil(recipe, output, resume=args.resume)
     return 0

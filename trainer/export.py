@@ -103,15 +103,15 @@ def model_card(
     head = {"library_name": "diffusers", "tags": ["lora", "flash-diffusion", "few-step", "text-to-image"]}
     if recipe.model.path and not Path(recipe.model.path).exists():
         head["base_model"] = recipe.model.path
-    grids = {steps: [round(t, 2) for t in trailing_timesteps(process, steps)] for steps in (1, 2, 4)}
+    grids = {steps: ", ".join(f"{t:g}" for t in trailing_timesteps(process, steps)) for steps in (1, 2, 4)}
     previews = sorted((run / "previews").glob("*.webp")) if (run / "previews").is_dir() else []
     picture = f"![teacher beside student](previews/{previews[-1].name})\n" if previews else ""
     first = next(iter(modules.values()))
-    phases = "\n".join(
-        f"| {phase.name} | {phase.updates} | {', '.join(f'{beta:g}' for beta in phase.modes)} | {phase.distillation:g} "
-        f"| {phase.adversarial:g} | {phase.dmd:g} |"
-        for phase in recipe.phases
-    )
+    rows = []
+    for phase in recipe.phases:
+        modes = ", ".join(f"{beta:g}" for beta in phase.modes)
+        factors = f"{phase.distillation:g} | {phase.adversarial:g} | {phase.dmd:g}"
+        rows.append(f"| {phase.name} | {phase.updates / recipe.updates:.0%} | {modes} | {factors} |")
     low, high = recipe.method.guidance
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
@@ -129,12 +129,12 @@ ComfyUI: Flash LoRA Loader, then Flash Sampler; or core's LoRA loader with cfg 1
 ```python
 pipe.load_lora_weights("{run.name}", weight_name="{LORA}")
 pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-pipe(prompt, timesteps={grids[4]}, guidance_scale=1.0)
+pipe(prompt, timesteps=[{grids[4]}], guidance_scale=1.0)
 ```
 
 | steps | timesteps |
 |---|---|
-{chr(10).join(f"| {steps} | {', '.join(f'{t:g}' for t in grid)} |" for steps, grid in grids.items())}
+{chr(10).join(f"| {steps} | {grid} |" for steps, grid in grids.items())}
 
 ## Training
 
@@ -142,9 +142,9 @@ pipe(prompt, timesteps={grids[4]}, guidance_scale=1.0)
 {recipe.method.teacher_steps} steps ({recipe.method.solver}) at guidance {low:g}..{high:g}. `config.yaml` holds every
 setting, `log.jsonl` the course.
 
-| phase | updates | modes at 999, 749, 499, 249 | distillation | adversarial | dmd |
+| phase | share of the run | modes at 999, 749, 499, 249 | distillation | adversarial | dmd |
 |---|---|---|---|---|---|
-{phases}
+{chr(10).join(rows)}
 """
 
 

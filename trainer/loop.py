@@ -67,7 +67,11 @@ def distil(recipe: Recipe, output: Path, *, resume: bool = False) -> Path:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    return Run(recipe, output, accelerator, found[-1] if found else None).train()
+    if not accelerator.is_main_process:
+        logger.setLevel(logging.WARNING)
+    lora = Run(recipe, output, accelerator, found[-1] if found else None).train()
+    logger.info("the LoRA is at %s", lora)
+    return lora
 
 
 class Run:
@@ -87,6 +91,8 @@ class Run:
             logger.warning("the recipe has changed since %s: the result is not that of either recipe alone", last)
         self.elapsed_before = self.state.elapsed
         self.parts: Assembly = assemble(recipe, accelerator)
+        examples = self.parts.examples
+        logger.info("%d pictures with %d distinct captions", len(examples), len(examples.conditioning))
         self.generator = stream(recipe.seed, "training", accelerator.process_index)
         teacher = self.parts.teacher
         self.preview: Preview | None = None

@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline
 
+from flash_diffusion.flash_core.denoiser import predict_z0
+from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
+from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.config import Recipe, parse_recipe
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.export import export_checkpoint
 from flash_diffusion.trainer.loop import Run, distil
+from flash_diffusion.trainer.teachers import load_teacher
 
 
 def test_stock_diffusers_loads_it_with_the_same_output(
@@ -38,6 +42,39 @@ def test_stock_diffusers_loads_it_with_the_same_output(
         loaded = pipeline.unet(z, t, encoder_hidden_states=conditioning.cross_attention).sample
     assert not torch.allclose(trained, bare, atol=1e-3)
     torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_cards_way_to_sample_is_ours(
+    recipe_content: dict[str, Any], tiny_model: Path, tmp_path: Path, steps: int
+) -> None:
+    """The pipeline call that the card shows makes the latents of our few-step sampler, from the same generator."""
+    recipe_content["optimizer"]["lr"] = 0.05
+    recipe_content["phases"] = recipe_content["phases"][:1]
+    run = Run(parse_recipe(recipe_content), tmp_path, Accelerator(), None)
+    path = run.train()
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    grid = [int(t) for t in trailing_timesteps(run.parts.teacher.denoiser.process, steps)]
+    seeded = torch.Generator().manual_seed(5)
+    theirs = pipe("red ball", timesteps=grid, guidance_scale=1.0, generator=seeded, output_type="latent").images
+
+    denoiser = run.parts.teacher.denoiser
+    conditioning = load_teacher(run.recipe.model).encode_prompts(["red ball"])
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(1, 4, 8, 8, generator=generator)
+    alphas, sigmas = denoiser.process.alpha_sigma(torch.tensor(grid, dtype=torch.float64))
+    with torch.no_grad(), run.parts.average.applied(), denoiser.role("student"):
+        ours = few_step_sample(
+            lambda z, index: predict_z0(denoiser, z, torch.tensor([float(grid[index])]), conditioning),
+            z,
+            alphas.tolist(),
+            sigmas.tolist(),
+            generator_noise(z, generator),
+        )
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_convolutions_and_feed_forward_layers_can_be_adapted(
@@ -77,7 +114,7 @@ def test_the_card_tells_how_it_was_made_and_how_to_use_it(recipe: Recipe, tmp_pa
     distil(recipe, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n")
-    for part in ("load_lora_weights", "[999.0, 749.0, 499.0, 249.0]", "warm-up", "5 updates", "Rank 4, alpha 8"):
+    for part in ("load_lora_weights", "timesteps=[999, 749, 499, 249]", "warm-up", "5 updates", "Rank 4, alpha 8"):
         assert part in card
     assert str(tmp_path) not in card
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,8 +16,6 @@ from .sources import Sample, read_samples, to_tensor
 
 if TYPE_CHECKING:
     from ..teachers.base import Teacher
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,6 @@ def encode_examples(data: DataSection, teacher: Teacher) -> Examples:
         for first in range(0, len(distinct), data.encode_batch)
     ]
     position = {caption: index for index, caption in enumerate(distinct)}
-    logger.info("%d pictures with %d distinct captions", len(captions), len(distinct))
     return Examples(
         torch.cat(latents),
         tuple(captions),

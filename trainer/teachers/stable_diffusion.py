@@ -85,7 +85,7 @@ class StableDiffusion(Teacher):
             text_encoder.to(device, dtype),
             tokenizer,
             _latent_shape(unet.config, vae.config, resolution),
-            Path(path).name,
+            cls.title(path),
         )
 
     @classmethod
@@ -105,8 +105,13 @@ class StableDiffusion(Teacher):
             UNetDenoiser(unet, process_from_scheduler(scheduler)),
             _latent_shape(unet.config, vae.config, resolution),
             count_parameters(unet),
-            Path(path).name,
+            cls.title(path),
         )
+
+    @classmethod
+    def title(cls, path: str) -> str:
+        """What the model is called."""
+        return Path(path).name
 
     @classmethod
     def locate(cls, model: ModelSection) -> str:
@@ -195,6 +200,11 @@ class Demo(StableDiffusion):
     """The teacher embedded in this package."""
 
     base = "flash-demo"
+
+    @classmethod
+    def title(cls, path: str) -> str:
+        """The same wherever it lies."""
+        return "the Flash demo"
 
     @classmethod
     def locate(cls, model: ModelSection) -> str:
