@@ -285,12 +285,14 @@ def test_a_fingerprint_follows_weights_and_configuration_alone(tmp_path: Path) -
     with pytest.raises(FileNotFoundError, match="safetensors"):
         fingerprint(tmp_path)
     (tmp_path / "unet" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "unet" / "config.json").write_text("{}")
+    config = tmp_path / "unet" / "config.json"
+    config.write_text('{"a": 1, "b": 2}')
     before = fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("a card")
     (tmp_path / "training.json").write_text("{}")
+    config.write_text('{"b": 2,\n "a": 1, "_name_or_path": "/elsewhere"}')
     assert fingerprint(tmp_path) == before
-    (tmp_path / "unet" / "config.json").write_text('{"a": 1}')
+    config.write_text('{"a": 1, "b": 3}')
     changed = fingerprint(tmp_path)
     (tmp_path / "unet" / "model.safetensors").write_bytes(b"Weights")
     assert len({before, changed, fingerprint(tmp_path)}) == 3
