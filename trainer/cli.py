@@ -46,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(import_module(COMMANDS[args.command][0], __package__).run(args))
     except (UserError, FileNotFoundError) as error:
         return complain(error)
+    except ValueError as error:
+        from ..flash_core.lora import LoraError  # brings torch, which the command that raised it has loaded
+
+        if isinstance(error, LoraError):
+            return complain(error)
+        raise
     except KeyboardInterrupt:
         return 130
 

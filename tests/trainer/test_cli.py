@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.trainer.cli import COMMANDS, main
 from flash_diffusion.trainer.config import Recipe, parse_recipe
 from flash_diffusion.trainer.plan import expected_passes
@@ -50,6 +51,19 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(capsys: pytest.CaptureFi
     assert text.startswith("flash-diffusion: ")
     assert "optimizer.lr" in text
     assert "Traceback" not in text
+
+
+def test_a_file_that_is_no_lora_is_one_message_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(_args: object) -> int:
+        read_lora(tmp_path / "absent.safetensors")
+        return 0
+
+    monkeypatch.setattr("flash_diffusion.trainer.export.run", refuse)
+    code, text = said(capsys, "export", tmp_path)
+    assert code == 2
+    assert "there is no LoRA file" in text
 
 
 def test_the_plan_needs_no_weights(
