@@ -140,11 +140,10 @@ class VPProcess:
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``sqrt(alphas_cumprod[t])`` and ``sqrt(1 - alphas_cumprod[t])``; ``t`` is rounded to the nearest index."""
         if t.device not in self._tables:
-            bar = self.alphas_cumprod.double().cpu()
-            self._tables[t.device] = (
-                bar.sqrt().float().to(t.device),
-                (1 - bar).sqrt().float().to(t.device),
-            )
+            # Kept for good, so made as ordinary tensors even where the first caller only samples.
+            with torch.inference_mode(False):
+                bar = self.alphas_cumprod.double().cpu()
+                self._tables[t.device] = (bar.sqrt().float().to(t.device), (1 - bar).sqrt().float().to(t.device))
         alphas, sigmas = self._tables[t.device]
         index = t.round().long() if t.is_floating_point() else t.long()
         return alphas[index], sigmas[index]

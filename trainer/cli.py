@@ -20,8 +20,10 @@ COMMANDS = {
     "evaluate": (".evaluate", "compare a student's few steps with its teacher's many"),
     "report": (".report", "make the report of an evaluation again"),
     "demo-data": (".demo.pictures", "rebuild the demo's pictures from their packages"),
+    "demo-autoencoder": (".demo.autoencoder", "train the demo's autoencoder"),
     "demo-teacher": (".demo.teacher", "train the demo's teacher"),
     "demo-features": (".demo.features", "train the demo's evaluation network"),
+    "demo-card": (".demo.card", "measure the demo's teacher and write its model card"),
 }
 
 

@@ -264,3 +264,13 @@ def test_wrong_choices_say_what_was_expected() -> None:
 def test_broadcast_multiplies_sample_by_sample() -> None:
     assert broadcast(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 4, 5)).shape == (2, 1, 1, 1)
     assert broadcast(torch.tensor([1.0, 2.0]), torch.zeros(2, 3)).shape == (2, 1)
+
+
+def test_a_process_first_used_for_sampling_can_still_train() -> None:
+    process = VPProcess.from_betas()
+    t = torch.tensor([500])
+    with torch.inference_mode():
+        process.alpha_sigma(t)
+    z0 = torch.randn(1, 4, 2, 2, requires_grad=True)
+    process.add_noise(z0, torch.randn_like(z0), t).sum().backward()
+    assert torch.equal(z0.grad, process.alpha_sigma(t)[0].expand_as(z0))
