@@ -246,7 +246,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", type=Path, default=DEMO_REFERENCE, help="the teacher's sets as features (default: the demo's)"
     )
     parser.add_argument(
-        "--make-reference", action="store_true", help="make the two sets, write them to --reference, and stop"
+        "--make-reference",
+        action="store_true",
+        help="make all of the teacher's sets, write them to --reference, and stop",
     )
     parser.add_argument("--log", type=Path, help="log.jsonl of the training (default: the one beside the LoRA)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")

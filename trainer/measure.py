@@ -48,7 +48,7 @@ class Options:
 
     Attributes:
         samples: pictures of each run.
-        times: so many for each one of those hold the set they are measured against.
+        times: pictures in the set that runs are measured against, for each one in a run.
         seed: of prompts and noise.
         steps: of the teacher in the reference.
         guidance: the teacher's scale, ``uncond + w (cond - uncond)``.
@@ -100,7 +100,7 @@ class Evaluation:
         self.network = network
         self.options = options
         self.many = Run("teacher", options.steps, options.guidance)
-        self.teacher_runs = [self.many, *few_step_runs(options.guidance)]
+        self.teacher_runs = list(dict.fromkeys([self.many, *few_step_runs(options.guidance)]))
         seed, samples = options.seed, options.samples
         self.independent = draw(prompts, samples, seed, 0, options.times)
         self.samples = draw(prompts, samples, seed, 1)

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -140,14 +142,14 @@ class Reference:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no reference, or of another version.
+            UserError: the file is no reference, or of another version.
         """
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("flash.reference", "{}"))
             if header.pop("version", None) != VERSION:
-                raise ValueError(
+                raise UserError(
                     f"{path} is not a reference file of version {VERSION}; make one with "
                     f"`flash-diffusion evaluate --make-reference --reference {path}`"
                 )

@@ -26,6 +26,7 @@ from flash_diffusion.trainer import metrics
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.demo.features import FeatureNetwork
+from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate import evaluate, fitting_classes, targets
 from flash_diffusion.trainer.generate import Run, decode_pictures, default_solver, noise_source, sample_latents
 from flash_diffusion.trainer.measure import Options, few_step_runs
@@ -276,7 +277,7 @@ def test_a_reference_survives_the_file_and_says_what_it_is_of(tmp_path: Path) ->
     floor = metrics.frechet_distance(reference.second.features, reference.first.features)
     assert report["floor"]["fd"] == pytest.approx(floor)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="--make-reference"):
+    with pytest.raises(UserError, match="--make-reference"):
         Reference.load(tmp_path / "other.safetensors")
 
 
