@@ -167,6 +167,8 @@ denoise_values = st.floats(1e-3, 1)
         (4, 0.75, [749, 499, 249]),
         (4, 0.5, [499, 249]),
         (4, 0.45, [499, 249]),
+        (4, 0.625, [499, 249]),  # halfway: the one nearer the image, which changes less of it
+        (3, 0.75, [749, 332]),  # 3 x .75 = 2.25 evaluations are 2
         (4, 0.25, [249]),
         (4, 0.01, [249]),
         (2, 0.5, [499]),
