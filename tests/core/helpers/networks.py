@@ -31,12 +31,6 @@ def random_network(seed: int, channels: int = 4) -> Network:
     return network
 
 
-def affine_network(seed: int, scale: float = 0.2) -> Network:
-    """A fixed smooth function of ``(z, t)`` small enough for finite differences."""
-    network = random_network(seed)
-    return lambda z, t: scale * network(z, t)
-
-
 def processes() -> list[Process]:
     """One process of every kind."""
     return [
