@@ -70,6 +70,9 @@ class LoraSection(Section):
     targets: list[str] | None = Field(
         None, min_length=1, description="names that the adapted layers' paths end in (default: the family's attention)"
     )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="storage of the exported file; what trains is float32 always"
+    )
 
 
 class MethodSection(Section):

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import yaml
 from rich.console import Console
 from torch import Tensor
@@ -75,7 +76,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
         },
     )
     path = run / LORA
-    write_lora(path, modules, metadata, transformer=teacher.transformer)
+    write_lora(path, modules, metadata, transformer=teacher.transformer, dtype=getattr(torch, recipe.lora.dtype))
     (run / "README.md").write_text(model_card(run, recipe, modules, metadata, process, state), encoding="utf-8")
     return path
 

@@ -132,3 +132,17 @@ def test_any_kept_checkpoint_can_be_exported(recipe: Recipe, tmp_path: Path) -> 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.yaml"):
         export_checkpoint(tmp_path)
+
+
+def test_the_file_is_stored_as_the_recipe_says(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    recipe_content["lora"]["dtype"] = "float16"
+    path = distil(parse_recipe(recipe_content), tmp_path / "run")
+    file = read_lora(path)
+    assert {half.dtype for module in file.modules.values() for half in (module.down, module.up)} == {torch.float16}
+    full = read_lora(
+        distil(
+            parse_recipe({**recipe_content, "lora": {**recipe_content["lora"], "dtype": "float32"}}), tmp_path / "full"
+        )
+    )
+    for name, module in full.modules.items():
+        torch.testing.assert_close(file.modules[name].up.float(), module.up, atol=1e-6, rtol=1e-3)
