@@ -53,8 +53,6 @@ def distil(recipe: Recipe, output: Path, *, resume: bool = False) -> Path:
     Raises:
         UserError: the recipe does not fit, the folder holds another run, or training diverged.
     """
-    # Adapters start near 0 and their moments pass through denormal numbers, which slow a CPU down tenfold.
-    torch.set_flush_denormal(True)
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
         # Weights cast under no_grad must not be found in autocast's cache by a step that needs their gradients.
