@@ -159,6 +159,8 @@ def record(
 def targets(records: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]]:
     """The project's targets: what was asked, what came out, and whether that meets it.
 
+    ``perfect`` is what a student that draws exactly as its teacher would score, where that may be short of the target.
+
     Args:
         floor: Fréchet distance of two independent sets of the teacher's own, above 0.
     """
@@ -179,6 +181,7 @@ def targets(records: Sequence[dict[str, Any]], floor: float) -> list[dict[str, A
                 "measure": f"times closer than {rival} without guidance",
                 "value": value,
                 "at_least": CLOSER_LIMIT,
+                "perfect": fd[rival] / floor,
                 "met": value >= CLOSER_LIMIT,
             }
         )

@@ -49,7 +49,9 @@ def write_report(folder: Path, log: Path | None = None) -> Path:
         raise UserError(f"{folder} holds no report.json; make one with `flash-diffusion evaluate --output {folder}`")
     report = json.loads(source.read_text(encoding="utf-8"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, plain="{:g}".format, share=share, seconds=seconds, listed=listed)
+    environment.filters.update(
+        number=number, plain="{:g}".format, share=share, seconds=seconds, listed=listed, limit=target_limit
+    )
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         many=report["runs"][0],
@@ -181,9 +183,16 @@ def summary_table(report: dict[str, Any]) -> Table:
 def target_lines(report: dict[str, Any]) -> Iterator[str]:
     """Each target in words."""
     for target in report["targets"]:
-        limit = f"at most {target['at_most']:g}" if "at_most" in target else f"at least {target['at_least']:g}"
         verdict = "met" if target["met"] else "MISSED"
-        yield f"{verdict}: {target['run']}, {number(target['value'])} {target['measure']} ({limit})"
+        yield f"{verdict}: {target['run']}, {number(target['value'])} {target['measure']} ({target_limit(target)})"
+
+
+def target_limit(target: dict[str, Any]) -> str:
+    """What was asked, and what the teacher itself would score where that is less."""
+    if "at_most" in target:
+        return f"at most {target['at_most']:g}"
+    beyond = target["perfect"] < target["at_least"]
+    return f"at least {target['at_least']:g}" + (f"; the floor is at {number(target['perfect'])}" if beyond else "")
 
 
 @dataclass(frozen=True)

@@ -420,6 +420,7 @@ def test_targets_are_the_issues() -> None:
     assert [line.get("at_most", line.get("at_least")) for line in found] == [1.5, 3.0, 6.0, 5.0, 5.0, 5.0]
     assert [line["value"] for line in found] == pytest.approx([1.4, 3.1, 6.0, 7.1 / 1.4, 5.0, 29 / 6])
     assert [line["met"] for line in found] == [True, False, True, True, True, False]
+    assert [line.get("perfect") for line in found] == [None, None, None, 7.1, 15.5, 29.0]
 
 
 def test_pairs_are_all_pairs() -> None:

@@ -25,6 +25,7 @@ from flash_diffusion.trainer.report import (
     seconds,
     share,
     summary_table,
+    target_limit,
     target_lines,
     training_charts,
     write_report,
@@ -104,6 +105,13 @@ def test_the_page_says_what_was_met_and_what_was_missed(folder: Path) -> None:
     for value in ("1.20 ×", "2.50 ×", "9.50 ×", "8.33 ×", "8.00 ×", "4.21 ×"):
         assert value in page.texts
     assert "64 passes become 4, 2 or 1" in page.texts
+
+
+def test_a_target_beyond_the_floor_says_so() -> None:
+    target = {"at_least": 5.0, "perfect": 1.92}
+    assert target_limit(target) == "at least 5; the floor is at 1.92"
+    assert target_limit(target | {"perfect": 9.0}) == "at least 5"
+    assert target_limit({"at_most": 1.5}) == "at most 1.5"
 
 
 def test_prompts_are_text_and_never_markup(folder: Path) -> None:
