@@ -67,7 +67,8 @@ def describe_base(file: LoraFile) -> str:
     if any("add_k_proj" in name or "joint_blocks" in name for name in names):
         return "SD3"
     if any(name.startswith("transformer_blocks_") for name in names):
-        return "PixArt"
+        # PixArt's blocks have a self- and a cross-attention, attn1 and attn2; SD3's have one joint attn.
+        return "PixArt" if any("_attn1_" in name or "_attn2_" in name for name in names) else "SD3"
     width = next((int(m.down.shape[1]) for name, m in names.items() if name.endswith("attn2_to_k")), None)
     if width is None:
         return "an unknown model (no cross-attention layer in the file)"

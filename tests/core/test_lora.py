@@ -188,6 +188,7 @@ def test_matching_counts_and_names_both_sides(tmp_path: Path) -> None:
         (PATH, 2048, "SDXL"),
         (PATH, 333, "unknown"),
         ("transformer_blocks.0.attn.add_k_proj", 8, "SD3"),
+        ("transformer_blocks.0.attn.to_q", 8, "SD3"),
         ("transformer_blocks.0.attn2.to_k", 8, "PixArt"),
         ("single_transformer_blocks.0.attn.to_q", 8, "Flux"),
     ],
