@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis
+import pytest
+import torch
 
 # Busy machines make single examples slow; a deadline would only make tests flaky.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _denormals_are_kept() -> Iterator[None]:
+    """Training commands flush denormals for the whole process; the next test must not inherit that."""
+    yield
+    torch.set_flush_denormal(False)
