@@ -9,14 +9,12 @@ Each step is the ordinary command; this script only runs them one after the othe
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "out" / "demo"
@@ -38,20 +36,12 @@ def step(title: str, *arguments: str) -> None:
 
 
 def results() -> None:
-    """The report's figures as a table, and where everything lies."""
-    report = json.loads((OUTPUT / "report.json").read_text(encoding="utf-8"))
-    columns = ("name", "steps", "guidance", "nfe", "fd", "kid", "paired", "prompt_accuracy", "diversity")
-    table = Table(title=f"Quality on the demo (floor: FD {report['floor']['fd']:.4f})")
-    for column in (*columns, "seconds_per_image"):
-        table.add_column(column.replace("_", " "), justify="left" if column == "name" else "right")
-    for run in report["runs"]:
-        cells = [run[column] for column in (*columns, "seconds_per_image")]
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    console.print(table)
-    console.print(f"report    {OUTPUT / 'report.html'}")
-    console.print(f"LoRA      {OUTPUT / 'lora.safetensors'}")
+    """Where everything lies; the figures stand above, as evaluate printed them."""
+    found = [("report", "report.html"), ("figures", "report.json"), ("LoRA", "lora.safetensors")]
+    for name, file in found:
+        console.print(f"{name:10}{OUTPUT / file}", soft_wrap=True, highlight=False)
     for picture in sorted((OUTPUT / "comfyui").glob("*.png")):
-        console.print(f"ComfyUI   {picture}")
+        console.print(f"{'ComfyUI':10}{picture}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:
