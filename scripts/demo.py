@@ -47,7 +47,8 @@ def results() -> None:
 def main() -> None:
     """Run the three steps."""
     lora = str(OUTPUT / "lora.safetensors")
-    step("1. Distil the demo teacher", "-m", "trainer", "distill", "demo", "--output", str(OUTPUT))
+    # --resume: a run that was interrupted goes on, one that is complete is kept (`make clean` begins anew).
+    step("1. Distil the demo teacher", "-m", "trainer", "distill", "demo", "--output", str(OUTPUT), "--resume")
     step("2. Compare teacher and student", "-m", "trainer", "evaluate", "--lora", lora, "--output", str(OUTPUT))
     step(
         "3. Use the LoRA in ComfyUI",
