@@ -161,9 +161,15 @@ def summary_table(report: dict[str, Any]) -> Table:
     """The runs as a table for the terminal."""
     from rich.table import Table
 
-    table = Table(title=f"Distance to the teacher; floor {number(report['floor']['fd'])}")
-    for title in ("run", "passes", "FD", "x floor", "KID", "paired", "accuracy", "diversity", "time an image"):
-        table.add_column(title, justify="left" if title == "run" else "right")
+    # Narrow enough for 80 columns, where a log or a small terminal would break every cell over lines.
+    table = Table(
+        title=f"Distance to the teacher; floor {number(report['floor']['fd'])}",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for title in ("run", "NFE", "FD", "x floor", "KID", "paired", "acc.", "div.", "each"):
+        table.add_column(title, justify="left" if title == "run" else "right", no_wrap=True)
     for run in report["runs"]:
         table.add_row(
             run["name"],
