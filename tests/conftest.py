@@ -14,6 +14,15 @@ hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Results do not depend on the machine, and two threads beside ComfyUI's would stall each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _denormals_are_kept() -> Iterator[None]:
     """Training commands flush denormals for the whole process; the next test must not inherit that."""
     yield

@@ -226,9 +226,11 @@ def test_terms_of_weight_zero_are_not_computed() -> None:
 
 def test_warm_up_needs_no_discriminator() -> None:
     denoiser = ScriptedDenoiser(VPProcess.from_betas(), {"teacher": flat, "student": flat})
-    Distiller(denoiser, DistillerSettings(teacher_steps=8)).student_step(
-        flat_rollout(999), PUBLISHED_PHASES[0], seeded(0)
-    )
+    distiller = Distiller(denoiser, DistillerSettings(teacher_steps=8))
+    assert set(distiller.student_step(flat_rollout(999), PUBLISHED_PHASES[0], seeded(0)).terms) == {
+        "distillation",
+        "total",
+    }
 
 
 # -- real and fake under different noise -----------------------------------------------------------------------------
