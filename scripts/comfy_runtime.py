@@ -393,6 +393,9 @@ def main() -> int:
     """The command line's entry; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     arguments = parse_arguments()
+    # Ended or interrupted, the ComfyUI that was started ends too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if arguments.command == "fetch":
             logger.info("ComfyUI: %s", fetch())
