@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,15 +28,39 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class StyleLora(Section):
+    """A LoRA that the teacher wears."""
+
+    path: Path = Field(description="the LoRA's .safetensors file")
+    strength: float = Field(1.0, description="factor of its update")
+
+
 class ModelSection(Section):
     """The teacher."""
 
     family: str = Field(description="model family: one of the names `flash-diffusion distill --help` lists")
     path: str | None = Field(
-        None, description="a diffusers folder, or a Hub name such as owner/model; not needed for `demo`"
+        None,
+        description="a diffusers folder, a Hub name such as owner/model, or a single .safetensors checkpoint; not "
+        "needed for `demo`",
+    )
+    config: str | None = Field(
+        None,
+        description="for a single file: the diffusers folder or Hub name with the configuration of its parts, and with "
+        "the weights of parts that the file lacks (default: the family's own on the Hub)",
+    )
+    variant: str | None = Field(
+        None,
+        description="which weights of a folder, such as fp16 (default: the plain ones, else the only ones there are)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="storage of the frozen base; what trains is float32 always"
+    )
+    t5: bool = Field(True, description="SD3 alone: whether T5 reads the prompts too; without it memory is saved")
+    style_lora: list[StyleLora] = Field(
+        default_factory=list,
+        description="LoRAs merged into the frozen base, so that the student learns their style in few steps; the "
+        "exported LoRA is then used together with them",
     )
 
 
@@ -303,7 +327,9 @@ def _section(loc: Sequence[Any]) -> type[Section] | None:
         if isinstance(part, int):
             continue
         field = model.model_fields.get(part)
-        annotation = PhaseSection if part == "phases" else field.annotation if field else None
+        annotation = field.annotation if field else None
+        if get_origin(annotation) is list:
+            (annotation,) = get_args(annotation)
         if not (isinstance(annotation, type) and issubclass(annotation, Section)):
             return None
         model = annotation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -262,7 +263,7 @@ def test_the_hash_is_the_bases_alone(teacher: Teacher) -> None:
         (None, r"model\.path: is missing"),
         ("/nowhere/at/all", "not a diffusers folder"),
         (__file__, "not a diffusers folder"),
-        (str(Path(__file__).parent), "no 'unet' folder"),
+        (str(Path(__file__).parent), r"no model_index\.json"),
     ],
 )
 def test_a_path_that_is_no_model_is_explained(path: str | None, expected: str) -> None:
@@ -270,10 +271,12 @@ def test_a_path_that_is_no_model_is_explained(path: str | None, expected: str) -
         load_teacher(ModelSection(family="sd15", path=path))
 
 
-def test_an_incomplete_folder_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "unet").mkdir()
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_an_incomplete_folder_is_explained(tiny_model: Path, tmp_path: Path, part: str) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.rmtree(folder / part)
     with pytest.raises(UserError, match="not a complete diffusers folder"):
-        load_teacher(ModelSection(family="sd15", path=str(tmp_path)))
+        load_teacher(ModelSection(family="sd15", path=str(folder)))
 
 
 def test_an_unknown_family_lists_the_known_ones() -> None:

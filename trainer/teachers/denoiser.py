@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +52,7 @@ class DiffusersDenoiser(ABC):
 
     @abstractmethod
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output (B, C, H, W), all in the network's dtype but for ``t`` (B,)."""
+        """The network's output (B, C, H, W), all in the network's dtype but for ``t`` (B,) and the size ids."""
 
     @abstractmethod
     def feature_blocks(self) -> Sequence[nn.Module]:
@@ -63,7 +66,9 @@ class DiffusersDenoiser(ABC):
 
     def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output (B, C, H, W), float32, in the current role."""
-        return self.forward(z_t.to(self.dtype), t, conditioning.map(self._cast)).float()
+        # Sizes are whole numbers up to some thousands, which bfloat16 can't hold; networks embed them in float32.
+        cast = replace(conditioning.map(self._cast), size_ids=conditioning.size_ids)
+        return self.forward(z_t.to(self.dtype), t, cast).float()
 
     def features(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
         """Hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role."""
@@ -135,7 +140,10 @@ class DiffusersDenoiser(ABC):
                 raise UserError(
                     f"lora.targets: no layer of this model is called {target!r}; layers are called {', '.join(names)}"
                 )
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)  # type: ignore[arg-type]
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
+        self._inject(role, config, seed)
+
+    def _inject(self, role: Role, config: LoraConfig, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, self.network, adapter_name=role)
@@ -169,26 +177,66 @@ class DiffusersDenoiser(ABC):
         Raises:
             UserError: the file does not fit this network.
         """
+        fitted = self._fit(modules)
+        ranks = {path: module.rank for path, module in fitted.items()}
+        # PEFT reads names as patterns: exact ones, since "proj_out" is also the end of other layers' names.
+        exact = {path: re.escape(path) for path in fitted}
+        config = LoraConfig(
+            r=max(ranks.values()),
+            target_modules="|".join(exact.values()),
+            rank_pattern={f"^{exact[path]}": rank for path, rank in ranks.items()},
+            alpha_pattern={f"^{exact[path]}": module.scale * module.rank for path, module in fitted.items()},
+        )
+        self._inject(role, config, seed=0)
+        with torch.no_grad():
+            for path, source in fitted.items():
+                layer = self.network.get_submodule(path)
+                layer.lora_A[role].weight.copy_(source.down)
+                layer.lora_B[role].weight.copy_(source.up)
+
+    def merge(self, modules: Mapping[str, LoraModule], strength: float) -> None:
+        """Add a LoRA to the frozen base for good, so that every role has it: a style that becomes few-step.
+
+        Call it before adapters are added.
+
+        Raises:
+            UserError: the LoRA does not fit this network.
+        """
+        with torch.no_grad():
+            for path, module in self._fit(modules).items():
+                weight = self.network.get_submodule(path).weight
+                down, up = (half.to(weight.device, torch.float32) for half in (module.down, module.up))
+                update = (up.flatten(1) @ down.flatten(1)).view_as(weight) * (strength * module.scale)
+                weight.copy_(weight.float() + update)
+
+    def _fit(self, modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
+        """The modules of a LoRA by the paths of this network's layers, their halves shaped as those layers want them.
+
+        Raises:
+            UserError: a layer that this network lacks, or has in another size.
+        """
         layers = {
-            flat_name(path): path
+            flat_name(path.removesuffix(".base_layer")): (path.removesuffix(".base_layer"), module)
             for path, module in self.network.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in path
         }
         wanted = {flat_name(module.path): module for module in modules.values()}
         missing = sorted(set(wanted) - set(layers))
-        ranks = {module.rank for module in wanted.values()}
-        if missing or len(ranks) != 1:
+        if missing or not wanted:
             raise UserError(
                 f"this LoRA does not fit the model: {len(missing)} of {len(wanted)} layers are unknown to it"
-                + (f", such as {missing[0]}" if missing else f"; ranks {sorted(ranks)}, expected one rank")
+                + (f", such as {missing[0]}" if missing else "")
             )
-        rank = ranks.pop()
-        self.add_adapter(role, rank, rank, [layers[name] for name in wanted])
-        with torch.no_grad():
-            for path, module in self.network.named_modules():
-                if isinstance(module, LoraLayer) and role in module.lora_A:
-                    source = wanted[flat_name(path)]
-                    module.lora_A[role].weight.copy_(source.down)
-                    module.lora_B[role].weight.copy_(source.up)
-                    module.scaling[role] = source.scale
-                    module.lora_alpha[role] = source.scale * rank
+        fitted = {}
+        for name, module in wanted.items():
+            path, layer = layers[name]
+            down, up = (module.rank, *layer.weight.shape[1:]), (layer.weight.shape[0], module.rank)
+            up += (1,) * (layer.weight.ndim - 2)
+            # A 1 x 1 convolution and a linear layer are the same thing, and files call it either.
+            if (module.down.numel(), module.up.numel()) != (math.prod(down), math.prod(up)):
+                raise UserError(
+                    f"this LoRA does not fit the model: layer {path} is {tuple(layer.weight.shape)}, the LoRA's halves "
+                    f"are {tuple(module.up.shape)} and {tuple(module.down.shape)}"
+                )
+            fitted[path] = replace(module, down=module.down.reshape(down), up=module.up.reshape(up))
+        return fitted

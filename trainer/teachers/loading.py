@@ -1,0 +1,209 @@
+"""Where a teacher's parts are, and the stock diffusers pipeline they make: a folder, a Hub name or a single file.
+
+Everything is loaded through diffusers itself, from safetensors alone; a pickle is refused before it is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..config import ModelSection
+from ..errors import UserError
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+INDEX = "model_index.json"
+# What the single files of the field put before the names of an autoencoder's weights.
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+
+AnyPipeline = TypeVar("AnyPipeline", bound=DiffusionPipeline)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is.
+
+    Attributes:
+        config: the diffusers folder or Hub name that has the configuration of every part, and the weights of those
+            parts that ``file`` lacks.
+        file: the single file with the weights, or None where ``config`` has them all.
+        variant: which of a folder's weights, such as ``fp16``; None for the plain ones.
+    """
+
+    config: str
+    file: Path | None = None
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.file.stem if self.file is not None else Path(self.config).name
+
+    def part_config(self, part: str) -> dict[str, Any]:
+        """The configuration of one part, such as ``unet`` or ``scheduler``; ``""`` is the pipeline's own.
+
+        Raises:
+            UserError: there is none.
+        """
+        # Each of diffusers' configured classes reads its own file name; the scheduler's and the pipeline's differ.
+        name = {"scheduler": "scheduler_config.json", "": INDEX}.get(part, "config.json")
+        reader = type("Reader", (ConfigMixin,), {"config_name": name})
+        try:
+            loaded: dict[str, Any] = reader.load_config(self.config, subfolder=part or None)
+        except OSError as error:
+            raise UserError(f"{self._field}: {self.config} is not a complete diffusers folder: {error}") from error
+        return loaded
+
+    @property
+    def _field(self) -> str:
+        return "model.path" if self.file is None else "model.config"
+
+
+def locate(model: ModelSection, default_config: str) -> Source:
+    """Where the model is that a recipe names.
+
+    Args:
+        default_config: the Hub name whose configuration single files of this family have unless the recipe says so.
+
+    Raises:
+        UserError: no path, nothing there, or nothing that can be loaded.
+    """
+    if model.path is None:
+        raise UserError(
+            f"model.path: is missing; expected the diffusers folder, Hub name or .safetensors file of a {model.family} "
+            "model"
+        )
+    path = Path(model.path)
+    if path.is_dir():
+        if not (path / INDEX).is_file():
+            raise UserError(f"model.path: {path} has no {INDEX}; expected a diffusers folder")
+        return Source(str(path), variant=model.variant or _only_variant(path))
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"model.path: {path.name} is a pickle, which can run code when it is loaded, so it is refused; give a "
+            ".safetensors file or a diffusers folder"
+        )
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"model.path: {path} is not a diffusers folder, Hub name or .safetensors file; expected one of these"
+            )
+        config = model.config or default_config
+        if Path(config).exists() and not (Path(config) / INDEX).is_file():
+            raise UserError(f"model.config: {config} has no {INDEX}; expected a diffusers folder")
+        return Source(config, path)
+    if path.suffix == ".safetensors" or path.is_absolute() or model.path.count("/") != 1:
+        raise UserError(
+            f"model.path: {model.path} is not a diffusers folder, Hub name or .safetensors file: there is nothing at "
+            "that path, and a Hub name looks like owner/model"
+        )
+    return Source(model.path, variant=model.variant)
+
+
+def load_pipeline(
+    pipeline: type[AnyPipeline], source: Source, dtype: torch.dtype, without: Sequence[str] = (), **options: Any
+) -> AnyPipeline:
+    """A stock pipeline with its weights on the CPU: the VAE in float32, everything else in ``dtype``.
+
+    SDXL's VAE overflows in float16, and every VAE is small; so none is stored with less.
+
+    Args:
+        without: the parts that are not wanted.
+        options: more of the pipeline's own arguments.
+
+    Raises:
+        UserError: a part is missing or does not fit its configuration.
+    """
+    if source.file is None:
+        _check_folder(source, without)
+    options |= dict.fromkeys(without)
+    try:
+        with _quiet():
+            if source.file is None:
+                types = {"default": dtype, "vae": torch.float32}
+                return pipeline.from_pretrained(
+                    source.config, torch_dtype=types, variant=source.variant, use_safetensors=True, **options
+                )
+            loaded = pipeline.from_single_file(
+                str(source.file), config=source.config, torch_dtype=dtype, vae=_single_file_vae(source), **options
+            )
+    except SingleFileComponentError as error:
+        reason = str(error).split("\n", 1)[0]
+        raise UserError(
+            f"model.path: {source.file} lacks a part of the model ({reason}); set model.config to a diffusers folder "
+            f"that has the weights of that part, or model.path to a complete model"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if source.file is None:
+            message = f"model.path: {source.config} is not a complete diffusers folder"
+        else:
+            message = f"model.path: {source.file} does not fit the configuration of {source.config}"
+        raise UserError(f"{message}: {error}") from error
+    _check_complete(loaded.components, source)
+    return loaded
+
+
+def _check_folder(source: Source, without: Sequence[str]) -> None:
+    """Libraries stumble over a folder that is not there in their own ways, and not all of them say so."""
+    parts = [part for part, made in source.part_config("").items() if isinstance(made, list) and made[0] is not None]
+    missing = [part for part in parts if part not in without and not (Path(source.config) / part).is_dir()]
+    if Path(source.config).is_dir() and missing:
+        raise UserError(f"model.path: {source.config} is not a complete diffusers folder: it lacks {missing[0]}/")
+
+
+def _single_file_vae(source: Source) -> AutoencoderKL:
+    """The file's autoencoder, or the configuration folder's where the file has none."""
+    assert source.file is not None
+    with safe_open(source.file, framework="pt") as file:
+        included = any(key.startswith(VAE_PREFIXES) for key in file.keys())  # noqa: SIM118
+    options = {"subfolder": "vae", "torch_dtype": torch.float32}
+    if included:
+        return AutoencoderKL.from_single_file(str(source.file), config=source.config, **options)
+    try:
+        return AutoencoderKL.from_pretrained(source.config, use_safetensors=True, **options)
+    except OSError as error:
+        raise SingleFileComponentError(f"It has no VAE, and {source.config} has none either.") from error
+
+
+def _check_complete(parts: Mapping[str, Any], source: Source) -> None:
+    """Weights that a single file lacks stay on the ``meta`` device without a word."""
+    for part, module in parts.items():
+        if isinstance(module, nn.Module):
+            missing = [name for name, value in module.named_parameters() if value.is_meta]
+            if missing:
+                raise UserError(
+                    f"model.path: {source.file} lacks {len(missing)} weights of {part}, such as {missing[0]}; it may "
+                    f"be of another kind than {source.config} (model.config)"
+                )
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant of a folder where some part has weights of no other: ``x.fp16.safetensors`` without an ``x``."""
+    found = set()
+    for part in folder.iterdir():
+        names = [path.name.split(".") for path in part.glob("*.safetensors")] if part.is_dir() else []
+        if names and all(len(name) == 3 for name in names):
+            found |= {name[1].split("-")[0] for name in names}
+    return found.pop() if len(found) == 1 else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of diffusers' own."""
+    enabled = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            diffusers_logging.enable_progress_bar()
