@@ -6,10 +6,19 @@ import folder_paths
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .demo_models import SHIPPED_LORAS
+from .inpaint import FlashInpaintPrepare, FlashInpaintStitch
 from .loaders import FlashDemoModels, FlashLoraLoader
 from .sampling import FlashSampler, FlashSamplerSelect, FlashScheduler
 
-NODES: list[type[io.ComfyNode]] = [FlashDemoModels, FlashLoraLoader, FlashSampler, FlashScheduler, FlashSamplerSelect]
+NODES: list[type[io.ComfyNode]] = [
+    FlashDemoModels,
+    FlashLoraLoader,
+    FlashSampler,
+    FlashScheduler,
+    FlashSamplerSelect,
+    FlashInpaintPrepare,
+    FlashInpaintStitch,
+]
 
 
 class FlashExtension(ComfyExtension):

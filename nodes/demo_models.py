@@ -85,6 +85,7 @@ class DemoModelConfig(comfy.supported_models_base.BASE):
     supported_inference_dtypes = [DTYPE]  # noqa: RUF012
     memory_usage_factor = 1.0
     family = "the Flash demo"
+    native_side = 128  # pixels; for nodes that choose a working size
 
     def __init__(
         self,

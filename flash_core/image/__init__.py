@@ -1,0 +1,19 @@
+"""Pictures and masks: what inpainting, outpainting and super-resolution share."""
+
+from __future__ import annotations
+
+from .crops import Box, blend_into, context_box, crop, pad_picture, resize, working_size
+from .masks import dilate, feather, mask_box
+
+__all__ = [
+    "Box",
+    "blend_into",
+    "context_box",
+    "crop",
+    "dilate",
+    "feather",
+    "mask_box",
+    "pad_picture",
+    "resize",
+    "working_size",
+]

@@ -1,0 +1,102 @@
+"""Cropping a part of a picture to work on, and putting the result back. Pictures are (B, H, W, C) in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def bottom(self) -> int:
+        """The first row below it."""
+        return self.top + self.height
+
+    @property
+    def right(self) -> int:
+        """The first column to the right of it."""
+        return self.left + self.width
+
+
+def context_box(box: Box, height: int, width: int, context: float, least: int = 0) -> Box:
+    """Widen a box so that a model sees what is around it, within a picture of ``height`` x ``width``.
+
+    Args:
+        context: how many times the box's size the result should have; 1 adds nothing.
+        least: the result's least side in pixels, where the picture has them.
+    """
+    if context < 1:
+        raise ValueError(f"context is a multiple of the masked part's size, at least 1, got {context}")
+    wanted_height = min(max(math.ceil(box.height * context), least), height)
+    wanted_width = min(max(math.ceil(box.width * context), least), width)
+    top = _centred(box.top, box.height, wanted_height, height)
+    left = _centred(box.left, box.width, wanted_width, width)
+    return Box(top, left, wanted_height, wanted_width)
+
+
+def working_size(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:
+    """The (height, width) at which a model works on a part of this shape: about ``side`` x ``side`` pixels in area.
+
+    Args:
+        multiple: both are multiples of this, at least one time.
+    """
+    scale = side / math.sqrt(height * width)
+    return (
+        max(multiple, round(height * scale / multiple) * multiple),
+        max(multiple, round(width * scale / multiple) * multiple),
+    )
+
+
+def crop(picture: Tensor, box: Box) -> Tensor:
+    """The box's part of pictures (B, H, W, C) or masks (B, H, W); a view."""
+    return picture[:, box.top : box.bottom, box.left : box.right]
+
+
+def resize(picture: Tensor, height: int, width: int) -> Tensor:
+    """Another size, antialiased: bicubic for pictures (B, H, W, C), bilinear for masks (B, H, W)."""
+    if tuple(picture.shape[1:3]) == (height, width):
+        return picture
+    if picture.ndim == 3:
+        return F.interpolate(picture[:, None], (height, width), mode="bilinear", antialias=True)[:, 0]
+    moved = F.interpolate(picture.movedim(-1, 1), (height, width), mode="bicubic", antialias=True)
+    return moved.movedim(1, -1).clamp(0, 1)
+
+
+def pad_picture(picture: Tensor, left: int, top: int, right: int, bottom: int) -> Tensor:
+    """A larger picture whose border repeats the outermost pixels (B, H, W, C)."""
+    if min(left, top, right, bottom) < 0:
+        raise ValueError(f"padding is 0 or more on each side, got {left}, {top}, {right}, {bottom}")
+    return F.pad(picture.movedim(-1, 1), (left, right, top, bottom), mode="replicate").movedim(1, -1)
+
+
+def blend_into(picture: Tensor, part: Tensor, mask: Tensor, box: Box) -> Tensor:
+    """Put ``part`` into the box of a picture, mixed by ``mask``; where the mask is 0 every bit stays as it was.
+
+    Args:
+        picture: (B, H, W, C).
+        part: (B, h, w, C), of the box's size.
+        mask: (B or 1, h, w).
+    """
+    result = picture.clone()
+    before = crop(picture, box)
+    weight = mask[..., None]
+    mixed = torch.lerp(before, part.to(before), weight.to(before))
+    crop(result, box).copy_(torch.where(weight > 0, mixed, before))
+    return result
+
+
+def _centred(start: int, length: int, wanted: int, limit: int) -> int:
+    """Where a window of ``wanted`` begins that is centred on ``start .. start + length`` and lies in ``0 .. limit``."""
+    return min(max(start - (wanted - length) // 2, 0), limit - wanted)

@@ -1,0 +1,303 @@
+"""Inpainting and outpainting for few steps: a crop around the mask, at the size the model likes, and back again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_base
+import comfy.supported_models
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+import nodes as core_nodes  # ComfyUI's own
+
+from ..flash_core.image import (
+    Box,
+    blend_into,
+    context_box,
+    crop,
+    dilate,
+    feather,
+    mask_box,
+    pad_picture,
+    resize,
+    working_size,
+)
+from .schema import advanced, node_schema
+
+Stitch = io.Custom("FLASH_STITCH")
+
+# How far the shapes of a mask and its picture may differ and still count as one picture at two sizes.
+SHAPE_TOLERANCE = 0.02
+MAX_SIDE = 8192
+
+
+@dataclass(frozen=True)
+class StitchPlan:
+    """How a worked-on crop goes back into its picture.
+
+    Attributes:
+        picture: (B, H, W, C) the whole picture, padding included.
+        box: where the crop lies.
+        weight: (B or 1, box.height, box.width) how much of the crop each pixel takes; 0 keeps the picture's bits.
+    """
+
+    picture: Tensor
+    box: Box
+    weight: Tensor
+
+
+def native_side(model: ModelPatcher) -> int:
+    """The side of the square pictures that a model was trained on, in pixels."""
+    config = model.model.model_config
+    known = getattr(config, "native_side", None)
+    if known is not None:
+        return int(known)
+    if isinstance(config, comfy.supported_models.SD15):
+        return 512
+    if isinstance(config, comfy.supported_models.SD20):
+        return 768 if model.model.model_type == comfy.model_base.ModelType.V_PREDICTION else 512
+    return 1024
+
+
+def size_multiple(side: int) -> int:
+    """What a working size is a multiple of: 64 pixels as published models want it, 16 for small ones."""
+    return 64 if side >= 512 else 16
+
+
+def is_inpaint_model(model: ModelPatcher) -> bool:
+    """Whether the model takes the mask and the masked picture as further channels (the 9-channel models)."""
+    return "masked_image" in model.model.concat_keys
+
+
+def check_vae(vae: VAE, model: ModelPatcher) -> None:
+    """Raise where the VAE's latents are not this model's."""
+    wanted = model.get_model_object("latent_format").latent_channels
+    if vae.latent_channels != wanted:
+        raise ValueError(
+            f"This VAE makes latents of {vae.latent_channels} channels, the model works on {wanted}. Connect the VAE "
+            "that belongs to the model."
+        )
+
+
+def fitted_mask(mask: Tensor | None, picture: Tensor, padded: bool) -> Tensor:
+    """The mask at the picture's size, (1 or B, H, W); all 0 where there is none.
+
+    Args:
+        padded: whether the picture will be padded: then there is something to make even without a mask.
+
+    Raises:
+        ValueError: nothing is masked, or the mask belongs to another picture.
+    """
+    batch, height, width = picture.shape[:3]
+    if mask is not None and mask.ndim == 2:
+        mask = mask[None]
+    if mask is None or not bool((mask > 0).any()):
+        if padded:
+            return picture.new_zeros(1, height, width)
+        raise ValueError(
+            "There is nothing to inpaint: "
+            + ("no mask is connected" if mask is None else "the mask is empty")
+            + ". Paint one (right-click the picture of Load Image: Open in MaskEditor), connect it to 'mask', or set a "
+            "padding to extend the picture. White is what is made anew; a mask the other way round needs Invert Mask."
+        )
+    if len(mask) not in (1, batch):
+        raise ValueError(
+            f"There are {len(mask)} masks for {batch} pictures. Give one mask for all of them, or one for each."
+        )
+    mask_height, mask_width = mask.shape[1:]
+    if abs((mask_width / mask_height) / (width / height) - 1) > SHAPE_TOLERANCE:
+        raise ValueError(
+            f"The mask is {mask_width} x {mask_height} pixels and the picture {width} x {height}: the shapes differ. "
+            "Use the mask that was painted on this picture, or crop both alike."
+        )
+    return resize(mask.to(picture), height, width).clamp(0, 1)
+
+
+class FlashInpaintPrepare(io.ComfyNode):
+    """A picture and a mask to what a few-step sampler needs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        padding = [
+            advanced(
+                io.Int.Input, f"pad_{side}", default=0, min=0, max=MAX_SIDE, step=8, tooltip=f"Outpainting: {where}."
+            )
+            for side, where in (
+                ("left", "pixels to add on the left"),
+                ("top", "pixels to add above"),
+                ("right", "pixels to add on the right"),
+                ("bottom", "pixels to add below"),
+            )
+        ]
+        return node_schema(
+            node_id="FlashInpaintPrepare",
+            display_name="Flash Inpaint Prepare",
+            search_aliases=["inpaint crop", "crop and stitch", "outpaint", "mask crop", "flash diffusion"],
+            description="Crops around the mask, with context, at the size the model was trained on; ready to sample.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that will sample: ordinary, or a 9-channel inpainting model."
+                ),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Conditioning.Input("positive", tooltip="What to show in the masked part."),
+                io.Image.Input("image", tooltip="The picture, or several. An alpha channel is kept as it is."),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=MAX_SIDE,
+                    step=8,
+                    tooltip="The crop is worked on at about size x size pixels in area. 0: the size of the pictures "
+                    "that the model was trained on (SD 1.5: 512, SDXL: 1024).",
+                ),
+                io.Float.Input(
+                    "context",
+                    default=1.5,
+                    min=1.0,
+                    max=16.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How much of the picture around the mask the model sees: the crop's size as a multiple of "
+                    "the masked part's. A large number takes the whole picture.",
+                ),
+                io.Int.Input(
+                    "grow", default=4, min=0, max=512, tooltip="Pixels by which the mask grows in every direction."
+                ),
+                io.Int.Input(
+                    "feather",
+                    default=16,
+                    min=0,
+                    max=512,
+                    tooltip="Pixels outside the grown mask over which new and old fade into each other.",
+                ),
+                *padding,
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White is made anew, black is kept, grey is a mixture. Not needed where only padding is "
+                    "filled.",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="What to avoid; for a guidance above 1."),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The prompt, with the mask for 9-channel models."
+                ),
+                io.Conditioning.Output(display_name="negative", tooltip="The same for the negative prompt."),
+                io.Latent.Output(display_name="latent", tooltip="The crop with its noise mask: connect a sampler."),
+                Stitch.Output(display_name="stitch", tooltip="Connect Flash Inpaint Stitch."),
+                io.Image.Output(display_name="crop", tooltip="What the model works on."),
+                io.Mask.Output(display_name="crop_mask", tooltip="Its mask, grown and feathered."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        vae: VAE,
+        positive: list[Any],
+        image: Tensor,
+        size: int,
+        context: float,
+        grow: int,
+        feather: int,
+        pad_left: int,
+        pad_top: int,
+        pad_right: int,
+        pad_bottom: int,
+        mask: Tensor | None = None,
+        negative: list[Any] | None = None,
+    ) -> io.NodeOutput:
+        """Crop, encode and mask; see :func:`plan_crop`."""
+        check_vae(vae, model)
+        padding = (pad_left, pad_top, pad_right, pad_bottom)
+        side = size or native_side(model)
+        plan, pixels, crop_mask = plan_crop(image, mask, padding, side, context, grow, feather)
+        prompts = [positive, positive if negative is None else negative]
+        if is_inpaint_model(model):
+            *prompts, latent = core_nodes.InpaintModelConditioning().encode(*prompts, pixels, vae, crop_mask)
+        else:
+            latent = {"samples": vae.encode(pixels), "noise_mask": crop_mask[:, None]}
+        return io.NodeOutput(prompts[0], None if negative is None else prompts[1], latent, plan, pixels, crop_mask)
+
+
+def plan_crop(
+    image: Tensor,
+    mask: Tensor | None,
+    padding: tuple[int, int, int, int],
+    side: int,
+    context: float,
+    grow: int,
+    softness: int,
+) -> tuple[StitchPlan, Tensor, Tensor]:
+    """What is cropped, and how it will go back.
+
+    Args:
+        image: (B, H, W, C), C of 3 or 4.
+        mask: (1 or B, h, w), or None where only padding is filled.
+        padding: left, top, right, bottom.
+        side: see :func:`~..flash_core.image.working_size`.
+        softness: pixels of the feather.
+
+    Returns:
+        The plan, the crop's pixels (B, h, w, 3) and its mask (B, h, w) at working size.
+    """
+    fitted = fitted_mask(mask, image, any(padding))
+    left, top, right, bottom = padding
+    if any(padding):
+        image = pad_picture(image, left, top, right, bottom)
+        fitted = torch.nn.functional.pad(fitted, (left, right, top, bottom), value=1.0)
+    grown = dilate(fitted, grow)
+    soft = feather(grown, softness)
+    # Everything that is sampled at all comes from the crop; it fades out where the mask does.
+    weight = feather((grown > 0).to(grown), softness)
+    masked = mask_box(weight)
+    if masked is None:
+        raise ValueError("the mask vanished; please report this picture and mask")
+    height, width = image.shape[1:3]
+    box = context_box(masked, height, width, context)
+    size = working_size(box.height, box.width, side, size_multiple(side))
+    pixels = resize(crop(image, box)[..., :3], *size)
+    crop_mask = resize(crop(soft, box), *size).expand(len(image), *size)
+    return StitchPlan(image, box, crop(weight, box)), pixels, crop_mask
+
+
+class FlashInpaintStitch(io.ComfyNode):
+    """The worked-on crop back into its picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="FlashInpaintStitch",
+            display_name="Flash Inpaint Stitch",
+            search_aliases=["inpaint stitch", "uncrop", "paste crop", "crop and stitch", "flash diffusion"],
+            description="Puts an inpainted crop back into its picture; every pixel outside the mask keeps its bits.",
+            inputs=[
+                Stitch.Input("stitch", tooltip="From Flash Inpaint Prepare."),
+                io.Image.Input("image", tooltip="The inpainted crop, from VAE Decode; any size, one or several."),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The whole picture, padding included.")],
+        )
+
+    @classmethod
+    def execute(cls, stitch: StitchPlan, image: Tensor) -> io.NodeOutput:
+        """Resize the crop to its box and blend it in; several crops of one picture give several pictures."""
+        picture = stitch.picture
+        if len(image) % len(picture):
+            raise ValueError(
+                f"There are {len(image)} inpainted crops for {len(picture)} pictures. Sample as many as were prepared, "
+                "or a multiple of it (Repeat Latent Batch)."
+            )
+        times = len(image) // len(picture)
+        picture = picture.repeat(times, 1, 1, 1)
+        weight = stitch.weight if len(stitch.weight) == 1 else stitch.weight.repeat(times, 1, 1)
+        part = resize(image[..., :3].to(picture), stitch.box.height, stitch.box.width)
+        if picture.shape[-1] > 3:
+            part = torch.cat([part, crop(picture, stitch.box)[..., 3:]], dim=-1)
+        return io.NodeOutput(blend_into(picture, part, weight, stitch.box))
