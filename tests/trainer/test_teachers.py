@@ -16,6 +16,7 @@ from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.teachers import FAMILIES, load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
 
+from ..families.pipelines import save_pipeline
 from .models import tiny_stable_diffusion
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -79,7 +80,7 @@ def test_the_rollout_is_the_stock_pipelines(
 def test_zero_terminal_snr_is_the_stock_pipelines(tmp_path: Path) -> None:
     """With DDIM: diffusers' DPM-Solver++ puts 2**-24 in place of the schedule's 0."""
     settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    folder = tiny_stable_diffusion(tmp_path / "tiny", **settings)
+    folder = save_pipeline("sd21", tmp_path / "tiny", **settings)
     teacher = load_teacher(ModelSection(family="sd21", path=str(folder)))
     assert float(teacher.denoiser.process.alpha_sigma(torch.tensor([999.0]))[0]) == 0
     noise, _ = batch(teacher)

@@ -19,6 +19,11 @@ FAMILIES = {
     "demo": ("stable_diffusion", "Demo"),
     "sd15": ("stable_diffusion", "StableDiffusion15"),
     "sd21": ("stable_diffusion", "StableDiffusion21"),
+    "sdxl": ("stable_diffusion_xl", "StableDiffusionXL"),
+    "pixart_alpha": ("pixart", "PixArtAlpha"),
+    "pixart_sigma": ("pixart", "PixArtSigma"),
+    "sd3": ("stable_diffusion_3", "StableDiffusion3"),
+    "sd35": ("stable_diffusion_3", "StableDiffusion35"),
 }
 
 
