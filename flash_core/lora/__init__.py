@@ -1,19 +1,38 @@
 """LoRA files: read any dialect at its true scale, say what was found, and write files that load everywhere."""
 
-from .files import LoraError, read_lora, write_lora
-from .matching import MatchReport, describe_base, match
+from .algebra import Truncation, merge, resize
+from .container import LoraError
+from .files import read_lora
+from .matching import MatchReport, base_of, describe_base, match
 from .metadata import FlashMetadata
+from .names import is_transformer, with_diffusers_names
+from .published import PUBLISHED, PublishedLora
+from .report import LeftOut, LoraReport, report_on
 from .weights import LoraFile, LoraModule, flat_name
+from .writing import DIALECTS, Dialect, write_lora
 
 __all__ = [
+    "DIALECTS",
+    "PUBLISHED",
+    "Dialect",
     "FlashMetadata",
+    "LeftOut",
     "LoraError",
     "LoraFile",
     "LoraModule",
+    "LoraReport",
     "MatchReport",
+    "PublishedLora",
+    "Truncation",
+    "base_of",
     "describe_base",
     "flat_name",
+    "is_transformer",
     "match",
+    "merge",
     "read_lora",
+    "report_on",
+    "resize",
+    "with_diffusers_names",
     "write_lora",
 ]

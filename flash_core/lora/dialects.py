@@ -1,7 +1,7 @@
 """How the tools of the field spell LoRA keys.
 
 A key is ``<prefix><module path><suffix>``. The prefix tells the dialect and whether the layer is the denoiser's or a
-text encoder's; the suffix tells which tensor of the layer it is.
+text encoder's; the suffix tells which tensor of the layer it is, or that the file holds another algorithm than LoRA.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Part: TypeAlias = Literal["down", "up", "alpha", "dora"]
+Part: TypeAlias = Literal["down", "up", "mid", "alpha", "foreign"]
 
-# Longest first: the first match wins.
+# The first match wins, so what begins with another prefix stands before it.
 _PREFIXES: tuple[tuple[str, str, bool], ...] = (
     ("unet.base_model.model.", "peft", False),
     ("transformer.base_model.model.", "peft", False),
-    ("base_model.model.text_encoder.", "peft", True),
+    ("base_model.model.text_encoder", "peft", True),
+    ("base_model.model.text_model.", "peft", True),  # an adapter of CLIP alone
     ("base_model.model.", "peft", False),
     ("text_encoder_3.", "diffusers", True),
     ("text_encoder_2.", "diffusers", True),
     ("text_encoder.", "diffusers", True),
+    ("text_encoders.", "native", True),
+    ("text_model.", "bare", True),
+    ("model.diffusion_model.", "native", False),
     ("diffusion_model.", "native", False),
     ("lora_transformer_", "lora_transformer", False),
     ("transformer.", "diffusers", False),
@@ -32,30 +36,58 @@ _PREFIXES: tuple[tuple[str, str, bool], ...] = (
     ("lora_te_", "kohya", True),
     ("lycoris_", "lycoris", False),
 )
+# Textual-inversion embeddings that some trainers pack into the LoRA's file.
+EMBEDDING = re.compile(r"^(bundle_emb|emb_params|embeddings?)\b")
 
 _SUFFIXES: tuple[tuple[re.Pattern[str], Part], ...] = (
     (re.compile(r"\.lora_down\.weight$"), "down"),
     (re.compile(r"\.lora_up\.weight$"), "up"),
-    (re.compile(r"\.lora_A(\.default)?\.weight$"), "down"),
-    (re.compile(r"\.lora_B(\.default)?\.weight$"), "up"),
-    (re.compile(r"\.lora\.down\.weight$"), "down"),
-    (re.compile(r"\.lora\.up\.weight$"), "up"),
+    (re.compile(r"\.lora_mid\.weight$"), "mid"),
+    (re.compile(r"\.lora_A(\.[\w-]+)?\.weight$"), "down"),  # PEFT may put the adapter's name in between
+    (re.compile(r"\.lora_B(\.[\w-]+)?\.weight$"), "up"),
+    (re.compile(r"\.lora_A$"), "down"),
+    (re.compile(r"\.lora_B$"), "up"),
+    (re.compile(r"\.lora(_linear_layer)?\.down\.weight$"), "down"),
+    (re.compile(r"\.lora(_linear_layer)?\.up\.weight$"), "up"),
     (re.compile(r"(\.lora)?\.alpha$"), "alpha"),
-    (re.compile(r"\.(dora_scale|lora_magnitude_vector(\.default)?(\.weight)?)$"), "dora"),
+)
+
+# Tensors by which other algorithms are known (LyCORIS' and PEFT's names).
+_ALGORITHMS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\.(dora_scale|lora_magnitude_vector(\.[\w-]+)?(\.weight)?)$"), "DoRA"),
+    (re.compile(r"\.hada_(w[12]_[ab]|t[12])(\.[\w-]+)?$"), "LoHa"),
+    (re.compile(r"\.lokr_(w[12](_[ab])?|t[12])(\.[\w-]+)?$"), "LoKr"),
+    (re.compile(r"\.(boft_[RsP]|boft_blocks)(\.[\w-]+)*$"), "BOFT"),
+    (re.compile(r"\.(oft_blocks|oft_diag|oft_[rRs])(\.[\w-]+)*$"), "OFT"),
+    (re.compile(r"\.([ab][12])\.weight$"), "GLoRA"),
+    (re.compile(r"\.(on_input|ia3_l(\.[\w-]+)?)$"), "IA3"),
+    (re.compile(r"\.vera_lambda_[bd](\.[\w-]+)?$"), "VeRA"),
+    (re.compile(r"\.lora_E(\.[\w-]+)?$"), "AdaLoRA"),
 )
 
 # diffusers before 0.20 hung the layers on attention processors.
 _PROCESSOR = re.compile(r"^(?P<path>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<part>down|up)\.weight$")
 
+_PATH = re.compile(r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")
+
 
 @dataclass(frozen=True)
 class LoraKey:
-    """One key, understood."""
+    """One key, understood.
+
+    Attributes:
+        dialect: who spells keys so.
+        path: the layer; a text encoder's keeps its prefix, which tells several encoders apart.
+        part: which tensor of the layer.
+        text_encoder: whether the layer is a text encoder's.
+        algorithm: the algorithm's name where ``part`` is ``foreign``: not plain LoRA.
+    """
 
     dialect: str
     path: str
     part: Part
     text_encoder: bool
+    algorithm: str = "LoRA"
 
 
 def parse_key(key: str) -> LoraKey | None:
@@ -63,16 +95,21 @@ def parse_key(key: str) -> LoraKey | None:
     dialect, path, text_encoder = "bare", key, False
     for prefix, name, is_text in _PREFIXES:
         if key.startswith(prefix):
-            # Text encoders' layers keep the prefix: it is what tells several encoders apart.
             dialect, path, text_encoder = name, key if is_text else key[len(prefix) :], is_text
             break
+    part: Part
     processor = _PROCESSOR.match(path)
     if processor:
         layer = "to_out.0" if processor["layer"] == "to_out" else processor["layer"]
-        part: Part = "down" if processor["part"] == "down" else "up"
-        return LoraKey("diffusers-processor", f"{processor['path']}.{layer}", part, text_encoder)
+        path, part = f"{processor['path']}.{layer}", "down" if processor["part"] == "down" else "up"
+        return LoraKey("diffusers-processor", path, part, text_encoder) if _PATH.match(path) else None
     for pattern, part in _SUFFIXES:
         found = pattern.search(path)
         if found:
-            return LoraKey(dialect, path[: found.start()], part, text_encoder)
+            path = path[: found.start()]
+            return LoraKey(dialect, path, part, text_encoder) if _PATH.match(path) else None
+    for pattern, algorithm in _ALGORITHMS:
+        found = pattern.search(path)
+        if found:
+            return LoraKey(dialect, path[: found.start()], "foreign", text_encoder, algorithm)
     return None

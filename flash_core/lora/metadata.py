@@ -16,7 +16,9 @@ ARCHITECTURES = {
     "sd21": "stable-diffusion-v2-768-v",
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd3": "stable-diffusion-v3-medium",
+    "sd35": "stable-diffusion-v3.5-medium",
     "pixart": "pixart-alpha",
+    "pixart-sigma": "pixart-sigma",
     "flux": "flux-1-dev",
 }
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .metadata import FlashMetadata
 
-AlphaSource: TypeAlias = Literal["file", "header", "adapter_config", "unknown"]
+# Where alpha was found: in the file's keys, its header, the JSON beside it, the table of published files, or nowhere.
+AlphaSource: TypeAlias = Literal["file", "header", "adapter_config", "published", "unknown"]
 
 
 def flat_name(path: str) -> str:
@@ -48,6 +49,16 @@ class LoraModule:
         """``alpha / r``, or 1 where alpha is unknown."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the update: (out, in) or (out, in, kh, kw)."""
+        return (int(self.up.shape[0]), *(int(size) for size in self.down.shape[1:]))
+
+    @property
+    def values(self) -> int:
+        """How many numbers the file holds for it."""
+        return self.down.numel() + self.up.numel()
+
 
 @dataclass(frozen=True)
 class LoraFile:
@@ -57,10 +68,13 @@ class LoraFile:
         modules: the denoiser's layers by :func:`flat_name`.
         text_encoder: the text encoders' layers by prefix and flat name, kept apart.
         unknown: keys that belong to no layer we can name.
+        embeddings: keys of textual-inversion embeddings that were packed into the file.
         dialect: how the keys were spelt.
         alpha_source: where alpha came from.
-        metadata: what a Flash LoRA says of itself, or None.
+        metadata: what a Flash LoRA says of itself, or is known of a published one, or None.
         header: the file's other header strings.
+        published: the published file it was recognised as, or None.
+        notes: what was done to its layers to fit stock models, in words.
     """
 
     modules: Mapping[str, LoraModule]
@@ -68,8 +82,11 @@ class LoraFile:
     alpha_source: AlphaSource
     text_encoder: Mapping[str, LoraModule] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     metadata: FlashMetadata | None = None
     header: Mapping[str, str] = field(default_factory=dict)
+    published: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -80,3 +97,8 @@ class LoraFile:
     def alphas(self) -> tuple[float, ...]:
         """The distinct known alphas, ascending."""
         return tuple(sorted({module.alpha for module in self.modules.values() if module.alpha is not None}))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The distinct scales, ascending."""
+        return tuple(sorted({module.scale for module in self.modules.values()}))

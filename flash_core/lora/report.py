@@ -1,0 +1,186 @@
+"""What was found in a LoRA file and what became of it, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .matching import MatchReport, base_of, describe_base
+from .metadata import FlashMetadata
+from .weights import AlphaSource, LoraFile
+
+ALPHA_SOURCES: dict[AlphaSource, str] = {
+    "file": "from the file",
+    "header": "from the file's header",
+    "adapter_config": "from adapter_config.json beside the file",
+    "published": "known of this published file",
+    "unknown": "unknown",
+}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something of a file that a model does not get.
+
+    Attributes:
+        count: how many layers or keys.
+        what: of what kind, and why it is left out.
+        example: one of them.
+        harmless: whether the denoiser loses nothing by it.
+    """
+
+    count: int
+    what: str
+    example: str
+    harmless: bool
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """A LoRA file, and where a model is at hand, how the two met.
+
+    Attributes:
+        base: the base as Flash metadata names it, or None where in doubt.
+        made_for: the base in words.
+        dialect: how its keys are spelt.
+        ranks, alphas, scales: the distinct ones, ascending; no alphas where they are unknown.
+        alpha_source: where alpha came from.
+        layers: of the denoiser.
+        matched: how many of them the model has; None without a model.
+        left_out: what does not go into the model.
+        notes: what was done to the layers, and what the user should know.
+        metadata: what a Flash LoRA says of itself.
+        published: the published file that it is.
+    """
+
+    base: str | None
+    made_for: str
+    dialect: str
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    alpha_source: AlphaSource
+    scales: tuple[float, ...]
+    layers: int
+    matched: int | None
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+    metadata: FlashMetadata | None
+    published: str | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the denoiser gets all that the file has for it."""
+        return all(item.harmless for item in self.left_out)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``: plain values only."""
+        metadata = self.metadata
+        return {
+            "base": self.base,
+            "made_for": self.made_for,
+            "dialect": self.dialect,
+            "ranks": list(self.ranks),
+            "alphas": list(self.alphas),
+            "alpha_source": self.alpha_source,
+            "scales": list(self.scales),
+            "layers": self.layers,
+            "matched": self.matched,
+            "left_out": [
+                {"count": item.count, "what": item.what, "example": item.example, "harmless": item.harmless}
+                for item in self.left_out
+            ],
+            "notes": list(self.notes),
+            "published": self.published,
+            "flash": None
+            if metadata is None
+            else {
+                "base": metadata.base,
+                "task": metadata.task,
+                "prediction": metadata.prediction,
+                "process": metadata.process,
+                "timesteps": {str(steps): list(grid) for steps, grid in metadata.timesteps.items()},
+                "steps": metadata.steps,
+                "guidance": metadata.guidance,
+                "title": metadata.title,
+                "teacher": metadata.teacher,
+                "license": metadata.license,
+                "training": dict(metadata.training),
+            },
+        }
+
+    def text(self) -> str:
+        """A few lines for the user."""
+        lines = [f"made for: {self.made_for}", self._scale()]
+        layers = f"{self.layers} layers" if self.matched is None else f"matched: {self.matched}/{self.layers} layers"
+        lines.append(f"{layers}   dialect: {self.dialect}")
+        lines += [f"left out: {item.count} {item.what}, e.g. {item.example}" for item in self.left_out]
+        lines += [f"note: {note}" for note in self.notes]
+        metadata = self.metadata
+        if metadata is None:
+            lines.append("no Flash metadata: the sampler uses trailing timesteps")
+        else:
+            steps = ", ".join(str(count) for count in sorted(metadata.timesteps))
+            lines.append(
+                f"trained for: {steps} steps (best: {metadata.steps}), guidance {metadata.guidance:g}, {metadata.task}"
+            )
+            if metadata.license:
+                lines.append(f"license: {metadata.license}")
+        return "\n".join(lines)
+
+    def _scale(self) -> str:
+        ranks = _numbers(self.ranks)
+        if self.alpha_source == "unknown":
+            return (
+                f"rank: {ranks}   alpha: unknown (scale 1 is used; if the picture is overdone, lower the strength to "
+                "alpha / rank)"
+            )
+        return (
+            f"rank: {ranks}   alpha: {_numbers(self.alphas)} ({ALPHA_SOURCES[self.alpha_source]})   "
+            f"scale: {_numbers(self.scales)}"
+        )
+
+
+def report_on(file: LoraFile, met: MatchReport | None = None, notes: tuple[str, ...] = ()) -> LoraReport:
+    """The report of a file, and of how it met a model.
+
+    Args:
+        met: the comparison with the model, where there is one.
+        notes: what else the user should know.
+    """
+    left_out = []
+    if met is not None:
+        kinds = ((met.missing, "that the model lacks"), (met.mismatched, "that have another shape in the model"))
+        for names, why in kinds:
+            if names:
+                left_out.append(LeftOut(len(names), f"layers {why}", names[0], harmless=False))
+    if file.unknown:
+        left_out.append(
+            LeftOut(len(file.unknown), "keys that are not plain LoRA on a layer", file.unknown[0], harmless=False)
+        )
+    if file.text_encoder:
+        what = "text encoder layers (Flash LoRAs change the denoiser only)"
+        left_out.append(LeftOut(len(file.text_encoder), what, next(iter(file.text_encoder)), harmless=True))
+    if file.embeddings:
+        left_out.append(LeftOut(len(file.embeddings), "packed embeddings", file.embeddings[0], harmless=True))
+    return LoraReport(
+        base=base_of(file),
+        made_for=describe_base(file),
+        dialect=file.dialect,
+        ranks=file.ranks,
+        alphas=file.alphas,
+        alpha_source=file.alpha_source,
+        scales=file.scales,
+        layers=len(file.modules),
+        matched=None if met is None else len(met.matched),
+        left_out=tuple(left_out),
+        notes=(*file.notes, *notes),
+        metadata=file.metadata,
+        published=file.published,
+    )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    """At most a handful: files trained with a rank a layer have dozens."""
+    if len(values) > 6:
+        return f"{values[0]:g} to {values[-1]:g} ({len(values)} different)"
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,125 @@
+"""PEFT's settings of an adapter, without which its weights have no scale: alpha, rank-stabilised scaling, patterns."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .container import LoraError
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+HEADER_FIELD = "lora_adapter_metadata"  # in which diffusers >= 0.34 keeps the settings of the files that it writes
+MAX_CONFIG_BYTES = 1 << 20
+DEFAULT_ALPHA = 8.0  # PEFT's own, where the settings name none
+
+_COMPONENT = re.compile(r"^(unet|transformer|text_encoder(_[23])?)\.")
+_PLAIN_PATTERN = re.compile(r"^\^?[\w.]+\$?$")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What one adapter was trained with.
+
+    Attributes:
+        alpha: ``lora_alpha``.
+        rslora: the update is scaled by ``alpha / sqrt(r)`` instead of ``alpha / r`` (arXiv 2312.03732).
+        alpha_pattern: exceptions, by the ends of layers' paths.
+    """
+
+    alpha: float
+    rslora: bool = False
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def effective_alpha(self, path: str, rank: int) -> float:
+        """The alpha that gives the right scale when it is divided by the rank."""
+        matching = (value for end, value in self.alpha_pattern.items() if path == end or path.endswith(f".{end}"))
+        alpha = next(matching, self.alpha)
+        return alpha * math.sqrt(rank) if self.rslora else alpha
+
+
+@dataclass(frozen=True)
+class FileSettings:
+    """The settings that belong to a file, by component of the pipeline where it tells them apart.
+
+    Attributes:
+        source: where they were found.
+        components: by component; ``""`` for the denoiser.
+    """
+
+    source: Literal["header", "adapter_config"]
+    components: Mapping[str, AdapterSettings]
+
+    def of(self, path: str) -> AdapterSettings | None:
+        """The settings of a layer by its path; a text encoder's begins with its name."""
+        component = path.split(".")[0] if path.startswith("text_encoder") else ""
+        return self.components.get(component)
+
+
+def find_settings(path: Path, header: Mapping[str, str]) -> FileSettings | None:
+    """The settings in a file's header, else in the ``adapter_config.json`` beside it, else None.
+
+    Raises:
+        LoraError: settings that can't be read, or of another algorithm than LoRA.
+    """
+    if HEADER_FIELD in header:
+        where = f"the header of {path.name}"
+        written = _json_object(header[HEADER_FIELD], where)
+        components: dict[str, dict[str, Any]] = {}
+        for name, value in written.items():
+            prefix = _COMPONENT.match(name)
+            component = prefix.group(1) if prefix else ""
+            key = name[prefix.end() :] if prefix else name
+            components.setdefault("" if component in ("unet", "transformer") else component, {})[key] = value
+        return FileSettings("header", {name: _settings(value, where) for name, value in components.items()})
+    beside = path.with_name(PEFT_CONFIG)
+    if not beside.is_file():
+        return None
+    if beside.stat().st_size > MAX_CONFIG_BYTES:
+        raise LoraError(
+            f"{beside.name} beside {path.name} has more than {MAX_CONFIG_BYTES:,} bytes: no LoRA's settings"
+        )
+    try:
+        text = beside.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraError(f"{beside.name} beside {path.name} can't be read: {error}") from error
+    return FileSettings("adapter_config", {"": _settings(_json_object(text, beside.name), beside.name)})
+
+
+def _json_object(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"{where} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LoraError(f"{where} should hold a JSON object, but holds {type(value).__name__}")
+    return value
+
+
+def _settings(written: Mapping[str, Any], where: str) -> AdapterSettings:
+    algorithm = str(written.get("peft_type", "LORA")).rsplit(".", 1)[-1]
+    if algorithm.upper() != "LORA" or written.get("use_dora"):
+        name = "DoRA" if written.get("use_dora") else algorithm
+        raise LoraError(f"{where} names the algorithm {name}; only plain LoRA is supported")
+    patterns = written.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise LoraError(f"{where}: alpha_pattern should be a table of layers and alphas, but is {patterns!r:.60}")
+    exceptions = {}
+    for end, value in patterns.items():
+        # PEFT takes these for regular expressions; every tool writes plain names, and a wrong guess is a wrong scale.
+        if not _PLAIN_PATTERN.match(end):
+            raise LoraError(f"{where}: alpha_pattern {end[:60]!r} is a regular expression; only layers' names are read")
+        exceptions[end.strip("^$")] = _number(value, f"{where}: alpha_pattern of {end[:60]!r}")
+    alpha = _number(written.get("lora_alpha", DEFAULT_ALPHA), f"{where}: lora_alpha")
+    return AdapterSettings(alpha, bool(written.get("use_rslora")), exceptions)
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise LoraError(f"{what} should be a finite number, but is {value!r:.40}")
+    return float(value)

@@ -1,0 +1,153 @@
+"""Writing LoRA files: the portable forms, which diffusers and ComfyUI load at the true scale, and single dialects."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .container import LoraError
+from .metadata import FlashMetadata
+from .names import kohya_text_name, text_encoder_path
+from .settings import PEFT_CONFIG, PEFT_WEIGHTS
+from .weights import LoraModule, flat_name
+
+Dialect: TypeAlias = Literal["portable", "kohya", "diffusers", "peft"]
+DIALECTS: tuple[Dialect, ...] = ("portable", "kohya", "diffusers", "peft")
+
+
+def write_lora(
+    path: str | os.PathLike[str],
+    modules: Mapping[str, LoraModule],
+    metadata: FlashMetadata | None,
+    *,
+    transformer: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+    dialect: Dialect = "portable",
+    text_encoder: Mapping[str, LoraModule] | None = None,
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """Write a LoRA; the file, or folder, appears whole or not at all.
+
+    ``portable`` is what stock diffusers and ComfyUI both load at its true scale. UNets: kohya keys
+    (``lora_unet_<diffusers name>``) with alpha. Transformers: ``transformer.<path>.lora_A/B.weight`` with ``alpha / r``
+    folded into B and no alpha key, since the readers disagree about that one. ``diffusers`` writes the latter form for
+    UNets too; ``peft`` a folder for ``PeftModel.from_pretrained`` on the network.
+
+    Args:
+        path: the file; for ``peft`` the folder.
+        modules: by any name; each module's own dotted ``path`` in diffusers' network is what is written.
+        transformer: whether the denoiser is a transformer (SD3, PixArt, Flux) rather than a UNet.
+        dtype: of the halves; None keeps each one's own.
+        text_encoder: text encoders' layers, in kohya's or diffusers' names.
+        header: further strings for the file's header.
+
+    Raises:
+        LoraError: the dialect has no place for the layers.
+    """
+    strings = {**(header or {}), **(metadata.to_header() if metadata is not None else {})}
+    text = _text_paths(text_encoder or {})
+    kohya = dialect == "kohya" or (dialect == "portable" and not transformer)
+    if dialect == "kohya" and transformer:
+        raise LoraError(
+            "kohya's names for transformers are of fused layers, which diffusers does not have; write the portable form"
+        )
+    if dialect == "peft" and text:
+        raise LoraError(
+            f"a PEFT folder is one network's: {len(text)} layers are a text encoder's. Leave them out, or write the "
+            "portable form"
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    if kohya:
+        several = any(number > 1 for number, _ in text)
+        names = {f"lora_unet_{flat_name(module.path)}": module for module in modules.values()}
+        names |= {kohya_text_name(number, inner, several): module for (number, inner), module in text.items()}
+        for name, module in names.items():
+            tensors[f"{name}.lora_down.weight"] = _stored(module.down, dtype)
+            tensors[f"{name}.lora_up.weight"] = _stored(module.up, dtype)
+            tensors[f"{name}.alpha"] = torch.tensor(module.scale * module.rank, dtype=torch.float32)
+        _save(tensors, path, strings)
+    elif dialect == "peft":
+        for module in modules.values():
+            tensors[f"base_model.model.{module.path}.lora_A.weight"] = _stored(module.down, dtype)
+            tensors[f"base_model.model.{module.path}.lora_B.weight"] = _stored(module.up, dtype)
+        _save_folder(tensors, path, strings, _peft_config(modules))
+    else:
+        component = "transformer" if transformer else "unet"
+        names = {f"{component}.{module.path}": module for module in modules.values()}
+        for (number, inner), module in text.items():
+            names[f"text_encoder{f'_{number}' if number > 1 else ''}.{inner}"] = module
+        for name, module in names.items():
+            tensors[f"{name}.lora_A.weight"] = _stored(module.down, dtype)
+            folded = module.up if module.scale == 1 else module.up.detach().float() * module.scale
+            tensors[f"{name}.lora_B.weight"] = _stored(folded, dtype or module.up.dtype)
+        _save(tensors, path, strings)
+
+
+def _stored(half: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return half.detach().to("cpu", dtype or half.dtype).contiguous()
+
+
+def _text_paths(modules: Mapping[str, LoraModule]) -> dict[tuple[int, str], LoraModule]:
+    paths = {}
+    for module in modules.values():
+        place = text_encoder_path(module.path)
+        if place is None:
+            raise LoraError(f"text encoder layer {module.path} has a name that can't be converted; leave them out")
+        paths[place] = module
+    return paths
+
+
+def _peft_config(modules: Mapping[str, LoraModule]) -> dict[str, object]:
+    """``adapter_config.json``: the commonest rank and alpha, and the layers that differ by name."""
+    rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
+    alphas = {module.path: module.scale * module.rank for module in modules.values()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(module.path for module in modules.values()),
+        "rank_pattern": {module.path: module.rank for module in modules.values() if module.rank != rank},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, temporary, metadata=header or None)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_folder(tensors: dict[str, Tensor], path: Path, header: dict[str, str], config: Mapping[str, object]) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_file(tensors, temporary / PEFT_WEIGHTS, metadata=header or None)
+        (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if path.is_dir():
+            # Only what such a folder consists of is replaced; a folder of other things is not ours to remove.
+            for name in (PEFT_WEIGHTS, PEFT_CONFIG):
+                os.replace(temporary / name, path / name)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
