@@ -25,6 +25,7 @@ class Conditioning:
         vector: (B, D) pooled embedding (SDXL, SD3).
         size_ids: (B, N) size and crop micro-conditioning (SDXL, PixArt-alpha).
         concat: (B, C, h, w) channels joined to the latent: masks, masked images, low-resolution images.
+        embedded_guidance: (B,) the guidance scale that a guidance-distilled model is told (Flux); no scale to guide by.
         residuals: adapter or ControlNet residuals, each (B, C, h, w), in the order the backbone adds them.
     """
 
@@ -33,6 +34,7 @@ class Conditioning:
     vector: Tensor | None = None
     size_ids: Tensor | None = None
     concat: Tensor | None = None
+    embedded_guidance: Tensor | None = None
     residuals: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:

@@ -1,0 +1,143 @@
+"""CONDITIONING as the method's :class:`~..flash_core.denoiser.Conditioning`, and back to what a ComfyUI model is called with.
+
+The MODEL itself says what its network is given for a CONDITIONING (``extra_conds``): tokens, a vector, sizes, channels.
+Each has one field here, so that a batch of any architecture can be drawn from, joined and guided by the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import comfy.conds
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..flash_core.denoiser import Conditioning
+
+# ComfyUI's name of each condition -> the field it travels in. What stands behind "vector" is whatever ComfyUI's models
+# make of the pooled text: for SDXL with the embedded sizes after it.
+FIELDS = {
+    "c_crossattn": "cross_attention",
+    "attention_mask": "attention_mask",
+    "y": "vector",
+    "c_concat": "concat",
+    "guidance": "embedded_guidance",
+}
+
+# PixArt's two size conditions travel in one, (height, width, aspect ratio).
+SIZES = {"c_size": 2, "c_ar": 1}
+
+# What makes a CONDITIONING hold for a part of the picture or of the sampling only, or depend on the noisy latent.
+PARTIAL = ("area", "mask", "gligen", "control", "hooks", "start_percent", "end_percent", "default")
+
+
+def read_conditionings(
+    model: Any, conditionings: dict[str, list[Any]], latent_shape: tuple[int, ...], device: torch.device
+) -> list[Conditioning]:
+    """What a model is given for each CONDITIONING; every entry of one is a sample, or as many as its tokens hold.
+
+    Token sequences of different lengths are padded at their end, and ``attention_mask`` says how long each is.
+
+    Args:
+        model: ComfyUI's ``BaseModel``.
+        conditionings: by ComfyUI's role, ``positive`` and ``negative``, which some models treat differently.
+        latent_shape: (C, h, w) of the latents that will be denoised.
+
+    Raises:
+        ValueError: a condition that cannot be distilled, named.
+    """
+    samples = {
+        role: [_read_entry(model, entry, role, latent_shape, device) for entry in entries]
+        for role, entries in conditionings.items()
+    }
+    tokens = [part.cross_attention for parts in samples.values() for part in parts if part.cross_attention is not None]
+    lengths = {part.shape[1] for part in tokens}
+    if len(lengths) > 1:
+        samples = {role: [_padded(part, max(lengths)) for part in parts] for role, parts in samples.items()}
+    for role, parts in samples.items():
+        if not parts:
+            raise ValueError(f"The {role} CONDITIONING is empty; connect a CLIP Text Encode.")
+    return [Conditioning.cat(parts) for parts in samples.values()]
+
+
+def _read_entry(
+    model: Any, entry: list[Any], role: str, latent_shape: tuple[int, ...], device: torch.device
+) -> Conditioning:
+    partial = [name for name in PARTIAL if entry[1].get(name) is not None]
+    if partial:
+        raise ValueError(
+            f"This CONDITIONING carries {', '.join(partial)}, which cannot be distilled: a sample has one condition "
+            "for the whole picture and all of the sampling. Connect the text encoder directly."
+        )
+    rows = 1 if entry[0] is None else len(entry[0])
+    empty = torch.zeros(rows, *latent_shape, device=device)
+    converted = comfy.sampler_helpers.convert_cond([entry])
+    (encoded,) = comfy.samplers.encode_model_conds(
+        model.extra_conds, converted, empty, device, role, latent_image=empty, denoise_mask=None, seed=0
+    )
+    parts: dict[str, Tensor] = {}
+    for name, condition in encoded["model_conds"].items():
+        value = condition.process_cond(batch_size=rows, area=None).cond
+        if not isinstance(value, Tensor) or name not in (*FIELDS, *SIZES):
+            raise ValueError(
+                f"{type(model).__name__} is conditioned on {name!r}, which cannot be distilled; "
+                f"expected only {', '.join((*FIELDS, *SIZES))}."
+            )
+        # A copy, since ComfyUI's nodes run in inference mode and their tensors cannot be saved for a backward pass.
+        parts[name] = value.to(device, torch.float32 if value.is_floating_point() else None, copy=True)
+    sizes = [parts[name] for name in SIZES if name in parts]
+    return Conditioning(
+        **{FIELDS[name]: value for name, value in parts.items() if name in FIELDS},
+        size_ids=torch.cat(sizes, 1) if sizes else None,
+    )
+
+
+def _padded(part: Conditioning, length: int) -> Conditioning:
+    """Tokens padded at the end to a length, with the mask that tells."""
+    tokens = part.cross_attention
+    if tokens is None or part.attention_mask is not None:
+        raise ValueError(
+            "These CONDITIONINGs have token sequences of different lengths, and masks of their own. Encode prompts of "
+            "similar lengths, or one at a time."
+        )
+    mask = tokens.new_zeros(tokens.shape[:2])
+    mask[:] = 1
+    missing = length - tokens.shape[1]
+    return replace(part, cross_attention=F.pad(tokens, (0, 0, 0, missing)), attention_mask=F.pad(mask, (0, missing)))
+
+
+def by_token_count(conditioning: Conditioning) -> Iterator[tuple[Tensor | None, Conditioning]]:
+    """Batches in which all samples have equally many tokens, without padding or its mask.
+
+    ComfyUI's networks take no mask for padding, so samples of different lengths are called apart, as ComfyUI does too.
+
+    Yields:
+        The rows (b,), or None for all, and their conditions.
+    """
+    mask = conditioning.attention_mask
+    if mask is None or mask.ndim != 2 or conditioning.cross_attention is None:
+        yield None, conditioning
+        return
+    counts = (mask > 0.5).sum(1)
+    if not torch.equal(mask > 0.5, torch.arange(mask.shape[1], device=mask.device) < counts[:, None]):
+        raise ValueError("An attention_mask must be 1 for a sample's first tokens and 0 for the rest.")
+    distinct = counts.unique().tolist()
+    for count in distinct:
+        rows = None if len(distinct) == 1 else (counts == count).nonzero()[:, 0]
+        part = conditioning if rows is None else conditioning.rows(rows)
+        yield rows, replace(part, cross_attention=part.cross_attention[:, :count], attention_mask=None)
+
+
+def model_arguments(conditioning: Conditioning) -> dict[str, Tensor]:
+    """What ``BaseModel.apply_model`` takes by keyword for a batch of conditions."""
+    if conditioning.residuals:
+        raise ValueError("A ComfyUI MODEL takes no adapter residuals as conditions; leave the ControlNet out.")
+    arguments = {name: getattr(conditioning, field) for name, field in FIELDS.items()}
+    if conditioning.size_ids is not None:
+        arguments |= dict(zip(SIZES, conditioning.size_ids.split(list(SIZES.values()), 1), strict=True))
+    return {name: value for name, value in arguments.items() if value is not None}
