@@ -246,7 +246,10 @@ def process_from_scheduler(config: Mapping[str, Any]) -> Process:
     scheduler = config.get("_class_name", "")
     if "FlowMatch" in scheduler:
         if config.get("use_dynamic_shifting"):
-            raise UserError("the model's scheduler shifts with the resolution, which no family here does")
+            raise UserError(
+                "the model's scheduler shifts its schedule with the picture's size (use_dynamic_shifting), while a LoRA "
+                "is trained at one shift; set it to false, and shift to a number, in scheduler_config.json"
+            )
         return FlowProcess(shift=config.get("shift", 1.0))
     if scheduler.startswith("EDM"):
         raise UserError(f"the model's scheduler, {scheduler}, is of a kind that is not known here: EDM")

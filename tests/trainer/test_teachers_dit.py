@@ -1,0 +1,420 @@
+"""Transformer teachers (PixArt, SD3, SD3.5): the stock pipelines' conditions and pictures, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from safetensors.torch import load_file, save_file
+
+from flash_diffusion.flash_core.denoiser import Conditioning, guided_z0, predict_z0
+from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
+from flash_diffusion.flash_core.grid import trailing_fractions
+from flash_diffusion.flash_core.process import FlowProcess, VPProcess
+from flash_diffusion.trainer.config import ModelSection
+from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
+from flash_diffusion.trainer.teachers.base import Teacher
+
+from ..families.pipelines_dit import CLIP_WIDTHS, VAE_FACTORS, save_pipeline
+from ..families.single_file_dit import native_sd3
+
+FAMILIES = ("pixart_alpha", "pixart_sigma", "sd3", "sd35")
+FLOWS = ("sd3", "sd35")
+PROMPTS = ["  Red ball", "a yellow star"]  # PixArt's pipelines lower and strip their captions
+SIZE = 64  # pixels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Tiny models by family, each made once."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(family: str, *, t5: bool = True) -> Path:
+        if (family, t5) not in made:
+            made[family, t5] = save_pipeline(family, tmp_path_factory.mktemp(family) / "tiny", t5=t5)
+        return made[family, t5]
+
+    return make
+
+
+def load(family: str, path: Path, **fields: Any) -> Teacher:
+    """A teacher at the test's size."""
+    return load_teacher(ModelSection(family=family, path=str(path), **fields), resolution=SIZE)
+
+
+def stock(path: Path, **parts: Any) -> DiffusionPipeline:
+    """The stock pipeline, without progress bars."""
+    pipeline = DiffusionPipeline.from_pretrained(path, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def batch(teacher: Teacher) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and timesteps."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, *teacher.latent_shape, generator=generator), torch.tensor([990.0, 249.0])
+
+
+# -- the same as diffusers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "t5"),
+    [("pixart_alpha", 16, True), ("pixart_sigma", 16, True), ("sd3", 8, True), ("sd3", 8, False), ("sd35", 8, True)],
+)
+def test_the_rollout_is_the_stock_pipelines(folder: Callable[..., Path], family: str, steps: int, t5: bool) -> None:
+    path = folder(family, t5=t5)
+    teacher = load(family, path)
+    noise, _ = batch(teacher)
+    settings = DistillerSettings(teacher_steps=steps, solver="euler" if family in FLOWS else "dpmpp_2m")
+    ours = Distiller(teacher.denoiser, settings).teacher_solution(
+        noise, teacher.encode_prompts(PROMPTS), teacher.unconditional(2), torch.full((2,), 4.0)
+    )
+    if family in FLOWS:
+        pipeline = stock(path, **({} if t5 else {"text_encoder_3": None, "tokenizer_3": None}))
+        options: dict[str, Any] = {"sigmas": trailing_fractions(steps)}
+    else:
+        pipeline = stock(path)
+        trailing = {"timestep_spacing": "trailing"}
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **trailing)
+        options = {"num_inference_steps": steps, "clean_caption": False, "use_resolution_binning": False}
+    theirs = pipeline(
+        PROMPTS, latents=noise.clone(), guidance_scale=4.0, height=SIZE, width=SIZE, output_type="latent", **options
+    ).images
+    # An untrained epsilon network leaves z0 = z / alpha, hundreds large, so errors are counted in standard deviations.
+    spread = float(theirs.std())
+    assert spread > 0.1
+    torch.testing.assert_close(ours / spread, theirs / spread, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_part_of_the_conditions_counts(folder: Callable[..., Path], family: str) -> None:
+    """What the comparison with the pipelines would not notice if the tiny network ignored it."""
+    teacher = load(family, folder(family))
+    z, t = batch(teacher)
+    conditioning = teacher.encode_prompts(PROMPTS)
+    with torch.no_grad():
+        output = teacher.denoiser.predict(z, t, conditioning)
+        for name in ("cross_attention", "attention_mask", "vector", "size_ids"):
+            value = getattr(conditioning, name)
+            if value is not None:
+                changed = torch.ones_like(value) if name == "attention_mask" else value.roll(1, 0) * 1.5
+                other = teacher.denoiser.predict(z, t, replace(conditioning, **{name: changed}))
+                assert float((other - output).abs().max()) > 1e-4, name
+
+
+def test_pixart_reads_lowered_captions_with_their_mask_and_the_size(folder: Callable[..., Path]) -> None:
+    for family, length in (("pixart_alpha", 120), ("pixart_sigma", 300)):
+        teacher = load(family, folder(family))
+        conditioning, empty = teacher.encode_prompts(PROMPTS), teacher.unconditional(3)
+        assert conditioning.cross_attention is not None
+        assert conditioning.attention_mask is not None
+        assert empty.attention_mask is not None
+        assert conditioning.cross_attention.shape == (2, length, 32)
+        assert 1 < int(conditioning.attention_mask[0].sum()) < length
+        assert empty.attention_mask.tolist() == [[1] + [0] * (length - 1)] * 3  # the end of the text alone
+        same = teacher.encode_prompts(["red ball"]).cross_attention
+        torch.testing.assert_close(conditioning.cross_attention[:1], same)
+        if family == "pixart_alpha":
+            assert conditioning.size_ids is not None
+            assert conditioning.size_ids.tolist() == [[SIZE, SIZE, 1.0]] * 2
+        else:
+            assert conditioning.size_ids is None
+
+
+def test_sd3_joins_three_encoders(folder: Callable[..., Path]) -> None:
+    path = folder("sd3")
+    conditioning = load("sd3", path).encode_prompts(PROMPTS)
+    without = load("sd3", path, t5=False).encode_prompts(PROMPTS)
+    assert conditioning.cross_attention is not None
+    assert without.cross_attention is not None
+    clip, t5 = conditioning.cross_attention.split([16, 256], dim=1)
+    assert float(clip[..., sum(CLIP_WIDTHS) :].abs().max()) == 0  # padded to T5's width
+    assert float(t5.abs().max()) > 0.1
+    expected = torch.cat([clip, torch.zeros_like(t5)], dim=1)
+    torch.testing.assert_close(without.cross_attention, expected)
+    torch.testing.assert_close(without.vector, conditioning.vector)
+
+
+def test_a_model_without_t5_is_noticed(
+    folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Saved without it, or with its folder left out of a download."""
+    partial = tmp_path / "partial"
+    shutil.copytree(folder("sd3"), partial, ignore=shutil.ignore_patterns("text_encoder_3"))
+    for path in (folder("sd3", t5=False), partial):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            hidden = load("sd3", path).encode_prompts(PROMPTS).cross_attention
+        assert hidden is not None
+        assert float(hidden[:, 16:].abs().max()) == 0
+        assert "has no T5" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd3"])
+def test_guidance_in_one_batch_is_two_calls(folder: Callable[..., Path], family: str) -> None:
+    """Masks, sizes and pooled vectors stay with their own branch."""
+    teacher = load(family, folder(family))
+    z, t = batch(teacher)
+    conditioning, empty = teacher.encode_prompts(PROMPTS), teacher.unconditional(2)
+    with torch.no_grad():
+        both = guided_z0(teacher.denoiser, z, t, conditioning, empty, torch.tensor([2.0, 5.0]))
+        first, second = (predict_z0(teacher.denoiser, z, t, part) for part in (conditioning, empty))
+    scale = float(both.std())
+    expected = second + torch.tensor([2.0, 5.0]).reshape(2, 1, 1, 1) * (first - second)
+    torch.testing.assert_close(both / scale, expected / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_and_latents_are_the_stock_pipelines(folder: Callable[..., Path], family: str) -> None:
+    teacher = load(family, folder(family))
+    vae = stock(folder(family)).vae
+    scaling, shift = VAE_FACTORS[family]
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        mode = vae.encode(images).latent_dist.mode()
+        latents = (mode - (shift or 0.0)) * scaling
+        torch.testing.assert_close(teacher.encode(images), latents)
+        torch.testing.assert_close(teacher.decode(latents), vae.decode(mode).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_says_its_own_facts(folder: Callable[..., Path], family: str) -> None:
+    teacher = load(family, folder(family))
+    outline = outline_teacher(ModelSection(family=family, path=str(folder(family))), SIZE)
+    assert outline.latent_shape == teacher.latent_shape == (16 if family in FLOWS else 4, 8, 8)
+    assert outline.parameters == sum(value.numel() for value in teacher.denoiser.network.parameters())
+    process = teacher.denoiser.process
+    if family in FLOWS:
+        assert process == FlowProcess(3.0)
+    else:
+        assert isinstance(process, VPProcess)
+        assert process.prediction == "epsilon"
+        theirs = DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).alphas_cumprod
+        torch.testing.assert_close(process.alphas_cumprod.float(), theirs)
+
+
+# -- features, precision, memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_the_blocks_image_tokens_as_maps(folder: Callable[..., Path], family: str) -> None:
+    teacher = load(family, folder(family))
+    denoiser = teacher.denoiser
+    network = denoiser.network
+    generator = torch.Generator().manual_seed(0)
+    z, t = torch.randn(2, teacher.latent_shape[0], 8, 12, generator=generator), torch.tensor([700.0, 10.0])
+    conditioning = teacher.encode_prompts(PROMPTS)
+    features = denoiser.features(z, t, conditioning)
+    width = network.config.num_attention_heads * network.config.attention_head_dim
+    assert [tuple(feature.shape) for feature in features] == [(2, width, 4, 6)] * 2
+    # Undoing what follows the last block by hand gives the prediction: the tokens are in their places.
+    if family in FLOWS:
+        vector = network.time_text_embed(t, conditioning.vector)
+        tokens = network.proj_out(network.norm_out(features[-1].flatten(2).transpose(1, 2), vector))
+        patches = tokens.reshape(2, 4, 6, 2, 2, 16)
+        by_hand = torch.einsum("nhwpqc->nchpwq", patches).reshape(2, 16, 8, 12)
+        torch.testing.assert_close(by_hand, denoiser.predict(z, t, conditioning), atol=1e-5, rtol=1e-5)
+    leaf = z.clone().requires_grad_()
+    first = denoiser.features(leaf, t, conditioning)[0]
+    assert float(torch.autograd.grad(first.square().sum(), leaf)[0].abs().max()) > 0
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_a_deep_network_is_read_at_four_depths() -> None:
+    from diffusers import SD3Transformer2DModel
+
+    from flash_diffusion.trainer.teachers.stable_diffusion_3 import SD3Denoiser
+
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(num_layers=24, num_attention_heads=2, attention_head_dim=8)
+    blocks = list(network.transformer_blocks)
+    chosen = SD3Denoiser(network, FlowProcess(3.0)).feature_blocks()
+    assert [blocks.index(block) for block in chosen] == [4, 9, 14, 19]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(folder: Callable[..., Path], family: str) -> None:
+    teacher = load(family, folder(family))
+    z, t = batch(teacher)
+    conditioning = teacher.encode_prompts(PROMPTS)
+    teacher.denoiser.add_adapter("student", 4, 8, teacher.default_targets)
+    parameters = teacher.denoiser.adapter_parameters("student")
+    with torch.no_grad():
+        for name, value in parameters.items():
+            if ".lora_B." in name:
+                value.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            teacher.denoiser.network.enable_gradient_checkpointing()
+        leaf = z.clone().requires_grad_()
+        with teacher.denoiser.role("student"):
+            features = teacher.denoiser.features(leaf, t, conditioning)
+            output = teacher.denoiser.predict(leaf, t, conditioning)
+            (output.square().mean() + features[0].square().mean()).backward()
+        gradients.append({name: value.grad.clone() for name, value in parameters.items() if value.grad is not None})
+        gradients[-1]["z"] = leaf.grad
+        teacher.denoiser.network.zero_grad()
+    assert len(gradients[0]) > len(parameters) / 2
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_storage_is_near_the_whole(folder: Callable[..., Path], family: str, dtype: str) -> None:
+    whole, half = load(family, folder(family)), load(family, folder(family), dtype=dtype)
+    assert half.denoiser.dtype == getattr(torch, dtype)
+    assert half.vae.dtype == torch.float32
+    z, t = batch(whole)
+    for teacher in (whole, half):
+        teacher.denoiser.add_adapter("student", 4, 4, teacher.default_targets)
+    assert {value.dtype for value in half.denoiser.adapter_parameters("student").values()} == {torch.float32}
+    with torch.no_grad(), whole.denoiser.role("student"), half.denoiser.role("student"):
+        expected = whole.denoiser.predict(z, t, whole.encode_prompts(PROMPTS))
+        got = half.denoiser.predict(z, t, half.encode_prompts(PROMPTS))
+    assert got.dtype == torch.float32
+    assert float((got - expected).std() / expected.std()) < 0.05
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd3"])
+def test_encoders_can_be_freed(folder: Callable[..., Path], family: str) -> None:
+    teacher = load(family, folder(family))
+    empty = teacher.unconditional(2)
+    teacher.release_encoders()
+    assert torch.equal(teacher.unconditional(2).cross_attention, empty.cross_attention)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="released"):
+        teacher.encode_prompts(["x"])
+
+
+# -- single files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FLOWS)
+@pytest.mark.parametrize("t5", [True, False], ids=["t5", "no t5"])
+def test_a_single_file_is_the_folder(
+    folder: Callable[..., Path], tmp_path: Path, family: str, t5: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The original's key names: joint_blocks with fused qkv, text_encoders.clip_l and so on."""
+    path = folder(family)
+    save_file(native_sd3(path, t5=t5), tmp_path / "model.safetensors")
+    config = tmp_path / "config"
+    left_out = () if t5 else ("text_encoder_3*",)  # else the weights come from there
+    shutil.copytree(path, config, ignore=shutil.ignore_patterns("diffusion_pytorch_model*", *left_out))
+    teacher = load(family, tmp_path / "model.safetensors", config=str(config))
+    assert ("has no T5" in caplog.text) != t5
+    expected = load(family, path, t5=t5)
+    z, time = batch(teacher)
+    conditioning, wanted = teacher.encode_prompts(PROMPTS), expected.encode_prompts(PROMPTS)
+    torch.testing.assert_close(conditioning.cross_attention, wanted.cross_attention)
+    torch.testing.assert_close(conditioning.vector, wanted.vector)
+    with torch.no_grad():
+        got = teacher.denoiser.predict(z, time, conditioning)
+        torch.testing.assert_close(got, expected.denoiser.predict(z, time, wanted))
+        torch.testing.assert_close(teacher.decode(z), expected.decode(z))
+
+
+def test_a_single_file_of_pixart_is_refused_in_words(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "pixart.safetensors")
+    with pytest.raises(UserError, match=r"pixart\.safetensors is a single file.*diffusers can't read.*folder"):
+        load("pixart_sigma", tmp_path / "pixart.safetensors")
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "expected"),
+    [
+        ("sd3", "sd35", "is of the family sd3, not sd35; set model.family: sd3"),
+        ("sd35", "sd3", "is of the family sd35, not sd3"),
+        ("pixart_alpha", "pixart_sigma", "model.family: pixart_alpha"),
+        ("pixart_alpha", "sd3", "is PixArtTransformer2DModel; expected an SD3"),
+        ("sd3", "pixart_alpha", "is SD3Transformer2DModel; expected a PixArt"),
+    ],
+)
+def test_another_family_is_named(folder: Callable[..., Path], given: str, asked: str, expected: str) -> None:
+    for call in (load_teacher, outline_teacher):
+        with pytest.raises(UserError, match=expected):
+            call(ModelSection(family=asked, path=str(folder(given))), resolution=SIZE)
+
+
+def test_dynamic_shifting_is_refused(folder: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(folder("sd3"), path)
+    file = path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dynamic_shifting": True}))
+    with pytest.raises(UserError, match="use_dynamic_shifting"):
+        load("sd3", path)
+
+
+@pytest.mark.parametrize("family", ["pixart_sigma", "sd3"])
+def test_half_a_patch_is_refused(folder: Callable[..., Path], family: str) -> None:
+    for call in (load_teacher, outline_teacher):
+        with pytest.raises(UserError, match=r"data\.resolution: 72 .* multiple of 16 pixels, such as 64"):
+            call(ModelSection(family=family, path=str(folder(family))), resolution=72)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("pixart_alpha", {"vector": torch.zeros(2, 4)}),
+        ("pixart_alpha", {"residuals": (torch.zeros(2, 4),)}),
+        ("pixart_alpha", {"size_ids": None}),
+        ("pixart_sigma", {"size_ids": torch.zeros(2, 3)}),
+        ("sd3", {"attention_mask": torch.ones(2, 4)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_conditions_that_a_family_has_no_use_for_are_refused(
+    folder: Callable[..., Path], family: str, fields: dict[str, Any]
+) -> None:
+    teacher = load(family, folder(family))
+    z, t = batch(teacher)
+    with pytest.raises(ValueError, match="takes|needs"):
+        teacher.denoiser.predict(z, t, replace(teacher.encode_prompts(PROMPTS), **fields))
+
+
+def test_sd3_adds_the_residuals_of_a_controlnet(folder: Callable[..., Path]) -> None:
+    """To the image's tokens after each block but the last, as the network itself says."""
+    teacher = load("sd3", folder("sd3"))
+    z, t = batch(teacher)
+    conditioning = teacher.encode_prompts(PROMPTS)
+    residual = torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = teacher.denoiser.predict(z, t, replace(conditioning, residuals=(residual,)))
+        theirs = teacher.denoiser.network(
+            z, conditioning.cross_attention, conditioning.vector, t, [residual], return_dict=False
+        )[0]
+        bare = teacher.denoiser.predict(z, t, conditioning)
+    assert torch.equal(got, theirs)
+    assert float((got - bare).abs().max()) > 0.1
+
+
+def test_conditions_survive_rows_and_cat(folder: Callable[..., Path]) -> None:
+    teacher = load("pixart_alpha", folder("pixart_alpha"))
+    conditioning = teacher.encode_prompts(PROMPTS)
+    joined = Conditioning.cat([conditioning, teacher.unconditional(1)])
+    assert len(joined) == 3
+    again = joined.rows(torch.tensor([0, 1]))
+    assert torch.equal(again.attention_mask, conditioning.attention_mask)  # type: ignore[arg-type]
+
+
+def test_load_file_reads_what_the_folder_has(folder: Callable[..., Path]) -> None:
+    """The base is the file's, bit for bit."""
+    path = folder("sd35")
+    weights = load_file(path / "transformer" / "diffusion_pytorch_model.safetensors")
+    network = load("sd35", path).denoiser.network.state_dict()
+    assert network.keys() == weights.keys()
+    assert all(torch.equal(network[name], value) for name, value in weights.items())

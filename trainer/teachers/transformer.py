@@ -1,0 +1,70 @@
+"""What the diffusion transformers share: blocks that put out tokens of an image, and sizes in whole patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import ModelSection
+from ..errors import UserError
+from .base import Outline, Teacher
+from .denoiser import DiffusersDenoiser
+
+FEATURE_DEPTHS = 4  # blocks that the discriminator reads
+
+
+class TransformerDenoiser(DiffusersDenoiser):
+    """A diffusers transformer over square patches of the latent."""
+
+    def feature_blocks(self) -> Sequence[nn.Module]:
+        """Blocks at 1/5, 2/5, 3/5 and 4/5 of the depth.
+
+        The first blocks still carry mostly the noise that came in, and the last ones already turn into the prediction;
+        what the picture shows lies between.
+        """
+        blocks = list(self.network.transformer_blocks)
+        parts = FEATURE_DEPTHS + 1
+        return [blocks[index] for index in sorted({len(blocks) * part // parts for part in range(1, parts)})]
+
+    def as_map(self, output: Any, z_t: Tensor) -> Tensor:
+        """The image's tokens (B, h w, D) as a map (B, D, h, w); joint blocks return (text, image)."""
+        tokens: Tensor = output[1] if isinstance(output, tuple) else output
+        return rearrange(tokens, "b (h w) d -> b d h w", h=z_t.shape[-2] // self.network.config.patch_size)
+
+
+class TransformerTeacher(Teacher):
+    """A teacher whose network is a transformer."""
+
+    network_part = "transformer"
+    transformer = True
+
+    @classmethod
+    def load(cls, model: ModelSection, device: str, resolution: int | None) -> Teacher:
+        """Load the weights; see :meth:`Teacher.load`.
+
+        Raises:
+            UserError: as there, or the resolution is no whole number of patches.
+        """
+        cls._check_resolution(model, resolution)
+        return super().load(model, device, resolution)
+
+    @classmethod
+    def outline(cls, model: ModelSection, resolution: int | None) -> Outline:
+        """Read the configuration files alone; the resolution is checked as in :meth:`load`."""
+        cls._check_resolution(model, resolution)
+        return super().outline(model, resolution)
+
+    @classmethod
+    def _check_resolution(cls, model: ModelSection, resolution: int | None) -> None:
+        source = cls.locate(model)
+        vae: Mapping[str, Any] = source.part_config("vae")
+        pixels = 2 ** (len(vae.get("block_out_channels", ())) - 1) * source.part_config("transformer")["patch_size"]
+        if resolution is not None and resolution % pixels:
+            nearest = max(round(resolution / pixels), 1) * pixels
+            raise UserError(
+                f"data.resolution: {resolution} is no whole number of this model's patches; expected a multiple of "
+                f"{pixels} pixels, such as {nearest}"
+            )
