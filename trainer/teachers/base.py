@@ -247,7 +247,7 @@ def process_from_scheduler(config: Mapping[str, Any]) -> Process:
     if "FlowMatch" in scheduler:
         if config.get("use_dynamic_shifting"):
             raise UserError(
-                "the model's scheduler shifts its schedule with the picture's size (use_dynamic_shifting), while a LoRA "
+                "the model's scheduler shifts its schedule with the picture's size (use_dynamic_shifting), but a LoRA "
                 "is trained at one shift; set it to false, and shift to a number, in scheduler_config.json"
             )
         return FlowProcess(shift=config.get("shift", 1.0))
