@@ -5,6 +5,7 @@ Everything is loaded through diffusers itself, from safetensors alone; a pickle 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,13 @@ from ..errors import UserError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX = "model_index.json"
-# What the single files of the field put before the names of an autoencoder's weights.
-VAE_PREFIXES = ("first_stage_model.", "vae.")
+# What the single files of the field put before the names of the weights beside the denoiser's.
+SINGLE_FILE_PARTS = {
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
+    "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
+    "text_encoder_3": ("text_encoders.t5xxl.",),
+}
 
 AnyPipeline = TypeVar("AnyPipeline", bound=DiffusionPipeline)
 
@@ -115,7 +121,8 @@ def load_pipeline(
 ) -> AnyPipeline:
     """A stock pipeline with its weights on the CPU: the VAE in float32, everything else in ``dtype``.
 
-    SDXL's VAE overflows in float16, and every VAE is small; so none is stored with less.
+    SDXL's VAE overflows in float16, and every VAE is small; so none is stored with less. Parts that a single file lacks
+    are loaded from the folder of its configuration.
 
     Args:
         without: the parts that are not wanted.
@@ -124,59 +131,77 @@ def load_pipeline(
     Raises:
         UserError: a part is missing or does not fit its configuration.
     """
-    if source.file is None:
-        _check_folder(source, without)
     options |= dict.fromkeys(without)
+    index = source.part_config("")
+    parts = [part for part, made in index.items() if isinstance(made, list) and made[0] and part not in without]
+    if source.file is None:
+        return _from_folder(pipeline, source, dtype, parts, options)
+    absent = _absent_parts(source.file, parts)
+    given: dict[str, Any] = {}
+    if absent:
+        others = dict.fromkeys(part for part in parts if part not in absent)
+        try:
+            rest = _from_folder(pipeline, source, dtype, absent, options | others)
+        except UserError as error:
+            raise UserError(
+                f"model.path: {source.file} has no {' and no '.join(absent)}; set model.config to a diffusers folder "
+                f"that has the weights ({source.config} does not), or model.path to a complete model"
+            ) from error
+        given = {part: getattr(rest, part) for part in absent}
     try:
         with _quiet():
-            if source.file is None:
-                types = {"default": dtype, "vae": torch.float32}
-                return pipeline.from_pretrained(
-                    source.config, torch_dtype=types, variant=source.variant, use_safetensors=True, **options
+            if "vae" not in given:
+                given["vae"] = AutoencoderKL.from_single_file(
+                    str(source.file), config=source.config, subfolder="vae", torch_dtype=torch.float32
                 )
             loaded = pipeline.from_single_file(
-                str(source.file), config=source.config, torch_dtype=dtype, vae=_single_file_vae(source), **options
+                str(source.file), config=source.config, torch_dtype=dtype, **given, **options
             )
-    except SingleFileComponentError as error:
-        reason = str(error).split("\n", 1)[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
+        # A weight that the file lacks stays on the meta device, which is all that can be said of it then.
+        reason = "it lacks some of the weights" if isinstance(error, NotImplementedError) else error
         raise UserError(
-            f"model.path: {source.file} lacks a part of the model ({reason}); set model.config to a diffusers folder "
-            f"that has the weights of that part, or model.path to a complete model"
+            f"model.path: {source.file} does not fit the configuration of {source.config} (model.config): {reason}"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if source.file is None:
-            message = f"model.path: {source.config} is not a complete diffusers folder"
-        else:
-            message = f"model.path: {source.file} does not fit the configuration of {source.config}"
-        raise UserError(f"{message}: {error}") from error
     _check_complete(loaded.components, source)
     return loaded
 
 
-def _check_folder(source: Source, without: Sequence[str]) -> None:
-    """Libraries stumble over a folder that is not there in their own ways, and not all of them say so."""
-    parts = [part for part, made in source.part_config("").items() if isinstance(made, list) and made[0] is not None]
-    missing = [part for part in parts if part not in without and not (Path(source.config) / part).is_dir()]
-    if Path(source.config).is_dir() and missing:
-        raise UserError(f"model.path: {source.config} is not a complete diffusers folder: it lacks {missing[0]}/")
-
-
-def _single_file_vae(source: Source) -> AutoencoderKL:
-    """The file's autoencoder, or the configuration folder's where the file has none."""
-    assert source.file is not None
-    with safe_open(source.file, framework="pt") as file:
-        included = any(key.startswith(VAE_PREFIXES) for key in file.keys())  # noqa: SIM118
-    options = {"subfolder": "vae", "torch_dtype": torch.float32}
-    if included:
-        return AutoencoderKL.from_single_file(str(source.file), config=source.config, **options)
+def _from_folder(
+    pipeline: type[AnyPipeline], source: Source, dtype: torch.dtype, parts: Sequence[str], options: Mapping[str, Any]
+) -> AnyPipeline:
+    message = f"model.path: {source.config} is not a complete diffusers folder"
+    # Libraries stumble over a folder that is not there in their own ways, and not all of them say so.
+    lacking = [part for part in parts if not (Path(source.config) / part).is_dir()]
+    if Path(source.config).is_dir() and lacking:
+        raise UserError(f"{message}: it lacks {lacking[0]}/")
+    types = {"default": dtype, "vae": torch.float32}
     try:
-        return AutoencoderKL.from_pretrained(source.config, use_safetensors=True, **options)
-    except OSError as error:
-        raise SingleFileComponentError(f"It has no VAE, and {source.config} has none either.") from error
+        with _quiet():
+            return pipeline.from_pretrained(
+                source.config, torch_dtype=types, variant=source.variant, use_safetensors=True, **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{message}: {error}") from error
+
+
+def _absent_parts(file: Path, parts: Sequence[str]) -> list[str]:
+    """Which of the parts a single file has no weights of.
+
+    Raises:
+        UserError: it is no safetensors file.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.path: {file} is not a readable safetensors file: {error}") from error
+    known = {part: prefixes for part, prefixes in SINGLE_FILE_PARTS.items() if part in parts}
+    return [part for part, prefixes in known.items() if not any(name.startswith(prefixes) for name in names)]
 
 
 def _check_complete(parts: Mapping[str, Any], source: Source) -> None:
-    """Weights that a single file lacks stay on the ``meta`` device without a word."""
+    """A text encoder's weights that a single file lacks stay on the ``meta`` device without a word."""
     for part, module in parts.items():
         if isinstance(module, nn.Module):
             missing = [name for name, value in module.named_parameters() if value.is_meta]
@@ -199,11 +224,18 @@ def _only_variant(folder: Path) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of diffusers' own."""
+    """No progress bars of diffusers' own, and no warning that it gives of every model it casts, about no modules."""
+
+    def sensible(record: logging.LogRecord) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+    logger = logging.getLogger("diffusers.models.modeling_utils")
     enabled = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
+    logger.addFilter(sensible)
     try:
         yield
     finally:
+        logger.removeFilter(sensible)
         if enabled:
             diffusers_logging.enable_progress_bar()
