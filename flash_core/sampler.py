@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -62,5 +63,38 @@ def generator_noise(like: Tensor, generator: torch.Generator) -> Callable[[], Te
 
     def draw() -> Tensor:
         return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+
+    return draw
+
+
+def item_noise(initial: Tensor, seed: int, z: Tensor | None = None) -> Callable[[], Tensor]:
+    """A noise source for :func:`few_step_sample` in which every item of a batch has a stream of its own.
+
+    What an item is re-noised with depends on ``seed`` and on the item's own initial noise, and so neither on its place
+    in the batch nor on the batch's size. The item that begins with the seed's first draw, a single picture or the
+    first of a batch, continues the stream of the seed, as diffusers does with one generator. Any other item draws from
+    a generator that is seeded by a hash. All noise is drawn in float32 on the CPU: the same on every device.
+
+    Args:
+        initial: the noise that the run begins with, (B, ...), before any scaling.
+        seed: the run's seed; torch reads its low 32 bits where it seeds a generator.
+        z: the latents that the run begins with, (B, C, ...). They tell items apart that have no initial noise, as in
+            the second half of a run that was split in two, by where each channel is largest.
+    """
+    items = initial.detach().float().cpu()
+    generators = []
+    for index, item in enumerate(items):
+        generator = torch.Generator().manual_seed(seed % 2**32)
+        first = torch.randn(item.shape, generator=generator).to(initial.dtype).float()
+        if not torch.equal(first, item):
+            if z is not None and not item.any():
+                item = z[index].flatten(1).argmax(1).float().cpu()
+            digest = blake2b(item.contiguous().numpy().tobytes(), key=(seed % 2**64).to_bytes(8, "little"))
+            generator.manual_seed(int.from_bytes(digest.digest()[:4], "little"))
+        generators.append(generator)
+
+    def draw() -> Tensor:
+        noise = torch.stack([torch.randn(items.shape[1:], generator=generator) for generator in generators])
+        return noise.to(initial)
 
     return draw

@@ -1,9 +1,12 @@
-"""Few-step sampling inside ComfyUI: the trained noise levels of a model, and the sampler as a ComfyUI KSAMPLER."""
+"""Few-step sampling inside ComfyUI: the timesteps of a model and its LoRA, and the sampler as a ComfyUI KSAMPLER."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import comfy.model_sampling
 import comfy.samplers
@@ -11,78 +14,180 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..flash_core.grid import snapped_fractions
+from ..flash_core.grid import (
+    custom_timesteps,
+    describe_timesteps,
+    implied_shift,
+    is_timestep,
+    reference_timesteps,
+    snapped_timesteps,
+)
 from ..flash_core.lora import FlashMetadata
-from ..flash_core.process import NUM_TIMESTEPS
-from ..flash_core.sampler import few_step_sample, generator_noise
+from ..flash_core.process import NUM_TIMESTEPS, FlowProcess, Prediction, VPProcess
+from ..flash_core.sampler import few_step_sample, item_noise
 
 METADATA_KEY = "flash_metadata"  # the ModelPatcher attachment in which a LoRA's metadata travels to the sampler
 
-# Added to the seed where the initial noise came from elsewhere; any odd 64-bit constant does (this is SplitMix64's).
-OTHER_STREAM = 0x9E3779B97F4A7C15
+GridName = Literal["trained", "reference", "custom"]
+GRIDS: tuple[GridName, ...] = get_args(GridName)
+
+# ComfyUI's classes for what a network predicts, the more special ones first, and our names for them.
+PREDICTIONS: tuple[tuple[str, Prediction | None], ...] = (
+    ("IMG_TO_IMG_FLOW", None),
+    ("IMG_TO_IMG", None),
+    ("EDM", None),
+    ("X0", "sample"),
+    ("V_PREDICTION", "v_prediction"),
+    ("EPS", "epsilon"),
+    ("CONST", "flow"),
+)
+SAMPLING_NODE = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}  # names in ModelSamplingDiscrete
 
 
-def sigma_of_fraction(sampling: Any, fraction: float) -> float:
-    """The model's noise level at ``fraction`` in (0, 1] of the trailing schedule; 1 is pure noise.
+def in_words(prediction: str) -> str:
+    """What a network predicts, as a user reads it."""
+    return {"v_prediction": "v", "sample": "the clean latent", "flow": "a velocity (flow)"}.get(prediction, prediction)
 
-    A model with discrete timesteps (SD, SDXL, PixArt) is asked at ``round(1000 u) - 1``, a flow model (SD3, Flux) at
-    uniform time u, which its own shift bends.
+
+def process_of(sampling: Any) -> VPProcess | FlowProcess:
+    """The diffusion process of a ComfyUI ``model_sampling``, whichever node put it there.
+
+    Raises:
+        ValueError: it has neither discrete timesteps nor flow sampling.
     """
-    if isinstance(sampling, comfy.model_sampling.CONST):
-        return float(sampling.percent_to_sigma(1 - fraction))
-    return sigma_of_timestep(sampling, max(round(sampling.num_timesteps * fraction) - 1, 0))
+    prediction = next(
+        (ours for name, ours in PREDICTIONS if isinstance(sampling, getattr(comfy.model_sampling, name, ()))), None
+    )
+    discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and not isinstance(
+        sampling, (comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.ModelSamplingDiscreteEDM)
+    )
+    if prediction == "flow":
+        half = float(sampling.percent_to_sigma(0.5))  # shift / (1 + shift): SD3's shift, or Flux' as exp(mu)
+        return FlowProcess(half / (1 - half))
+    if prediction is None or not discrete:
+        raise ValueError(
+            f"This model samples with {', '.join(base.__name__ for base in type(sampling).__bases__)}, which has no "
+            "trained timesteps. Flash LoRAs exist for models with 1000 timesteps (SD 1.5, SDXL, PixArt) and flow "
+            "models (SD3, Flux): load one of those, and remove a ModelSamplingContinuousEDM node if there is one."
+        )
+    sigmas = sampling.sigma(torch.arange(sampling.num_timesteps)).double()
+    return VPProcess(1 / (1 + sigmas**2), prediction)
 
 
 def sigma_of_timestep(sampling: Any, timestep: float) -> float:
-    """The model's noise level at a trained timestep: 0..999, or 1000 s for a flow model."""
-    if isinstance(sampling, comfy.model_sampling.CONST):
-        return timestep / NUM_TIMESTEPS
-    return float(sampling.sigma(torch.tensor(float(timestep))))
-
-
-def trained_sigmas(model: ModelPatcher, steps: int, denoise: float = 1.0) -> Tensor:
-    """The noise levels a few-step model was trained on, in ComfyUI's convention.
-
-    Args:
-        model: the MODEL; the metadata of a Flash LoRA attached to it names its timesteps, otherwise they are trailing.
-        steps: evaluations of a full run.
-        denoise: in (0, 1]; below 1 the run starts at the nearest trained timestep (see
-            :func:`~..flash_core.grid.snapped_fractions`).
-
-    Returns:
-        (n + 1,) float32, descending, ending in 0; n is ``steps`` where ``denoise`` is 1.
+    """The model's noise level at a timestep: 0..999, or 1000 s for a flow model.
 
     Raises:
-        ValueError: the model has neither discrete timesteps nor flow sampling.
+        ValueError: at that level the model would be told another timestep.
     """
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, (comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.CONST)):
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        return timestep / NUM_TIMESTEPS
+    sigma = sampling.sigma(torch.tensor(float(timestep)))
+    told = float(sampling.timestep(sigma))
+    if abs(told - timestep) > 0.5:
         raise ValueError(
-            f"This model samples with {type(sampling).__bases__[0].__name__}, which has no trained timesteps. "
-            "Flash LoRAs exist for models with 1000 timesteps (SD 1.5, SDXL, PixArt) and flow models (SD3, Flux): load "
-            "one of those, and remove a ModelSamplingContinuousEDM node if there is one."
+            f"The model can't be asked at t = {timestep:g}: it would be told t = {told:g}. That is what a "
+            "ModelSamplingDiscrete node set to 'lcm' does, which knows 50 timesteps only. Remove it (a Flash LoRA does "
+            "not need it), or set grid to 'reference', whose timesteps are among those 50."
         )
-    metadata: FlashMetadata | None = model.get_attachment(METADATA_KEY)
-    timesteps = metadata.timesteps.get(steps) if metadata is not None and denoise == 1 else None
-    if timesteps:
-        levels = [sigma_of_timestep(sampling, timestep) for timestep in timesteps]
-    else:
-        levels = [sigma_of_fraction(sampling, fraction) for fraction in snapped_fractions(steps, denoise)]
-    return torch.tensor([*levels, 0.0])
+    return float(sigma)
 
 
-def fresh_noise(initial: Tensor, seed: int) -> Callable[[], Tensor]:
-    """The noise of the re-noising steps: the stream of ``seed``, continued after the initial noise.
+def check_prediction(metadata: FlashMetadata, process: VPProcess | FlowProcess) -> None:
+    """Raise ValueError where a LoRA was trained on a model that predicts something else than this one."""
+    if metadata.prediction == process.prediction:
+        return
+    advice = "Load the checkpoint that the LoRA was made for"
+    if metadata.prediction in SAMPLING_NODE and isinstance(process, VPProcess):
+        advice += (
+            ", or, where this is it and ComfyUI took it for another kind, put a ModelSamplingDiscrete node set to "
+            f"'{SAMPLING_NODE[metadata.prediction]}' before this one"
+        )
+    raise ValueError(
+        f"The Flash LoRA was trained on a model that predicts {in_words(metadata.prediction)} (base "
+        f"{metadata.base}); this model predicts {in_words(process.prediction)}. {advice}."
+    )
 
-    ComfyUI draws initial noise (B, C, H, W) on the CPU from ``seed``. Where ``initial`` is that draw, the same stream
-    goes on, on any device, which is also what diffusers does with one generator. Where it is not (``batch_index``,
-    noise of another node), an independent stream makes sure that the initial noise is never used again.
+
+def check_timesteps(trained: Mapping[int, Sequence[float]], process: VPProcess | FlowProcess) -> None:
+    """Raise ValueError where the timesteps that a LoRA's header lists are none of this process."""
+    for steps, timesteps in trained.items():
+        descending = all(before > after for before, after in pairwise(timesteps))
+        if not timesteps or not descending or not all(is_timestep(process, t) for t in timesteps):
+            raise ValueError(
+                f"The Flash LoRA's header lists the timesteps {list(timesteps)} for {steps} steps; expected "
+                f"{describe_timesteps(process)}, descending. Correct the file's header, or set grid to 'reference' or "
+                "'custom'."
+            )
+
+
+@dataclass(frozen=True)
+class FlashGrid:
+    """The timesteps of a run and the model's noise levels at them.
+
+    Attributes:
+        timesteps: descending; 0..999, or 1000 s for a flow model.
+        sigmas: (n + 1,) float32, descending, ending in 0, in ComfyUI's convention.
+        text: what the user sees on the node.
     """
-    generator = torch.Generator().manual_seed(seed)
-    draw = generator_noise(initial, generator)
-    if not torch.equal(draw(), initial):
-        generator.manual_seed((seed + OTHER_STREAM) % 2**64)
-    return draw
+
+    timesteps: tuple[float, ...]
+    sigmas: Tensor
+    text: str
+
+
+def flash_grid(
+    model: ModelPatcher, steps: int, denoise: float = 1.0, grid: GridName = "trained", timesteps: str = ""
+) -> FlashGrid:
+    """The timesteps a few-step model is evaluated at.
+
+    Args:
+        model: the MODEL, with the ``model_sampling`` that it or a node after it has.
+        steps: evaluations of a full run.
+        denoise: in (0, 1]; below 1 the run starts later (see each grid's function).
+        grid: ``trained`` is :func:`~..flash_core.grid.snapped_timesteps`, for the timesteps that the Flash LoRA's
+            metadata names, else trailing ones; ``reference`` is :func:`~..flash_core.grid.reference_timesteps`, and
+            ``custom`` :func:`~..flash_core.grid.custom_timesteps`.
+        timesteps: the list for ``custom``; its length takes the place of ``steps``.
+
+    Raises:
+        ValueError: the model has no timesteps, the LoRA is for another kind of model, or a value is out of its range.
+    """
+    if grid not in GRIDS:
+        raise ValueError(f"grid is {grid!r}; expected one of {', '.join(GRIDS)}.")
+    sampling = model.get_model_object("model_sampling")
+    process = process_of(sampling)
+    metadata: FlashMetadata | None = model.get_attachment(METADATA_KEY)
+    trained: Mapping[int, Sequence[float]] = {}
+    if metadata is not None:
+        check_prediction(metadata, process)
+        if grid == "trained":
+            trained = metadata.timesteps
+            check_timesteps(trained, process)
+    facts = []
+    if isinstance(process, FlowProcess):
+        set_shift = process.shift
+        process = FlowProcess(implied_shift(trained) or set_shift)
+        facts.append(f"flow shift {process.shift:.4g}")
+        if not math.isclose(process.shift, set_shift, rel_tol=1e-3):
+            facts.append(f"the LoRA's own: the model's {set_shift:.4g} is not used")
+    else:
+        facts.append(f"predicts {in_words(process.prediction)}")
+    if trained and steps not in trained:
+        facts.append(f"the LoRA was trained for {', '.join(str(count) for count in sorted(trained))}")
+    if grid == "custom":
+        chosen = custom_timesteps(process, timesteps, denoise)
+    elif grid == "reference":
+        dynamic = isinstance(sampling, comfy.model_sampling.ModelSamplingFlux)
+        chosen = reference_timesteps(process, steps, denoise, dynamic_shift=dynamic)
+    else:
+        chosen = snapped_timesteps(process, steps, denoise, trained)
+    evaluations = f"{len(chosen)} evaluation{'s' if len(chosen) > 1 else ''}"
+    return FlashGrid(
+        timesteps=tuple(chosen),
+        sigmas=torch.tensor([*(sigma_of_timestep(sampling, t) for t in chosen), 0.0]),
+        text=f"t = {', '.join(f'{t:.0f}' for t in chosen)} ({', '.join([evaluations, *facts])})",
+    )
 
 
 @torch.no_grad()
@@ -112,7 +217,7 @@ def sample_flash(
     levels = [float(sigma) for sigma in (sigmas if sigmas[-1] > 0 else sigmas[:-1])]
     flow = isinstance(sampling, comfy.model_sampling.CONST)
     noise_scale = getattr(sampling, "noise_scale", 1.0)  # some newer flow models; unknown to the oldest ComfyUI
-    draw = fresh_noise(model.noise, arguments.get("seed") or 0)
+    draw = item_noise(model.noise, arguments.get("seed") or 0, x)
     batch = x.new_ones(x.shape[0])
 
     def denoise(z: Tensor, index: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import comfy.sample
@@ -12,16 +14,71 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..flash_core.grid import MAX_FEW_STEPS
-from .few_step import flash_sampler, trained_sigmas
-from .schema import advanced, node_schema
+from .few_step import GRIDS, GridName, flash_grid, flash_sampler
+from .schema import advanced, node_schema, show_text
 
 MAX_SEED = 2**64 - 1
 
-STEPS_TOOLTIP = "Model evaluations. Each step count has its own trained timesteps (4: t = 999, 749, 499, 249)."
+STEPS_TOOLTIP = (
+    "Model evaluations. Each step count has its own trained timesteps (4: t = 999, 749, 499, 249). They are shown on "
+    "the node when it has run."
+)
 DENOISE_TOOLTIP = (
     "1 makes a new picture. Below 1 keeps that much of the input latent: the run starts at the nearest timestep the "
     "model was trained on, so few values differ (with 4 steps: .25, .5, .75, 1)."
 )
+GRID_TOOLTIP = (
+    "Which timesteps are evaluated. trained: those the LoRA was trained on, the best choice. reference: those of the "
+    "published diffusers pipelines (999, 759, 499, 259), to compare with them. custom: those listed under timesteps."
+)
+TIMESTEPS_TOOLTIP = (
+    "Only with grid 'custom': timesteps from noise to image, separated by commas: 999, 749, 499, 249 (0 to 999); for "
+    "SD3 and Flux 1000, 900, 750, 500 (1000 times the noise level). All of them are evaluated, so steps is not used. "
+    "With denoise below 1 the run starts at the listed timestep that is nearest to it."
+)
+STOCHASTICITY_TOOLTIP = (
+    "1: fresh noise at every step, as the model was trained. 0: the noise that the prediction implies (DDIM, or Euler "
+    "for SD3 and Flux), which varies less with the seed and is often softer. Between them: a mixture."
+)
+
+
+def steps_input() -> io.Input:
+    """The widget for a step count."""
+    return io.Int.Input("steps", default=4, min=1, max=MAX_FEW_STEPS, tooltip=STEPS_TOOLTIP)
+
+
+def denoise_input() -> io.Input:
+    """The widget for how much of a picture is made anew."""
+    return io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=0.01, tooltip=DENOISE_TOOLTIP)
+
+
+def grid_inputs() -> list[io.Input]:
+    """The widgets for the choice of timesteps; optional, so that API workflows without them run."""
+    return [
+        advanced(io.Combo.Input, "grid", options=list(GRIDS), default=GRIDS[0], optional=True, tooltip=GRID_TOOLTIP),
+        advanced(
+            io.String.Input,
+            "timesteps",
+            default="",
+            placeholder="999, 749, 499, 249",
+            optional=True,
+            tooltip=TIMESTEPS_TOOLTIP,
+        ),
+    ]
+
+
+def stochasticity_input(widget: Callable[..., io.Input] = io.Float.Input, **fields: Any) -> io.Input:
+    """The widget for fresh noise; ``widget`` makes it."""
+    return widget(
+        "stochasticity",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        round=0.01,
+        tooltip=STOCHASTICITY_TOOLTIP,
+        **fields,
+    )
 
 
 def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
@@ -63,7 +120,7 @@ class FlashSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The same seed gives the same picture; its first noise is KSampler's at the same seed.",
                 ),
-                io.Int.Input("steps", default=4, min=1, max=MAX_FEW_STEPS, tooltip=STEPS_TOOLTIP),
+                steps_input(),
                 io.Float.Input(
                     "guidance",
                     default=1.0,
@@ -74,14 +131,15 @@ class FlashSampler(io.ComfyNode):
                     tooltip="Classifier-free guidance (KSampler's cfg). Flash models have it built in: leave it at 1, "
                     "which also needs half the time. Above 1 a negative prompt must be connected.",
                 ),
-                io.Float.Input(
-                    "denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=0.01, tooltip=DENOISE_TOOLTIP
-                ),
+                denoise_input(),
+                *grid_inputs(),
+                stochasticity_input(functools.partial(advanced, io.Float.Input), optional=True),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What to avoid. Used only where guidance is above 1."
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The clean latent; connect VAE Decode.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -94,6 +152,9 @@ class FlashSampler(io.ComfyNode):
         steps: int,
         guidance: float,
         denoise: float,
+        grid: GridName = "trained",
+        timesteps: str = "",
+        stochasticity: float = 1.0,
         negative: list[Any] | None = None,
     ) -> io.NodeOutput:
         """Sample; the returned latent keeps the input's mask and batch index."""
@@ -106,7 +167,8 @@ class FlashSampler(io.ComfyNode):
             )
         samples = fixed_latent(model, latent_image)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-        sigmas = trained_sigmas(model, steps, denoise)
+        chosen = flash_grid(model, steps, denoise, grid, timesteps)
+        show_text(cls, chosen.text)
         guider = comfy.samplers.CFGGuider(model)
         conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
         guider.inner_set_conds(conds)
@@ -114,10 +176,10 @@ class FlashSampler(io.ComfyNode):
         sampled = guider.sample(
             noise,
             samples,
-            flash_sampler(),
-            sigmas,
+            flash_sampler(stochasticity),
+            chosen.sigmas,
             denoise_mask=latent_image.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            callback=latent_preview.prepare_callback(model, len(chosen.timesteps)),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
@@ -137,18 +199,22 @@ class FlashScheduler(io.ComfyNode):
             description="The noise levels that a few-step (Flash) model was trained on, for SamplerCustomAdvanced.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with its Flash LoRA; its own noise schedule is used."),
-                io.Int.Input("steps", default=4, min=1, max=MAX_FEW_STEPS, tooltip=STEPS_TOOLTIP),
-                io.Float.Input(
-                    "denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=0.01, tooltip=DENOISE_TOOLTIP
-                ),
+                steps_input(),
+                denoise_input(),
+                *grid_inputs(),
             ],
-            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 noise levels, descending to 0.")],
+            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, descending to 0.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, steps: int, denoise: float) -> io.NodeOutput:
-        """The grid of :func:`~.few_step.trained_sigmas`."""
-        return io.NodeOutput(trained_sigmas(model, steps, denoise))
+    def execute(
+        cls, model: ModelPatcher, steps: int, denoise: float, grid: GridName = "trained", timesteps: str = ""
+    ) -> io.NodeOutput:
+        """The noise levels of :func:`~.few_step.flash_grid`."""
+        chosen = flash_grid(model, steps, denoise, grid, timesteps)
+        show_text(cls, chosen.text)
+        return io.NodeOutput(chosen.sigmas)
 
 
 class FlashSamplerSelect(io.ComfyNode):
@@ -161,19 +227,7 @@ class FlashSamplerSelect(io.ComfyNode):
             display_name="Flash Sampler Select",
             search_aliases=["few-step sampler", "lcm sampler", "ksampler select", "stochastic sampler"],
             description="The few-step sampler for SamplerCustomAdvanced: predict the picture, add fresh noise, again.",
-            inputs=[
-                advanced(
-                    io.Float.Input,
-                    "stochasticity",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    round=0.01,
-                    tooltip="1: fresh noise at every step, as the model was trained. 0: the noise that the prediction "
-                    "implies (DDIM), which varies less with the seed and is often softer.",
-                )
-            ],
+            inputs=[stochasticity_input()],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect SamplerCustomAdvanced.")],
         )
 

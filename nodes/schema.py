@@ -1,9 +1,10 @@
-"""Schemas of nodes: what they share, and fields that are newer than the oldest ComfyUI we run on (0.3.75)."""
+"""What nodes share: schemas without the fields that the oldest ComfyUI we run on (0.3.75) lacks, and text on a node."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Any
 
 from comfy_api.v0_0_2 import io
@@ -25,3 +26,15 @@ def advanced(widget: type[io.WidgetInput], *arguments: Any, **fields: Any) -> io
     if "advanced" in inspect.signature(widget).parameters:
         fields["advanced"] = True
     return widget(*arguments, **fields)
+
+
+def show_text(node: type[io.ComfyNode], text: str) -> None:
+    """Show ``text`` on the node in the page; it must have asked for ``io.Hidden.unique_id``.
+
+    Where no server runs, as in a script that calls the node, nobody is looking and nothing is sent.
+    """
+    identity = node.hidden.unique_id if node.hidden is not None else None
+    server = sys.modules.get("server")  # ComfyUI's; importing it here would start loading a server where there is none
+    running = getattr(server.PromptServer, "instance", None) if server is not None else None
+    if identity is not None and running is not None:
+        running.send_progress_text(text, identity)

@@ -115,19 +115,3 @@ def test_trained_sigmas_are_those_of_the_trailing_timesteps(pipeline_and_results
 def test_half_denoise_keeps_the_lower_half_of_the_trained_sigmas(pipeline_and_results) -> None:
     _, _, results = pipeline_and_results
     assert torch.equal(results["sigmas.half"], results["sigmas.4"][2:])
-
-
-def test_re_noising_continues_the_stream_of_the_seed(pipeline_and_results) -> None:
-    _, _, results = pipeline_and_results
-    generator = torch.Generator().manual_seed(7)
-    first, second = (torch.randn(2, 8, 16, 16, generator=generator) for _ in range(2))
-    assert torch.equal(results["noise"], first)
-    assert torch.equal(results["next_noise"], second)
-
-
-def test_no_noise_is_used_twice_where_the_first_came_from_a_batch_index(pipeline_and_results) -> None:
-    """The fourth item's first noise is the fourth draw of the seed's stream: re-noising must keep clear of it."""
-    _, _, results = pipeline_and_results
-    noises = results["item_noises"].flatten(1)
-    correlation = torch.corrcoef(noises) - torch.eye(len(noises))
-    assert float(correlation.abs().max()) < 0.2

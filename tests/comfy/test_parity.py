@@ -1,4 +1,8 @@
-"""One LoRA file, one seed: the same latents and the same picture in diffusers and in ComfyUI."""
+"""One LoRA file, one seed: the same latents and the same picture in diffusers and in ComfyUI.
+
+ComfyUI makes a batch of two. Its first picture is the one that diffusers makes alone; its second one has noise of its
+own, and is the one that ComfyUI makes of that item alone.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +43,12 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def diffusers_run(pipeline: StableDiffusionPipeline, lora: Path | None, steps: int, output: str) -> Tensor:
-    """Latents or pictures of a stock pipeline, on the trained timesteps, without guidance, noise from one generator."""
+    """The latent or picture of a stock pipeline on the trained timesteps, without guidance, noise from one generator."""
     if lora is not None:
         pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
     try:
         return pipeline(
-            [prompts.PROMPT] * PICTURES,
+            prompts.PROMPT,
             height=128,
             width=128,
             timesteps=[int(t) for t in TIMESTEPS[steps]],
@@ -70,7 +74,18 @@ def test_flash_sampler_equals_diffusers(client: Client, lora: Path, pipeline, st
     run = client.run(prompts.latents(lora.name, seed=SEED, steps=steps, pictures=PICTURES))
     assert run.succeeded, run.error
     expected = diffusers_run(pipeline, lora, steps, "latent") / pipeline.vae.config.scaling_factor
-    assert_close(client.latent(run, "latent"), expected)
+    assert_close(client.latent(run, "latent")[:1], expected)
+
+
+def test_the_second_picture_of_a_batch_is_the_one_made_alone(client: Client, lora: Path) -> None:
+    batch = client.run(prompts.latents(lora.name, seed=SEED, pictures=3))
+    assert batch.succeeded, batch.error
+    alone = prompts.latents(lora.name, seed=SEED, pictures=3)
+    alone["item"] = prompts.node("LatentFromBatch", samples=[prompts.EMPTY, 0], batch_index=1, length=1)
+    alone[prompts.SAMPLER]["inputs"]["latent_image"] = ["item", 0]
+    run = client.run(alone)
+    assert run.succeeded, run.error
+    assert_close(client.latent(run, "latent"), client.latent(batch, "latent")[1:2])
 
 
 @pytest.mark.parametrize("shipped", shipped_loras(), ids=lambda path: path.stem)
@@ -78,7 +93,7 @@ def test_the_shipped_lora_equals_diffusers(client: Client, pipeline, shipped: Pa
     run = client.run(prompts.latents(shipped.name, seed=SEED, pictures=PICTURES))
     assert run.succeeded, run.error
     expected = diffusers_run(pipeline, shipped, 4, "latent") / pipeline.vae.config.scaling_factor
-    assert_close(client.latent(run, "latent"), expected)
+    assert_close(client.latent(run, "latent")[:1], expected)
 
 
 def test_one_lora_file_gives_one_picture_everywhere(client: Client, lora: Path, pipeline) -> None:
@@ -87,13 +102,13 @@ def test_one_lora_file_gives_one_picture_everywhere(client: Client, lora: Path, 
     core[prompts.LORA] = prompts.node(
         "LoraLoaderModelOnly", model=[prompts.MODELS, 0], lora_name=lora.name, strength_model=1.0
     )
-    expected = [np.asarray(picture, dtype=int) for picture in diffusers_run(pipeline, lora, 4, "pil")]
+    expected = np.asarray(diffusers_run(pipeline, lora, 4, "pil")[0], dtype=int)
     for prompt in (ours, core):
         run = client.run(prompt)
         assert run.succeeded, run.error
-        for picture, reference in zip(client.images(run, prompts.SAVE), expected, strict=True):
-            # One level of 255: the two round the same value to the nearest and downward.
-            assert np.abs(np.asarray(picture, dtype=int) - reference).max() <= 1
+        picture = np.asarray(client.images(run, prompts.SAVE)[0], dtype=int)
+        # One level of 255: the two round the same value to the nearest and downward.
+        assert np.abs(picture - expected).max() <= 1
 
 
 def test_the_lora_changes_the_picture(client: Client, lora: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_diffusion.flash_core.distiller import PUBLISHED_PHASES
 from flash_diffusion.flash_core.grid import (
     MAX_FEW_STEPS,
+    custom_timesteps,
+    fraction_of,
+    implied_shift,
+    reference_timesteps,
     snapped_fractions,
     snapped_timesteps,
     timestep_mixture,
@@ -217,3 +222,154 @@ def test_the_start_is_the_nearest_trained_one(steps: int, denoise: float) -> Non
 def test_denoise_outside_its_range_is_refused(denoise: float) -> None:
     with pytest.raises(ValueError, match="denoise must be above 0 and at most 1"):
         snapped_fractions(4, denoise)
+
+
+# -- the timesteps a LoRA names --------------------------------------------------------------------------------------
+
+FLOW = FlowProcess(3.0)
+fractions = st.floats(1e-3, 1)
+
+
+@settings(deadline=None, derandomize=True)
+@given(steps=st.integers(1, 50), shift=st.floats(0.2, 12))
+def test_fraction_of_a_trailing_timestep(steps: int, shift: float) -> None:
+    for fraction in trailing_fractions(steps):
+        flow = FlowProcess(shift)
+        assert fraction_of(flow, flow.timestep(fraction)) == pytest.approx(fraction)
+        assert fraction_of(VP, VP.timestep(fraction)) == pytest.approx(fraction, abs=6e-4)
+
+
+@pytest.mark.parametrize("process", [VP, FLOW], ids=["vp", "flow"])
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(steps=few_steps, hundredths=st.integers(1, 100))
+def test_a_lora_that_names_the_trailing_grids_changes_nothing(process, steps: int, hundredths: int) -> None:
+    named = {count: trailing_timesteps(process, count) for count in range(1, MAX_FEW_STEPS + 1)}
+    without = snapped_timesteps(process, steps, hundredths / 100)
+    assert snapped_timesteps(process, steps, hundredths / 100, named) == pytest.approx(without)
+
+
+@pytest.mark.parametrize(
+    ("steps", "denoise", "timesteps"),
+    [
+        (4, 1.0, [999, 700, 400, 100]),
+        (4, 0.99, [999, 700, 400, 100]),
+        (4, 0.72, [700, 400, 100]),  # 4 x .701 = 2.8 evaluations are 3
+        (4, 0.35, [400, 100]),
+        (4, 0.1, [100]),
+        (2, 1.0, [999, 400]),
+        (2, 0.5, [400]),
+        (3, 1.0, [999, 666, 332]),  # not named: trailing
+    ],
+)
+def test_named_timesteps_by_hand(steps: int, denoise: float, timesteps: list[int]) -> None:
+    named = {4: (999.0, 700.0, 400.0, 100.0), 2: (999.0, 400.0)}
+    assert snapped_timesteps(VP, steps, denoise, named) == timesteps
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, math.exp(1.15)])
+def test_the_shift_that_timesteps_imply(shift: float) -> None:
+    grids = {steps: trailing_timesteps(FlowProcess(shift), steps) for steps in (1, 2, 4)}
+    assert implied_shift(grids) == pytest.approx(shift)
+    rounded = {steps: [round(t) for t in grid] for steps, grid in grids.items()}
+    assert implied_shift(rounded) == pytest.approx(shift, rel=0.01)
+
+
+def test_timesteps_that_no_shift_explains_imply_none() -> None:
+    assert implied_shift({}) is None
+    assert implied_shift({1: [1000.0]}) is None  # any shift
+    assert implied_shift({4: [1000.0, 900.0, 600.0, 500.0]}) is None
+    assert implied_shift({4: [1000.0, 900.0, 750.0]}) is None
+
+
+# -- the published pipelines' timesteps ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", range(1, 51))
+def test_the_reference_grid_is_that_of_diffusers_lcm_scheduler(steps: int) -> None:
+    scheduler = LCMScheduler()
+    scheduler.set_timesteps(steps)
+    assert reference_timesteps(VP, steps) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8, 28])
+def test_the_reference_grid_is_that_of_diffusers_flow_scheduler(steps: int, shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    assert reference_timesteps(FlowProcess(shift), steps) == pytest.approx(scheduler.timesteps.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_the_reference_grid_with_dynamic_shift_is_that_of_diffusers_flux_pipeline(steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=1.15)  # as FluxPipeline does
+    got = reference_timesteps(FlowProcess(math.exp(1.15)), steps, dynamic_shift=True)
+    assert got == pytest.approx(scheduler.timesteps.tolist(), rel=1e-5)
+
+
+def test_the_reference_literals() -> None:
+    assert reference_timesteps(VP, 4) == [999, 759, 499, 259]
+    assert [round(t) for t in reference_timesteps(FLOW, 4)] == [1000, 858, 602, 9]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6, 8])
+@pytest.mark.parametrize("denoise", [0.2, 0.25, 0.5, 0.6, 0.75, 0.99, 1.0])
+def test_reference_image_to_image_keeps_what_diffusers_pipelines_keep(steps: int, denoise: float) -> None:
+    # StableDiffusionImg2ImgPipeline.get_timesteps; where it keeps none it fails, and the last one is kept here.
+    scheduler = LCMScheduler()
+    scheduler.set_timesteps(steps)
+    kept = scheduler.timesteps[max(steps - min(int(steps * denoise), steps), 0) :].tolist()
+    assert reference_timesteps(VP, steps, denoise) == (kept or scheduler.timesteps[-1:].tolist())
+
+
+def test_the_reference_grid_has_its_limits() -> None:
+    with pytest.raises(ValueError, match="1 to 50 steps, got 51"):
+        reference_timesteps(VP, 51)
+    with pytest.raises(ValueError, match="denoise must be above 0"):
+        reference_timesteps(FLOW, 4, 0.0)
+
+
+# -- the user's own --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("process", "text", "denoise", "timesteps"),
+    [
+        (VP, "999, 749, 499, 249", 1.0, [999, 749, 499, 249]),
+        (VP, " 999,0 ", 1.0, [999, 0]),
+        (VP, "999.0", 1.0, [999]),
+        (VP, "499, 249", 1.0, [499, 249]),  # 1 is the whole list, wherever it begins
+        (VP, "999, 749, 499, 249", 0.5, [499, 249]),
+        (VP, "999, 300, 200, 100", 0.3, [300, 200, 100]),
+        (VP, "999, 749, 499, 249", 0.01, [249]),
+        (VP, "999, 749, 499, 249", 0.875, [749, 499, 249]),  # halfway: the lower
+        (FLOW, "1000, 900, 750.5, 500", 1.0, [1000, 900, 750.5, 500]),
+        (FLOW, "1000, 900, 750, 500", 0.5, [750, 500]),  # 750 is half of the schedule of shift 3
+    ],
+)
+def test_custom_timesteps_by_hand(process, text: str, denoise: float, timesteps: list[float]) -> None:
+    assert custom_timesteps(process, text, denoise) == timesteps
+
+
+@pytest.mark.parametrize(
+    ("process", "text", "message"),
+    [
+        (VP, "", "none are given. Write whole numbers of 0 to 999"),
+        (VP, "  ", "none are given"),
+        (VP, "999, 749,", "'' is no timestep of this model"),
+        (VP, "999 749", "'999 749' is no timestep"),
+        (VP, "1000, 500", "'1000' is no timestep of this model. Write whole numbers of 0 to 999"),
+        (VP, "999, -1", "'-1' is no timestep"),
+        (VP, "999, 499.5", "'499.5' is no timestep"),
+        (VP, "nan", "'nan' is no timestep"),
+        (VP, "inf, 3", "'inf' is no timestep"),
+        (VP, "999, many", "'many' is no timestep"),
+        (VP, "249, 499", "must descend, from noise to image; in '249, 499', 499 comes after 249"),
+        (VP, "999, 999", "999 comes after 999"),
+        (FLOW, "1000, 0", "'0' is no timestep of this model. Write numbers above 0 and up to 1000"),
+        (FLOW, "1001", "'1001' is no timestep"),
+    ],
+)
+def test_custom_timesteps_that_are_none_are_refused_in_words(process, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        custom_timesteps(process, text)

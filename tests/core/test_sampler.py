@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_diffusion.flash_core.grid import trailing_fractions, trailing_timesteps
 from flash_diffusion.flash_core.process import FlowProcess, Process, VPProcess
-from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
+from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise, item_noise
 
 from .helpers.networks import Network, random_network
 
@@ -167,3 +167,76 @@ def test_wrong_levels_and_stochasticity_are_named() -> None:
             few_step_sample(lambda z, index: z, z, alphas, sigmas, lambda: z)
     with pytest.raises(ValueError, match=r"stochasticity must lie in 0\.\.1, got 1\.5"):
         few_step_sample(lambda z, index: z, z, [1.0], [1.0], lambda: z, stochasticity=1.5)
+
+
+# -- every item its own stream ---------------------------------------------------------------------------------------
+
+ITEM = (4, 8, 8)
+
+
+def draws(initial: Tensor, seed: int, count: int = 3, **options: Any) -> Tensor:
+    draw = item_noise(initial, seed, **options)
+    return torch.stack([draw() for _ in range(count)], 1)
+
+
+def seeded(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def largest_correlation(noises: Tensor) -> float:
+    table = torch.corrcoef(noises.flatten(0, -4).flatten(1))
+    return float((table - torch.eye(len(table))).abs().max())
+
+
+def test_the_first_item_continues_the_stream_of_the_seed() -> None:
+    generator = torch.Generator().manual_seed(7)
+    stream = [torch.randn(1, *ITEM, generator=generator) for _ in range(4)]
+    assert torch.equal(draws(stream[0], 7), torch.stack(stream[1:], 1))
+    assert torch.equal(draws(seeded(7, 3, *ITEM), 7)[:1], torch.stack(stream[1:], 1))
+
+
+def test_an_items_noise_depends_on_neither_its_place_nor_the_batch() -> None:
+    batch = seeded(7, 5, *ITEM)
+    expected = draws(batch, 7)
+    for order in ([3], [4, 2], [1, 0, 1, 3], [4, 3, 2, 1, 0]):
+        assert torch.equal(draws(batch[order], 7), expected[order])
+
+
+def test_no_noise_is_used_twice() -> None:
+    # Eight items that are re-noised three times: 32 noises, all of them independent.
+    batch = seeded(11, 8, *ITEM)
+    renoised = draws(batch, 11)
+    # The first item goes on in the seed's stream, where the second, third and fourth item's initial noise lies.
+    assert torch.equal(renoised[0], batch[1:4])
+    assert largest_correlation(torch.cat([batch[:, None], renoised], 1)[1:]) < 0.3
+    assert largest_correlation(torch.cat([batch[:1], renoised[0], renoised[1:].flatten(0, 1)])) < 0.3
+    assert renoised.mean().item() == pytest.approx(0, abs=0.05)
+    assert renoised.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_another_seed_is_another_stream_for_the_same_initial_noise() -> None:
+    initial = seeded(5, 2, *ITEM)  # such as RandomNoise with another seed than the sampler's
+    assert largest_correlation(torch.cat([draws(initial, seed) for seed in (1, 2, 1 + 2**32)])) < 0.3
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**32 + 3, 2**64 - 1])
+def test_seeds_of_64_bits_are_as_good(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(1, *ITEM, generator=generator) for _ in range(2))
+    assert torch.equal(draws(first, seed, count=1)[:, 0], second)
+
+
+def test_split_runs_without_noise_tell_items_apart_by_their_latents() -> None:
+    nothing, latents = torch.zeros(3, *ITEM), seeded(3, 3, *ITEM)
+    expected = draws(nothing, 0, z=latents)
+    assert largest_correlation(expected) < 0.3
+    slightly_off = latents + 1e-6 * seeded(4, 3, *ITEM)  # what another batch size makes of the first half
+    assert torch.equal(draws(nothing[:2], 0, z=slightly_off[[2, 0]]), expected[[2, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_noise_comes_in_the_dtype_of_the_initial_noise(dtype: torch.dtype) -> None:
+    noise = draws(seeded(7, 2, *ITEM).to(dtype), 7)
+    assert noise.dtype == dtype
+    assert torch.equal(noise, draws(seeded(7, 2, *ITEM), 7).to(dtype)) == (dtype == torch.float32)
+    assert torch.equal(noise[0], draws(seeded(7, 2, *ITEM), 7)[0].to(dtype))

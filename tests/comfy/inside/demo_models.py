@@ -18,7 +18,7 @@ def main(comfyui: Path, root: Path, folder: Path, inputs: Path, outputs: Path) -
     import comfy.sample
     import torch
     from dropped_in.nodes.demo_models import build_demo
-    from dropped_in.nodes.few_step import fresh_noise, trained_sigmas
+    from dropped_in.nodes.few_step import flash_grid
     from safetensors.torch import load_file, save_file
 
     given = load_file(inputs)
@@ -37,13 +37,9 @@ def main(comfyui: Path, root: Path, folder: Path, inputs: Path, outputs: Path) -
                 model, noise, 8, 2.0, sampler, "simple", conditioning[0], conditioning[2], fixed, seed=7
             )
         results["noise"] = noise
-        results["next_noise"] = fresh_noise(noise, 7)()
-        item = comfy.sample.prepare_noise(fixed[:1], 7, [3])
-        draw = fresh_noise(item, 7)
-        results["item_noises"] = torch.cat([item, *(draw() for _ in range(8))])
         for steps in range(1, 9):
-            results[f"sigmas.{steps}"] = trained_sigmas(model, steps)
-        results["sigmas.half"] = trained_sigmas(model, 4, 0.5)
+            results[f"sigmas.{steps}"] = flash_grid(model, steps).sigmas
+        results["sigmas.half"] = flash_grid(model, 4, 0.5).sigmas
         results["rgb_factors"] = torch.tensor(model.model.latent_format.latent_rgb_factors)
     save_file({name: value.float().contiguous() for name, value in results.items()}, outputs)
 

@@ -18,7 +18,7 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
     import comfy.model_sampling
     import comfy.sample
     import torch
-    from dropped_in.nodes.few_step import flash_sampler, trained_sigmas
+    from dropped_in.nodes.few_step import flash_grid, flash_sampler
     from safetensors.torch import save_file
 
     class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -40,8 +40,8 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
     patcher = SimpleNamespace(get_model_object=lambda name: sampling, get_attachment=lambda key: None)
     results = {}
     for steps in (1, 2, 4):
-        sigmas = trained_sigmas(patcher, steps)
-        empty = torch.zeros(2, 16, 8, 8)
+        sigmas = flash_grid(patcher, steps).sigmas
+        empty = torch.zeros(1, 16, 8, 8)
         noise = comfy.sample.prepare_noise(empty, 21)
         arguments = {"seed": 21, "model_options": {}}
         results[f"sigmas.{steps}"] = sigmas
