@@ -11,8 +11,8 @@ from comfy_api.v0_0_2 import io
 from ..flash_core.lora import read_lora
 from .demo_models import build_demo
 from .few_step import METADATA_KEY
-from .lora_patches import apply_lora, describe_fit
-from .schema import node_schema
+from .lora_patches import apply_lora
+from .schema import advanced, node_schema
 
 
 class FlashLoraLoader(io.ComfyNode):
@@ -41,6 +41,13 @@ class FlashLoraLoader(io.ComfyNode):
                     round=0.01,
                     tooltip="1 is what it was trained for; 0 leaves the model unchanged.",
                 ),
+                advanced(
+                    io.Boolean.Input,
+                    "allow_partial",
+                    default=False,
+                    optional=True,
+                    tooltip="Load a LoRA of which only a part fits this model. The report lists what was left out.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -62,15 +69,17 @@ class FlashLoraLoader(io.ComfyNode):
         return f"{path} {os.stat(path).st_mtime_ns}"
 
     @classmethod
-    def execute(cls, model: ModelPatcher, lora_name: str, strength: float) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, lora_name: str, strength: float, allow_partial: bool = False
+    ) -> io.NodeOutput:
         """Patch a clone of the model; see :func:`~.lora_patches.apply_lora`."""
         if strength == 0:
             return io.NodeOutput(model, "strength 0: the model is unchanged")
         file = read_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
-        patched, report = apply_lora(file, model, strength)
+        patched, report = apply_lora(file, model, strength, allow_partial)
         if file.metadata is not None:
             patched.set_attachments(METADATA_KEY, file.metadata)
-        return io.NodeOutput(patched, describe_fit(file, report))
+        return io.NodeOutput(patched, report.text())
 
 
 class FlashDemoModels(io.ComfyNode):

@@ -12,7 +12,7 @@ import comfy.lora
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, tensor
 
-from ..flash_core.lora import LoraFile, MatchReport, describe_base, flat_name, match
+from ..flash_core.lora import LoraFile, LoraReport, MatchReport, describe_base, flat_name, match, report_on
 
 # What ComfyUI puts before a layer's name, longest first.
 PREFIXES = (
@@ -25,6 +25,17 @@ PREFIXES = (
     "lycoris_",
     "unet.",
 )
+
+# ComfyUI's model configurations by the names that Flash metadata has for their bases.
+BASES = {
+    "SD15": "sd15",
+    "SD20": "sd21",
+    "SDXL": "sdxl",
+    "PixArtAlpha": "pixart",
+    "PixArtSigma": "pixart-sigma",
+    "Flux": "flux",
+}
+SD35_LARGE_BLOCKS = 38
 
 # A weight, or a slice of a fused one: (weight, (dimension, start, length), ...).
 Target = str | tuple[Any, ...]
@@ -50,16 +61,31 @@ def layer_shape(weights: dict[str, Tensor], target: Target) -> tuple[int, ...]:
     if isinstance(target, str):
         return tuple(weights[target].shape)
     shape = list(weights[target[0]].shape)
-    dimension, _, length = target[1]
-    shape[dimension] = length
+    if target[1] is not None:  # else the whole weight, with a function that reorders it
+        dimension, _, length = target[1]
+        shape[dimension] = length
     return tuple(shape)
 
 
+def model_base(model: ModelPatcher) -> str | None:
+    """The model's base as Flash metadata names it, or None for one that has no name there."""
+    config = model.model.model_config
+    if type(config).__name__ == "SD3":
+        sizes = config.unet_config
+        newer = sizes.get("x_block_self_attn_layers") or sizes.get("depth") == SD35_LARGE_BLOCKS
+        return "sd35" if newer else "sd3"
+    return BASES.get(type(config).__name__)
+
+
 def describe_model(model: ModelPatcher) -> str:
-    """The model's family in words, with the width that tells UNets apart."""
+    """The model's family in words, with the width that tells it from others of its kind."""
     config = model.model.model_config
     family = vars(type(config)).get("family", type(config).__name__)
-    width = config.unet_config.get("context_dim")
+    sizes = config.unet_config
+    if family == "SD3":
+        family = "SD3.5" if model_base(model) == "sd35" else "SD3"
+        return f"{family} ({sizes.get('depth', 0) * 64} channels wide)"
+    width = sizes.get("context_dim")
     return f"{family} (attn2 reads {width} channels)" if width else family
 
 
@@ -67,66 +93,71 @@ def fit(file: LoraFile, model: ModelPatcher) -> tuple[MatchReport, dict[str, Tar
     """Compare a LoRA with a model, layer by layer.
 
     Returns:
-        The report, and the model's layers by name.
+        How they met, and the model's layers by name.
     """
     layers = model_layers(model)
     weights = model.model.state_dict()
-    shapes = {name: layer_shape(weights, layers[name]) for name in file.modules if name in layers}
-    return match(file, shapes), layers
+    known = {name: layers[name] for name in file.modules if name in layers and _weight(layers[name]) in weights}
+    return match(file, {name: layer_shape(weights, target) for name, target in known.items()}), known
 
 
-def apply_lora(file: LoraFile, model: ModelPatcher, strength: float) -> tuple[ModelPatcher, MatchReport]:
-    """A clone of the model with the LoRA's patches.
+def _weight(target: Target) -> str:
+    return target if isinstance(target, str) else str(target[0])
+
+
+def apply_lora(
+    file: LoraFile, model: ModelPatcher, strength: float, allow_partial: bool = False
+) -> tuple[ModelPatcher, LoraReport]:
+    """A clone of the model with the LoRA's patches, and the report of what it got.
+
+    Args:
+        strength: 1 is what the LoRA was trained for.
+        allow_partial: whether a LoRA of which only a part fits is applied with that part.
 
     Raises:
-        LoraMismatch: not every layer of the file has its place in the model.
+        LoraMismatch: nothing of the file has its place in the model; or not everything, unless ``allow_partial``.
     """
-    report, layers = fit(file, model)
-    if not report.complete or not report.total:
-        example = next(iter([*report.mismatched, *report.missing, *file.text_encoder]), "none")
-        raise LoraMismatch(
-            f"This LoRA does not fit this model. It is for {describe_base(file)}; "
-            f"the model is {describe_model(model)}. {len(report.matched)} of its {report.total} layers fit "
-            f"(one that does not: {example}). Load the checkpoint that the LoRA was made for, or a LoRA that was "
-            "made for this model."
-        )
+    met, layers = fit(file, model)
+    report = report_on(file, met, _notes(file, model))
+    if not met.matched or not (report.complete or allow_partial):
+        raise LoraMismatch(_refusal(file, model, report))
     keys: dict[str, Tensor] = {}
-    for name, module in file.modules.items():
+    for name in met.matched:
+        module = file.modules[name]
         keys[f"{name}.lora_down.weight"] = module.down
         keys[f"{name}.lora_up.weight"] = module.up
         keys[f"{name}.alpha"] = tensor(module.scale * module.rank)  # known or not: ComfyUI computes alpha / rank
-    patches = comfy.lora.load_lora(keys, {name: layers[name] for name in file.modules})
+    patches = comfy.lora.load_lora(keys, {name: layers[name] for name in met.matched})
     patched = model.clone()
     applied = patched.add_patches(patches, strength)
-    if len(applied) != report.total:
+    if len(applied) != len(met.matched):
         raise LoraMismatch(
-            f"ComfyUI applied {len(applied)} of the LoRA's {report.total} layers; please report this file."
+            f"ComfyUI applied {len(applied)} of the LoRA's {len(met.matched)} matching layers; please report this file."
         )
     return patched, report
 
 
-def describe_fit(file: LoraFile, report: MatchReport) -> str:
-    """What was loaded, in a few lines for the user."""
-    ranks = ", ".join(str(rank) for rank in file.ranks)
-    if file.alpha_source == "unknown":
-        alpha = "unknown (scale 1 is used; if the picture is overdone, lower the strength to alpha / rank)"
-    else:
-        alpha = ", ".join(f"{value:g}" for value in file.alphas)
-    lines = [
-        f"made for: {describe_base(file)}",
-        f"rank: {ranks}   alpha: {alpha}",
-        f"matched: {len(report.matched)}/{report.total} layers   dialect: {file.dialect}",
-    ]
-    if file.text_encoder:
-        lines.append(f"left out: {len(file.text_encoder)} text encoder layers (this loader patches the MODEL only)")
-    if file.unknown:
-        lines.append(f"left out: {len(file.unknown)} unknown keys, e.g. {file.unknown[0]}")
-    metadata = file.metadata
-    if metadata is None:
-        lines.append("no Flash metadata: the sampler uses trailing timesteps")
-    else:
-        steps = ", ".join(str(count) for count in sorted(metadata.timesteps))
-        lines.append(
-            f"trained for: {steps} steps (best: {metadata.steps}), guidance {metadata.guidance:g}, {metadata.task}"
+def _notes(file: LoraFile, model: ModelPatcher) -> tuple[str, ...]:
+    """A LoRA that fits by its shapes and was made for another base all the same: PixArt-Sigma has alpha's layers."""
+    made_for = file.metadata.base if file.metadata is not None else None
+    base = model_base(model)
+    if made_for is None or base is None or made_for == base:
+        return ()
+    return (f"WARNING: made for {made_for}, while the model is {base}; its layers fit, the pictures may suffer",)
+
+
+def _refusal(file: LoraFile, model: ModelPatcher, report: LoraReport) -> str:
+    if not file.modules:
+        kinds = f"{len(file.text_encoder)} text encoder layers, e.g. {next(iter(file.text_encoder))}"
+        return (
+            f"This LoRA holds nothing for the diffusion model: only {kinds}. Load it with ComfyUI's Load LoRA, which "
+            "patches the CLIP as well."
         )
-    return "\n".join(lines)
+    left_out = "; ".join(f"{item.count} {item.what}, e.g. {item.example}" for item in report.left_out)
+    advice = "Load the checkpoint that the LoRA was made for, or a LoRA that was made for this model."
+    if report.matched:
+        advice += " To load the part that fits all the same, turn on allow_partial."
+    return (
+        f"This LoRA does not fit this model. It is for {describe_base(file)}; the model is {describe_model(model)}. "
+        f"{report.matched} of its {report.layers} layers fit. Left out would be: {left_out}. {advice}"
+    )

@@ -39,7 +39,7 @@ def main(comfyui: Path, root: Path, requests: Path) -> None:
         answer = {"base": describe_base(file), "model": describe_model(model)}
         try:
             patched, report = apply_lora(file, model, 1.0)
-            answer |= {"matched": len(report.matched), "total": report.total, "patched": len(patched.patches)}
+            answer |= {"matched": report.matched, "total": report.layers, "patched": len(patched.patches)}
         except LoraMismatch as error:
             answer["error"] = str(error)
         answers[family] = answer
