@@ -79,13 +79,19 @@ class Axis:
         return [value for value in values if self.low - tolerance <= value <= self.high + tolerance]
 
 
-def passes_chart(name: str, lines: Sequence[Line], level: float | None, level_name: str) -> Markup:
-    """Values over the number of network passes, both logarithmic, and a dashed level to compare them with."""
+def passes_chart(name: str, lines: Sequence[Line], level: float | None, level_name: str, log: bool = True) -> Markup:
+    """Values over the number of network passes, and a dashed level to compare them with.
+
+    Args:
+        log: whether the values' axis is logarithmic, as that of the passes is.
+    """
     frame = LARGE
-    values = [y for line in lines for _, y in line.points if y > 0] + ([level] if level else [])
+    values = [y for line in lines for _, y in line.points if y > 0 or not log] + ([level] if level else [])
     passes = sorted({x for line in lines for x, _ in line.points})
     across = Axis(min(passes), max(passes), LEFT + 20, frame.right - 20, log=True)
-    up = Axis(min(values, default=1.0) / 1.5, max(values, default=1.0) * 1.25, frame.bottom, TOP, log=True)
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    margin = (high - low) / 4 or abs(high) / 10
+    up = Axis(*((low / 1.5, high * 1.25) if log else (low - margin, high + margin)), frame.bottom, TOP, log)
     parts = [*_rules(frame, up), *_marks(frame, across, passes, "network passes a picture")]
     if level:
         parts.append(f'<path class="level" d="M{LEFT} {up(level):.1f}H{frame.right}"/>')

@@ -1,291 +1,194 @@
-"""`flash-diffusion evaluate`: how close a student's few steps come to its teacher's many, in numbers and in pictures.
+"""`flash-diffusion evaluate`: two questions about a student, each with its report.
 
-Decides what is run and writes `report.json` and the pictures. `reference.py` says what reference and floor are,
-`metrics.py` has the numbers, `generate.py` makes the pictures, `measure.py` looks at them and keeps the time.
+- How close do its few steps come to its teacher's many? (`comparison.py`; needs no data, and is the default)
+- What are its FID and CLIP score on COCO, as the papers print them? (`zero_shot.py`; `--protocol`)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .clip_score import DEFAULT as DEFAULT_CLIP
+from .comparison import REFERENCE, evaluate, origin_of
 from .demo import FEATURES, ROOT
 from .demo import TEACHER as DEMO_TEACHER
 from .errors import UserError
-from .generate import Generator, Run, default_solver
-from .measure import FEW_STEPS, Evaluation, FeatureNetwork, Measured, Options, progress_bar
-from .metrics import diversity, frechet_distance, kernel_distance, paired_distance, prompt_accuracy
-from .reference import Origin, Reference, fingerprint, fingerprint_texts
+from .generate import Run
+from .measure import FEW_STEPS, Evaluation, Options, progress_bar
+from .metrics import frechet_distance
+from .protocols import PROTOCOLS
+from .reference import fingerprint
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
+    from .config import ModelSection
     from .teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "reference.safetensors"
 DEMO_REFERENCE = ROOT / REFERENCE
-# The project's own targets, for its demo: the student's distance as a multiple of the floor, at most; and how many
-# times closer to the teacher it is than the undistilled teacher with as many passes and no guidance, at least.
-FLOOR_LIMITS = {4: 1.5, 2: 3.0, 1: 6.0}
-CLOSER_LIMIT = 5.0
+EPILOG = """With --protocol, FID and CLIP score on COCO instead:
 
+  flash-diffusion evaluate --protocol coco2017-5k --coco /data/coco --family sd15 --teacher /models/sd15 \\
+      --lora lora.safetensors --output out/coco --runs student:4 student:2 teacher:25:7.5
 
-def evaluate(
-    generator: Generator,
-    network: FeatureNetwork,
-    prompts: Sequence[str],
-    options: Options,
-    *,
-    teacher: str,
-    features: str,
-    output: Path,
-    student: str | None = None,
-    references: Sequence[Path] = (),
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Run everything, write ``report.json`` and ``pictures/`` into ``output``, and return the report.
-
-    Args:
-        teacher, features: fingerprints of the weights, see :func:`~.reference.fingerprint`.
-        student: what the student is called in the report; None evaluates the teacher alone.
-        references: reference files to try in turn. Where none fits, all of the teacher's sets are made anew (which
-            costs many times the student's) and kept in ``output``, with a message that says why.
-        console: where the progress bar is drawn; None draws none.
-    """
-    with progress_bar(console) as progress:
-        evaluation = Evaluation(generator, network, prompts, options, progress)
-        many, samples, shown = evaluation.many, evaluation.samples, evaluation.shown()
-        student_runs = [Run("student", steps) for steps in FEW_STEPS] if student is not None else []
-        evaluation.expect(sum(run.nfe for run in evaluation.teacher_runs) * len(shown))
-        evaluation.expect(sum(run.nfe for run in student_runs) * len(samples))
-        evaluation.warm_up()
-        live = {run: evaluation.measure(run, samples.rows(shown), range(len(shown))) for run in evaluation.teacher_runs}
-        origin = origin_of(generator, prompts, options, teacher, features)
-        reference = find_reference(references, origin)
-        if reference is not None and (problem := evaluation.not_reproduced(reference, live, shown)):
-            logger.warning("The reference does not hold here: %s. It is made anew.", problem)
-            reference = None
-        was_stored = reference is not None
-        if reference is None:
-            reference = evaluation.make_reference(origin)
-            reference.save(output / REFERENCE)
-        made = {run: replace(seen, set=evaluation.stored(reference, run)) for run, seen in live.items()}
-        results = {many: made.pop(many)}
-        results |= {run: evaluation.measure(run, samples, shown) for run in student_runs}
-        results |= made
-
-    classes = [fitting_classes(network, prompt) for prompt in samples.prompts]
-    records = [record(run, result, reference, samples.prompts, classes) for run, result in results.items()]
-    floor = {name: records[0][name] for name in ("fd", "kid")}
-    report = {
-        "floor": floor,
-        "runs": records,
-        "targets": targets(records, floor["fd"]) if student is not None else [],
-        "student": student,
-        "reference": {**asdict(origin), "distinct_prompts": len(set(samples.prompts)), "stored": was_stored},
-        "settings": asdict(options),
-        "environment": environment(generator),
-        "pictures": {
-            "prompts": [samples.prompts[row] for row in shown],
-            "files": {run.name: save_pictures(result.pictures, output, run) for run, result in results.items()},
-        },
-    }
-    (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return report
-
-
-def origin_of(generator: Generator, prompts: Sequence[str], options: Options, teacher: str, features: str) -> Origin:
-    """What a reference for this evaluation is made of."""
-    return Origin(
-        teacher=teacher,
-        features=features,
-        prompts=fingerprint_texts(prompts),
-        samples=options.samples,
-        times=options.times,
-        seed=options.seed,
-        steps=options.steps,
-        guidance=options.guidance,
-        solver=options.solver or default_solver(generator.denoiser.process),
-    )
-
-
-def find_reference(paths: Sequence[Path], wanted: Origin) -> Reference | None:
-    """The first stored reference that serves; says of each other why it doesn't."""
-    for path in paths:
-        if not path.is_file():
-            logger.info("There is no reference at %s.", path)
-            continue
-        reference = Reference.load(path)
-        if (mismatch := reference.mismatch(wanted)) is None:
-            return reference.head(wanted.samples)
-        logger.warning("The reference %s is of something else: %s.", path, mismatch)
-    return None
-
-
-def fitting_classes(network: FeatureNetwork, prompt: str) -> set[int]:
-    """The classes that a prompt names, by their own name or by a general caption."""
-    names = zip(network.classes, network.general, strict=True)
-    return {index for index, (name, general) in enumerate(names) if prompt in (name, general)}
-
-
-def record(
-    run: Run, result: Measured, reference: Reference, prompts: Sequence[str], classes: Sequence[Collection[int]]
-) -> dict[str, Any]:
-    """A run's line in the report; distances are in units of the feature network."""
-    features = result.set.features
-    return {
-        "name": run.name,
-        "steps": run.steps,
-        "guidance": run.guidance,
-        "nfe": run.nfe,
-        "fd": frechet_distance(features, reference.first.features),
-        "kid": kernel_distance(features, reference.first.features),
-        "paired": paired_distance(features, reference.second.features),
-        "prompt_accuracy": prompt_accuracy(result.set.predicted, classes),
-        "diversity": diversity(features, prompts),
-        "seconds_per_image": result.seconds_per_image,
-    }
-
-
-def targets(records: Sequence[dict[str, Any]], floor: float) -> list[dict[str, Any]]:
-    """The project's targets: what was asked, what came out, and whether that meets it.
-
-    ``perfect`` is what a student that draws exactly as its teacher would score, where that may be short of the target.
-
-    Args:
-        floor: Fréchet distance of two independent sets of the teacher's own, above 0.
-    """
-    fd = {line["name"]: line["fd"] for line in records}
-    found = []
-    for steps, limit in FLOOR_LIMITS.items():
-        student = Run("student", steps).name
-        value = fd[student] / floor
-        found.append(
-            {"run": student, "measure": "times the floor", "value": value, "at_most": limit, "met": value <= limit}
-        )
-    for steps in FLOOR_LIMITS:
-        student, rival = Run("student", steps).name, Run("teacher", steps).name
-        value = fd[rival] / fd[student]
-        found.append(
-            {
-                "run": student,
-                "measure": f"times closer than {rival} without guidance",
-                "value": value,
-                "at_least": CLOSER_LIMIT,
-                "perfect": fd[rival] / floor,
-                "met": value >= CLOSER_LIMIT,
-            }
-        )
-    return found
-
-
-def environment(generator: Generator) -> dict[str, Any]:
-    """Where the seconds were measured."""
-    import torch
-
-    from .. import __version__
-
-    return {
-        "flash_diffusion": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(generator.device),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
-
-
-def save_pictures(pictures: Tensor, output: Path, run: Run) -> list[str]:
-    """Write (K, 3, H, W) pictures in [0, 1] as lossless WebP; returns their paths inside ``output``."""
-    from PIL import Image
-
-    folder = Path("pictures") / run.name.replace(",", "").replace(" ", "-")
-    (output / folder).mkdir(parents=True, exist_ok=True)
-    names = []
-    for index, picture in enumerate(pictures):
-        pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-        names.append((folder / f"{index:02}.webp").as_posix())
-        Image.fromarray(pixels).save(output / names[-1], lossless=True)
-    return names
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
+A killed evaluation goes on where it was. Several devices: accelerate launch -m flash_diffusion.trainer evaluate ...
+docs/evaluation.md says what the protocols are, and has the commands for the paper's table."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `flash-diffusion evaluate`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
     defaults = Options()
-    parser.add_argument("--lora", type=Path, help="the student: lora.safetensors of a distillation (default: none)")
-    parser.add_argument("--teacher", help="diffusers folder or Hub name (default: the embedded demo)")
-    parser.add_argument("--family", default="demo", help="the teacher's model family (default: %(default)s)")
-    parser.add_argument("--features", type=Path, default=FEATURES, help="the feature network (default: the demo's)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--lora", type=Path, help="the student: a LoRA's .safetensors, or a PEFT folder (default: none)")
+    add("--teacher", help="diffusers folder, Hub name or single checkpoint (default: the embedded demo)")
+    add("--family", default="demo", help="the teacher's model family (default: %(default)s)")
+    add("--output", type=Path, default=Path("out/evaluation"), help="folder (default: %(default)s)")
+    add("--samples", type=int, help=f"pictures a run (default: {defaults.samples}; with --protocol: the protocol's)")
+    add(
         "--prompts",
         type=Path,
-        help="text file, one prompt a line, each drawn as often as it is there (default: the demo's general captions)",
+        help="text file, one prompt a line (default: the demo's general captions, each drawn as often as it is there; "
+        "with --protocol: COCO's captions)",
     )
-    parser.add_argument("--output", type=Path, default=Path("out/evaluation"), help="folder (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=defaults.samples, help="pictures a run (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="of the reference (default: %(default)s)")
-    parser.add_argument(
+    add("--seed", type=int, default=defaults.seed, help="of prompts and noise (default: %(default)s)")
+    add("--batch-size", type=int, default=defaults.batch_size, help="pictures at once (%(default)s)")
+    add("--pictures", type=int, default=defaults.pictures, help="prompts in the report (%(default)s)")
+    add("--log", type=Path, help="log.jsonl of the training (default: the one beside the LoRA)")
+    add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    add(
+        "--model",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another field of a recipe's model section, such as dtype=bfloat16 or t5=false; repeatable",
+    )
+    add("--resolution", type=int, help="of the pictures in pixels (default: the model's own)")
+
+    group = parser.add_argument_group("comparison with the teacher")
+    add = group.add_argument
+    add("--features", type=Path, default=FEATURES, help="the feature network (default: the demo's)")
+    add("--steps", type=int, default=defaults.steps, help="of the reference (default: %(default)s)")
+    add(
         "--guidance",
         type=float,
         default=defaults.guidance,
         help="the teacher's scale w in uncond + w (cond - uncond) (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of prompts and noise (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="pictures at once (%(default)s)")
-    parser.add_argument("--pictures", type=int, default=defaults.pictures, help="prompts in the report (%(default)s)")
-    parser.add_argument(
-        "--reference", type=Path, default=DEMO_REFERENCE, help="the teacher's sets as features (default: the demo's)"
-    )
-    parser.add_argument(
+    add(
         "--make-reference",
         action="store_true",
         help="make all of the teacher's sets, write them to --reference, and stop",
     )
-    parser.add_argument("--log", type=Path, help="log.jsonl of the training (default: the one beside the LoRA)")
-    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    add(
+        "--reference",
+        type=Path,
+        help="the teacher's sets as features (default: the demo's); with --protocol: the statistics of COCO's "
+        "pictures, made where they are missing (default: in --output)",
+    )
+
+    group = parser.add_argument_group("zero-shot protocol")
+    add = group.add_argument
+    add("--protocol", choices=list(PROTOCOLS), help="what to measure by")
+    add("--coco", type=Path, help="the folder with annotations/ and val2017/ or val2014/")
+    add(
+        "--runs",
+        nargs="+",
+        type=parse_run,
+        metavar="ROLE:STEPS[:GUIDANCE]",
+        help="such as student:4 teacher:25:7.5; guidance 1 is none, and the default "
+        f"(default: {' '.join(f'student:{steps}' for steps in FEW_STEPS)}; without a LoRA teacher:STEPS:GUIDANCE)",
+    )
+    add("--inception", type=Path, help="FID's Inception weights, .pth or .safetensors (default: downloaded once)")
+    add("--clip", default=DEFAULT_CLIP, help="a CLIP for transformers, folder or Hub name (default: %(default)s)")
+    add("--no-clip", action="store_true", help="FID alone")
+    add(
+        "--precision",
+        default="no",
+        choices=["no", "bf16", "fp16"],
+        help="of the forward passes that make pictures; the measuring is in float32 (default: %(default)s)",
+    )
+
+
+def parse_run(text: str) -> Run:
+    """A run from ``student:4`` or ``teacher:25:7.5``."""
+    role, *numbers = text.split(":")
+    try:
+        steps, guidance = int(numbers[0]), float(numbers[1]) if len(numbers) > 1 else 1.0
+        if role not in ("teacher", "student") or len(numbers) > 2 or steps < 1 or not guidance >= 1:
+            raise ValueError
+    except (ValueError, IndexError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no run; expected student:STEPS or teacher:STEPS:GUIDANCE, steps and guidance at least 1"
+        ) from None
+    return Run("student" if role == "student" else "teacher", steps, guidance)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write `report.json` and `report.html`, and print the numbers."""
     from rich.console import Console
 
-    from .demo.features import FeatureNetwork as Features
     from .report import print_report, write_report
 
     console = Console()
+    check(args)
+    done = compare(args, console) if args.protocol is None else measure_on_coco(args, console)
+    if done:
+        page = write_report(args.output, args.log or (args.lora.with_name("log.jsonl") if args.lora else None))
+        print_report(args.output, page, console)
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise a :class:`UserError` for options that mean nothing."""
+    least = {"samples": 2, "steps": 1, "guidance": 1, "batch_size": 1, "pictures": 1}
+    for name, value in least.items():
+        if (given := getattr(args, name)) is not None and given < value:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    if args.lora is not None and not args.lora.exists():
+        raise UserError(f"there is no LoRA at {args.lora}; make one with `flash-diffusion distill`")
+    if args.protocol is None:
+        if args.coco is not None or args.runs is not None:
+            raise UserError("--coco and --runs belong to a --protocol; expected one of " + ", ".join(PROTOCOLS))
+        return
+    if args.coco is None:
+        raise UserError(f"--protocol {args.protocol} needs --coco, the folder of COCO's annotations and pictures")
+    if args.lora is None and any(run.role == "student" for run in args.runs or ()):
+        raise UserError("--runs names a student, but there is no --lora; expected the LoRA, or teacher runs alone")
+
+
+def compare(args: argparse.Namespace, console: Console) -> bool:
+    """The comparison with the teacher; whether there is a report."""
+    from .demo.features import FeatureNetwork as Features
+
+    defaults = Options()
     options = Options(
-        samples=args.samples,
+        samples=defaults.samples if args.samples is None else args.samples,
         seed=args.seed,
         steps=args.steps,
         guidance=args.guidance,
         batch_size=args.batch_size,
         pictures=args.pictures,
     )
-    check(options)
-    teacher, weights, student = load_generator(args)
+    teacher, weights, student = load_generator(args, pick_device(args))
     network = Features.from_pretrained(args.features).to(teacher.device)
     prompts = read_prompts(args.prompts) if args.prompts else network.general
     known = {"teacher": weights, "features": fingerprint(args.features)}
+    stored = args.reference or DEMO_REFERENCE
     if args.make_reference:
         with progress_bar(console) as progress:
             origin = origin_of(teacher, prompts, options, **known)
             reference = Evaluation(teacher, network, prompts, options, progress).make_reference(origin)
-        reference.save(args.reference)
+        reference.save(stored)
         floor = frechet_distance(reference.second.features, reference.first.features)
-        console.print(f"reference {args.reference}: the floor's Fréchet distance is {floor:.4g}", soft_wrap=True)
-        return 0
+        console.print(f"reference {stored}: the floor's Fréchet distance is {floor:.4g}", soft_wrap=True)
+        return False
     evaluate(
         teacher,
         network,
@@ -294,36 +197,70 @@ def run(args: argparse.Namespace) -> int:
         **known,
         output=args.output,
         student=student,
-        references=[args.reference, args.output / REFERENCE],
+        references=[stored, args.output / REFERENCE],
         console=console,
     )
-    page = write_report(args.output, args.log or (args.lora.with_name("log.jsonl") if args.lora else None))
-    print_report(args.output, page, console)
-    return 0
+    return True
 
 
-def check(options: Options) -> None:
-    """Raise a :class:`UserError` for options that mean nothing."""
-    least = {"samples": 2, "steps": 1, "guidance": 1, "batch_size": 1, "pictures": 1}
-    for name, value in least.items():
-        if (given := getattr(options, name)) < value:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+def measure_on_coco(args: argparse.Namespace, console: Console) -> bool:
+    """FID and CLIP score by a protocol; whether this process has written a report."""
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    from .coco import read_coco
+    from .zero_shot import Settings, Sources, zero_shot
+
+    protocol = PROTOCOLS[args.protocol]
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    coco = read_coco(args.coco, protocol, args.samples, prompts)
+    usual = [Run("student", steps) for steps in FEW_STEPS] if args.lora else [Run("teacher", args.steps, args.guidance)]
+    settings = Settings(
+        runs=tuple(dict.fromkeys(args.runs or usual)),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        pictures=args.pictures,
+    )
+    # A process waits for the slowest one, which may have many pictures to make.
+    state = PartialState(timeout=timedelta(days=7))
+    if not state.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+    device = args.device or state.device
+    return zero_shot(
+        coco,
+        protocol,
+        settings,
+        Sources(
+            lambda: load_generator(args, str(device)),
+            args.lora,
+            args.prompts or args.coco / protocol.annotations,
+            args.inception,
+            None if args.no_clip else args.clip,
+            args.reference or args.output / f"{protocol.name}.safetensors",
+        ),
+        args.output,
+        state,
+        console if state.is_main_process else None,
+    )
 
 
-def load_generator(args: argparse.Namespace) -> tuple[Teacher, str, str | None]:
-    """The teacher with the student's LoRA on it, the fingerprint of the teacher's weights, and the student's title."""
+def pick_device(args: argparse.Namespace) -> str:
+    """The device asked for, else a CUDA device where there is one."""
     import torch
 
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_generator(args: argparse.Namespace, device: str) -> tuple[Teacher, str, str | None]:
+    """The teacher with the student's LoRA on it, the fingerprint of the teacher's weights, and the student's title."""
     from ..flash_core.lora import read_lora
-    from .config import ModelSection
     from .teachers import load_teacher
 
-    if args.lora is not None and not args.lora.is_file():
-        raise UserError(f"there is no LoRA at {args.lora}; make one with `flash-diffusion distill`")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load_teacher(ModelSection(family=args.family, path=args.teacher), device)
+    teacher = load_teacher(model_section(args), device, args.resolution)
     folder = Path(args.teacher) if args.teacher else DEMO_TEACHER
-    weights = fingerprint(folder) if folder.is_dir() else teacher.weights_hash()
+    weights = fingerprint(folder) if folder.is_dir() and not args.model else teacher.weights_hash()
     if args.lora is None:
         return teacher, weights, None
     lora = read_lora(args.lora)
@@ -332,6 +269,34 @@ def load_generator(args: argparse.Namespace) -> tuple[Teacher, str, str | None]:
         logger.warning("%s was distilled from a teacher with other weights than %s.", args.lora, teacher.name)
     teacher.denoiser.load_adapter("student", lora.modules)
     return teacher, weights, lora.metadata.title if lora.metadata is not None else args.lora.stem
+
+
+def model_section(args: argparse.Namespace) -> ModelSection:
+    """Which teacher the options name.
+
+    Raises:
+        UserError: a ``--model`` that is no field of the section, or no value of it.
+    """
+    import yaml
+    from pydantic import ValidationError
+
+    from .config import ModelSection
+
+    fields = {"family": args.family, "path": args.teacher}
+    for pair in args.model:
+        name, found, value = pair.partition("=")
+        if not found:
+            raise UserError(f"--model: expected KEY=VALUE, got {pair!r}")
+        fields[name] = yaml.safe_load(value)
+    try:
+        return ModelSection.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"--model: {where}: {first['msg']}; expected a field of a recipe's model section: "
+            + ", ".join(ModelSection.model_fields)
+        ) from error
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .generate import Generator, Run, decode_pictures, sample_latents
 from .metrics import paired_distance
 from .reference import Draw, FeatureSet, Origin, Reference, draw
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from rich.progress import Progress
     from torch import Tensor
@@ -105,7 +107,7 @@ class Evaluation:
         self.independent = draw(prompts, samples, seed, 0, options.times)
         self.samples = draw(prompts, samples, seed, 1)
         self.progress = progress
-        self.task = progress.add_task("", total=0)
+        self.task = progress.add_task("", total=0, unit="passes")
 
     def shown(self) -> list[int]:
         """The samples whose pictures the report shows: the first of each of the first prompts, none chosen."""
@@ -182,7 +184,7 @@ class Evaluation:
 
 
 def progress_bar(console: Console | None) -> Progress:
-    """Passes of the network, done and to come; drawn on ``console``, or nowhere."""
+    """Work done and to come, each task with its ``unit``; drawn on ``console``, or nowhere."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -196,9 +198,25 @@ def progress_bar(console: Console | None) -> Progress:
         TextColumn("{task.description:<30}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("passes"),
+        TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
         disable=console is None,
     )
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """Where the seconds were measured."""
+    import torch
+
+    from .. import __version__
+
+    return {
+        "flash_diffusion": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }

@@ -1,13 +1,15 @@
 """How far one set of pictures is from another, and whether each shows what its prompt names.
 
 Everything here works on features that are already computed, ``(N, D)`` embeddings and ``(N, C)`` class scores of one
-feature network; nothing generates a picture. Distances are computed in float64 and returned as plain floats.
+feature network; nothing generates a picture. Distances are computed in float64 and returned as plain floats. Sets too
+large to keep are added up in :class:`Moments`, which is all that a Fréchet distance needs.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,14 +28,60 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     Args:
         features, reference: (N, D) and (M, D), N and M at least 2.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     _check(features, reference)
-    metric = FrechetInceptionDistance(feature=_precomputed(features.shape[1]))
-    metric.update(reference.double(), real=True)
-    metric.update(features.double(), real=False)
-    # Rounding can leave a distance of 0 a little below it.
-    return max(float(metric.compute()), 0.0)
+    return Moments.of(features).distance(Moments.of(reference))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a Fréchet distance needs of a set of features, however large: it takes D^2 numbers, and can be added to.
+
+    Attributes:
+        count: N.
+        sum: of the features, (D,) float64.
+        products: sum of their outer products, (D, D) float64.
+    """
+
+    count: int
+    sum: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Of features (N, D).
+
+        Raises:
+            ValueError: they are not all finite.
+        """
+        _check_finite(features, "features")
+        values = features.double()
+        return cls(len(values), values.sum(0), values.T @ values)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of both sets together."""
+        return Moments(self.count + other.count, self.sum + other.sum, self.products + other.products)
+
+    def distance(self, reference: Moments) -> float:
+        """The Fréchet distance, see :func:`frechet_distance`. Takes time in D^3, whatever N.
+
+        Raises:
+            ValueError: a set has fewer than 2 samples.
+        """
+        import torch
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        if min(self.count, reference.count) < 2:
+            raise ValueError(f"a distance needs at least 2 samples a set, got {self.count} and {reference.count}")
+        metric = FrechetInceptionDistance(feature=_precomputed(len(self.sum)))
+        metric.orig_dtype = torch.float64  # of the result
+        for kind, moments in (("fake", self), ("real", reference)):
+            setattr(metric, f"{kind}_features_sum", moments.sum)
+            setattr(metric, f"{kind}_features_cov_sum", moments.products)
+            setattr(metric, f"{kind}_features_num_samples", torch.tensor(moments.count))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")  # before ``update``
+            # Rounding can leave a distance of 0 a little below it.
+            return max(float(metric.compute()), 0.0)
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
@@ -129,8 +177,12 @@ def _check(features: Tensor, reference: Tensor) -> None:
     if min(len(features), len(reference)) < 2:
         raise ValueError(f"a distance needs at least 2 samples a set, got {len(features)} and {len(reference)}")
     for name, values in (("features", features), ("reference", reference)):
-        if not bool(values.isfinite().all()):
-            raise ValueError(f"{name} hold NaN or infinity: the model that made these pictures has diverged")
+        _check_finite(values, name)
+
+
+def _check_finite(values: Tensor, name: str) -> None:
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name} hold NaN or infinity: the model that made these pictures has diverged")
 
 
 def _precomputed(dimensions: int) -> nn.Module:

@@ -24,10 +24,10 @@ from flash_diffusion.flash_core.lora import FlashMetadata, write_lora
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.trainer import metrics
 from flash_diffusion.trainer.cli import main
+from flash_diffusion.trainer.comparison import evaluate, fitting_classes, targets
 from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.demo.features import FeatureNetwork
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.evaluate import evaluate, fitting_classes, targets
 from flash_diffusion.trainer.generate import Run, decode_pictures, default_solver, noise_source, sample_latents
 from flash_diffusion.trainer.measure import Options, few_step_runs
 from flash_diffusion.trainer.reference import Origin, Reference, draw, fingerprint

@@ -13,23 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_diffusion.trainer.charts import Axis, Line, curve_chart, passes_chart, running_mean, thinned
+from flash_diffusion.trainer.comparison import save_pictures, targets
+from flash_diffusion.trainer.comparison_report import run_groups, summary_table, target_limit, target_lines
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.evaluate import save_pictures, targets
 from flash_diffusion.trainer.generate import Run
 from flash_diffusion.trainer.measure import few_step_runs
-from flash_diffusion.trainer.report import (
-    listed,
-    number,
-    read_log,
-    run_groups,
-    seconds,
-    share,
-    summary_table,
-    target_limit,
-    target_lines,
-    training_charts,
-    write_report,
-)
+from flash_diffusion.trainer.page import listed, number, read_log, seconds, share, training_charts
+from flash_diffusion.trainer.report import write_report
 
 PROMPTS = ["a <red> heart", "grapes"]
 FD = {"student 4 steps": 0.24, "student 2 steps": 0.5, "student 1 step": 1.9, "teacher 32 steps, guided": 0.2}
