@@ -71,9 +71,7 @@ class ModelDenoiser:
             stack.enter_context(torch.enable_grad())
             stack.callback(self._adapters.remove)
             others = self.patcher.get_nested_additional_models()
-            comfy.model_management.load_models_gpu(
-                [self.patcher, *others], memory_required=1e20, force_full_load=True
-            )
+            comfy.model_management.load_models_gpu([self.patcher, *others], memory_required=1e20, force_full_load=True)
             make_trainable_through(self.patcher.model)
             self._options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
             comfy.sampler_helpers.prepare_model_patcher(self.patcher, {}, self._options)
