@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import __version__
-from ..flash_core.grid import MAX_FEW_STEPS, trailing_timesteps
+from ..flash_core.grid import MAX_FEW_STEPS, NUM_MODES, trailing_fractions, trailing_timesteps
 from ..flash_core.lora import FlashMetadata, LoraModule, write_lora
 from ..flash_core.process import FlowProcess, Process
 from .checkpoint import TrainingState, checkpoint_path, checkpoints, read_average, read_facts
@@ -128,9 +128,7 @@ A LoRA that makes **{metadata.teacher}** draw in 1 to 4 steps without guidance, 
 ComfyUI: Flash LoRA Loader, then Flash Sampler; or core's LoRA loader with cfg 1. diffusers:
 
 ```python
-pipe.load_lora_weights("{run.name}", weight_name="{LORA}")
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-pipe(prompt, timesteps=[{grids[4]}], guidance_scale=1.0)
+{usage(recipe, run.name, first.rank, process)}
 ```
 
 | steps | timesteps |
@@ -143,10 +141,37 @@ pipe(prompt, timesteps=[{grids[4]}], guidance_scale=1.0)
 {recipe.method.teacher_steps} steps ({recipe.method.solver}) at guidance {low:g}..{high:g}. `config.yaml` holds every
 setting, `log.jsonl` the course.
 
-| phase | share of the run | modes at 999, 749, 499, 249 | distillation | adversarial | dmd |
+| phase | share of the run | modes at {grids[NUM_MODES]} | distillation | adversarial | dmd |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
+
+
+def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> str:
+    """Python that draws a picture with stock diffusers, given ``pipe`` and ``prompt``.
+
+    Args:
+        folder: where the LoRA is.
+        rank: of the LoRA; its alpha is the same as it is written for transformers.
+    """
+    teacher = family(recipe.model.family)
+    options = [f"{name}={value!r}" for name, value in teacher.call_options.items()]
+    if recipe.data.resolution is not None:
+        options += [f"height={recipe.data.resolution}", f"width={recipe.data.resolution}"]
+    if isinstance(process, FlowProcess):
+        scheduler, settings = "FlowMatchEulerDiscreteScheduler", ", stochastic_sampling=True"
+        # The scheduler shifts uniform time itself.
+        options.append(f"sigmas={trailing_fractions(BEST_STEPS)}")
+    else:
+        scheduler, settings = "LCMScheduler", ""
+        grid = ", ".join(f"{t:g}" for t in trailing_timesteps(process, BEST_STEPS))
+        options.append(f"timesteps=[{grid}]")
+    loading = teacher.loading_code.format(folder=folder, file=LORA, rank=rank)
+    return f"""from diffusers import {scheduler}
+
+{loading}
+pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{settings})
+image = pipe(prompt, {", ".join(options)}, guidance_scale=1.0).images[0]"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,12 +19,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ...flash_core.denoiser import Conditioning
-from ...flash_core.lora import read_lora
 from ...flash_core.process import FlowProcess, Process, VPProcess
 from ..config import ModelSection
 from ..errors import UserError
 from .denoiser import DiffusersDenoiser
 from .loading import Source, load_pipeline, locate
+from .lora_layers import merge_style
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Teacher(ABC):
         pipeline_options: more arguments of the pipeline's.
         transformer: whether the denoiser is a transformer, which decides how a LoRA is written.
         default_targets: what the adapted layers' paths end in unless a recipe says otherwise.
+        loading_code: how diffusers loads the LoRA, for the model card; ``{folder}``, ``{file}`` and ``{rank}`` are
+            filled in.
+        call_options: what the model card passes to the pipeline beside prompt and grid.
 
     Attributes:
         pipeline: the stock pipeline, None once :meth:`release_encoders` was called.
@@ -77,6 +80,8 @@ class Teacher(ABC):
     pipeline_options: ClassVar[Mapping[str, Any]] = {}
     transformer: ClassVar[bool] = False
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    loading_code: ClassVar[str] = 'pipe.load_lora_weights("{folder}", weight_name="{file}")'
+    call_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -156,10 +161,10 @@ class Teacher(ABC):
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.to(device).requires_grad_(False).eval()
+        for style in model.style_lora:
+            merge_style(pipeline, cls.network_part, style)
         network = getattr(pipeline, cls.network_part)
         denoiser = cls.denoiser_class(network, process)
-        for style in model.style_lora:
-            denoiser.merge(read_lora(style.path).modules, style.strength)
         shape = _latent_shape(network.config, pipeline.vae.config, resolution)
         return cls(pipeline, denoiser, shape, cls.title(source))
 

@@ -64,6 +64,17 @@ class PixArt(TransformerTeacher):
         "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "linear_1", "linear_2", "adaln_single.linear",
         "pos_embed.proj", "proj_out",
     )  # fmt: skip
+    # PixArt's pipelines have no LoRA loader of their own; PEFT is what they are given adapters with.
+    loading_code = """from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+weights = load_file("{folder}/{file}")
+weights = {{name.removeprefix("transformer."): value for name, value in weights.items()}}
+layers = [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]
+inject_adapter_in_model(LoraConfig(r={rank}, lora_alpha={rank}, target_modules=layers), pipe.transformer)
+set_peft_model_state_dict(pipe.transformer, weights)
+"""
+    call_options: ClassVar[Mapping[str, Any]] = {"clean_caption": False, "use_resolution_binning": False}
     prompt_length: ClassVar[int]
 
     @classmethod
