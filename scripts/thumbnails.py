@@ -1,8 +1,10 @@
-"""Make the templates' thumbnails: run every shipped workflow in ComfyUI and write its pictures beside it as one JPEG.
+"""Make the templates' thumbnails, one JPEG beside every shipped workflow.
 
     python scripts/thumbnails.py
 
-Needs the runtime (``comfy_runtime.py fetch``) and the demo's LoRA; run it after a workflow or the LoRA has changed.
+A workflow that runs as it is, the demo's, is run: its thumbnail shows its pictures. Those of published models, whose
+files are gigabytes and not here, show their graph as ComfyUI's page draws it. Needs the runtime (``comfy_runtime.py
+fetch``), playwright, Chromium and the demo's LoRA; run it after a workflow or the LoRA has changed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import comfy_page
 import comfy_runtime
 from PIL import Image
 
@@ -21,7 +25,8 @@ logger = logging.getLogger("thumbnails")
 
 WORKFLOWS = comfy_runtime.ROOT / "workflows"
 QUEUED = comfy_runtime.ROOT / "tests" / "comfy" / "workflows"  # the same workflows in API format
-SIDE = 512  # pixels
+SIDE = 512  # pixels of a contact sheet
+GRAPH_WIDTH = 900  # pixels of a graph's picture
 
 
 def contact_sheet(pictures: list[Path]) -> Image.Image:
@@ -35,15 +40,35 @@ def contact_sheet(pictures: list[Path]) -> Image.Image:
     return sheet
 
 
+def graphs(server: Any, workflows: list[Path], profile: Path) -> list[Image.Image]:
+    """The graphs of the workflows, ``GRAPH_WIDTH`` pixels wide."""
+    opened = [json.loads(path.read_text(encoding="utf-8")) for path in workflows]
+    for workflow in opened:
+        comfy_page.offer_models(server, workflow)
+    with comfy_page.open_page(server, profile, width=2200, height=1300) as page:
+        pictures = []
+        for workflow in opened:
+            comfy_page.open_workflow(page, workflow)
+            picture = comfy_page.graph_picture(page, workflow)
+            size = (GRAPH_WIDTH, round(picture.height * GRAPH_WIDTH / picture.width))
+            pictures.append(picture.resize(size, Image.Resampling.LANCZOS))
+    return pictures
+
+
 def main() -> int:
     """Write ``workflows/*.jpg``; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    workflows = sorted(WORKFLOWS.glob("*.json"))
+    published = [path for path in workflows if comfy_page.models(json.loads(path.read_text(encoding="utf-8")))]
     with tempfile.TemporaryDirectory() as scratch, comfy_runtime.serve(Path(scratch) / "base") as server:
-        for workflow in sorted(WORKFLOWS.glob("*.json")):
-            prompt = json.loads((QUEUED / workflow.name).read_text())
-            pictures = comfy_runtime.run_workflow(server, prompt, Path(scratch) / workflow.stem)
+        thumbnails = dict(zip(published, graphs(server, published, Path(scratch) / "profile"), strict=True))
+        for workflow in workflows:
+            if workflow not in thumbnails:
+                prompt = json.loads((QUEUED / workflow.name).read_text())
+                pictures = comfy_runtime.run_workflow(server, prompt, Path(scratch) / workflow.stem)
+                thumbnails[workflow] = contact_sheet(pictures)
             thumbnail = workflow.with_suffix(".jpg")
-            contact_sheet(pictures).save(thumbnail, quality=90)
+            thumbnails[workflow].save(thumbnail, quality=90)
             logger.info("%s", thumbnail)
     return 0
 
