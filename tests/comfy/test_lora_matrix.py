@@ -1,0 +1,298 @@
+"""Every dialect in every family: all layers are patched in the real ComfyUI, and the output is diffusers' with PEFT."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flash_diffusion.flash_core.lora import LoraModule, flat_name, read_lora, with_diffusers_names, write_lora
+
+from ..families.networks import FAMILIES, tiny_network
+from .test_model_denoiser import FLUX_GUIDANCE, batch_of, diffusers_output, relative
+
+pytestmark = pytest.mark.comfy
+
+RANK, ALPHA = 3, 4.5
+UNETS = ("sd15", "sd21", "sdxl")
+# One layer in a few has a rank and an alpha of its own.
+OTHER_RANK, OTHER_ALPHA, EVERY = 5, 2.0, 3
+PIPELINES = {
+    **dict.fromkeys(("sd15", "sd21"), StableDiffusionPipeline),
+    "sdxl": StableDiffusionXLPipeline,
+    **dict.fromkeys(("sd3", "sd35"), StableDiffusion3Pipeline),
+    "flux": FluxPipeline,
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA in PEFT, on a diffusers network."""
+
+    model: nn.Module
+    layers: dict[str, tuple[Tensor, Tensor, float]]  # path -> down, up, alpha
+    config: LoraConfig
+
+
+def adapter(family: str, *, fused: bool) -> Adapter:
+    """PEFT's LoRA on every linear layer and convolution, with random weights.
+
+    Args:
+        fused: one rank, alpha = rank, and one down half for all layers of the same input, as the layers have that
+            native transformers fuse.
+    """
+    network = tiny_network(family)
+    paths = [path for path, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    others = [] if fused else paths[::EVERY]
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=RANK if fused else ALPHA,
+        target_modules=paths,
+        rank_pattern=dict.fromkeys(others, OTHER_RANK),
+        alpha_pattern=dict.fromkeys(others, OTHER_ALPHA),
+        init_lora_weights=False,
+    )
+    model = get_peft_model(network, config)
+    generator = torch.Generator().manual_seed(11)
+    layers = {}
+    for path in paths:
+        layer = model.base_model.model.get_submodule(path)
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if fused:
+            generator.manual_seed(down[0].numel())
+        with torch.no_grad():
+            down.copy_(0.1 * torch.randn(down.shape, generator=generator))
+            generator.manual_seed(len(layers))
+            up.copy_(0.1 * torch.randn(up.shape, generator=generator))
+        layers[path] = (down.detach(), up.detach(), float(layer.lora_alpha["default"]))
+    return Adapter(model.requires_grad_(False), layers, config)
+
+
+def spelled(adapter: Adapter, key: Callable[[str], str], halves: tuple[str, str], alpha: bool) -> dict[str, Tensor]:
+    """The LoRA under other keys; a spelling without alpha has it folded into the up half, as its writers do."""
+    tensors = {}
+    for path, (down, up, value) in adapter.layers.items():
+        tensors[f"{key(path)}.{halves[0]}"] = down.clone()
+        tensors[f"{key(path)}.{halves[1]}"] = up.clone() if alpha else up * (value / down.shape[0])
+        if alpha:
+            tensors[f"{key(path)}.alpha"] = torch.tensor(value)
+    return tensors
+
+
+KOHYA, PEFT, DOWN_UP = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight"), ("down", "up")
+SPELLINGS: dict[str, tuple[Callable[[str], str], tuple[str, str], bool]] = {
+    "base_model.model": (lambda path: f"base_model.model.{path}", PEFT, False),
+    "unet.base_model.model": (lambda path: f"unet.base_model.model.{path}", PEFT, False),
+    "transformer.base_model.model": (lambda path: f"transformer.base_model.model.{path}", PEFT, True),
+    "unet": (lambda path: f"unet.{path}", PEFT, False),
+    "transformer": (lambda path: f"transformer.{path}", PEFT, False),
+    "transformer alpha": (lambda path: f"transformer.{path}", PEFT, True),
+    "lora.down": (lambda path: f"unet.{path}.lora", ("down.weight", "up.weight"), False),
+    "bare": (lambda path: path, PEFT, False),
+    "kohya": (lambda path: f"lora_unet_{flat_name(path)}", KOHYA, True),
+    "kohya without alpha": (lambda path: f"lora_unet_{flat_name(path)}", KOHYA, False),
+    "lora_transformer": (lambda path: f"lora_transformer_{flat_name(path)}", KOHYA, True),
+    "lycoris": (lambda path: f"lycoris_{flat_name(path)}", KOHYA, True),
+}
+# Written by the libraries themselves, by ComfyUI's own names (inside/lora_matrix.py), or by us.
+WRITTEN = ("peft folder", "portable", "with text encoder")
+NATIVE = ("native", "kohya native")
+
+
+def write_files(family: str, folder: Path, apart: Adapter, fused: Adapter) -> None:
+    """All files of a family."""
+    folder.mkdir()
+    for name, (key, halves, alpha) in SPELLINGS.items():
+        save_file(spelled(apart, key, halves, alpha), folder / name)
+    save_file(spelled(fused, *SPELLINGS["unet"]), folder / "fused")
+    apart.model.save_pretrained(folder / "peft folder")
+    modules = read_lora(folder / "peft folder").modules
+    write_lora(folder / "portable", modules, None, transformer=family not in UNETS)
+    if family in UNETS:
+        processors = {
+            f"unet.{path.replace('.to_out.0', '.to_out').replace('.to_', '.processor.to_')}_lora": halves
+            for path, halves in attention(apart).items()
+        }
+        tensors = {f"{key}.down.weight": down.clone() for key, (down, _, _) in processors.items()}
+        tensors |= {f"{key}.up.weight": up * (a / down.shape[0]) for key, (down, up, a) in processors.items()}
+        save_file(tensors, folder / "processors")
+    text = {f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{half}": torch.randn(2, 2) for half in KOHYA}
+    save_file(spelled(apart, *SPELLINGS["kohya"]) | text, folder / "with text encoder")
+    if family in PIPELINES:
+        component = "unet" if family in UNETS else "transformer"
+        weights = get_peft_model_state_dict(apart.model)
+        PIPELINES[family].save_lora_weights(
+            folder / "..",
+            **{f"{component}_lora_layers": {key.removeprefix("base_model.model."): v for key, v in weights.items()}},
+            **{f"{component}_lora_adapter_metadata": apart.config.to_dict()},
+            weight_name=f"{family}.saved",
+        )
+        (folder / ".." / f"{family}.saved").rename(folder / "save_lora_weights")
+
+
+def attention(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """The layers of the old attention processors."""
+    ends = ("attn1.to_q", "attn1.to_k", "attn2.to_v", "attn2.to_out.0")
+    return {path: halves for path, halves in adapter.layers.items() if path.endswith(ends)}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What became of every file, and what should have."""
+
+    folder: Path
+    answers: dict[str, dict[str, Any]]
+    outputs: dict[str, dict[str, Tensor]]
+    expected: dict[str, dict[str, Tensor]]
+    layers: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def matrix(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    """One process for all."""
+    folder = tmp_path_factory.mktemp("matrix")
+    expected: dict[str, dict[str, Tensor]] = {}
+    layers = {}
+    for family in FAMILIES:
+        apart, fused = adapter(family, fused=False), adapter(family, fused=True)
+        network = tiny_network(family)
+        save_file(network.state_dict(), folder / f"{family}.safetensors")
+        (folder / f"{family}.json").write_text(json.dumps(dict(network.config)))
+        write_files(family, folder / family, apart, fused)
+        given = batch_of(family, network)
+        with torch.no_grad():
+            networks = {"base": network, "apart": apart.model.base_model.model, "fused": fused.model.base_model.model}
+            expected[family] = {
+                name: diffusers_output(family, network, given, given["z0"]) for name, network in networks.items()
+            }
+            if family in UNETS:
+                for path in set(apart.layers) - set(attention(apart)):
+                    networks["apart"].get_submodule(path).scaling["default"] = 0.0
+                expected[family]["attention"] = diffusers_output(family, networks["apart"], given, given["z0"])
+        layers[family] = len(apart.layers)
+        save_file(inputs(family, network, given), folder / f"{family}.given.safetensors")
+    script = Path(__file__).resolve().parent / "inside" / "lora_matrix.py"
+    command = [sys.executable, script, runtime.comfyui_folder(), root, folder, *FAMILIES]
+    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Matrix(
+        folder,
+        json.loads((folder / "answers.json").read_text()),
+        {family: load_file(folder / f"{family}.results") for family in FAMILIES},
+        expected,
+        layers,
+    )
+
+
+def inputs(family: str, network: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch as ComfyUI's networks take it."""
+    result = {"z": given["z0"], "t": given["t"], "context": given["tokens"]}
+    if family == "sdxl":
+        height, width = (8.0 * side for side in given["z0"].shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width]).repeat(len(given["z0"]))
+        embedded = network.add_time_proj(sizes).reshape(len(given["z0"]), -1)
+        result["y"] = torch.cat([given["pooled_output"], embedded], dim=1)
+    elif "pooled_output" in given:
+        result["y"] = given["pooled_output"]
+    if family == "flux":
+        result["t"] = given["t"] / 1000
+        result["guidance"] = torch.full((len(given["z0"]),), FLUX_GUIDANCE)
+    return result
+
+
+CASES = [(family, name) for family in FAMILIES for name in (*SPELLINGS, *WRITTEN)]
+CASES += [(family, "save_lora_weights") for family in PIPELINES]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_every_layer_is_patched_and_the_output_is_pefts(matrix: Matrix, family: str, name: str) -> None:
+    answer = matrix.answers[f"{family}/{name}"]
+    assert "error" not in answer, answer["error"]
+    assert answer["matched"] == answer["layers"] == answer["patches"] == matrix.layers[family]
+    assert answer["complete"]
+    assert relative(matrix.outputs[family][name], matrix.expected[family]["apart"]) < 1e-4
+    assert relative(matrix.outputs[family][name], matrix.expected[family]["base"]) > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["fused", *NATIVE])
+def test_native_names_and_fused_layers(matrix: Matrix, family: str, name: str) -> None:
+    answer = matrix.answers[f"{family}/{name}"]
+    assert "error" not in answer, answer["error"]
+    assert answer["matched"] == answer["layers"] == answer["patches"]
+    assert relative(matrix.outputs[family][name], matrix.expected[family]["fused"]) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_itself_is_diffusers_and_stays_it(matrix: Matrix, family: str) -> None:
+    outputs = matrix.outputs[family]
+    assert relative(outputs["base"], matrix.expected[family]["base"]) < 1e-4
+    assert torch.equal(outputs["base"], outputs["base again"])
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_the_old_attention_processors(matrix: Matrix, family: str) -> None:
+    answer = matrix.answers[f"{family}/processors"]
+    assert answer["matched"] == answer["layers"] == answer["patches"] >= 12
+    assert relative(matrix.outputs[family]["processors"], matrix.expected[family]["attention"]) < 1e-4
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in UNETS])
+def test_native_transformers_become_diffusers_layers(matrix: Matrix, family: str) -> None:
+    """The names and splits of ``convert``, against ComfyUI's own table, by which the file was written."""
+    wanted = read_lora(matrix.folder / family / "fused").modules
+    for name in NATIVE:
+        converted = with_diffusers_names(read_lora(matrix.folder / family / name).modules)
+        assert {flat_name(path) for path in converted} == set(wanted)
+        for path, module in converted.items():
+            assert torch.equal(module.up, wanted[flat_name(path)].up)
+            assert torch.equal(module.down, wanted[flat_name(path)].down)
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_native_unets_become_diffusers_layers(matrix: Matrix, family: str) -> None:
+    """At the published sizes, on which the names depend."""
+    names = json.loads((matrix.folder / "names.json").read_text())[family]
+    checked = 0
+    for theirs, native in names.items():
+        path, _, end = theirs.rpartition(".")
+        if end != "weight" or "norm" in path or path.startswith("class_embedding"):  # SDXL's is called add_embedding
+            continue
+        flat = flat_name(native.removesuffix(".weight"))
+        module = LoraModule(flat, torch.zeros(1, 1), torch.zeros(1, 1))
+        assert list(with_diffusers_names({flat: module})) == [path]
+        checked += 1
+    assert checked > 150
+
+
+def test_alpha_and_its_source_are_told(matrix: Matrix) -> None:
+    for name, source in (
+        ("kohya", "file"),
+        ("peft folder", "adapter_config"),
+        ("save_lora_weights", "header"),
+        ("bare", "unknown"),
+    ):
+        answer = matrix.answers[f"sd15/{name}"]
+        assert answer["alpha_source"] == source
+        assert answer["ranks"] == [RANK, OTHER_RANK]
+        if source != "unknown":
+            assert answer["alphas"] == [OTHER_ALPHA, ALPHA]
+    assert "alpha: unknown (scale 1 is used" in matrix.answers["sd15/bare"]["text"]
+
+
+def test_text_encoder_layers_are_told_of(matrix: Matrix) -> None:
+    (left_out,) = matrix.answers["sdxl/with text encoder"]["left_out"]
+    assert left_out["count"] == 1
+    assert left_out["harmless"]
