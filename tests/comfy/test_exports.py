@@ -1,0 +1,133 @@
+"""What the trainer exports works in ComfyUI: every layer is patched, and the model computes what diffusers computes.
+
+Both with this extension's loader and with core's, on the same tiny weights of every family.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flash_diffusion.flash_core.denoiser import Conditioning
+from flash_diffusion.flash_core.lora import FlashMetadata, write_lora
+from flash_diffusion.flash_core.process import FlowProcess, Process, VPProcess
+from flash_diffusion.trainer.export import lora_modules
+from flash_diffusion.trainer.teachers import family as teacher_of
+
+from ..families.networks import POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network
+
+pytestmark = pytest.mark.comfy
+
+FAMILIES = ("sd15", "sd21", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "sd35")
+RANK, ALPHA = 4, 6.0
+TOKENS = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family in both worlds.
+
+    Attributes:
+        answer: what the script in ComfyUI's process counted.
+        expected: what diffusers with PEFT computes.
+        outputs: what ComfyUI computes: ``bare``, ``ours``, ``core``.
+        total: layers of the LoRA.
+    """
+
+    answer: dict[str, Any]
+    expected: Tensor
+    outputs: dict[str, Tensor]
+    total: int
+
+
+def conditions(family: str, network: nn.Module, generator: torch.Generator) -> tuple[Conditioning, dict[str, Tensor]]:
+    """The same conditions for diffusers and, by its own argument names, for ComfyUI's model."""
+    text = torch.randn(2, TOKENS, TEXT_WIDTH, generator=generator)
+    if family == "sdxl":
+        vector = torch.randn(2, POOLED_WIDTH, generator=generator)
+        sizes = torch.tensor([[512.0, 768.0, 0.0, 16.0, 512.0, 768.0]] * 2)
+        embedded = network.add_time_proj(sizes.flatten()).reshape(2, -1)
+        arguments = {"context": text, "y": torch.cat([vector, embedded], dim=1)}
+        return Conditioning(cross_attention=text, vector=vector, size_ids=sizes), arguments
+    if family == "pixart_alpha":
+        sizes = torch.tensor([[320.0, 384.0, 320 / 384]] * 2)
+        arguments = {"context": text, "c_size": sizes[:, :2].contiguous(), "c_ar": sizes[:, 2:].contiguous()}
+        return Conditioning(cross_attention=text, size_ids=sizes), arguments
+    if family in ("sd3", "sd35"):
+        vector = torch.randn(2, SD3_POOLED_WIDTH, generator=generator)
+        return Conditioning(cross_attention=text, vector=vector), {"context": text, "y": vector}
+    return Conditioning(cross_attention=text), {"context": text}
+
+
+def prepare(family: str, folder: Path) -> tuple[Tensor, int]:
+    """Write what the script needs; the output of diffusers with the adapter on, and the number of its layers."""
+    network = tiny_network(family)
+    generator = torch.Generator().manual_seed(1)
+    teacher = teacher_of(family)
+    flow = family in ("sd3", "sd35")
+    process: Process = FlowProcess(3.0) if flow else VPProcess.from_betas()
+    (folder / f"{family}.json").write_text(json.dumps(dict(network.config)))
+    save_file(network.state_dict(), folder / f"{family}-weights.safetensors")
+
+    conditioning, arguments = conditions(family, network, generator)
+    # The two PixArts place their patches alike only near the sample size of 64.
+    shape = (4, 40, 48) if family.startswith("pixart") else (16 if flow else 4, 8, 16)
+    z, t = torch.randn(2, *shape, generator=generator), torch.tensor([749.0, 249.0])
+    save_file({"z": z, "t": t, **arguments}, folder / f"{family}-inputs.safetensors")
+
+    denoiser = teacher.denoiser_class(network, process)
+    denoiser.add_adapter("student", RANK, ALPHA, teacher.default_targets)
+    parameters = denoiser.adapter_parameters("student")
+    with torch.no_grad():
+        for value in parameters.values():
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+        with denoiser.role("student"):
+            expected = denoiser.predict(z, t, conditioning)
+    modules = lora_modules(parameters, ALPHA)
+    timesteps = {1: (process.timestep(1.0),)}
+    metadata = FlashMetadata(teacher.base, process.prediction, "flow" if flow else "vp", timesteps)
+    write_lora(folder / f"{family}-lora.safetensors", modules, metadata, transformer=teacher.transformer)
+    return expected, len(modules)
+
+
+@pytest.fixture(scope="module")
+def cases(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Every family, from one process with ComfyUI in it."""
+    folder = tmp_path_factory.mktemp("exports")
+    prepared = {family: prepare(family, folder) for family in FAMILIES}
+    script = Path(__file__).resolve().parent / "inside" / "exports.py"
+    command = [sys.executable, script, runtime.comfyui_folder(), root, folder]
+    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return {
+        family: Case(answers[family], expected, load_file(folder / f"{family}-outputs.safetensors"), total)
+        for family, (expected, total) in prepared.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_is_patched(cases: dict[str, Case], family: str) -> None:
+    answer, total = cases[family].answer, cases[family].total
+    assert total > 10
+    assert answer["complete"]
+    assert (answer["matched"], answer["ours"], answer["core"]) == (total,) * 3
+    assert answer["log"] == []
+
+
+@pytest.mark.parametrize("loader", ["ours", "core"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_output_is_that_of_diffusers(cases: dict[str, Case], family: str, loader: str) -> None:
+    case = cases[family]
+    assert float((case.outputs["bare"] - case.expected).abs().max()) > 0.05
+    torch.testing.assert_close(case.outputs[loader], case.expected, atol=1e-4, rtol=0)
