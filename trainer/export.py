@@ -73,7 +73,8 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
             "updates": str(state.update),
             "samples": str(state.position),
             "trainer": f"flash-diffusion {__version__}",
-        },
+        }
+        | ({"style_lora": styles(recipe)} if recipe.model.style_lora else {}),
     )
     path = run / LORA
     write_lora(path, modules, metadata, transformer=teacher.transformer, dtype=getattr(torch, recipe.lora.dtype))
@@ -114,6 +115,9 @@ def model_card(
         factors = f"{phase.distillation:g} | {phase.adversarial:g} | {phase.dmd:g}"
         rows.append(f"| {phase.name} | {phase.updates / recipe.updates:.0%} | {modes} | {factors} |")
     low, high = recipe.method.guidance
+    worn = (
+        f"Together with the style LoRAs that its teacher wore: {styles(recipe)}.\n\n" if recipe.model.style_lora else ""
+    )
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
@@ -125,7 +129,7 @@ A LoRA that makes **{metadata.teacher}** draw in 1 to 4 steps without guidance, 
 {picture}
 ## Use
 
-ComfyUI: Flash LoRA Loader, then Flash Sampler; or core's LoRA loader with cfg 1. diffusers:
+{worn}ComfyUI: Flash LoRA Loader, then Flash Sampler; or core's LoRA loader with cfg 1. diffusers:
 
 ```python
 {usage(recipe, run.name, first.rank, process)}
@@ -145,6 +149,11 @@ setting, `log.jsonl` the course.
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
+
+
+def styles(recipe: Recipe) -> str:
+    """The style LoRAs that the teacher wore, each with its strength."""
+    return ", ".join(f"{style.path.name} x {style.strength:g}" for style in recipe.model.style_lora)
 
 
 def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> str:
