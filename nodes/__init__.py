@@ -9,6 +9,7 @@ from .demo_models import SHIPPED_LORAS
 from .inpaint import FlashInpaintPrepare, FlashInpaintStitch
 from .loaders import FlashDemoModels, FlashLoraLoader
 from .sampling import FlashSampler, FlashSamplerSelect, FlashScheduler
+from .upscale import FlashUpscale
 
 NODES: list[type[io.ComfyNode]] = [
     FlashDemoModels,
@@ -18,6 +19,7 @@ NODES: list[type[io.ComfyNode]] = [
     FlashSamplerSelect,
     FlashInpaintPrepare,
     FlashInpaintStitch,
+    FlashUpscale,
 ]
 
 

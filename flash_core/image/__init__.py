@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from .crops import Box, blend_into, context_box, crop, pad_picture, resize, working_size
 from .masks import dilate, feather, mask_box
+from .tiles import Tiling, plan_tiles
 
 __all__ = [
     "Box",
+    "Tiling",
     "blend_into",
     "context_box",
     "crop",
@@ -14,6 +16,7 @@ __all__ = [
     "feather",
     "mask_box",
     "pad_picture",
+    "plan_tiles",
     "resize",
     "working_size",
 ]

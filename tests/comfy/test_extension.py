@@ -23,6 +23,7 @@ NODES = {
     "FlashSampler",
     "FlashSamplerSelect",
     "FlashScheduler",
+    "FlashUpscale",
 }
 HEAVY = ("diffusers", "peft", "accelerate", "transformers")
 

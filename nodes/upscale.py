@@ -1,0 +1,390 @@
+"""Super-resolution: tiled few-step upscaling of any size on small memory, by ordinary models and those made for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import comfy.model_base
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+from ..flash_core.image import Tiling, plan_tiles, resize
+from .few_step import flash_grid, flash_sampler
+from .inpaint import check_vae, native_side
+from .sampling import MAX_SEED, steps_input
+from .schema import advanced, node_schema, show_text
+from .tiled import decode_tiled, encode_tiled, tiled_model
+
+MAX_SCALE = 8
+MAX_OVERLAP = 0.5
+LEAST_TILE = 64  # pixels
+VAE_TILE = 512  # pixels: the VAE's tiles are at least this large, whatever the model's
+VAE_OVERLAP = 0.25
+PICTURE_CHANNELS = 3
+X4_RATIO = 4  # pixels for a position of the x4 upscaler's latent
+SIZE_RATIO = 8  # ComfyUI tells models which ask for it that a picture has 8 pixels for a position of the latent
+SPARE = 2  # the result, and as much again while pictures are resized and for what comes after
+
+
+class FlashUpscale(io.ComfyNode):
+    """A picture to a larger one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="FlashUpscale",
+            display_name="Flash Upscale",
+            search_aliases=["tiled upscale", "ultimate sd upscale", "super-resolution", "hires fix", "flash diffusion"],
+            description="Enlarges pictures of any size in few steps: tile by tile, blended at every step, no seams.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model with its Flash LoRA. Ordinary models redraw the enlarged picture's details; "
+                    "super-resolution models get the small picture as further input channels.",
+                ),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="What the picture shows. Every tile gets it, so describe the material and the style.",
+                ),
+                io.Image.Input("image", tooltip="The picture, or several. An alpha channel is enlarged alongside."),
+                io.Float.Input(
+                    "scale",
+                    default=2.0,
+                    min=1.0,
+                    max=MAX_SCALE,
+                    step=0.25,
+                    round=0.001,
+                    tooltip="How many times wider and higher. 1 works on the picture as it is, for example one that an "
+                    "upscale model has enlarged.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="The noise belongs to the whole picture: tiles of another size see the same noise.",
+                ),
+                steps_input(),
+                io.Float.Input(
+                    "denoise",
+                    default=0.25,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    round=0.01,
+                    tooltip="Ordinary models: how much is made anew, snapped to the nearest trained timestep (4 steps: "
+                    ".25, .5, .75). Low values keep the picture. Super-resolution models always start from noise.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=1.0,
+                    min=1.0,
+                    max=20.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance. Flash models have it built in: leave it at 1. Above 1 a "
+                    "negative prompt must be connected, and the run takes twice as long.",
+                ),
+                io.Int.Input(
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=64,
+                    tooltip="Pixels of a tile's sides; smaller needs less memory. 0: the size of the pictures that the "
+                    "model was trained on (SD 1.5: 512, SDXL: 1024). A picture that is not larger is one tile.",
+                ),
+                advanced(
+                    io.Float.Input,
+                    "overlap",
+                    default=0.25,
+                    min=0.0,
+                    max=MAX_OVERLAP,
+                    step=0.05,
+                    round=0.01,
+                    tooltip="How much of a tile its neighbour covers too, at least. More is slower and blends over a "
+                    "longer way; 0 shows seams.",
+                ),
+                advanced(
+                    io.Float.Input,
+                    "noise_augmentation",
+                    default=0.057,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    round=0.001,
+                    tooltip="Only the x4 upscaler: how much noise the small picture gets (1 is its level 350; .057 is "
+                    "level 20, diffusers' default). More invents more detail.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What to avoid. Used only where guidance is above 1."
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The enlarged picture.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        vae: VAE,
+        positive: list[Any],
+        image: Tensor,
+        scale: float,
+        seed: int,
+        steps: int,
+        denoise: float,
+        guidance: float,
+        tile_size: int,
+        overlap: float,
+        noise_augmentation: float,
+        negative: list[Any] | None = None,
+    ) -> io.NodeOutput:
+        """Enlarge, encode, sample and decode; every part tile by tile and picture by picture."""
+        prompts = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
+        check_vae(vae, model)
+        check_picture_model(model)
+        check_prompts(prompts, guidance)
+        concat = concat_of(model, vae, prompts)
+        chosen = flash_grid(model, steps, denoise if concat is None else 1.0)
+        tiles, vae_tiles = plan(model, vae, image, scale, tile_size, overlap)
+        pictures = enlarge(image, scale)
+        count = len(pictures)
+        show_text(cls, f"{chosen.text}, {describe(tiles, vae, pictures)}")
+
+        passes = len(vae_tiles) * (1 if concat is not None and concat.holds == "picture" else 2)
+        progress = Progress(model, count * (passes + len(tiles) * len(chosen.timesteps)), tiles)
+        latents = torch.zeros(count, vae.latent_channels, tiles.height, tiles.width)
+        if concat is None or concat.holds == "latent":
+            for latent, picture in zip(latents, pictures, strict=True):
+                encode_tiled(vae, picture[None, ..., :3], vae_tiles, latent[None], progress.tile)
+        noise = comfy.sample.prepare_noise(latents, seed)
+        for index in range(count):
+            one = slice(index, index + 1)
+            conds, start = prompts, latents[one]
+            if concat is not None:
+                conds = {
+                    name: concat.attached(model, prompt, image[one, ..., :3], start, noise_augmentation)
+                    for name, prompt in prompts.items()
+                }
+                start = torch.zeros_like(start)
+            if len(tiles) > 1:
+                conds = {name: with_tile_size(prompt, tiles) for name, prompt in conds.items()}
+            guider = comfy.samplers.CFGGuider(tiled_model(model, tiles, progress.tile, index, count))
+            guider.inner_set_conds(conds)
+            guider.set_cfg(guidance)
+            latents[one] = guider.sample(
+                noise[one],
+                start,
+                flash_sampler(),
+                chosen.sigmas,
+                callback=progress.step,
+                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+                seed=seed,
+            )
+        for latent, picture in zip(latents, pictures, strict=True):
+            decode_tiled(vae, latent[None], vae_tiles, picture[None, ..., :3], progress.tile)
+        return io.NodeOutput(pictures)
+
+
+class Progress:
+    """The node's progress bar, one unit a tile, and its preview, once a step.
+
+    Args:
+        total: tiles in all, those of the VAE included.
+        tiles: previews are no larger than one of them, since a preview may run a decoder on the whole latent.
+    """
+
+    def __init__(self, model: ModelPatcher, total: int, tiles: Tiling) -> None:
+        import latent_preview  # ComfyUI's; not importable before its server has started
+
+        self.bar = comfy.utils.ProgressBar(total)
+        self.preview = latent_preview.prepare_callback(model, total)
+        self.shrink = max(tiles.height / tiles.tile_height, tiles.width / tiles.tile_width)
+
+    def tile(self) -> None:
+        """One tile is done."""
+        self.bar.update(1)
+
+    def step(self, step: int, z0: Tensor, z: Tensor, steps: int) -> None:
+        """One step is done: ComfyUI's callback."""
+        if self.shrink > 1:
+            size = [max(1, int(side / self.shrink)) for side in z0.shape[-2:]]
+            z0 = torch.nn.functional.interpolate(z0, size, mode="area")
+        self.preview(self.bar.current - 1, z0, z, self.bar.total)
+
+
+@dataclass(frozen=True)
+class Concat:
+    """What a super-resolution model gets as further input channels.
+
+    Attributes:
+        key: what ComfyUI calls it in a prompt.
+        holds: the small picture, with one pixel for each position of the latent, or the latent of the enlarged one.
+        channels: how many.
+    """
+
+    key: str
+    holds: Literal["picture", "latent"]
+    channels: int
+
+    def attached(
+        self, model: ModelPatcher, prompt: list[Any], picture: Tensor, latent: Tensor, noise_augmentation: float
+    ) -> list[Any]:
+        """The prompt with these channels; a prompt that has its own keeps them.
+
+        Args:
+            picture: (1, H, W, 3), before it was enlarged.
+            latent: (1, C, h, w), of the enlarged picture as the VAE gave it.
+        """
+        if self.holds == "picture":
+            latent = resize(picture, *latent.shape[-2:]).movedim(-1, 1) * 2 - 1
+        elif self.key == "noise_concat":  # which ComfyUI hands to the network as it is
+            latent = model.get_model_object("latent_format").process_in(latent)
+        values = {self.key: latent, "noise_augmentation": noise_augmentation}
+        return [[tokens, entries if self.key in entries else {**entries, **values}] for tokens, entries in prompt]
+
+
+def concat_of(model: ModelPatcher, vae: VAE, prompts: dict[str, list[Any]]) -> Concat | None:
+    """How this model takes the small picture; None for an ordinary model.
+
+    Raises:
+        ValueError: it takes something that is not known here, or a prompt brings another number of channels.
+    """
+    inner = model.model
+    latent_channels = model.get_model_object("latent_format").latent_channels
+    network = inner.model_config.unet_config
+    channels = network["in_channels"] - latent_channels if "model_channels" in network else 0  # UNets only
+    if isinstance(inner, comfy.model_base.SD_X4Upscaler):
+        ratio = vae.spacial_compression_decode()
+        if ratio != X4_RATIO:
+            raise ValueError(
+                f"This VAE has one latent position for {ratio} x {ratio} pixels, the x4 upscaler works on "
+                f"{X4_RATIO} x {X4_RATIO}. Connect the VAE that comes with the upscaler's checkpoint."
+            )
+        concat = Concat("concat_image", "picture", channels)
+    elif isinstance(inner, comfy.model_base.IP2P):
+        concat = Concat("concat_latent_image", "latent", channels)
+    elif channels == 0 or inner.concat_keys:
+        return None  # what concat_keys name, an inpainting model's mask and picture, ComfyUI fills in
+    else:
+        concat = Concat("noise_concat", "picture" if channels == PICTURE_CHANNELS else "latent", channels)
+    expected = PICTURE_CHANNELS if concat.holds == "picture" else latent_channels
+    brought = [
+        entries[concat.key].shape[1] for prompt in prompts.values() for _, entries in prompt if concat.key in entries
+    ]
+    if any(found != channels for found in brought) or (not brought and channels != expected):
+        raise ValueError(
+            f"This model takes {channels} input channels beside its {latent_channels} latent ones; "
+            + (
+                f"the prompt brings {brought[0]}"
+                if brought
+                else f"a picture would be {PICTURE_CHANNELS}, a latent {latent_channels}"
+            )
+            + ". Load an ordinary or a super-resolution model, or attach what this model was trained with."
+        )
+    return concat
+
+
+def check_picture_model(model: ModelPatcher) -> None:
+    """Raise where the model does not make pictures."""
+    dimensions = model.get_model_object("latent_format").latent_dimensions
+    if dimensions != 2:
+        raise ValueError(
+            f"This model's latents have {dimensions} dimensions; expected 2, a picture's. Flash Upscale works with "
+            "models that make pictures, such as SD 1.5, SDXL, PixArt, SD3 and Flux, not with video or audio models."
+        )
+
+
+def check_prompts(prompts: dict[str, list[Any]], guidance: float) -> None:
+    """Raise where guidance lacks its negative prompt, or a prompt can't be cut to tiles."""
+    if guidance > 1 and "negative" not in prompts:
+        raise ValueError(
+            f"Guidance is {guidance:g}, which compares with a negative prompt, and none is connected. Connect a "
+            "CLIP Text Encode (its text may be empty) to 'negative', or set guidance to 1."
+        )
+    if any("gligen" in entries for prompt in prompts.values() for _, entries in prompt):
+        raise ValueError(
+            "The prompt has GLIGEN boxes, which can't be cut to tiles. Remove GLIGENTextBoxApply, or place prompts "
+            "with Conditioning (Set Area)."
+        )
+
+
+def plan(
+    model: ModelPatcher, vae: VAE, image: Tensor, scale: float, tile_size: int, overlap: float
+) -> tuple[Tiling, Tiling]:
+    """The model's tiles and the VAE's, both in positions of the latent.
+
+    Raises:
+        ValueError: the picture has no colours or does not fit into memory, or the tiles are too small.
+    """
+    count, height, width, channels = image.shape
+    if channels not in (PICTURE_CHANNELS, PICTURE_CHANNELS + 1):
+        raise ValueError(f"This picture has {channels} channels; expected 3 (RGB) or 4 (RGBA). Convert it to RGB.")
+    if 0 < tile_size < LEAST_TILE:
+        raise ValueError(
+            f"tile_size is {tile_size} pixels, in which a model sees nothing. Set at least {LEAST_TILE}, or 0 for the "
+            "size that the model was trained on."
+        )
+    height, width = target_size(height, width, scale)
+    needed = count * height * width * channels * torch.float32.itemsize * SPARE
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"Enlarged {scale:g} times, {count} picture{'s' if count > 1 else ''} of {width} x {height} pixels "
+            f"need{'' if count > 1 else 's'} {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free. "
+            "Lower scale, or enlarge fewer pictures at once."
+        )
+    ratio = vae.spacial_compression_encode()
+    side = tile_size or native_side(model)
+
+    def tiles(pixels: int, shared: float) -> Tiling:
+        tile = max(pixels // ratio, 1)
+        return plan_tiles(-(-height // ratio), -(-width // ratio), tile, round(tile * shared))
+
+    return tiles(side, overlap), tiles(max(side, VAE_TILE), VAE_OVERLAP)
+
+
+def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """The enlarged picture's (height, width) in pixels."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def enlarge(image: Tensor, scale: float) -> Tensor:
+    """Larger pictures, bicubic; new memory, (B, scale H, scale W, C) float32."""
+    height, width = target_size(*image.shape[1:3], scale)
+    pictures = torch.empty(len(image), height, width, image.shape[-1], device=image.device)
+    for picture, larger in zip(image, pictures, strict=True):
+        for channel in range(image.shape[-1]):  # one by one: resizing needs the memory of a few results
+            part = slice(channel, channel + 1)
+            larger[..., part] = resize(picture[None, ..., part].float(), height, width)[0]
+    return pictures
+
+
+def describe(tiles: Tiling, vae: VAE, pictures: Tensor) -> str:
+    """The tiles in words."""
+    ratio = vae.spacial_compression_decode()
+    height, width = pictures.shape[1:3]
+    if len(tiles) == 1:
+        return f"{width} x {height} pixels in one tile"
+    return (
+        f"{width} x {height} pixels in {len(tiles.lefts)} x {len(tiles.tops)} tiles of {tiles.tile_width * ratio} x "
+        f"{tiles.tile_height * ratio}"
+    )
+
+
+def with_tile_size(prompt: list[Any], tiles: Tiling) -> list[Any]:
+    """A prompt that tells models which ask for a picture's size (SDXL, PixArt) the tile's: the sizes they know."""
+    size = {"width": tiles.tile_width * SIZE_RATIO, "height": tiles.tile_height * SIZE_RATIO}
+    return [[tokens, {**size, **entries}] for tokens, entries in prompt]
