@@ -19,6 +19,7 @@ COMMANDS = {
     "export": (".export", "write the LoRA of a run's checkpoint"),
     "evaluate": (".evaluate", "compare a student's few steps with its teacher's many"),
     "report": (".report", "make the report of an evaluation again"),
+    "lora": (".lora", "look into LoRA files, convert, merge and shrink them"),
     "demo-data": (".demo.pictures", "rebuild the demo's pictures from their packages"),
     "demo-autoencoder": (".demo.autoencoder", "train the demo's autoencoder"),
     "demo-teacher": (".demo.teacher", "train the demo's teacher"),

@@ -8,11 +8,13 @@ from .metadata import FlashMetadata
 from .names import is_transformer, with_diffusers_names
 from .published import PUBLISHED, PublishedLora
 from .report import LeftOut, LoraReport, report_on
+from .settings import PEFT_WEIGHTS
 from .weights import LoraFile, LoraModule, flat_name
 from .writing import DIALECTS, Dialect, write_lora
 
 __all__ = [
     "DIALECTS",
+    "PEFT_WEIGHTS",
     "PUBLISHED",
     "Dialect",
     "FlashMetadata",

@@ -87,13 +87,13 @@ def merge(loras: Sequence[tuple[Mapping[str, LoraModule], float]]) -> dict[str, 
 def _truncate(module: LoraModule, rank: int) -> tuple[LoraModule, float, float]:
     """The layer at ``rank``, its squared norm, and how much of that was cut."""
     up, down = module.up.float().flatten(1), module.down.float().flatten(1)
+    if module.rank <= rank:  # ||u d||^2 = <u'u, d d'>
+        return module, module.scale**2 * float(((up.T @ up) * (down @ down.T)).double().sum()), 0.0
     # up = Qu Ru, down' = Qd Rd: the singular values of up down are those of the small matrix Ru Rd'.
     up_basis, up_core = torch.linalg.qr(up)
     down_basis, down_core = torch.linalg.qr(down.T)
     left, singular, right = torch.linalg.svd(up_core @ down_core.T, full_matrices=False)
     squares = (module.scale * singular.double()) ** 2
-    if module.rank <= rank:
-        return module, float(squares.sum()), 0.0
     keep = min(rank, singular.numel())
     root = singular[:keep].sqrt()
     new_up = (up_basis @ left[:, :keep]) * root

@@ -1,0 +1,273 @@
+"""``flash-diffusion lora``: look into LoRA files of any dialect, convert, merge and shrink them.
+
+Nothing is overwritten unless ``--force`` says so, and never an input. ``--json`` prints the result and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .. import __version__
+from ..flash_core.lora import (
+    DIALECTS,
+    PEFT_WEIGHTS,
+    Dialect,
+    LoraError,
+    LoraFile,
+    LoraModule,
+    base_of,
+    describe_base,
+    is_transformer,
+    merge,
+    read_lora,
+    report_on,
+    resize,
+    with_diffusers_names,
+    write_lora,
+)
+from .errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of a file's header these describe its keys, and would be wrong of others.
+KEY_FACTS = ("format", "lora_adapter_metadata")
+DERIVED = "flash.derived"
+WEIGHT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``flash-diffusion lora``."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, summary: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
+        sub.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+        return sub
+
+    def writing(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--to", choices=DIALECTS, default="portable", help="how to spell it (default: portable)")
+        sub.add_argument("--dtype", choices=DTYPES, help="store the numbers so (default: as they are)")
+        sub.add_argument("--no-text-encoder", action="store_true", help="leave text encoders' layers out")
+        sub.add_argument("--force", action="store_true", help="replace the output where it exists")
+
+    info = action("info", "say what a LoRA file holds")
+    info.add_argument("file", type=Path, help="a .safetensors file or a PEFT folder")
+    convert = action("convert", "write a LoRA in another dialect")
+    convert.add_argument("input", type=Path, metavar="IN")
+    convert.add_argument("output", type=Path, metavar="OUT", help="a .safetensors file; a folder for --to peft")
+    writing(convert)
+    merging = action("merge", "write the weighted sum of LoRAs of one base")
+    merging.add_argument("inputs", nargs="+", metavar="FILE[:WEIGHT]", help="a LoRA and its weight (default: 1)")
+    merging.add_argument("output", type=Path, metavar="OUT")
+    merging.add_argument("--rank", type=int, help="cut the sum to this rank (default: the sum of the ranks, exact)")
+    writing(merging)
+    resizing = action("resize", "write the nearest LoRA of a lower rank")
+    resizing.add_argument("input", type=Path, metavar="IN")
+    resizing.add_argument("output", type=Path, metavar="OUT")
+    resizing.add_argument("--rank", type=int, required=True)
+    writing(resizing)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it, and print what came of it."""
+    result, text = ACTIONS[args.action](args)
+    if args.json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def show(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """``info``."""
+    report = report_on(read_lora(args.file))
+    return {"file": str(args.file), **report.as_json()}, report.text()
+
+
+def convert_file(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """``convert``."""
+    ensure_new(args, [args.input])
+    file = read_lora(args.input)
+    modules, text_encoder = layers(file, args)
+    write(args, modules, text_encoder, file, f"converted from {file.dialect} keys")
+    return written(args, modules, text_encoder, {"from": file.dialect})
+
+
+def resize_file(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """``resize``."""
+    ensure_new(args, [args.input])
+    file = read_lora(args.input)
+    modules, text_encoder = layers(file, args)
+    cut = shrunk({**modules, **text_encoder}, args.rank)
+    modules, text_encoder = ({name: cut.modules[name] for name in part} for part in (modules, text_encoder))
+    write(args, modules, text_encoder, file, f"resized to rank {args.rank}, relative error {cut.error:.4g}")
+    facts = {"relative_error": cut.error, "worst_layer": cut.worst, "worst_error": cut.worst_error}
+    return written(args, modules, text_encoder, facts)
+
+
+def merge_files(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """``merge``."""
+    inputs = [split_weight(text) for text in args.inputs]
+    ensure_new(args, [path for path, _ in inputs])
+    files = [(read_lora(path), weight) for path, weight in inputs]
+    same_base(files, [path for path, _ in inputs])
+    named = [(layers(file, args), weight) for file, weight in files]
+    try:
+        modules = merge([(denoiser, weight) for (denoiser, _), weight in named])
+        text_encoder = merge([(text, weight) for (_, text), weight in named])
+    except ValueError as error:
+        raise LoraError(str(error)) from error
+    facts: dict[str, Any] = {"inputs": [{"file": str(path), "weight": weight} for path, weight in inputs]}
+    terms = " + ".join(f"{weight:g} x {path.name}" for path, weight in inputs)
+    if args.rank is not None:
+        cut = shrunk({**modules, **text_encoder}, args.rank)
+        modules, text_encoder = ({name: cut.modules[name] for name in part} for part in (modules, text_encoder))
+        facts |= {"relative_error": cut.error, "worst_layer": cut.worst, "worst_error": cut.worst_error}
+        terms += f", cut to rank {args.rank}, relative error {cut.error:.4g}"
+    if args.dtype is None:  # sums are computed in float32; stored as the files were
+        args.dtype = commonest_dtype([file for file, _ in files])
+    flash = next((file for file, _ in files if file.metadata is not None), files[0][0])
+    write(args, modules, text_encoder, flash, f"merged: {terms}")
+    return written(args, modules, text_encoder, facts)
+
+
+ACTIONS = {"info": show, "convert": convert_file, "merge": merge_files, "resize": resize_file}
+
+
+def split_weight(text: str) -> tuple[Path, float]:
+    """``FILE`` or ``FILE:WEIGHT``; a colon in a file's own name is left alone."""
+    path, _, weight = text.rpartition(":")
+    if path and WEIGHT.fullmatch(weight) and not Path(text).exists():
+        return Path(path), float(weight)
+    return Path(text), 1.0
+
+
+def ensure_new(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
+    """Before any work.
+
+    Raises:
+        UserError: the output is an input, exists while ``--force`` is off, or is no place for what would be written.
+    """
+    output: Path = args.output
+    target = output / PEFT_WEIGHTS if args.to == "peft" else output
+    sources = [path / PEFT_WEIGHTS if path.is_dir() else path for path in inputs]
+    if any(path.exists() and target.exists() and path.samefile(target) for path in sources):
+        raise UserError(f"{output} is an input; inputs are never overwritten, choose another name")
+    if output.exists() and not args.force:
+        raise UserError(f"{output} exists; choose another name, or pass --force to replace it")
+    if output.exists() and output.is_dir() != (args.to == "peft"):
+        kind, wanted = ("folder", "file") if output.is_dir() else ("file", "folder")
+        raise UserError(f"{output} is a {kind}, but --to {args.to} writes a {wanted}; choose another name")
+
+
+def layers(file: LoraFile, args: argparse.Namespace) -> tuple[dict[str, LoraModule], dict[str, LoraModule]]:
+    """The denoiser's layers by diffusers' paths, and the text encoders' that shall be written.
+
+    Raises:
+        LoraError: a layer that has no place in diffusers' networks, or keys that would be lost.
+    """
+    if file.unknown:
+        raise LoraError(
+            f"{len(file.unknown)} keys are not plain LoRA on a layer, e.g. {file.unknown[0]!r}: they would be lost. "
+            "Use the file as it is"
+        )
+    try:
+        modules = with_diffusers_names(file.modules)
+    except ValueError as error:
+        raise LoraError(f"{error}; this file can only be used as it is") from error
+    return modules, {} if args.no_text_encoder else dict(file.text_encoder)
+
+
+def shrunk(modules: Mapping[str, LoraModule], rank: int) -> Any:
+    """:func:`~..flash_core.lora.resize`, with an error in words."""
+    try:
+        return resize(modules, rank)
+    except ValueError as error:
+        raise UserError(f"--rank: {error}") from error
+
+
+def same_base(files: Sequence[tuple[LoraFile, float]], paths: Sequence[Path]) -> None:
+    """Layers' shapes tell most; what files say of themselves tells the rest.
+
+    Raises:
+        LoraError: files for different bases.
+    """
+    (first, _), first_path = files[0], paths[0]
+    for (file, _), path in zip(files[1:], paths[1:], strict=True):
+        known = base_of(first), base_of(file)
+        if (None not in known and known[0] != known[1]) or is_transformer(first.modules) != is_transformer(
+            file.modules
+        ):
+            raise LoraError(
+                f"{first_path.name} is for {describe_base(first)}, {path.name} for {describe_base(file)}: "
+                "only LoRAs of one base can be merged"
+            )
+
+
+def commonest_dtype(files: Sequence[LoraFile]) -> str | None:
+    """What the files store, by name; None where they differ."""
+    found = {module.down.dtype for file in files for module in file.modules.values()}
+    names = [name for name, dtype in DTYPES.items() if found == {dtype}]
+    return names[0] if names else None
+
+
+def write(
+    args: argparse.Namespace,
+    modules: Mapping[str, LoraModule],
+    text_encoder: Mapping[str, LoraModule],
+    source: LoraFile,
+    derived: str,
+) -> None:
+    """Write with the source's header, and a line on how it was derived."""
+    header = {name: value for name, value in source.header.items() if name not in KEY_FACTS}
+    history = [line for line in header.get(DERIVED, "").splitlines() if line]
+    header[DERIVED] = "\n".join([*history, f"{derived} (flash-diffusion {__version__})"])
+    dialect: Dialect = args.to
+    try:
+        write_lora(
+            args.output,
+            modules,
+            source.metadata,
+            transformer=is_transformer(source.modules),
+            dtype=None if args.dtype is None else DTYPES[args.dtype],
+            dialect=dialect,
+            text_encoder=text_encoder,
+            header=header,
+        )
+    except OSError as error:
+        raise UserError(f"{args.output} can't be written: {error}") from error
+
+
+def written(
+    args: argparse.Namespace,
+    modules: Mapping[str, LoraModule],
+    text_encoder: Mapping[str, LoraModule],
+    facts: Mapping[str, Any],
+) -> tuple[dict[str, Any], str]:
+    """What to say of the output."""
+    ranks = sorted({module.rank for module in modules.values()})
+    result = {
+        "file": str(args.output),
+        "dialect": args.to,
+        "layers": len(modules),
+        "text_encoder_layers": len(text_encoder),
+        "ranks": ranks,
+        **facts,
+    }
+    lines = [f"{args.output}: {len(modules)} layers, rank {', '.join(map(str, ranks))}, {args.to}"]
+    if text_encoder:
+        lines.append(f"and {len(text_encoder)} text encoder layers")
+    if "relative_error" in facts:
+        lines.append(
+            f"relative error {facts['relative_error']:.4g}; the worst layer, {facts['worst_layer']}, "
+            f"{facts['worst_error']:.4g}"
+        )
+    return result, "\n".join(lines)
