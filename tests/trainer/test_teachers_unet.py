@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import logging
 import shutil
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +21,17 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
+from rich.console import Console
 from torch import Tensor
 
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
-from flash_diffusion.trainer.config import ModelSection, parse_recipe
+from flash_diffusion.flash_core.lora import read_lora
+from flash_diffusion.trainer.assembly import assemble
+from flash_diffusion.trainer.config import ModelSection, load_recipe, parse_recipe
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.loop import Run
+from flash_diffusion.trainer.plan import print_plan
 from flash_diffusion.trainer.teachers import family as family_class
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
@@ -32,6 +39,7 @@ from flash_diffusion.trainer.teachers.base import Teacher
 from ..families.networks import tiny_network
 from ..families.pipelines import UNET_FAMILIES, save_pipeline
 from ..families.single_file import save_single_file
+from .conftest import trainer_process
 from .models import tiny_recipe
 
 PROMPTS = ["red ball", "a yellow star"]
@@ -252,6 +260,61 @@ def test_five_updates_change_the_lora_alone_and_stock_diffusers_draws_with_it(
     torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["sd21", "sdxl"])
+def test_gradient_checkpointing_changes_no_gradient(
+    folders: dict[str, Path], pictures: Path, tmp_path: Path, family: str
+) -> None:
+    """All terms with a critic, the roles moving on while blocks are recomputed; SD 1.5 is in the loop's tests."""
+    content = tiny_recipe(folders[family], pictures) | {"model": {"family": family, "path": str(folders[family])}}
+    content["method"]["fake_score"] = "critic"
+    gradients = []
+    for recompute in (False, True):
+        recipe = parse_recipe({**content, "gradient_checkpointing": recompute})
+        parts = assemble(recipe, Accelerator())
+        assert parts.teacher.denoiser.network.is_gradient_checkpointing is recompute
+        generator = torch.Generator().manual_seed(0)
+        student = parts.trained.parameters["student"]
+        with torch.no_grad():
+            for value in student.values():
+                value.add_(0.05 * torch.randn(value.shape, generator=generator))
+        z0, conditioning = parts.examples.batch(torch.tensor([0, 3]), "cpu")
+        phase = recipe.phases[1].phase()
+        rollout = parts.distiller.rollout(z0, conditioning, parts.teacher.unconditional(2), phase, generator)
+        parts.distiller.student_step(rollout, phase, generator)
+        gradients.append([value.grad for value in student.values()])
+    assert all(gradient is not None for gradient in gradients[0])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", UNET_FAMILIES)
+def test_the_shipped_recipe_runs_with_only_model_and_data_changed(
+    folders: dict[str, Path], pictures: Path, tmp_path: Path, family: str
+) -> None:
+    """But for the number of updates: in bfloat16, as it says, with plan, preview and card."""
+    changes = [f"model.path={folders[family]}", "data.source=folder", f"data.path={pictures}", "data.resolution=64"]
+    changes += [f"phases.{phase}.updates=1" for phase in range(4)]
+    recipe = load_recipe(family, changes)
+    assert (recipe.model.family, recipe.model.dtype, recipe.precision) == (family, "bfloat16", "bf16")
+    plan = Console(record=True, width=120, file=io.StringIO())
+    print_plan(recipe, plan)
+    assert "4 x 8 x 8 a sample" in plan.export_text()
+    # A process has one precision for good, so the run has its own.
+    options = [part for change in changes for part in ("--set", change)]
+    process = trainer_process("distill", family, *options, "--output", tmp_path / "run")
+    log, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, log
+    lora = read_lora(tmp_path / "run" / "lora.safetensors")
+    assert lora.metadata is not None
+    assert (lora.metadata.base, lora.metadata.process) == (family, "vp")
+    assert lora.metadata.prediction == ("v_prediction" if family == "sd21" else "epsilon")
+    assert set(lora.ranks) == {recipe.lora.rank}
+    assert len(list((tmp_path / "run" / "previews").iterdir())) == 1
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "LCMScheduler.from_config" in card
+    assert "timesteps=[999, 749, 499, 249]" in card
+
+
 # -- where models come from ------------------------------------------------------------------------------------------
 
 
@@ -387,9 +450,6 @@ def test_a_folder_of_pickles_is_refused(folders: dict[str, Path], tmp_path: Path
 
 
 def test_text_encoders_are_gone_from_memory_once_released(folders: dict[str, Path]) -> None:
-    import gc
-    import weakref
-
     teacher = load("sdxl", folders["sdxl"])
     pipeline = teacher.pipeline
     parts = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae.encoder]
