@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -25,6 +25,9 @@ class Conditioning:
         vector: (B, D) pooled embedding (SDXL, SD3).
         size_ids: (B, N) size and crop micro-conditioning (SDXL, PixArt-alpha).
         concat: (B, C, h, w) channels joined to the latent: masks, masked images, low-resolution images.
+        image_tokens: (B, N, D) embeddings of an image, which attention reads as it reads words.
+        hint: (B, 3, H, W) the picture that a ControlNet looks at beside the noisy latent: edges, poses, depth.
+        noise_level: (B,) how much noise the low-resolution image was given (super-resolution).
         embedded_guidance: (B,) the guidance scale that a guidance-distilled model is told (Flux); no scale to guide by.
         residuals: adapter or ControlNet residuals, each (B, C, h, w), in the order the backbone adds them.
     """
@@ -34,6 +37,9 @@ class Conditioning:
     vector: Tensor | None = None
     size_ids: Tensor | None = None
     concat: Tensor | None = None
+    image_tokens: Tensor | None = None
+    hint: Tensor | None = None
+    noise_level: Tensor | None = None
     embedded_guidance: Tensor | None = None
     residuals: tuple[Tensor, ...] = ()
 
@@ -57,6 +63,14 @@ class Conditioning:
         """The same conditions on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
+    def joined(self, other: Conditioning) -> Conditioning:
+        """These conditions and those of ``other``, for the same samples; each kind comes from one of the two."""
+        both = [name for name in (*_TENSOR_FIELDS, "residuals") if _carries(self, name) and _carries(other, name)]
+        if both:
+            raise ValueError(f"both conditions carry {', '.join(both)}; expected each kind in one of them")
+        added = {name: getattr(other, name) for name in (*_TENSOR_FIELDS, "residuals") if _carries(other, name)}
+        return replace(self, **added)
+
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Join batches; every part must carry the same kinds of conditions."""
@@ -75,6 +89,45 @@ class Conditioning:
 
 
 _TENSOR_FIELDS = tuple(field.name for field in fields(Conditioning) if field.name != "residuals")
+
+
+def _carries(conditioning: Conditioning, name: str) -> bool:
+    value = getattr(conditioning, name)
+    return value is not None and not (isinstance(value, tuple) and not value)
+
+
+def unconditional_branch(
+    conditioning: Conditioning, empty: Conditioning, dropped: Collection[str] = ()
+) -> Conditioning:
+    """What classifier-free guidance compares with: the empty prompt beside the task's own conditions.
+
+    A mask, a low-resolution picture or an adapter's residuals say where and what the picture is, in both branches; what
+    a task's guidance should strengthen, it drops here.
+
+    Args:
+        conditioning: (B) the full conditions.
+        empty: (B) what stands for no prompt; every other part comes from ``conditioning``.
+        dropped: the names of parts that become zeros.
+
+    Raises:
+        ValueError: a name in ``dropped`` is no part of the conditions.
+    """
+    unknown = sorted(set(dropped) - {*_TENSOR_FIELDS, "residuals"})
+    if unknown:
+        raise ValueError(f"conditions have no part called {', '.join(unknown)}")
+    kept = {
+        name: None if _carries(empty, name) or name in dropped else getattr(conditioning, name)
+        for name in _TENSOR_FIELDS
+    }
+    zeros = {
+        name: torch.zeros_like(getattr(conditioning, name))
+        for name in dropped
+        if name in _TENSOR_FIELDS and _carries(conditioning, name) and not _carries(empty, name)
+    }
+    residuals = conditioning.residuals
+    if "residuals" in dropped:
+        residuals = tuple(torch.zeros_like(tensor) for tensor in residuals)
+    return empty.joined(Conditioning(**{**kept, **zeros}, residuals=residuals))
 
 
 class Denoiser(Protocol):

@@ -60,7 +60,7 @@ class ModelDenoiser:
         self._sampling = model.get_model_object("model_sampling")
         self._process = process_of(self._sampling)
         self._adapters = ModelAdapters(model, self.device)
-        self._options: dict[str, Any] = {}
+        self._options: dict[str, Any] | None = None  # ComfyUI's model options, inside the context
         self._stack = ExitStack()
 
     # -- the context -----------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class ModelDenoiser:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.callback(self._adapters.remove)
+            stack.callback(self._adapters.detach)
             others = self.patcher.get_nested_additional_models()
             comfy.model_management.load_models_gpu([self.patcher, *others], memory_required=1e20, force_full_load=True)
             make_trainable_through(self.patcher.model)
@@ -78,6 +78,7 @@ class ModelDenoiser:
             stack.callback(self.patcher.restore_hook_patches)
             stack.callback(self.patcher.cleanup)
             self.patcher.pre_run()
+            self._adapters.attach()
             stack.enter_context(_training_mode())
             if type(self._network).__name__ not in WRITE_NOTHING_IN_PLACE:
                 stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
@@ -88,7 +89,7 @@ class ModelDenoiser:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
-        self._options = {}
+        self._options = None
         comfy.model_management.soft_empty_cache()
 
     # -- the protocol ----------------------------------------------------------------------------------------------
@@ -153,6 +154,7 @@ class ModelDenoiser:
         Raises:
             ValueError: a target that no layer is called.
         """
+        self._entered()  # outside, in inference mode, parameters would take no gradients
         self._adapters.add(role, rank, alpha, targets, seed)
 
     def load_adapter(self, role: Role, modules: Mapping[str, LoraModule]) -> None:
@@ -164,6 +166,7 @@ class ModelDenoiser:
         Raises:
             ValueError: it does not fit this model.
         """
+        self._entered()
         self._adapters.load(role, modules.values())
 
     def has_adapter(self, role: Role) -> bool:
@@ -179,6 +182,11 @@ class ModelDenoiser:
         return self._adapters.modules(role)
 
     # -- the call --------------------------------------------------------------------------------------------------
+
+    def _entered(self) -> dict[str, Any]:
+        if self._options is None:
+            raise RuntimeError("A ModelDenoiser is used as a context: 'with ModelDenoiser(model) as denoiser: ...'.")
+        return self._options
 
     @property
     def _network(self) -> nn.Module:
@@ -197,13 +205,12 @@ class ModelDenoiser:
         return [torch.cat(parts)[order] for parts in zip(*results, strict=True)]
 
     def _call(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, places: list[Tap]) -> list[Tensor]:
-        if not self._options:
-            raise RuntimeError("A ModelDenoiser is used as a context: 'with ModelDenoiser(model) as denoiser: ...'.")
+        options = self._entered()
         comfy.model_management.throw_exception_if_processing_interrupted()
         model = self.patcher.model
         x, sigma = model_input(self._sampling, self._process, z_t, t)
         transformer_options = {
-            **self._options.get("transformer_options", {}),
+            **options.get("transformer_options", {}),
             "cond_or_uncond": [0],  # one batch, whatever is in it
             "uuids": [],
             "sigmas": sigma,
@@ -214,7 +221,7 @@ class ModelDenoiser:
         handle = self._network.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
             with capture(self._network, places, z_t) as states:
-                wrapper = self._options.get("model_function_wrapper")
+                wrapper = options.get("model_function_wrapper")
                 if wrapper is None:
                     model.apply_model(x, sigma, **arguments)
                 else:

@@ -1,4 +1,4 @@
-"""CONDITIONING as the method's :class:`~..flash_core.denoiser.Conditioning`, and back to what a ComfyUI model is called with.
+"""CONDITIONING as the method's :class:`~..flash_core.denoiser.Conditioning`, and back to a ComfyUI model's arguments.
 
 The MODEL itself says what its network is given for a CONDITIONING (``extra_conds``): tokens, a vector, sizes, channels.
 Each has one field here, so that a batch of any architecture can be drawn from, joined and guided by the method.

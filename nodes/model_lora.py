@@ -76,7 +76,7 @@ def diffusers_layers(model: ModelPatcher) -> dict[str, Layer]:
     places = model_layers(model)
     modules = dict(base.named_modules())
     layers = {}
-    for path in names:
+    for path in sorted(names):  # ComfyUI keeps them in sets: their order differs from run to run, and seeds draw in it
         target = places.get(flat_name(path))
         if target is None:  # a layer that the architecture may have and this model has not
             continue
@@ -139,7 +139,7 @@ class ModelAdapters:
     """The adapters of a MODEL's roles, and the one switch that says which of them is on.
 
     Args:
-        model: the MODEL; its layers are hooked once an adapter is on them.
+        model: the MODEL; its layers are hooked between :meth:`attach` and :meth:`detach`.
         device: where adapters live.
     """
 
@@ -148,11 +148,21 @@ class ModelAdapters:
         self.role: Role = "teacher"
         self._device = device
         self._adapters: dict[Role, dict[str, LowRank]] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._siblings: dict[nn.Module, list[str]] = defaultdict(list)
+        self._paths: dict[nn.Module, list[str]] = defaultdict(list)  # more than one where ComfyUI fuses layers
         for path, layer in self.layers.items():
-            self._siblings[layer.module].append(path)
-        self._hooked: set[nn.Module] = set()
+            self._paths[layer.module].append(path)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Hook every layer that can have an adapter; without one, or in the teacher's role, nothing changes."""
+        self._handles = [module.register_forward_hook(self._bypass) for module in self._paths]
+
+    def detach(self) -> None:
+        """Take all hooks off the model; the adapters can still be read."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.role = "teacher"
 
     def add(self, role: Role, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
         """Give a role an adapter that changes nothing yet: its up half is 0.
@@ -189,20 +199,18 @@ class ModelAdapters:
         adapter = {}
         for module in modules:
             path = paths.get(flat_name(module.path))
-            shapes = None if path is None else self.layers[path].shapes(module.rank)
-            # A 1x1 convolution's halves may be written as a linear layer's.
-            if shapes is None or any(
-                half.numel() != math.prod(shape) or half.shape[0] != shape[0]
-                for half, shape in zip((module.down, module.up), shapes, strict=True)
-            ):
+            if path is None:
+                raise ValueError(f"This LoRA does not fit this model, which has no layer {module.path}.")
+            halves = (module.down, module.up)
+            shapes = self.layers[path].shapes(module.rank)
+            # By their numbers: a 1 x 1 convolution and a linear layer are the same thing, and files call it either.
+            if any(half.numel() != math.prod(shape) for half, shape in zip(halves, shapes, strict=True)):
                 raise ValueError(
-                    f"This LoRA does not fit this model: its layer {module.path} "
-                    + ("has no place here." if shapes is None else f"is {tuple(module.up.shape)} x ")
-                    + ("" if shapes is None else f"{tuple(module.down.shape)}, expected {shapes[1]} x {shapes[0]}.")
+                    f"This LoRA does not fit this model: its halves for the layer {module.path} are "
+                    f"{tuple(module.down.shape)} and {tuple(module.up.shape)}, expected {shapes[0]} and {shapes[1]}."
                 )
             down, up = (
-                half.detach().clone().float().reshape(shape)
-                for half, shape in zip((module.down, module.up), shapes, strict=True)
+                half.detach().float().clone().reshape(shape) for half, shape in zip(halves, shapes, strict=True)
             )
             adapter[path] = LowRank(self.layers[path], down, up, module.scale * module.rank)
         self._put(role, adapter)
@@ -226,27 +234,16 @@ class ModelAdapters:
             for path, module in self._adapters.get(role, {}).items()
         }
 
-    def remove(self) -> None:
-        """Take all hooks off the model; the adapters can still be read."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._hooked.clear()
-        self.role = "teacher"
-
     def _put(self, role: Role, adapter: Mapping[str, LowRank]) -> None:
         if role == "teacher":
             raise ValueError("The teacher is the model alone and has no adapter; give one to 'student' or 'critic'.")
         self._adapters[role] = {path: module.to(self._device) for path, module in adapter.items()}
-        for module in {layer.layer.module for layer in adapter.values()} - self._hooked:
-            self._handles.append(module.register_forward_hook(self._bypass))
-            self._hooked.add(module)
 
     def _bypass(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         adapter = self._adapters.get(self.role)
         if adapter is None:
             return output
-        for path in self._siblings[module]:
+        for path in self._paths[module]:
             if path in adapter:
                 output = output + adapter[path](inputs[0]).to(output.dtype)
         return output

@@ -1,4 +1,4 @@
-"""How noise enters a ComfyUI MODEL, as a :class:`~..flash_core.process.Process`, and the levels ComfyUI calls it with."""
+"""How noise enters a ComfyUI MODEL, as a :class:`~..flash_core.process.Process`, and what ComfyUI calls it with."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -31,19 +32,20 @@ COMPARED = 10
 UPDATES = 100
 
 
-def run_inside(runtime: ModuleType, root: Path, script: str, *arguments: Any) -> None:
-    """A script of ``inside`` in a process of its own, with ComfyUI in it."""
+def run_inside(runtime: ModuleType, root: Path, script: str, *arguments: Any) -> str:
+    """What a script of ``inside`` prints, in a process of its own with ComfyUI in it."""
     path = Path(__file__).resolve().parent / "inside" / script
     command = [sys.executable, path, runtime.comfyui_folder(), root, *(str(argument) for argument in arguments)]
     done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def demo(
     runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Tensor], dict[str, list[float]], Any, Path]:
-    """What ComfyUI's process made of the demo, the headless trainer's losses, its denoiser, and the folder."""
+) -> tuple[dict[str, Tensor], dict[str, list[float]], Path]:
+    """What ComfyUI's process made of the demo, the headless trainer's losses, and the folder."""
     folder = tmp_path_factory.mktemp("model_denoiser")
     teacher = load_teacher(ModelSection(family="demo"))
     denoiser = teacher.denoiser
@@ -83,7 +85,7 @@ def demo(
         rollout = updates.rollout(z0, conditions, unconditional, index)
         for term, value in updates.update(rollout, index).items():
             losses[term].append(value)
-    return load_file(folder / "results.safetensors"), losses, teacher, folder
+    return load_file(folder / "results.safetensors"), losses, folder
 
 
 # -- the demo, beside the headless trainer ----------------------------------------------------------------------------
@@ -91,26 +93,26 @@ def demo(
 
 @pytest.mark.parametrize("term", TERMS)
 def test_the_first_losses_are_the_headless_trainers(demo, term: str) -> None:
-    results, losses, _, _ = demo
+    results, losses, _ = demo
     assert torch.allclose(results[term][:COMPARED], torch.tensor(losses[term]), rtol=1e-3)
 
 
 def test_a_hundred_updates_bring_the_student_to_the_teacher(demo) -> None:
-    results, _, _, _ = demo
+    results, _, _ = demo
     before, after = results["errors"].tolist()
     assert after < 0.7 * before
     assert all(len(results[term]) == UPDATES and bool(results[term].isfinite().all()) for term in TERMS)
 
 
 def test_the_demo_computes_what_it_computed_before(demo) -> None:
-    results, _, _, _ = demo
+    results, _, _ = demo
     assert torch.equal(results["sampled.before"], results["sampled.after"])
     assert torch.equal(results["sampled.before"], results["sampled.again"])
 
 
 @torch.no_grad()
 def test_its_lora_is_the_student_in_comfyui_and_in_the_trainer(demo) -> None:
-    results, _, teacher, folder = demo
+    results, _, folder = demo
     assert float((results["patched"] - results["student"]).abs().max()) < 1e-4
     headless = load_teacher(ModelSection(family="demo"))
     headless.denoiser.load_adapter("student", read_lora(folder / "trained.safetensors").modules)
@@ -205,7 +207,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_and_gradient_are_diffusers(families, family: str) -> None:
-    """The raw output in the method's convention, and its gradient: Flux writes in place in ComfyUI, not in diffusers."""
+    """The raw output in the method's convention, and its gradient, where Flux writes in place in ComfyUI alone."""
     network, given, results, _ = families[family]
     z_t = given["z0"].clone().requires_grad_()
     output = diffusers_output(family, network, given, z_t)
@@ -214,10 +216,42 @@ def test_output_and_gradient_are_diffusers(families, family: str) -> None:
     assert relative(results["gradient"], gradient) < 1e-4
 
 
+def diffusers_states(family: str, network: torch.nn.Module, given: dict[str, Tensor]) -> list[Tensor]:
+    """The hidden states at the depths that the trainer's denoisers read, as maps."""
+    if hasattr(network, "mid_block"):
+        blocks = [*list(network.down_blocks)[1:], network.mid_block, *list(network.up_blocks)[:-1]]
+    else:
+        blocks = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]
+        blocks = [blocks[index] for index in sorted({len(blocks) * part // 5 for part in range(1, 5)})]
+    states: list[Any] = []
+    handles = [block.register_forward_hook(lambda *call: states.append(call[-1])) for block in blocks]
+    diffusers_output(family, network, given, given["z0"])
+    for handle in handles:
+        handle.remove()
+    if hasattr(network, "mid_block"):
+        return [state[0] if isinstance(state, tuple) else state for state in states]
+    tokens = [state[1] if isinstance(state, tuple) else state for state in states]  # joint ones: (text, image)
+    rows = given["z0"].shape[-2] // 2
+    return [rearrange(state, "b (h w) d -> b d h w", h=rows) for state in tokens]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_the_hidden_states_that_the_trainer_reads(families, family: str) -> None:
+    network, given, results, _ = families[family]
+    expected = diffusers_states(family, network, given)
+    states = [results[f"features.{index}"] for index in range(len(expected))]
+    assert f"features.{len(expected)}" not in results
+    assert len(expected) >= 2
+    for state, reference in zip(states, expected, strict=True):
+        assert state.shape == reference.shape
+        assert relative(state, reference) < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapter_gradients_agree_with_finite_differences(families, family: str) -> None:
     slope, difference = families[family][2]["slopes"].tolist()
-    assert slope == pytest.approx(difference, rel=0.01)
+    assert slope == pytest.approx(difference, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,7 +260,7 @@ def test_ten_updates_on_one_batch_lower_the_loss(families, family: str) -> None:
     assert all(bool(results[term].isfinite().all()) for term in TERMS)
     for term in ("total", "distillation", "critic"):
         first, last = float(results[term][0]), float(results[term][-1])
-        assert last < 0.98 * first, f"{term}: {first} to {last}"
+        assert last < 0.99 * first, f"{term}: {first} to {last}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -252,3 +286,82 @@ def test_the_lora_is_the_student_in_comfyui_and_in_diffusers(families, family: s
     output = diffusers_output(family, network, given, given["z0"])
     assert relative(results["student"], output) < 1e-4
     assert relative(results["student"], results["output"]) > 1e-3
+
+
+# -- what a MODEL brings along, and what goes wrong -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def facts(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the script of cases found."""
+    folder = tmp_path_factory.mktemp("cases")
+    for family in ("sd15", "sd3", "flux"):
+        network = tiny_network(family)
+        save_file(network.state_dict(), folder / f"{family}.safetensors")
+        (folder / f"{family}.json").write_text(json.dumps(dict(network.config)))
+    return json.loads(run_inside(runtime, root, "model_denoiser_cases.py", folder).splitlines()[-1])
+
+
+def test_the_models_own_lora_is_part_of_the_teacher_and_stays(facts) -> None:
+    assert facts["inference weights"]
+    assert facts["style in the teacher"] < 1e-4
+    assert facts["unchanged with a LoRA"]
+
+
+def test_gradients_reach_the_adapter_of_the_role_alone(facts) -> None:
+    assert facts["student has gradients"]
+    assert facts["critic has none"]
+    assert facts["base has none"]
+
+
+def test_an_interrupt_inside_leaves_the_model_as_it_was(facts) -> None:
+    assert facts["interrupted"]
+    assert facts["inference mode again"]
+    assert facts["unchanged after it"]
+    assert facts["hooks after it"] == 0
+    assert "used as a context" in facts["outside"]
+    assert facts["adapter freed"]
+
+
+def test_prompts_of_different_lengths_are_computed_as_if_alone(facts) -> None:
+    assert facts["lengths"] == [5, 9, 5, 5]
+    assert facts["ragged"] < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("torch.bfloat16", 0.2), ("torch.float16", 0.03)])
+def test_a_half_precision_base_trains_float32_adapters(facts, dtype: str, tolerance: float) -> None:
+    assert facts[dtype]["types"] == ["torch.float32"]
+    assert facts[dtype]["trains"]
+    assert facts[dtype]["error"] < tolerance
+
+
+def test_patches_and_wrappers_are_part_of_the_teacher(facts) -> None:
+    assert facts["wrappers called"] == ["function", "apply"]
+    assert facts["patch felt"] > 0.01
+    assert "called 2 times for one prediction" in facts["called twice"]
+
+
+def test_the_process_is_the_samplings(facts) -> None:
+    assert facts["sd3 shift"] == pytest.approx(3.0)
+    assert facts["flux shift"] == pytest.approx(math.exp(1.15))  # ComfyUI has the logarithm, 1.15
+    assert facts["x0"] == "'sample'"
+    assert facts["v_prediction"] == "'v_prediction'"
+    assert facts["last alpha"] == 0.0
+    assert facts["latent scale"] == pytest.approx(0.18215)  # Stable Diffusion 1.5's
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("masked prompt", "carries mask"),
+        ("no prompt", "positive CONDITIONING is empty"),
+        ("no adapter", "no student adapter"),
+        ("no such layer", "No layer of this model is called 'to_nothing'; a LoRA can be put on"),
+        ("another LoRA", "which has no layer down_blocks.0"),
+        ("reference latents", "Flux is conditioned on 'ref_latents'"),
+        ("lcm", "samples with ModelSamplingDiscreteDistilled, LCM, which cannot be distilled"),
+        ("eps without signal", "zero terminal SNR"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_in_words(facts, case: str, words: str) -> None:
+    assert words in facts[case]

@@ -89,7 +89,9 @@ def distil(family: str, folder: Path) -> None:
         for seed, role in enumerate(("student", "critic")):
             denoiser.add_adapter(role, 2, 4.0, TARGETS[family], seed=seed)
         with torch.no_grad():
-            channels = [state.shape[1] for state in denoiser.features(z0, t, conditions)]
+            states = denoiser.features(z0, t, conditions)
+        results |= {f"features.{index}": state for index, state in enumerate(states)}
+        channels = [state.shape[1] for state in states]
         torch.manual_seed(0)
         heads = Discriminator(channels, hidden=16).state_dict()
         updates = Updates(
