@@ -14,40 +14,26 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
+
+from ..families.published_loras import FACTS, published_network, write_published
 
 pytestmark = pytest.mark.comfy
 
 RANK = 2
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "proj_mlp")
 UNET_TARGETS = (*TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj")
+PUBLISHED = {"sd15": "flash-sd", "sdxl": "flash-sdxl", "sd3": "flash-sd3", "pixart": "flash-pixart"}
 PREFIX = {"sd15": "unet.", "sdxl": "base_model.model.", "sd3": "transformer.", "pixart": "base_model.model."}
 
 
 def diffusers_model(family: str) -> torch.nn.Module:
     """A model of the family at its published sizes (Flux with fewer blocks), without memory."""
-    if family == "sd15":
-        return UNet2DConditionModel(cross_attention_dim=768)
-    if family == "sdxl":
-        return UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-            use_linear_projection=True,
-        )
-    if family == "sd3":
-        return SD3Transformer2DModel(num_layers=24, num_attention_heads=24, pos_embed_max_size=192)
-    if family == "pixart":
-        return PixArtTransformer2DModel()
-    return FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+    if family == "flux":
+        with torch.device("meta"):
+            return FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+    return published_network(PUBLISHED[family])
 
 
 def save_lora(path: Path, model: torch.nn.Module, prefix: str) -> int:
@@ -72,12 +58,16 @@ def answers(
     folder = tmp_path_factory.mktemp("families")
     requests, totals = {}, {}
     for family in ("sd15", "sdxl", "sd3", "pixart", "flux"):
-        with torch.device("meta"):
-            model = diffusers_model(family)
+        model = diffusers_model(family)
         path = folder / f"{family}.safetensors"
         totals[family] = save_lora(path, model, PREFIX.get(family, "transformer."))
         shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
         requests[family] = {"shapes": shapes, "lora": str(path)}
+        if family in PUBLISHED:
+            name = PUBLISHED[family]
+            requests[name] = {"shapes": shapes, "lora": str(folder / f"{name}.safetensors")}
+            totals[name] = write_published(name, folder / f"{name}.safetensors", kohya=name == "flash-sdxl")
+    requests["sd3 model, sd15 lora"] = {"shapes": requests["sd3"]["shapes"], "lora": requests["sd15"]["lora"]}
     requests["sdxl model, sd15 lora"] = {"shapes": requests["sdxl"]["shapes"], "lora": requests["sd15"]["lora"]}
     requests["sd15 model, sdxl lora"] = {"shapes": requests["sd15"]["shapes"], "lora": requests["sdxl"]["lora"]}
     requests["sd15 model, sd3 lora"] = {"shapes": requests["sd15"]["shapes"], "lora": requests["sd3"]["lora"]}
@@ -97,12 +87,29 @@ def test_every_layer_is_patched(answers, family: str) -> None:
     assert total > 10
 
 
+@pytest.mark.parametrize("name", FACTS)
+def test_every_layer_of_the_published_files_is_patched_at_its_true_scale(answers, name: str) -> None:
+    """Flash PixArt has two layers for the picture's height and two for its width, stock models two for both."""
+    answer, total = answers[0][name], answers[1][name]
+    rank, _, alpha, _ = FACTS[name]
+    shared = 2 if name == "flash-pixart" else 0
+    assert "error" not in answer
+    assert answer["matched"] == answer["total"] == answer["patches"] == total - shared
+    assert answer["complete"]
+    assert answer["published"] == f"jasperai/{name}"
+    # What ComfyUI will multiply the update by; the shared layers hold their scale in their halves.
+    assert sorted(answer["scales"].items()) == sorted(
+        {str(alpha / rank): total - 2 * shared, **({"1.0": shared} if shared else {})}.items()
+    )
+
+
 @pytest.mark.parametrize(
     ("case", "lora", "model"),
     [
         ("sdxl model, sd15 lora", "SD 1.5 (attn2 reads 768 channels)", "SDXL (attn2 reads 2048 channels)"),
         ("sd15 model, sdxl lora", "SDXL (attn2 reads 2048 channels)", "SD15 (attn2 reads 768 channels)"),
-        ("sd15 model, sd3 lora", "SD3", "SD15 (attn2 reads 768 channels)"),
+        ("sd15 model, sd3 lora", "SD3 medium or SD3.5 medium", "SD15 (attn2 reads 768 channels)"),
+        ("sd3 model, sd15 lora", "SD 1.5 (attn2 reads 768 channels)", "SD3 (1536 channels wide)"),
     ],
 )
 def test_another_family_is_refused_with_both_names(answers, case: str, lora: str, model: str) -> None:

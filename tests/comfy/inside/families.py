@@ -3,13 +3,15 @@
 python families.py COMFYUI ROOT REQUESTS
 
 REQUESTS is a JSON file, {family: {"shapes": {diffusers key: shape}, "lora": path}}; the answer goes to stdout, one JSON
-object {family: {"matched", "total", "patched", "base", "model", "error"}}. The models are built without memory.
+object {family: {"base", "model", and "error" or "matched", "total", "patches", "scales", "complete", "published"}}. The
+models are built without memory.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from boot import boot
@@ -39,7 +41,10 @@ def main(comfyui: Path, root: Path, requests: Path) -> None:
         answer = {"base": describe_base(file), "model": describe_model(model)}
         try:
             patched, report = apply_lora(file, model, 1.0)
-            answer |= {"matched": report.matched, "total": report.layers, "patched": len(patched.patches)}
+            weights = [patch[1].weights for patches in patched.patches.values() for patch in patches]
+            scales = Counter(alpha / down.shape[0] for _, down, alpha, *_ in weights)
+            answer |= {"matched": report.matched, "total": report.layers, "patches": len(weights), "scales": scales}
+            answer |= {"complete": report.complete, "published": report.published}
         except LoraMismatch as error:
             answer["error"] = str(error)
         answers[family] = answer
