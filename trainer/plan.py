@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..flash_core.grid import timestep_mixture
+from ..flash_core.grid import NUM_MODES, timestep_mixture, trailing_timesteps
 from .assembly import add_adapters, needs_critic, needs_discriminator
 from .config import Recipe
 from .teachers import family, outline_teacher
@@ -39,7 +39,8 @@ def print_plan(recipe: Recipe, console: Console) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
     say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates")
-    say("modes weigh t = 999/749/499/249; passes are the teacher's, expected, with guidance")
+    modes = "/".join(f"{t:g}" for t in trailing_timesteps(outline.denoiser.process, NUM_MODES))
+    say(f"modes weigh t = {modes}; passes are the teacher's, expected, with guidance")
     console.print(_phases(recipe))
     effective = recipe.batch_size * recipe.gradient_accumulation
     say(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} samples a process")

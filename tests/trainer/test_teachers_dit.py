@@ -12,20 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from flash_diffusion.flash_core.denoiser import Conditioning, guided_z0, predict_z0
-from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
+from flash_diffusion.flash_core.distiller import PUBLISHED_PHASES, Distiller, DistillerSettings
 from flash_diffusion.flash_core.grid import trailing_fractions
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
-from flash_diffusion.trainer.config import ModelSection
+from flash_diffusion.trainer.assembly import assemble
+from flash_diffusion.trainer.config import ModelSection, load_recipe, parse_recipe
 from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.teachers import family as teacher_of
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
 
 from ..families.pipelines_dit import CLIP_WIDTHS, VAE_FACTORS, save_pipeline
 from ..families.single_file_dit import native_sd3
+from .models import tiny_recipe
 
 FAMILIES = ("pixart_alpha", "pixart_sigma", "sd3", "sd35")
 FLOWS = ("sd3", "sd35")
@@ -243,32 +247,31 @@ def test_a_deep_network_is_read_at_four_depths() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_changes_no_gradient(folder: Callable[..., Path], family: str) -> None:
-    teacher = load(family, folder(family))
-    z, t = batch(teacher)
-    conditioning = teacher.encode_prompts(PROMPTS)
-    teacher.denoiser.add_adapter("student", 4, 8, teacher.default_targets)
-    parameters = teacher.denoiser.adapter_parameters("student")
-    with torch.no_grad():
-        for name, value in parameters.items():
-            if ".lora_B." in name:
-                value.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+def test_gradient_checkpointing_changes_no_gradient(folder: Callable[..., Path], pictures: Path, family: str) -> None:
+    """All terms with a critic, the roles moving on while blocks are recomputed."""
+    content = tiny_recipe(folder(family), pictures)
+    content["model"]["family"] = family
+    content["data"]["resolution"] = SIZE
+    content["method"] |= {"fake_score": "critic", "solver": "euler" if family in FLOWS else "dpmpp_2m"}
     gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            teacher.denoiser.network.enable_gradient_checkpointing()
-        leaf = z.clone().requires_grad_()
-        with teacher.denoiser.role("student"):
-            features = teacher.denoiser.features(leaf, t, conditioning)
-            output = teacher.denoiser.predict(leaf, t, conditioning)
-            (output.square().mean() + features[0].square().mean()).backward()
-        gradients.append({name: value.grad.clone() for name, value in parameters.items() if value.grad is not None})
-        gradients[-1]["z"] = leaf.grad
-        teacher.denoiser.network.zero_grad()
-    assert len(gradients[0]) > len(parameters) / 2
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, value in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], value, msg=name)
+    for recompute in (False, True):
+        recipe = parse_recipe({**content, "gradient_checkpointing": recompute})
+        parts = assemble(recipe, Accelerator())
+        assert parts.teacher.denoiser.network.is_gradient_checkpointing is recompute
+        generator = torch.Generator().manual_seed(0)
+        student = parts.trained.parameters["student"]
+        with torch.no_grad():
+            for value in student.values():
+                value.add_(0.05 * torch.randn(value.shape, generator=generator))
+        z0, conditioning = parts.examples.batch(torch.tensor([0, 3]), "cpu")
+        phase = recipe.phases[1].phase()
+        rollout = parts.distiller.rollout(z0, conditioning, parts.teacher.unconditional(2), phase, generator)
+        step = parts.distiller.student_step(rollout, phase, generator)
+        assert set(step.terms) == {"distillation", "adversarial", "dmd", "total"}
+        gradients.append({name: value.grad for name, value in student.items()})
+    for name, plain in gradients[0].items():
+        assert plain is not None, name
+        torch.testing.assert_close(gradients[1][name], plain, atol=1e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -418,3 +421,29 @@ def test_load_file_reads_what_the_folder_has(folder: Callable[..., Path]) -> Non
     network = load("sd35", path).denoiser.network.state_dict()
     assert network.keys() == weights.keys()
     assert all(torch.equal(network[name], value) for name, value in weights.items())
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "teacher_steps", "guidance", "updates", "solver"),
+    [
+        ("pixart", "pixart_alpha", 16, (2, 9), 10_000, "dpmpp_2m"),
+        ("pixart_sigma", "pixart_sigma", 16, (2, 9), 10_000, "dpmpp_2m"),
+        ("sd3", "sd3", 32, (7, 13), 5_000, "euler"),
+        ("sd35", "sd35", 32, (7, 13), 5_000, "euler"),
+    ],
+)
+def test_the_recipes_have_the_papers_constants(
+    name: str, family: str, teacher_steps: int, guidance: tuple[float, float], updates: int, solver: str
+) -> None:
+    recipe = load_recipe(name)
+    assert recipe.model.family == family
+    assert recipe.model.path == teacher_of(family).default_config
+    assert [phase.phase() for phase in recipe.phases] == list(PUBLISHED_PHASES)
+    assert [phase.updates for phase in recipe.phases] == [updates] * 4
+    assert recipe.method.settings() == DistillerSettings(teacher_steps, solver, guidance)  # type: ignore[arg-type]
+    assert (recipe.lora.rank, recipe.lora.alpha) == (64, 64)
+    assert recipe.lora.targets == list(teacher_of(family).default_targets)
+    assert (recipe.optimizer.lr, recipe.optimizer.discriminator_lr) == (1e-5, 1e-5)

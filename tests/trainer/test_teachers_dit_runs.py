@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +13,20 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from flash_diffusion.flash_core.denoiser import predict_z0
 from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
-from flash_diffusion.trainer.config import parse_recipe
+from flash_diffusion.trainer.config import load_recipe, parse_recipe
 from flash_diffusion.trainer.generate import decode_pictures
-from flash_diffusion.trainer.loop import Run
+from flash_diffusion.trainer.loop import Run, distil
+from flash_diffusion.trainer.plan import print_plan
 from flash_diffusion.trainer.teachers import load_teacher
 
 from ..families.pipelines_dit import save_pipeline
@@ -178,3 +182,35 @@ def test_the_cards_way_to_draw_is_ours(distilled: SimpleNamespace, monkeypatch: 
     assert theirs.shape == (64, 64, 3)
     assert theirs.std() > 0.05
     np.testing.assert_allclose(ours, theirs, atol=0.6 / 255)
+
+
+RECIPES = {"pixart": "pixart_alpha", "pixart_sigma": "pixart_sigma", "sd3": "sd3", "sd35": "sd35"}
+
+
+@pytest.fixture
+def _own_precision() -> Iterator[None]:
+    """accelerate keeps one precision for a whole process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("_own_precision")
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shipped_recipe_runs_with_only_model_and_data_changed(name: str, pictures: Path, tmp_path: Path) -> None:
+    """But for the number of updates; in bfloat16, as it says, with the plan, a preview and the card."""
+    model = save_pipeline(RECIPES[name], tmp_path / "tiny")
+    changes = [f"model.path={model}", "data.source=folder", f"data.path={pictures}", "data.resolution=64"]
+    recipe = load_recipe(name, [*changes, *(f"phases.{phase}.updates=1" for phase in range(4))])
+    assert (recipe.model.dtype, recipe.precision) == ("bfloat16", "bf16")
+    plan = Console(record=True, width=120, file=io.StringIO())
+    print_plan(recipe, plan)
+    text = plan.export_text()
+    flow = name in FLOWS
+    assert f"{16 if flow else 4} x 8 x 8 a sample" in text
+    assert ("t = 1000/900/750/500" if flow else "t = 999/749/499/249") in text
+    file = read_lora(distil(recipe, tmp_path / "run"))
+    assert file.ranks == (64,)
+    assert file.metadata is not None
+    assert file.metadata.training["updates"] == "4"
+    assert len(list((tmp_path / "run" / "previews").iterdir())) == 1
