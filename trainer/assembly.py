@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..flash_core.denoiser import Conditioning
 from ..flash_core.discriminator import Discriminator
 from ..flash_core.distiller import Distiller
 from .checkpoint import Trained
@@ -18,6 +19,8 @@ from .config import OptimizerSection, Recipe
 from .data.examples import Examples, encode_examples
 from .errors import UserError
 from .perceptual import lpips
+from .tasks import build_task
+from .tasks.base import Task
 from .teachers import load_teacher
 from .teachers.base import Teacher
 from .teachers.denoiser import DiffusersDenoiser
@@ -60,11 +63,13 @@ class Assembly:
     """A run's parts.
 
     Attributes:
+        task: makes the examples' conditions beside text.
         trained: what a checkpoint holds; its parts are ``student``, and ``discriminator`` and ``critic`` where the
             recipe has them.
     """
 
     teacher: Teacher
+    task: Task
     examples: Examples
     distiller: Distiller
     trained: Trained
@@ -97,15 +102,20 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Assembly:
     Raises:
         UserError: the recipe does not fit the model or the data.
     """
+    task = build_task(recipe.task)
     teacher = load_teacher(recipe.model, str(accelerator.device), recipe.data.resolution)
     _check_solver(recipe, teacher)
+    _check_channels(task, teacher)
     with accelerator.autocast():
-        examples = encode_examples(recipe.data, teacher)
+        examples = encode_examples(recipe.data, teacher, task, recipe.task.variants, recipe.seed)
     denoiser = teacher.denoiser
     add_adapters(denoiser, recipe, teacher.default_targets)
     if recipe.gradient_checkpointing:
         denoiser.network.enable_gradient_checkpointing()
-    discriminator = _discriminator(teacher, recipe.seed, accelerator) if needs_discriminator(recipe) else None
+    discriminator = None
+    if needs_discriminator(recipe):
+        _, conditioning = examples.batch(torch.zeros(1, dtype=torch.long), accelerator.device)
+        discriminator = _discriminator(teacher, conditioning, recipe.seed, accelerator)
     perceptual = lpips(accelerator.device) if recipe.method.distillation == "lpips" else None
     distiller = Distiller(
         denoiser,
@@ -126,7 +136,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Assembly:
         parameters["critic"] = denoiser.adapter_parameters("critic")
         optimizers["critic"] = _adamw(parameters["critic"], section.critic_lr, section.betas, section)
     average = Average(parameters["student"], recipe.ema)
-    return Assembly(teacher, examples, distiller, Trained(parameters, optimizers, average.tensors), average)
+    return Assembly(teacher, task, examples, distiller, Trained(parameters, optimizers, average.tensors), average)
 
 
 def learning_rate_factor(section: OptimizerSection, update: int, progress: float) -> float:
@@ -156,13 +166,24 @@ def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
         raise UserError(f"method.solver: {teacher.name} is {kind} model; expected {wanted}, got {recipe.method.solver}")
 
 
+def _check_channels(task: Task, teacher: Teacher) -> None:
+    latent = teacher.latent_shape[0]
+    wanted, found = latent + task.extra_channels(latent), teacher.denoiser.network.config["in_channels"]
+    if found != wanted:
+        raise UserError(
+            f"task.name: {task.name} wants a model that reads {wanted} channels (latents of {latent} and "
+            f"{wanted - latent} of the task's), but {teacher.name} reads {found}; choose the model or the task that "
+            "belongs to the other"
+        )
+
+
 @torch.no_grad()
-def _discriminator(teacher: Teacher, seed: int, accelerator: Accelerator) -> Discriminator:
+def _discriminator(teacher: Teacher, conditioning: Conditioning, seed: int, accelerator: Accelerator) -> Discriminator:
     """Heads for the feature maps that this teacher has, counted by asking it once."""
     z = torch.zeros(1, *teacher.latent_shape, device=accelerator.device)
     t = torch.full((1,), teacher.denoiser.process.timestep(0.5), device=accelerator.device)
     with accelerator.autocast():
-        features = teacher.denoiser.features(z, t, teacher.unconditional(1))
+        features = teacher.denoiser.features(z, t, conditioning)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         discriminator = Discriminator([feature.shape[1] for feature in features])

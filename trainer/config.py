@@ -86,6 +86,16 @@ class DataSection(Section):
         return self
 
 
+class TaskSection(Section):
+    """What the model is conditioned on beside text."""
+
+    name: str = Field("text-to-image", description="one of the names `flash-diffusion distill --help` lists")
+    variants: Count = Field(
+        1, description="different conditions (masks, degradations) that each picture gets; drawn once, then kept"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
+
+
 class LoraSection(Section):
     """The adapters that train."""
 
@@ -223,6 +233,7 @@ class Recipe(Section):
 
     model: ModelSection
     data: DataSection
+    task: TaskSection = TaskSection()
     lora: LoraSection = LoraSection()
     method: MethodSection = MethodSection()
     phases: list[PhaseSection] = Field(min_length=1, description="in order")

@@ -7,10 +7,12 @@ import warnings
 from pathlib import Path
 
 from .config import load_recipe, shipped_recipes
+from .tasks import TASKS
 from .teachers import FAMILIES
 
 EPILOG = f"""shipped recipes: {", ".join(shipped_recipes())}
 model families: {", ".join(FAMILIES)}
+tasks: {", ".join(TASKS)}
 
 The folder it writes holds lora.safetensors, README.md (a model card), config.yaml (every setting, resolved), log.jsonl,
 previews/ (sample grids), tensorboard/ and checkpoints/. Several processes: accelerate launch -m flash_diffusion.trainer

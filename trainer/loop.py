@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, broadcast
 from torch import Tensor, nn
 
+from ..flash_core.denoiser import Conditioning
 from ..flash_core.distiller import Rollout
 from . import checkpoint
 from .assembly import Assembly, assemble, learning_rate_factor, needs_critic
@@ -30,7 +31,7 @@ from .data.trajectories import TrajectoryBank, record_trajectories
 from .errors import UserError
 from .export import export_run
 from .journal import Journal, Means
-from .preview import ROWS, EncodedPrompts, Preview, save_preview
+from .preview import Preview, preview_rows, save_preview
 from .seeds import stream
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,7 @@ class Run:
         teacher = self.parts.teacher
         self.preview: Preview | None = None
         if accelerator.is_main_process:
-            prompts = recipe.preview.prompts or self.parts.examples.prompts(ROWS)
-            self.preview = Preview(recipe, EncodedPrompts.of(teacher, prompts))
+            self.preview = Preview(recipe, preview_rows(self.parts, recipe.preview.prompts))
         self.state.teacher_hash = teacher.weights_hash()
         teacher.release_encoders()
         if last is not None:
@@ -213,12 +213,17 @@ class Run:
         self.state.position += self.accelerator.num_processes * size
         index = self.order.indices(first, size)
         device, distiller = self.accelerator.device, self.parts.distiller
-        unconditional = self.parts.teacher.unconditional(size)
         if self.bank is not None:
-            trajectory = self.bank.batch(index, self.parts.examples, unconditional, device)
+            trajectory = self.bank.batch(index, self.parts.examples, self._unconditional, device)
             return distiller.replay(trajectory, phase.phase(), self.generator)
         z0, conditioning = self.parts.examples.batch(index, device)
+        unconditional = self._unconditional(conditioning)
         return distiller.rollout(z0, conditioning, unconditional, phase.phase(), self.generator)
+
+    def _unconditional(self, conditioning: Conditioning) -> Conditioning:
+        """What guidance compares these conditions with."""
+        empty = self.parts.teacher.unconditional(len(conditioning))
+        return self.parts.task.unconditional(conditioning, empty)
 
     def _record_trajectories(self) -> None:
         section, journal = self.recipe.trajectories, self.journal
@@ -237,7 +242,7 @@ class Run:
                 section,
                 self.parts.distiller,
                 self.parts.examples,
-                self.parts.teacher.unconditional,
+                self._unconditional,
                 self.accelerator,
                 self.recipe.seed,
                 trajectory_fingerprint(self.recipe, self.state.teacher_hash),
@@ -334,6 +339,7 @@ def trajectory_fingerprint(recipe: Recipe, teacher_hash: str) -> str:
         (
             teacher_hash,
             recipe.data.model_dump(mode="json"),
+            recipe.task.model_dump(mode="json"),
             method.teacher_steps,
             method.solver,
             method.guidance,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -14,8 +15,12 @@ from ..flash_core.denoiser import Conditioning
 from .config import Recipe
 from .generate import Run, decode_pictures, sample_latents
 from .seeds import seed_of
+from .tasks.base import Task
 from .teachers.base import Teacher
 from .teachers.denoiser import DiffusersDenoiser
+
+if TYPE_CHECKING:
+    from .assembly import Assembly
 
 ROWS = 6  # prompts, where the recipe names none
 GAP = 4  # pixels between pictures
@@ -24,16 +29,16 @@ HEADER = 18  # pixels for the column's title
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """The model as ``generate.sample_latents`` wants it, its prompts encoded before the encoders were freed."""
+    """The model as ``generate.sample_latents`` wants it, its prompts encoded before the encoders were freed.
+
+    Attributes:
+        conditioning: of all the prompts, with those of the task.
+    """
 
     teacher: Teacher
+    task: Task
     prompts: tuple[str, ...]
     conditioning: Conditioning
-
-    @classmethod
-    def of(cls, teacher: Teacher, prompts: Sequence[str]) -> EncodedPrompts:
-        """Encode the prompts."""
-        return cls(teacher, tuple(prompts), teacher.encode_prompts(prompts))
 
     @property
     def denoiser(self) -> DiffusersDenoiser:
@@ -52,7 +57,8 @@ class EncodedPrompts:
 
     def unconditional(self, batch: int) -> Conditioning:
         """What guidance leads away from."""
-        return self.teacher.unconditional(batch)
+        assert batch == len(self.prompts)
+        return self.task.unconditional(self.conditioning, self.teacher.unconditional(batch))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1]."""
@@ -62,6 +68,22 @@ class EncodedPrompts:
         """The conditions of all the prompts, which are what is asked for."""
         assert tuple(prompts) == self.prompts
         return self.conditioning
+
+
+def preview_rows(parts: Assembly, prompts: Sequence[str]) -> EncodedPrompts:
+    """The rows of a run's grids: its prompts, each with the task's conditions of an example.
+
+    Args:
+        prompts: the recipe's; where there are none, the first captions of the data with their own examples. The task's
+            conditions of the recipe's prompts are those of the first examples, in order.
+    """
+    teacher, examples = parts.teacher, parts.examples
+    found = examples.first_captions(len(prompts) or ROWS)
+    texts = tuple(prompts or found)
+    samples = list(found.values())
+    index = torch.tensor([samples[row % len(samples)] for row in range(len(texts))])
+    conditioning = teacher.encode_prompts(texts).joined(examples.task.rows(index).to(teacher.device))
+    return EncodedPrompts(teacher, parts.task, texts, conditioning)
 
 
 class Preview:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_diffusion.flash_core.denoiser import Conditioning, guided_z0, predict_z0
+from flash_diffusion.flash_core.denoiser import Conditioning, guided_z0, predict_z0, unconditional_branch
 from flash_diffusion.flash_core.process import Process
 
 from .helpers.networks import AdapterDenoiser, process_name, processes, tokens
@@ -26,6 +26,9 @@ def full(batch: int, seed: int = 0) -> Conditioning:
         vector=draw(3),
         size_ids=draw(6),
         concat=draw(2, 4, 4),
+        image_tokens=draw(3, 5),
+        hint=draw(3, 8, 8),
+        noise_level=torch.arange(batch),
         residuals=(draw(3, 4, 4), draw(6, 2, 2)),
     )
 
@@ -48,9 +51,51 @@ def test_rows_reach_every_kind_of_condition() -> None:
     rows = conditioning.rows(torch.tensor([3, 0, 0]))
     assert len(conditioning) == 4
     assert len(rows) == 3
-    assert len(parts(rows)) == 7
+    assert len(parts(rows)) == 10
     for picked, whole in zip(parts(rows), parts(conditioning), strict=True):
         assert torch.equal(picked, whole[[3, 0, 0]])
+
+
+def test_text_and_task_are_joined() -> None:
+    whole = full(2)
+    text = Conditioning(cross_attention=whole.cross_attention, vector=whole.vector)
+    task = Conditioning(concat=whole.concat, residuals=whole.residuals)
+    joined = text.joined(task)
+    assert [id(tensor) for tensor in parts(joined)] == [id(tensor) for tensor in (*parts(text), *parts(task))]
+    assert same(text.joined(Conditioning()), text)
+    with pytest.raises(ValueError, match="concat, residuals"):
+        joined.joined(task)
+
+
+def test_guidance_compares_the_prompt_and_keeps_the_task() -> None:
+    whole = full(2)
+    empty = Conditioning(
+        cross_attention=torch.zeros(2, 7, 5),
+        attention_mask=torch.ones(2, 7),
+        vector=torch.zeros(2, 3),
+        size_ids=torch.ones(2, 6),
+    )
+    branch = unconditional_branch(whole, empty)
+    for name in ("cross_attention", "attention_mask", "vector", "size_ids"):
+        assert getattr(branch, name) is getattr(empty, name)
+    for name in ("concat", "image_tokens", "hint", "noise_level", "residuals"):
+        assert getattr(branch, name) is getattr(whole, name)
+
+
+def test_guidance_drops_what_the_task_says() -> None:
+    whole = full(2)
+    empty = Conditioning(cross_attention=torch.zeros(2, 7, 5))
+    branch = unconditional_branch(whole, empty, ("image_tokens", "residuals"))
+    assert branch.image_tokens is not None
+    assert not bool(branch.image_tokens.any())
+    assert branch.image_tokens.shape == whole.image_tokens.shape
+    assert [bool(tensor.any()) for tensor in branch.residuals] == [False, False]
+    assert branch.concat is whole.concat
+    assert branch.vector is whole.vector  # this model's empty prompt has none, so it is no matter of text
+    # What a text-to-image batch does not carry can't be dropped either.
+    assert same(unconditional_branch(Conditioning(cross_attention=whole.cross_attention), empty, ("hint",)), empty)
+    with pytest.raises(ValueError, match="no part called picture"):
+        unconditional_branch(whole, empty, ("picture",))
 
 
 @given(batches=st.lists(st.integers(1, 4), min_size=1, max_size=4))

@@ -14,12 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flash_diffusion.trainer.config import DataSection, ModelSection
+from flash_diffusion.flash_core.denoiser import Conditioning
+from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
 from flash_diffusion.trainer.data.examples import encode_examples
 from flash_diffusion.trainer.data.order import Order
 from flash_diffusion.trainer.data.sources import read_samples, to_tensor
 from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.tasks import build_task
+from flash_diffusion.trainer.tasks.base import NoOptions, Task
 from flash_diffusion.trainer.teachers import load_teacher
+from flash_diffusion.trainer.teachers.base import Teacher
 
 from .models import CAPTIONS
 
@@ -193,7 +197,7 @@ def test_a_wide_picture_keeps_its_middle() -> None:
 
 def test_examples_hold_what_the_teachers_encoders_say(tiny_model: Path, pictures: Path) -> None:
     teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
-    examples = encode_examples(section("folder", pictures, encode_batch=4), teacher)
+    examples = encode_examples(section("folder", pictures, encode_batch=4), teacher, build_task(TaskSection()))
     samples = list(read_samples(section("folder", pictures)))
     images = torch.stack([to_tensor(sample.image, (64, 64)) for sample in samples])
     z0, conditioning = examples.batch(torch.tensor([5, 1]), "cpu")
@@ -202,3 +206,53 @@ def test_examples_hold_what_the_teachers_encoders_say(tiny_model: Path, pictures
     wanted = teacher.encode_prompts([CAPTIONS[5], CAPTIONS[1]]).cross_attention
     torch.testing.assert_close(conditioning.cross_attention, wanted, atol=1e-5, rtol=1e-5)
     assert len(examples.conditioning) == 5  # six captions, two of them equal
+
+
+class Brightness(Task):
+    """The picture's mean and a random number as two channels."""
+
+    name = "brightness"
+
+    def extra_channels(self, latent_channels: int) -> int:
+        return 2
+
+    def conditions(self, images: torch.Tensor, teacher: Teacher, generator: torch.Generator) -> Conditioning:
+        means = images.mean((1, 2, 3))
+        both = torch.stack([means, torch.rand(len(images), generator=generator)], 1)
+        return Conditioning(concat=both[:, :, None, None].expand(-1, -1, 8, 8))
+
+
+def test_each_picture_keeps_its_variants_of_the_tasks_conditions(tiny_model: Path, pictures: Path) -> None:
+    teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
+    data, task = section("folder", pictures, encode_batch=4), Brightness(NoOptions())
+    examples = encode_examples(data, teacher, task, variants=3, seed=1)
+    assert len(examples) == 18
+    z0, conditioning = examples.batch(torch.arange(18), "cpu")
+    means = torch.stack([to_tensor(sample.image, (64, 64)).mean() for sample in read_samples(data)])
+    assert conditioning.concat is not None
+    torch.testing.assert_close(conditioning.concat[:, 0, 0, 0], means.repeat_interleave(3))
+    assert len(conditioning.concat[:, 1, 0, 0].unique()) == 18
+    assert torch.equal(z0[3], z0[5])
+    assert not torch.equal(z0[2], z0[3])
+    _, again = encode_examples(data, teacher, task, variants=3, seed=1).batch(torch.arange(18), "cpu")
+    assert again.concat is not None
+    assert torch.equal(again.concat, conditioning.concat)
+    first = examples.first_captions(3)
+    assert list(first) == list(dict.fromkeys(CAPTIONS))[:3]
+    for caption, index in first.items():
+        wanted = teacher.encode_prompts([caption]).cross_attention
+        torch.testing.assert_close(conditioning.rows(torch.tensor([index])).cross_attention, wanted)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"name": "painting"}, ["task.name", "'painting'", "text-to-image"]),
+        ({"options": {"strength": 2}}, ["task.options.strength", "text-to-image"]),
+    ],
+)
+def test_unknown_tasks_and_options_are_named(content: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        build_task(TaskSection.model_validate(content))
+    for word in words:
+        assert word in str(caught.value)

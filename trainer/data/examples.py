@@ -1,4 +1,4 @@
-"""Training examples in memory: latents and the conditions of their captions, computed once."""
+"""Training examples in memory: latents, the conditions of their captions and those of their task, computed once."""
 
 from __future__ import annotations
 
@@ -12,49 +12,69 @@ from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning
 from ..config import DataSection
+from ..seeds import stream
 from .sources import Sample, read_samples, to_tensor
 
 if TYPE_CHECKING:
+    from ..tasks.base import Task
     from ..teachers.base import Teacher
 
 
 @dataclass(frozen=True)
 class Examples:
-    """N encoded samples on the CPU.
+    """N encoded pictures on the CPU, each with V variants of its task's conditions: N V samples.
 
     Attributes:
         latents: (N, C, h, w).
         captions: N texts.
-        conditioning: of the M distinct captions; what a task makes from a picture (masks, edges) would be per sample.
-        row: (N,) each sample's row of ``conditioning``.
+        conditioning: of the M distinct captions.
+        row: (N,) each picture's row of ``conditioning``.
+        task: (N V) what the task made of the pictures, variant after variant of each; empty for text-to-image.
+        variants: V.
     """
 
     latents: Tensor
     captions: tuple[str, ...]
     conditioning: Conditioning
     row: Tensor
+    task: Conditioning
+    variants: int
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.latents) * self.variants
 
     def batch(self, index: Tensor, device: torch.device | str) -> tuple[Tensor, Conditioning]:
         """Latents (B, C, h, w) and conditions of the samples at ``index`` (B,), on ``device``."""
-        return self.latents[index].to(device), self.conditioning.rows(self.row[index]).to(device)
+        picture = index // self.variants
+        conditioning = self.conditioning.rows(self.row[picture]).joined(self.task.rows(index))
+        return self.latents[picture].to(device), conditioning.to(device)
 
-    def prompts(self, count: int) -> list[str]:
-        """The first ``count`` distinct captions."""
-        return list(dict.fromkeys(self.captions))[:count]
+    def first_captions(self, count: int) -> dict[str, int]:
+        """The first ``count`` distinct captions, each with the index of a sample that has it."""
+        found: dict[str, int] = {}
+        for picture, caption in enumerate(self.captions):
+            if len(found) < count:
+                found.setdefault(caption, picture * self.variants)
+        return found
 
 
 @torch.no_grad()
-def encode_examples(data: DataSection, teacher: Teacher) -> Examples:
-    """Read all samples and encode pictures and captions with the teacher's own encoders."""
+def encode_examples(data: DataSection, teacher: Teacher, task: Task, variants: int = 1, seed: int = 0) -> Examples:
+    """Read all samples and encode pictures, captions and the task's conditions with the teacher's own encoders.
+
+    Args:
+        variants: how often the task draws its conditions for each picture.
+        seed: of those draws.
+    """
+    generator = stream(seed, "task")
     latents: list[Tensor] = []
     captions: list[str] = []
+    conditions: list[Conditioning] = []
     for samples in _batches(read_samples(data), data.encode_batch):
-        images = torch.stack([to_tensor(sample.image, teacher.resolution) for sample in samples])
-        latents.append(teacher.encode(images.to(teacher.device)).cpu())
+        images = torch.stack([to_tensor(sample.image, teacher.resolution) for sample in samples]).to(teacher.device)
+        latents.append(teacher.encode(images).cpu())
         captions.extend(sample.caption for sample in samples)
+        conditions.append(task.conditions(images.repeat_interleave(variants, 0), teacher, generator).to("cpu"))
     distinct = list(dict.fromkeys(captions))
     parts = [
         teacher.encode_prompts(distinct[first : first + data.encode_batch]).to("cpu")
@@ -66,6 +86,8 @@ def encode_examples(data: DataSection, teacher: Teacher) -> Examples:
         tuple(captions),
         Conditioning.cat(parts),
         torch.tensor([position[caption] for caption in captions]),
+        Conditioning.cat(conditions),
+        variants,
     )
 
 

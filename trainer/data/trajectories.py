@@ -48,9 +48,13 @@ class TrajectoryBank:
         return len(self.sample)
 
     def batch(
-        self, index: Tensor, examples: Examples, unconditional: Conditioning, device: torch.device | str
+        self,
+        index: Tensor,
+        examples: Examples,
+        unconditional: Callable[[Conditioning], Conditioning],
+        device: torch.device | str,
     ) -> Trajectory:
-        """The trajectories at ``index`` (B,), on ``device``."""
+        """The trajectories at ``index`` (B,), on ``device``; ``unconditional`` makes a branch from the conditions."""
         z0, conditioning = examples.batch(self.sample[index], device)
         return Trajectory(
             self.indices,
@@ -59,7 +63,7 @@ class TrajectoryBank:
             z0,
             self.guidance[index].to(device),
             conditioning,
-            unconditional,
+            unconditional(conditioning),
         )
 
 
@@ -68,7 +72,7 @@ def record_trajectories(
     section: TrajectorySection,
     distiller: Distiller,
     examples: Examples,
-    unconditional: Callable[[int], Conditioning],
+    unconditional: Callable[[Conditioning], Conditioning],
     accelerator: Accelerator,
     seed: int,
     fingerprint: str,
@@ -105,7 +109,7 @@ def record_trajectories(
             index = order.indices(first, count)
             z0, conditioning = examples.batch(index, accelerator.device)
             trajectory = distiller.trajectory(
-                z0, conditioning, unconditional(count), stream(seed, "trajectory", number)
+                z0, conditioning, unconditional(conditioning), stream(seed, "trajectory", number)
             )
             _write(path, trajectory, index, fingerprint)
         advance(count)
