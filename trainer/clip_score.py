@@ -55,9 +55,10 @@ class ClipScorer:
             # By name: the class that transformers would choose needs torchvision, and resizes a little differently.
             processor = CLIPImageProcessor.from_pretrained(source)
         except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
             raise UserError(
-                f"--clip: {source!r} can't be loaded ({str(error).splitlines()[0]}); expected a folder or a Hub name "
-                "of a CLIP for transformers with model.safetensors, tokenizer and preprocessor_config.json"
+                f"--clip: {source!r} can't be loaded ({reason}); expected a folder or a Hub name of a CLIP for "
+                "transformers with model.safetensors, tokenizer and preprocessor_config.json"
             ) from error
         if Path(source).is_dir():
             name = f"{Path(source).name} ({fingerprint(Path(source))})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -224,10 +225,15 @@ def measure_on_coco(args: argparse.Namespace, console: Console) -> bool:
         pictures=args.pictures,
     )
     # A process waits for the slowest one, which may have many pictures to make.
-    state = PartialState(timeout=timedelta(days=7))
+    state = PartialState(cpu=pick_device(args) == "cpu", timeout=timedelta(days=7))
+    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != state.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but {pick_device(args)} can't be shared out between them here; "
+            "launch one, or pass --device cpu"
+        )
     if not state.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
-    device = args.device or state.device
+    device = state.device if args.device in (None, state.device.type) else args.device  # a process, a device
     return zero_shot(
         coco,
         protocol,

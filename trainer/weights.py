@@ -58,9 +58,10 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{path} can't be read as tensors by name: it is damaged, or holds something else, which is not loaded "
-            f"({str(error).splitlines()[0]})"
+            f"({reason})"
         ) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds something else than tensors by name; expected a network's weights")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -19,62 +17,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flash_diffusion.flash_core.denoiser import Conditioning, Role
-from flash_diffusion.flash_core.lora import FlashMetadata, write_lora
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.trainer import metrics
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.comparison import evaluate, fitting_classes, targets
-from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.demo.features import FeatureNetwork
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.generate import Run, decode_pictures, default_solver, noise_source, sample_latents
 from flash_diffusion.trainer.measure import Options, few_step_runs
 from flash_diffusion.trainer.reference import Origin, Reference, draw, fingerprint
-from flash_diffusion.trainer.teachers import load_teacher
 
 from .models import CAPTIONS
-
-SHAPE = (3, 4, 4)
-COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "white": (1.0, 1.0, 1.0)}
-SPREAD = 0.3  # standard deviation of every pixel around its prompt's colour
-
-
-class Paints:
-    """A text-to-image model whose data are Gaussian given the prompt, so that its best z0 is known in closed form."""
-
-    latent_shape = SHAPE
-    device = torch.device("cpu")
-
-    def __init__(self, bias: float = 0.0, process: VPProcess | FlowProcess | None = None) -> None:
-        self.process = process or FlowProcess()
-        self.denoiser = self
-        self.bias = bias  # of the student's colours
-        self.current: Role = "teacher"
-        self.passes = 0
-
-    @contextmanager
-    def role(self, role: Role) -> Iterator[None]:
-        previous, self.current = self.current, role
-        yield
-        self.current = previous
-
-    def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        self.passes += len(z_t)
-        assert conditioning.vector is not None
-        mean = conditioning.vector[:, :, None, None] + (self.bias if self.current == "student" else 0.0)
-        alpha, sigma = (value.reshape(-1, 1, 1, 1) for value in self.process.alpha_sigma(t))
-        gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
-        return self.process.output_from_z0(z_t, mean + gain * (z_t - alpha * mean), t)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(vector=torch.tensor([COLOURS[prompt] for prompt in prompts]))
-
-    def unconditional(self, batch: int) -> Conditioning:
-        return Conditioning(vector=torch.zeros(batch, 3))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents / 3
+from .paints import COLOURS, SHAPE, SPREAD, Paints
+from .stand_ins import random_lora
 
 
 class Eye:
@@ -448,23 +403,8 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LoRA of the tiny model, strong enough to be seen."""
-    teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
-    teacher.denoiser.add_adapter("student", 4, 4, ["to_q", "to_v"])
-    with torch.no_grad():
-        for name, value in teacher.denoiser.adapter_parameters("student").items():
-            value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
-    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    metadata = FlashMetadata(
-        base="sd15",
-        prediction="epsilon",
-        process="vp",
-        timesteps={1: (999.0,)},
-        title="Tiny",
-        teacher_hash=teacher.weights_hash(),
-    )
-    write_lora(path, teacher.denoiser.adapter("student"), metadata)
-    return path
+    """A random LoRA of the tiny model."""
+    return random_lora(tiny_model, tmp_path_factory.mktemp("lora") / "lora.safetensors")
 
 
 def test_the_command_on_a_diffusers_folder(

@@ -1,4 +1,4 @@
-"""Stand-ins for what zero-shot scores need, made on the spot: a COCO folder, Inception's weights, a CLIP."""
+"""Stand-ins for what evaluations need, made on the spot: a LoRA, a COCO folder, Inception's weights, a CLIP."""
 
 from __future__ import annotations
 
@@ -10,11 +10,33 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from flash_diffusion.flash_core.lora import FlashMetadata, write_lora
+from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.inception import Inception
+from flash_diffusion.trainer.teachers import load_teacher
 
 from ..families.pipelines import clip_tokenizer
 
 CAPTIONS = ("red ball", "green box", "blue cone", "a yellow star", "grey cloud", "white cup")
+
+
+def random_lora(model: Path, path: Path) -> Path:
+    """A random LoRA of a Stable Diffusion 1.5 in a diffusers folder, strong enough to be seen."""
+    teacher = load_teacher(ModelSection(family="sd15", path=str(model)))
+    teacher.denoiser.add_adapter("student", 4, 4, ["to_q", "to_v"])
+    with torch.no_grad():
+        for name, value in teacher.denoiser.adapter_parameters("student").items():
+            value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+    metadata = FlashMetadata(
+        base="sd15",
+        prediction="epsilon",
+        process="vp",
+        timesteps={1: (999.0,)},
+        title="Tiny",
+        teacher_hash=teacher.weights_hash(),
+    )
+    write_lora(path, teacher.denoiser.adapter("student"), metadata)
+    return path
 
 
 def coco_folder(folder: Path, pictures: int = 12, split: str = "val2017") -> Path:
@@ -59,12 +81,12 @@ def inception_file(path: Path) -> Path:
 
 def tiny_clip(folder: Path) -> Path:
     """A random CLIP of the true class with its tokenizer and picture processor, as a transformers folder."""
-    tokenizer = clip_tokenizer(folder / "vocabulary")
+    tokenizer = clip_tokenizer(folder / "vocabulary", length=77)
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": 16,
+        "max_position_embeddings": tokenizer.model_max_length,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
