@@ -63,6 +63,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
         base=teacher.base,
         prediction=process.prediction,
         process="flow" if isinstance(process, FlowProcess) else "vp",
+        task=recipe.task.name,
         timesteps={steps: tuple(trailing_timesteps(process, steps)) for steps in range(1, MAX_FEW_STEPS + 1)},
         steps=BEST_STEPS,
         title=f"Flash LoRA of {outline.name}",
