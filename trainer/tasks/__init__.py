@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # What a recipe calls the task -> (module here, class there). The modules are heavy: imported when asked for.
 TASKS = {
     "text-to-image": ("base", "TextToImage"),
+    "inpainting": ("inpainting", "Inpainting"),
+    "super-resolution": ("super_resolution", "SuperResolution"),
 }
 
 

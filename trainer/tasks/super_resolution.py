@@ -1,0 +1,91 @@
+"""Super-resolution with models that read the low-resolution picture as further channels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ...flash_core.denoiser import Conditioning
+from ...flash_core.process import VPProcess
+from ..config import Section
+from ..errors import UserError
+from .base import Task
+from .degradation import degrade
+
+if TYPE_CHECKING:
+    from ..teachers.base import Teacher
+
+PIXEL_CHANNELS = 3
+Strength = Annotated[float, Field(ge=0)]
+Quality = Annotated[int, Field(ge=1, le=95)]
+
+
+class SuperResolutionOptions(Section):
+    """How pictures are made worse, and how the model reads them."""
+
+    scale: int = Field(4, ge=2, description="how many times larger the result is")
+    reads: Literal["latent", "pixels"] = Field(
+        "latent",
+        description="latent: the enlarged picture's latents join the noisy ones; pixels: the small picture itself "
+        "does, which then has the latent's size (the SD x4 upscaler)",
+    )
+    blur: tuple[Strength, Strength] = Field((0.0, 0.5), description="Gaussian blur, in pixels of the small picture")
+    noise: tuple[Strength, Strength] = Field((0.0, 0.02), description="Gaussian noise, of a range of [0, 1]")
+    jpeg: tuple[Quality, Quality] | None = Field((60, 95), description="JPEG's quality; null for none")
+    noise_level: tuple[int, int] | None = Field(
+        None,
+        description="for models that are told it (the SD x4 upscaler): low and high of the noise added to the small "
+        "picture, as timesteps of Stable Diffusion's schedule",
+    )
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> SuperResolutionOptions:
+        for name in ("blur", "noise", "jpeg", "noise_level"):
+            limits = getattr(self, name)
+            if limits is not None and limits[0] > limits[1]:
+                raise ValueError(f"{name} is [low, high], got {list(limits)}")
+        return self
+
+
+class SuperResolution(Task):
+    """A sharp picture from a small one; both branches of guidance see the small one."""
+
+    name = "super-resolution"
+    options_class: ClassVar[type[Section]] = SuperResolutionOptions
+    options: SuperResolutionOptions
+
+    def extra_channels(self, latent_channels: int) -> int:
+        """The enlarged picture's latents, or the small picture's three colours."""
+        return latent_channels if self.options.reads == "latent" else PIXEL_CHANNELS
+
+    def conditions(self, images: Tensor, teacher: Teacher, generator: torch.Generator) -> Conditioning:
+        """Degrade each picture, and bring what is left into the model's channels."""
+        options = self.options
+        small = degrade(images, options.scale, generator, blur=options.blur, noise=options.noise, jpeg=options.jpeg)
+        level = None
+        if options.noise_level is not None:
+            low, high = options.noise_level
+            level = torch.randint(low, high + 1, (len(small),), generator=generator).to(small.device)
+            noise = torch.randn(small.shape, generator=generator).to(small)
+            # The upscaler's own schedule for its input: Stable Diffusion's, whatever its denoiser's is.
+            small = VPProcess.from_betas().add_noise(small, noise, level)
+        if options.reads == "latent":
+            return Conditioning(concat=low_resolution_latents(small, images.shape[-2:], teacher), noise_level=level)
+        size = teacher.latent_shape[1:]
+        if tuple(small.shape[-2:]) != tuple(size):
+            raise UserError(
+                f"task.options.reads: 'pixels' joins the small picture to the latent, but it has "
+                f"{small.shape[-2]} x {small.shape[-1]} pixels and the latent is {size[0]} x {size[1]}; set "
+                f"task.options.scale to {teacher.scale_factor}, or reads to 'latent'"
+            )
+        return Conditioning(concat=small, noise_level=level)
+
+
+def low_resolution_latents(small: Tensor, size: tuple[int, int], teacher: Teacher) -> Tensor:
+    """The latents (B, C, h, w) of small pictures (B, 3, h', w') in [-1, 1], enlarged to ``size`` pixels."""
+    enlarged = F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    return teacher.encode(enlarged)
