@@ -328,6 +328,19 @@ def test_a_single_file_is_the_folder(
         torch.testing.assert_close(teacher.decode(z), expected.decode(z))
 
 
+def test_a_single_file_says_its_own_family(folder: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"model\.safetensors is no SD3 or SD3\.5 checkpoint"):
+        load("sd3", path, config=str(folder("sd3")))
+    save_file(native_sd3(folder("sd35")), path)
+    with pytest.raises(UserError, match="model is of the family sd35, not sd3"):
+        load("sd3", path, config=str(folder("sd3")))
+    path.write_bytes(b"not safetensors at all")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load("sd3", path, config=str(folder("sd3")))
+
+
 def test_a_single_file_of_pixart_is_refused_in_words(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "pixart.safetensors")
     with pytest.raises(UserError, match=r"pixart\.safetensors is a single file.*diffusers can't read.*folder"):

@@ -157,7 +157,7 @@ def load_pipeline(
             loaded = pipeline.from_single_file(
                 str(source.file), config=source.config, torch_dtype=dtype, **given, **options
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
         # A weight that the file lacks stays on the meta device, which is all that can be said of it then.
         reason = "it lacks some of the weights" if isinstance(error, NotImplementedError) else error
         raise UserError(
@@ -185,17 +185,22 @@ def _from_folder(
         raise UserError(f"{message}: {error}") from error
 
 
-def _absent_parts(file: Path, parts: Sequence[str]) -> list[str]:
-    """Which of the parts a single file has no weights of.
+def weight_names(file: Path) -> list[str]:
+    """The names of a single file's tensors.
 
     Raises:
         UserError: it is no safetensors file.
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
+            return list(opened.keys())
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.path: {file} is not a readable safetensors file: {error}") from error
+
+
+def _absent_parts(file: Path, parts: Sequence[str]) -> list[str]:
+    """Which of the parts a single file has no weights of."""
+    names = weight_names(file)
     known = {part: prefixes for part, prefixes in SINGLE_FILE_PARTS.items() if part in parts}
     return [part for part, prefixes in known.items() if not any(name.startswith(prefixes) for name in names)]
 

@@ -13,17 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors import safe_open
 from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning
 from ..config import ModelSection
 from ..errors import UserError
-from .loading import Source
+from .loading import SINGLE_FILE_PARTS, Source, weight_names
 from .transformer import TransformerDenoiser, TransformerTeacher
 
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
-T5_KEY = "text_encoders.t5xxl.transformer.shared.weight"  # of single files that have T5
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +64,31 @@ class StableDiffusion3(TransformerTeacher):
     )  # fmt: skip
 
     @classmethod
+    def locate(cls, model: ModelSection) -> Source:
+        """Where the model is; a single file says by its layers' names which family it is of.
+
+        Raises:
+            UserError: nothing there that can be loaded, or a file of another family.
+        """
+        source = super().locate(model)
+        if source.file is not None:
+            names = weight_names(source.file)
+            if not any("joint_blocks." in name for name in names):
+                raise UserError(f"model.path: {source.file} is no SD3 or SD3.5 checkpoint: it has no joint blocks")
+            cls._check_generation(any(name.endswith(".x_block.attn.ln_q.weight") for name in names), source.name)
+        return source
+
+    @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:
         """SD3.5 normalises queries and keys, SD3 does not."""
         kind = config.get("_class_name")
         if kind != SD3Transformer2DModel.__name__:
             raise UserError(f"model.family: the transformer of {name} is {kind}; expected an SD3 or SD3.5 model")
-        found = "sd35" if config.get("qk_norm") or config.get("dual_attention_layers") else "sd3"
+        cls._check_generation(bool(config.get("qk_norm")), name)
+
+    @classmethod
+    def _check_generation(cls, normalised: bool, name: str) -> None:
+        found = "sd35" if normalised else "sd3"
         if found != cls.base:
             raise UserError(f"model.family: {name} is of the family {found}, not {cls.base}; set model.family: {found}")
 
@@ -105,13 +122,11 @@ class StableDiffusion35(StableDiffusion3):
 
 def _has_t5(source: Source) -> bool:
     """Whether the third text encoder is in the single file, else in the folder or the Hub's repository."""
-    if source.file is not None:
-        with safe_open(source.file, framework="pt") as file:
-            if T5_KEY in file.keys():  # noqa: SIM118
-                return True
-        # Of the configuration that stands in for what the file lacks, only a folder here has weights for sure.
-        return any(Path(source.config, "text_encoder_3").glob("*.safetensors"))
     folder = Path(source.config)
+    if source.file is not None:
+        included = any(name.startswith(SINGLE_FILE_PARTS["text_encoder_3"]) for name in weight_names(source.file))
+        # Of the configuration that stands in for what the file lacks, only a folder here has weights for sure.
+        return included or any((folder / "text_encoder_3").glob("*.safetensors"))
     index = source.part_config("")
     return all(
         (index.get(part) or [None])[0] is not None and (not folder.is_dir() or (folder / part).is_dir())
