@@ -207,6 +207,22 @@ def test_a_model_says_its_own_facts(folder: Callable[..., Path], family: str) ->
         torch.testing.assert_close(process.alphas_cumprod.float(), theirs)
 
 
+def test_prompts_that_are_too_long_are_cut_with_one_warning(folder: Callable[..., Path]) -> None:
+    teacher = load("sd3", folder("sd3"))
+    messages: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("diffusers").addHandler(listener)
+    try:
+        for _ in range(3):
+            long = teacher.encode_prompts(["red ball " * 200])
+    finally:
+        logging.getLogger("diffusers").removeHandler(listener)
+    assert long.cross_attention is not None
+    assert long.cross_attention.shape[1] == 16 + 256
+    assert sum("was truncated" in message for message in messages) == 1
+
+
 # -- features, precision, memory ---------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from flash_diffusion.flash_core.denoiser import predict_z0
 from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
-from flash_diffusion.trainer.config import load_recipe, parse_recipe
+from flash_diffusion.trainer.config import ModelSection, load_recipe, parse_recipe
 from flash_diffusion.trainer.generate import decode_pictures
 from flash_diffusion.trainer.loop import Run, distil
 from flash_diffusion.trainer.plan import print_plan
@@ -182,6 +182,20 @@ def test_the_cards_way_to_draw_is_ours(distilled: SimpleNamespace, monkeypatch: 
     assert theirs.shape == (64, 64, 3)
     assert theirs.std() > 0.05
     np.testing.assert_allclose(ours, theirs, atol=0.6 / 255)
+
+
+def test_a_style_lora_is_merged_into_the_teacher(distilled: SimpleNamespace) -> None:
+    """The exported LoRA as a style: the teacher that wears it computes what the student does."""
+    styles = [{"path": distilled.lora, "strength": 1.0}]
+    section = ModelSection(family=distilled.family, path=str(distilled.model), style_lora=styles)  # type: ignore[arg-type]
+    teacher = distilled.run.parts.teacher
+    z = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([900.0, 499.0])
+    with torch.no_grad():
+        with distilled.run.parts.average.applied(), teacher.denoiser.role("student"):
+            student = teacher.denoiser.predict(z, t, distilled.conditioning)
+        worn = load_teacher(section, resolution=64).denoiser.predict(z, t, distilled.conditioning)
+    torch.testing.assert_close(worn, student, atol=1e-5, rtol=1e-5)
 
 
 RECIPES = {"pixart": "pixart_alpha", "pixart_sigma": "pixart_sigma", "sd3": "sd3", "sd35": "sd35"}

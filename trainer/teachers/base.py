@@ -8,8 +8,10 @@ its network is called and what its prompts become.
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -96,6 +98,7 @@ class Teacher(ABC):
         self.latent_shape = latent_shape
         self.scale_factor = _scale_factor(self.vae.config)
         self.name = name
+        self._warned = False
         self._empty = self.encode_empty()
 
     # -- what a family says ------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ class Teacher(ABC):
         """Conditions of the prompts, as the family's stock pipeline makes them; long ones are cut as there."""
         if self.pipeline is None:
             raise RuntimeError("the text encoders were released; encode prompts before release_encoders()")
-        with self._full_precision():
+        with self._full_precision(), self._one_warning_of_cut_prompts():
             return self.text_conditions(prompts)
 
     def unconditional(self, batch: int) -> Conditioning:
@@ -236,6 +239,22 @@ class Teacher(ABC):
                 digest.update(name.replace(".base_layer", "").encode())
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    @contextmanager
+    def _one_warning_of_cut_prompts(self) -> Iterator[None]:
+        """Pipelines warn of every prompt that is too long for their encoders; here, of the first."""
+
+        def first(record: logging.LogRecord) -> bool:
+            cut = "was truncated" in record.getMessage()
+            self._warned, told = self._warned or cut, self._warned
+            return not (cut and told)
+
+        logger = logging.getLogger(type(self.pipeline).__module__)
+        logger.addFilter(first)
+        try:
+            yield
+        finally:
+            logger.removeFilter(first)
 
     def _full_precision(self) -> torch.autocast:
         """Autocast is off: VAEs overflow or blur in few bits, and what is encoded once may be encoded well."""
