@@ -174,7 +174,7 @@ def flash_grid(
     else:
         facts.append(f"predicts {in_words(process.prediction)}")
     if trained and steps not in trained:
-        facts.append(f"the LoRA was trained for {', '.join(str(count) for count in sorted(trained))}")
+        facts.append(f"the LoRA was trained for {', '.join(str(count) for count in sorted(trained))} steps")
     if grid == "custom":
         chosen = custom_timesteps(process, timesteps, denoise)
     elif grid == "reference":
@@ -186,7 +186,7 @@ def flash_grid(
     return FlashGrid(
         timesteps=tuple(chosen),
         sigmas=torch.tensor([*(sigma_of_timestep(sampling, t) for t in chosen), 0.0]),
-        text=f"t = {', '.join(f'{t:.0f}' for t in chosen)} ({', '.join([evaluations, *facts])})",
+        text=f"t = {', '.join(f'{round(t, 1):g}' for t in chosen)} ({', '.join([evaluations, *facts])})",
     )
 
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_base
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -18,6 +19,7 @@ from .few_step import GRIDS, GridName, flash_grid, flash_sampler
 from .schema import advanced, node_schema, show_text
 
 MAX_SEED = 2**64 - 1
+PIXART_MINIMUM = 66  # latent height + width from which its position embeddings in ComfyUI do not divide by zero
 
 STEPS_TOOLTIP = (
     "Model evaluations. Each step count has its own trained timesteps (4: t = 999, 749, 499, 249). They are shown on "
@@ -88,6 +90,13 @@ def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
     ratios = {name: latent.get(name) for name in sizes if name in known}
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
     channels = model.get_model_object("latent_format").latent_channels
+    if isinstance(model.model, comfy.model_base.PixArt):
+        height, width = samples.shape[-2:]
+        if height % 2 or width % 2 or height + width < PIXART_MINIMUM:
+            raise ValueError(
+                f"This latent is for a picture of {8 * width} x {8 * height} pixels. ComfyUI's PixArt works on sides "
+                "that are multiples of 16, and from 264 on. Choose such a size, at best one near the model's own."
+            )
     if not samples.is_nested and samples.shape[1] != channels:
         raise ValueError(
             f"This latent has {samples.shape[1]} channels, the model works on {channels}. Encode the picture with the "

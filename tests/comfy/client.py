@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
-PREVIEW_IMAGE, PREVIEW_IMAGE_WITH_METADATA = 1, 4  # ComfyUI's kinds of binary messages that hold a preview
+# ComfyUI's kinds of binary messages: previews, and text for a node.
+PREVIEW_IMAGE, PREVIEW_IMAGE_WITH_METADATA, TEXT = 1, 4, 3
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -30,6 +31,7 @@ class Run:
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     progress: list[tuple[int, int]] = field(default_factory=list)
     previews: list[Image.Image] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     interrupted: bool = False
 
@@ -67,7 +69,7 @@ class Client:
         while True:
             message = self.socket.recv()
             if isinstance(message, bytes):
-                self._preview(run, message)
+                self._binary(run, message)
                 continue
             event = json.loads(message)
             data = event["data"]
@@ -95,13 +97,16 @@ class Client:
                 return run
 
     @staticmethod
-    def _preview(run: Run, message: bytes) -> None:
+    def _binary(run: Run, message: bytes) -> None:
         kind = struct.unpack(">I", message[:4])[0]
         if kind == PREVIEW_IMAGE:
             run.previews.append(Image.open(io.BytesIO(message[8:])))
         elif kind == PREVIEW_IMAGE_WITH_METADATA:
             start = 8 + struct.unpack(">I", message[4:8])[0]
             run.previews.append(Image.open(io.BytesIO(message[start:])))
+        elif kind == TEXT:
+            start = 8 + struct.unpack(">I", message[4:8])[0]
+            run.texts[message[8:start].decode()] = message[start:].decode()
 
     def view(self, file: dict[str, str]) -> bytes:
         """A file that a node reported in its output."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -96,13 +97,66 @@ def test_one_step_is_core_one_step(client: Client, lora: str) -> None:
     assert float((ours - expected).abs().max() / expected.std()) < 1e-3
 
 
-def test_a_batch_item_alone_is_sampled(client: Client, lora: str) -> None:
-    prompt = prompts.latents(lora, seed=9, pictures=4)
-    prompt["from"] = prompts.node("LatentFromBatch", samples=[prompts.EMPTY, 0], batch_index=3, length=1)
+def test_a_batch_item_alone_is_the_same_in_custom_sampling(client: Client, lora: str) -> None:
+    batch = latent_of(client, custom_sampling(lora, 9, ["flash", 0]))
+    prompt = custom_sampling(lora, 9, ["flash", 0])
+    prompt["from"] = prompts.node("LatentFromBatch", samples=[prompts.EMPTY, 0], batch_index=1, length=1)
     prompt[prompts.SAMPLER]["inputs"]["latent_image"] = ["from", 0]
     alone = latent_of(client, prompt)
     assert alone.shape[0] == 1
-    assert bool(torch.isfinite(alone).all())
+    assert float((alone - batch[1:]).abs().max() / batch.std()) < 1e-4
+
+
+def test_a_run_split_in_two_gives_each_picture_fresh_noise_of_its_own(client: Client, lora: str) -> None:
+    """The second sampler of a split run is given no noise, by which items could be told apart."""
+    prompt = custom_sampling(lora, 9, ["flash", 0])
+    prompt["split"] = prompts.node("SplitSigmas", sigmas=["sigmas", 0], step=1)
+    prompt["none"] = prompts.node("DisableNoise")
+    prompt["first"] = prompts.node(**{"kind": "SamplerCustomAdvanced", **prompt[prompts.SAMPLER]["inputs"]})
+    prompt["first"]["inputs"]["sigmas"] = ["split", 0]
+    prompt["again"] = prompts.node("RepeatLatentBatch", samples=["first", 0], amount=2)
+    prompt[prompts.SAMPLER]["inputs"].update(noise=["none", 0], sigmas=["split", 1], latent_image=["again", 0])
+    first, second, third, fourth = latent_of(client, prompt)
+    assert float((first - second).abs().max()) > 0.1
+    assert float((first - third).abs().max()) < 1e-4  # the same latent: the same picture, wherever it stands
+    assert float((second - fourth).abs().max()) < 1e-4
+
+
+def test_the_timesteps_are_shown_on_the_node(client: Client, lora: str) -> None:
+    run = client.run(prompts.latents(lora, seed=19))
+    assert run.texts == {prompts.SAMPLER: "t = 999, 749, 499, 249 (4 evaluations, predicts v)"}
+    prompt = custom_sampling(lora, 19, ["flash", 0], denoise=0.5)
+    prompt["sigmas"]["inputs"] |= {"grid": "custom", "timesteps": "999, 600, 120"}
+    assert client.run(prompt).texts == {"sigmas": "t = 600, 120 (2 evaluations, predicts v)"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "timesteps", "levels"),
+    [("reference", "", [999, 759, 499, 259]), ("custom", "950, 400", [950, 400]), ("custom", "999", [999])],
+)
+def test_another_grid_is_evaluated_by_both_nodes(
+    client: Client, lora: str, grid: str, timesteps: str, levels: list[int]
+) -> None:
+    ours = prompts.latents(lora, seed=20, grid=grid, timesteps=timesteps)
+    run = client.run(ours)
+    assert run.succeeded, run.error
+    assert f"t = {', '.join(str(t) for t in levels)} (" in run.texts[prompts.SAMPLER]
+    assert max(total for _, total in run.progress) == len(levels)
+    custom = custom_sampling(lora, 20, ["flash", 0])
+    custom["sigmas"]["inputs"] |= {"grid": grid, "timesteps": timesteps}
+    assert torch.equal(client.latent(run, "latent"), latent_of(client, custom))
+
+
+def test_a_list_of_timesteps_that_is_none_is_refused_in_words(client: Client, lora: str) -> None:
+    run = client.run(prompts.latents(lora, seed=20, grid="custom", timesteps="999, 1200"))
+    assert run.error is not None
+    assert "'1200' is no timestep of this model. Write whole numbers of 0 to 999" in run.error["exception_message"]
+
+
+def test_stochasticity_is_that_of_the_sampler_node(client: Client, lora: str) -> None:
+    ours = latent_of(client, prompts.latents(lora, seed=21, stochasticity=0.0))
+    assert torch.equal(ours, latent_of(client, custom_sampling(lora, 21, ["ddim", 0])))
+    assert not torch.equal(ours, latent_of(client, prompts.latents(lora, seed=21, stochasticity=0.5)))
 
 
 def test_previews_and_progress_arrive_at_every_step(client: Client, lora: str) -> None:
@@ -145,18 +199,26 @@ def test_a_mask_keeps_the_rest_of_the_latent(client: Client, lora: str) -> None:
     assert float((before - after)[..., :7].abs().mean()) > 0.1
 
 
-def test_denoise_keeps_more_of_the_picture_the_lower_it_is(client: Client, lora: str) -> None:
+def test_image_to_image_keeps_more_of_the_picture_the_lower_denoise_is(client: Client) -> None:
+    """The shipped LoRA redraws an animal as a fruit: less is left of the animal's latent the earlier it starts.
+
+    At .75 next to nothing is: the demo's schedule has an alpha_bar of .0034 at t = 749.
+    """
     distances = []
-    for denoise in (0.25, 0.5, 1.0):
-        prompt = prompts.latents(lora, seed=14, pictures=1, denoise=denoise)
-        prompt["picture"] = prompts.node("EmptyImage", width=128, height=128, batch_size=1, color=0xFF8800)
-        prompt["encoded"] = prompts.node("VAEEncode", pixels=["picture", 0], vae=[prompts.MODELS, 2])
-        prompt[prompts.SAMPLER]["inputs"]["latent_image"] = ["encoded", 0]
-        prompt["before"] = prompts.node("SaveLatent", samples=["encoded", 0], filename_prefix="before")
+    for denoise in (0.25, 0.5, 0.75):
+        prompt = prompts.latents("flash_demo.safetensors", seed=14, text="fresh fruit", denoise=denoise)
+        prompt["animal"] = prompts.node("CLIPTextEncode", clip=[prompts.MODELS, 1], text="animal face")
+        inputs = prompt[prompts.SAMPLER]["inputs"]
+        prompt["before"] = prompts.node(
+            "FlashSampler", **inputs | {"positive": ["animal", 0], "denoise": 1.0, "seed": 3}
+        )
+        inputs["latent_image"] = ["before", 0]
+        prompt["saved"] = prompts.node("SaveLatent", samples=["before", 0], filename_prefix="before")
         run = client.run(prompt)
         assert run.succeeded, run.error
-        distances.append(float((client.latent(run, "before") - client.latent(run, "latent")).abs().mean()))
-    assert distances == sorted(distances)
+        before, after = client.latent(run, "saved"), client.latent(run, "latent")
+        distances.append(float((before - after).square().mean().sqrt() / before.std()))
+    assert all(later > 1.1 * earlier for earlier, later in pairwise(distances)), distances
 
 
 def test_guidance_needs_and_uses_a_negative_prompt(client: Client, lora: str) -> None:
