@@ -98,6 +98,19 @@ def test_what_does_not_fit_is_said(
         assert part in message
 
 
+def test_float16_without_autocast_is_refused(recipe_content: dict[str, Any]) -> None:
+    """Its range loses small gradients: nothing scales them."""
+    half = changed(recipe_content, "model", dtype="float16")
+    assert "precision: bf16" in refusal(half)
+    assert parse_recipe({**half, "precision": "bf16"}).model.dtype == "float16"
+
+
+def test_problems_of_a_style_lora_are_explained(recipe_content: dict[str, Any]) -> None:
+    message = refusal(changed(recipe_content, "model", style_lora=[{"strenght": 1}]))
+    assert "model.style_lora.0.path: is missing; expected the LoRA's .safetensors file" in message
+    assert "model.style_lora.0.strenght: there is no such field; expected one of path, strength" in message
+
+
 def test_problems_in_a_list_say_which_entry(recipe_content: dict[str, Any]) -> None:
     recipe_content["phases"][1]["modes"] = [0, 0, 0, 0]
     assert "phases.1: at least one of the modes" in refusal(recipe_content)
