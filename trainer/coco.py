@@ -68,7 +68,10 @@ def read_coco(
         order = sorted(by_picture)
         random.Random(f"{protocol.name}/{DRAW_SEED}").shuffle(order)
         found = [Caption(number, by_picture[number], pictures[number]) for number in order]
-        rule = f"of each picture the caption with the lowest id; pictures in an order shuffled with seed {DRAW_SEED}"
+        rule = (
+            f"of each picture in {protocol.annotations} the caption with the lowest id; the pictures in an order "
+            f"shuffled with seed {DRAW_SEED}"
+        )
     if len(found) < wanted:
         where = "the prompts file" if captions is not None else folder / protocol.annotations
         raise UserError(

@@ -142,6 +142,7 @@ def _all_pictures(
         Gallery(run_folder(output, run), origin_of(generator, run, protocol, settings, weights), state.process_index)
         for run in settings.runs
     ]
+    state.wait_for_everyone()  # nobody writes pictures before the first process has said what they are
     for run, gallery in zip(settings.runs, galleries, strict=True):
         make_pictures(generator, run, coco.captions, gallery, protocol, settings, state, progress)
     process = generator.denoiser.process

@@ -27,6 +27,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPToken
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.clip_score import ClipScorer
 from flash_diffusion.trainer.coco import Caption, read_coco
+from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate import parse_run
 from flash_diffusion.trainer.framing import for_inception, open_picture, square
@@ -35,8 +36,10 @@ from flash_diffusion.trainer.generate import Run
 from flash_diffusion.trainer.measure import progress_bar
 from flash_diffusion.trainer.protocols import PROTOCOLS, Protocol
 from flash_diffusion.trainer.scoring import Networks, measure, reference_moments
-from flash_diffusion.trainer.zero_shot import Settings, make_pictures
+from flash_diffusion.trainer.teachers import load_teacher
+from flash_diffusion.trainer.zero_shot import Settings, make_pictures, origin_of
 
+from ..families.pipelines import save_pipeline
 from .conftest import ROOT, trainer_process
 from .paints import COLOURS, Paints
 from .stand_ins import CAPTIONS, coco_folder, inception_file, random_lora, tiny_clip
@@ -251,6 +254,34 @@ def test_a_diverged_model_is_named(tmp_path: Path) -> None:
         make(tmp_path, model=Paints(float("nan")))
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "sd35"])
+def test_every_family_makes_pictures(family: str, tmp_path: Path) -> None:
+    teacher = load_teacher(ModelSection(family=family, path=str(save_pipeline(family, tmp_path / "model"))))
+    gallery = Gallery(tmp_path / "pictures", {})
+    run = Run("teacher", 2, 3.0)
+    state = SimpleNamespace(process_index=0, num_processes=1)
+    with progress_bar(None) as progress:
+        make_pictures(teacher, run, FLAT[:2], gallery, SMALL, Settings((run,)), state, progress)  # type: ignore[arg-type]
+    made = [np.asarray(Image.open(gallery.path(caption.number))) for caption in FLAT[:2]]
+    assert [picture.shape for picture in made] == [(32, 32, 3)] * 2
+    assert all(picture.std() > 1 for picture in made)
+    assert not np.array_equal(*made)
+    origin = origin_of(teacher, run, SMALL, Settings((run,)), {"teacher": "x", "student": None, "captions": "y"})
+    assert origin["solver"] == ("euler" if family in ("sd3", "sd35") else "dpmpp_2m")
+
+
+def test_half_precision_changes_a_picture_a_little(tiny_model: Path, tmp_path: Path) -> None:
+    teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
+    run, made = Run("teacher", 2), []
+    for precision in ("no", "bf16"):
+        gallery, settings = Gallery(tmp_path / precision, {}), Settings((run,), precision=precision)  # type: ignore[arg-type]
+        state = SimpleNamespace(process_index=0, num_processes=1)
+        with progress_bar(None) as progress:
+            make_pictures(teacher, run, FLAT[:1], gallery, SMALL, settings, state, progress)  # type: ignore[arg-type]
+        made.append(np.asarray(Image.open(gallery.path(FLAT[0].number))).astype(int))
+    assert 0 < abs(made[0] - made[1]).mean() < 4
+
+
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -406,7 +437,7 @@ def test_a_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, ti
 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
     done = subprocess.run(
-        [*launch, *map(str, command), "--runs", "student:2", "--output", str(broken)],
+        [*launch, *map(str, command), "--runs", "student:2", "teacher:1", "--output", str(broken)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -423,7 +454,11 @@ def test_a_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, ti
         assert main([*map(str, command), "--runs", "student:2", "teacher:3:2.5", "--output", str(whole)]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert len(contents(whole / "pictures" / "student-2-steps")) == 9
+    assert (
+        len(contents(broken / "pictures" / "teacher-1-step"))
+        == len(contents(whole / "pictures" / "student-2-steps"))
+        == 9
+    )
     assert contents(broken / "pictures" / "student-2-steps") == contents(whole / "pictures" / "student-2-steps")
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
@@ -447,7 +482,7 @@ def check_page(output: Path, runs: int) -> None:
     page.unlink()
     assert main(["report", str(output)]) == 0
     assert page.read_text(encoding="utf-8") == first
-    for text in ("Tiny on COCO", "9 of 5000 captions", "Lanczos to 512 px", "student 2 steps: 999.0, 499.0"):
+    for text in ("Tiny on COCO", "9 of 5000 captions", "Lanczos to 512 px", "student 2 steps: 999, 499"):
         assert text in first
     assert first.count("data:image/webp;base64,") == 2 * (1 + runs)  # COCO's own beside each run's
     assert first.count("<svg") == 2
