@@ -6,24 +6,20 @@ layers are named once, the model's layers are listed under every name they have,
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 import comfy.lora
+import comfy.utils
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor, tensor
+from comfy.weight_adapter import LoRAAdapter
 
 from ..flash_core.lora import LoraFile, LoraReport, MatchReport, describe_base, flat_name, match, report_on
 
-# What ComfyUI puts before a layer's name, longest first.
-PREFIXES = (
-    "unet.base_model.model.",
-    "base_model.model.",
-    "lora_transformer_",
-    "diffusion_model.",
-    "transformer.",
-    "lora_unet_",
-    "lycoris_",
-    "unet.",
+# What ComfyUI puts before a layer's name.
+PREFIX = re.compile(
+    r"(unet\.)?base_model\.model\.|lora_transformer_|diffusion_model\.|transformer\.|lora_unet_|lycoris_|unet\.|"
 )
 
 # ComfyUI's model configurations by the names that Flash metadata has for their bases.
@@ -47,24 +43,44 @@ class LoraMismatch(ValueError):
 
 def model_layers(model: ModelPatcher) -> dict[str, Target]:
     """Where each layer of the model lies, by every name ComfyUI knows for it (in :func:`flat_name`'s spelling)."""
+    return _by_flat_name(comfy.lora.model_lora_keys_unet(model.model, {}))
+
+
+def _by_flat_name(keys: dict[str, Target]) -> dict[str, Target]:
     layers: dict[str, Target] = {}
-    for key, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
-        weight = target if isinstance(target, str) else target[0]
-        if weight.endswith(".weight"):
-            prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
-            layers.setdefault(flat_name(key[len(prefix) :]), target)
+    for key, target in keys.items():
+        if _weight(target).endswith(".weight"):
+            layers.setdefault(flat_name(key[PREFIX.match(key).end() :]), target)
     return layers
 
 
-def layer_shape(weights: dict[str, Tensor], target: Target) -> tuple[int, ...]:
-    """The shape of a layer's weight, or of its slice of a fused one."""
-    if isinstance(target, str):
-        return tuple(weights[target].shape)
-    shape = list(weights[target[0]].shape)
-    if target[1] is not None:  # else the whole weight, with a function that reorders it
+def _find_layers(model: ModelPatcher, names: Collection[str]) -> dict[str, Target]:
+    """Where some layers lie. ComfyUI lists a UNet's under both of their names already: the usual case is quick."""
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    found = {name: keys[key] for name in names if (key := f"lora_unet_{name}") in keys}
+    if len(found) < len(names):
+        layers = _by_flat_name(keys)
+        found = {name: layers[name] for name in names if name in layers}
+    return found
+
+
+def layer_shape(model: ModelPatcher, target: Target) -> tuple[int, ...] | None:
+    """The shape of a layer's weight, or of its slice of a fused one; None where the model lacks it.
+
+    ComfyUI's table of names is of a whole family: it lists layers that some of its models do not have.
+    """
+    try:
+        shape = list(comfy.utils.get_attr(model.model, _weight(target)).shape)
+    except AttributeError:
+        return None
+    if not isinstance(target, str) and target[1] is not None:  # else the whole weight, perhaps reordered
         dimension, _, length = target[1]
         shape[dimension] = length
     return tuple(shape)
+
+
+def _weight(target: Target) -> str:
+    return target if isinstance(target, str) else target[0]
 
 
 def model_base(model: ModelPatcher) -> str | None:
@@ -95,14 +111,9 @@ def fit(file: LoraFile, model: ModelPatcher) -> tuple[MatchReport, dict[str, Tar
     Returns:
         How they met, and the model's layers by name.
     """
-    layers = model_layers(model)
-    weights = model.model.state_dict()
-    known = {name: layers[name] for name in file.modules if name in layers and _weight(layers[name]) in weights}
-    return match(file, {name: layer_shape(weights, target) for name, target in known.items()}), known
-
-
-def _weight(target: Target) -> str:
-    return target if isinstance(target, str) else str(target[0])
+    layers = _find_layers(model, file.modules)
+    shapes = {name: layer_shape(model, target) for name, target in layers.items()}
+    return match(file, {name: shape for name, shape in shapes.items() if shape is not None}), layers
 
 
 def apply_lora(
@@ -121,13 +132,12 @@ def apply_lora(
     report = report_on(file, met, _notes(file, model))
     if not met.matched or not (report.complete or allow_partial):
         raise LoraMismatch(_refusal(file, model, report))
-    keys: dict[str, Tensor] = {}
+    patches = {}
     for name in met.matched:
         module = file.modules[name]
-        keys[f"{name}.lora_down.weight"] = module.down
-        keys[f"{name}.lora_up.weight"] = module.up
-        keys[f"{name}.alpha"] = tensor(module.scale * module.rank)  # known or not: ComfyUI computes alpha / rank
-    patches = comfy.lora.load_lora(keys, {name: layers[name] for name in met.matched})
+        halves = {f"{name}.lora_up.weight": module.up, f"{name}.lora_down.weight": module.down}
+        # Whether alpha is known or not: ComfyUI divides it by the rank.
+        patches[layers[name]] = LoRAAdapter.load(name, halves, module.scale * module.rank, None)
     patched = model.clone()
     applied = patched.add_patches(patches, strength)
     if len(applied) != len(met.matched):

@@ -7,8 +7,7 @@ text encoder's; the suffix tells which tensor of the layer it is, or that the fi
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 Part: TypeAlias = Literal["down", "up", "mid", "alpha", "foreign"]
 
@@ -39,18 +38,17 @@ _PREFIXES: tuple[tuple[str, str, bool], ...] = (
 # Textual-inversion embeddings that some trainers pack into the LoRA's file.
 EMBEDDING = re.compile(r"^(bundle_emb|emb_params|embeddings?)\b")
 
-_SUFFIXES: tuple[tuple[re.Pattern[str], Part], ...] = (
-    (re.compile(r"\.lora_down\.weight$"), "down"),
-    (re.compile(r"\.lora_up\.weight$"), "up"),
-    (re.compile(r"\.lora_mid\.weight$"), "mid"),
-    (re.compile(r"\.lora_A(\.[\w-]+)?\.weight$"), "down"),  # PEFT may put the adapter's name in between
-    (re.compile(r"\.lora_B(\.[\w-]+)?\.weight$"), "up"),
-    (re.compile(r"\.lora_A$"), "down"),
-    (re.compile(r"\.lora_B$"), "up"),
-    (re.compile(r"\.lora(_linear_layer)?\.down\.weight$"), "down"),
-    (re.compile(r"\.lora(_linear_layer)?\.up\.weight$"), "up"),
-    (re.compile(r"(\.lora)?\.alpha$"), "alpha"),
+_SUFFIX = re.compile(
+    r"""(?:
+    (?P<down>\.lora_down\.weight | \.lora_A (?:\.[\w-]+)? \.weight | \.lora_A | \.lora(?:_linear_layer)?\.down\.weight)
+    | (?P<up>\.lora_up\.weight | \.lora_B (?:\.[\w-]+)? \.weight | \.lora_B | \.lora(?:_linear_layer)?\.up\.weight)
+    | (?P<mid>\.lora_mid\.weight)
+    | (?P<alpha>(?:\.lora)?\.alpha)
+    )$""",  # PEFT may put the adapter's name before ".weight"
+    re.VERBOSE,
 )
+
+_PARTS: dict[str, Part] = {"down": "down", "up": "up", "mid": "mid", "alpha": "alpha"}
 
 # Tensors by which other algorithms are known (LyCORIS' and PEFT's names).
 _ALGORITHMS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -71,8 +69,7 @@ _PROCESSOR = re.compile(r"^(?P<path>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_
 _PATH = re.compile(r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")
 
 
-@dataclass(frozen=True)
-class LoraKey:
+class LoraKey(NamedTuple):
     """One key, understood.
 
     Attributes:
@@ -98,16 +95,16 @@ def parse_key(key: str) -> LoraKey | None:
             dialect, path, text_encoder = name, key if is_text else key[len(prefix) :], is_text
             break
     part: Part
-    processor = _PROCESSOR.match(path)
+    processor = _PROCESSOR.match(path) if ".processor." in path else None
     if processor:
         layer = "to_out.0" if processor["layer"] == "to_out" else processor["layer"]
-        path, part = f"{processor['path']}.{layer}", "down" if processor["part"] == "down" else "up"
-        return LoraKey("diffusers-processor", path, part, text_encoder) if _PATH.match(path) else None
-    for pattern, part in _SUFFIXES:
-        found = pattern.search(path)
-        if found:
-            path = path[: found.start()]
-            return LoraKey(dialect, path, part, text_encoder) if _PATH.match(path) else None
+        dialect, path = "diffusers-processor", f"{processor['path']}.{layer}"
+        part = "down" if processor["part"] == "down" else "up"
+        return LoraKey(dialect, path, part, text_encoder) if _PATH.match(path) else None
+    suffix = _SUFFIX.search(path)
+    if suffix:
+        path, part = path[: suffix.start()], _PARTS[str(suffix.lastgroup)]
+        return LoraKey(dialect, path, part, text_encoder) if _PATH.match(path) else None
     for pattern, algorithm in _ALGORITHMS:
         found = pattern.search(path)
         if found:

@@ -51,12 +51,14 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
         raise LoraError(f"{path.name}: {error}") from error
     for layer in grouped.values():
         _check(path.name, layer, container.shapes)
-    tensors = container.tensors(key for layer in grouped.values() for key in layer.keys.values())
+    layers = grouped.values()
+    tensors = container.tensors(key for layer in layers for part, key in layer.keys.items() if part != "alpha")
+    alphas = container.numbers(layer.keys["alpha"] for layer in layers if "alpha" in layer.keys)
     modules: dict[str, LoraModule] = {}
     text_encoder: dict[str, LoraModule] = {}
     sources: Counter[AlphaSource] = Counter()
     for name, layer in grouped.items():
-        module, source = _module(path.name, layer, tensors, settings)
+        module, source = _module(path.name, layer, tensors, alphas, settings)
         if layer.text_encoder:
             text_encoder[name] = module
         else:
@@ -147,7 +149,11 @@ def _check(name: str, layer: _Layer, shapes: Mapping[str, tuple[int, ...]]) -> N
 
 
 def _module(
-    name: str, layer: _Layer, tensors: Mapping[str, Tensor], settings: FileSettings | None
+    name: str,
+    layer: _Layer,
+    tensors: Mapping[str, Tensor],
+    alphas: Mapping[str, float | None],
+    settings: FileSettings | None,
 ) -> tuple[LoraModule, AlphaSource]:
     halves = {part: tensors[layer.keys[part]] for part in _HALVES if part in layer.keys}
     for half in halves.values():
@@ -159,8 +165,8 @@ def _module(
         mid = halves["mid"].float()
         down = torch.einsum("rskl,si->rikl", mid, down.float().flatten(1)).to(down.dtype)
     if "alpha" in layer.keys:
-        alpha = float(tensors[layer.keys["alpha"]])
-        if not math.isfinite(alpha):
+        alpha = alphas[layer.keys["alpha"]]
+        if alpha is None or not math.isfinite(alpha):
             raise LoraError(f"{name}: alpha of layer {layer.path} must be one finite number, but is {alpha}")
         return LoraModule(layer.path, down, up, alpha), "file"
     adapter = settings.of(layer.path) if settings is not None else None
@@ -172,8 +178,12 @@ def _module(
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether all are finite, in one pass without a copy: the extremes of values with a NaN or an infinity have one."""
+    """Whether all are finite, without a copy: a sum with a NaN or an infinity in it is one.
+
+    A sum of finite numbers may overflow as well; then the extremes decide.
+    """
     if values.element_size() == 1:  # torch has no arithmetic in 8 bits
         values = values.to(torch.float16)  # exact for both formats
-    low, high = torch.aminmax(values)
-    return math.isfinite(float(low)) and math.isfinite(float(high))
+    if math.isfinite(float(values.sum())):
+        return True
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))

@@ -132,6 +132,8 @@ def with_stock_names(modules: Mapping[str, LoraModule]) -> tuple[dict[str, LoraM
     Returns:
         All layers by flat name, and what was done, in words; empty for every other file.
     """
+    if not any(name.startswith("adaln_single_") for name in modules):
+        return dict(modules), ()
     renamed: dict[str, LoraModule] = {}
     notes: list[str] = []
     halves: dict[str, list[LoraModule]] = {}
