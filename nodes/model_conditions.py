@@ -7,7 +7,7 @@ Each has one field here, so that a batch of any architecture can be drawn from, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import comfy.conds
@@ -89,7 +89,7 @@ def _read_entry(
                 f"expected only {', '.join((*FIELDS, *SIZES))}."
             )
         # A copy, since ComfyUI's nodes run in inference mode and their tensors cannot be saved for a backward pass.
-        parts[name] = value.to(device, torch.float32 if value.is_floating_point() else None, copy=True)
+        parts[name] = value.to(device, torch.float32 if value.is_floating_point() else value.dtype, copy=True)
     sizes = [parts[name] for name in SIZES if name in parts]
     return Conditioning(
         **{FIELDS[name]: value for name, value in parts.items() if name in FIELDS},
@@ -105,8 +105,7 @@ def _padded(part: Conditioning, length: int) -> Conditioning:
             "These CONDITIONINGs have token sequences of different lengths, and masks of their own. Encode prompts of "
             "similar lengths, or one at a time."
         )
-    mask = tokens.new_zeros(tokens.shape[:2])
-    mask[:] = 1
+    mask = tokens.new_ones(tokens.shape[:2])
     missing = length - tokens.shape[1]
     return replace(part, cross_attention=F.pad(tokens, (0, 0, 0, missing)), attention_mask=F.pad(mask, (0, missing)))
 
@@ -134,9 +133,17 @@ def by_token_count(conditioning: Conditioning) -> Iterator[tuple[Tensor | None, 
 
 
 def model_arguments(conditioning: Conditioning) -> dict[str, Tensor]:
-    """What ``BaseModel.apply_model`` takes by keyword for a batch of conditions."""
-    if conditioning.residuals:
-        raise ValueError("A ComfyUI MODEL takes no adapter residuals as conditions; leave the ControlNet out.")
+    """What ``BaseModel.apply_model`` takes by keyword for a batch of conditions.
+
+    Raises:
+        ValueError: a kind of condition that is not given to a ComfyUI MODEL.
+    """
+    known = (*FIELDS.values(), "size_ids")
+    others = [field.name for field in fields(conditioning) if field.name not in known]
+    values = {name: getattr(conditioning, name) for name in others}
+    given = [name for name, value in values.items() if value is not None and len(value) > 0]
+    if given:
+        raise ValueError(f"A ComfyUI MODEL is not distilled with {', '.join(given)}; expected only {', '.join(known)}.")
     arguments = {name: getattr(conditioning, field) for name, field in FIELDS.items()}
     if conditioning.size_ids is not None:
         arguments |= dict(zip(SIZES, conditioning.size_ids.split(list(SIZES.values()), 1), strict=True))

@@ -328,6 +328,10 @@ def test_prompts_of_different_lengths_are_computed_as_if_alone(facts) -> None:
     assert facts["ragged"] < 1e-4
 
 
+def test_an_inpainting_model_gets_its_channels(facts) -> None:
+    assert facts["inpainting"] < 1e-5
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("torch.bfloat16", 0.2), ("torch.float16", 0.03)])
 def test_a_half_precision_base_trains_float32_adapters(facts, dtype: str, tolerance: float) -> None:
     assert facts[dtype]["types"] == ["torch.float32"]
@@ -355,6 +359,7 @@ def test_the_process_is_the_samplings(facts) -> None:
     [
         ("masked prompt", "carries mask"),
         ("no prompt", "positive CONDITIONING is empty"),
+        ("hint", "not distilled with hint, residuals; expected only cross_attention"),
         ("no adapter", "no student adapter"),
         ("no such layer", "No layer of this model is called 'to_nothing'; a LoRA can be put on"),
         ("another LoRA", "which has no layer down_blocks.0"),

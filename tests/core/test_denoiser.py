@@ -26,6 +26,7 @@ def full(batch: int, seed: int = 0) -> Conditioning:
         vector=draw(3),
         size_ids=draw(6),
         concat=draw(2, 4, 4),
+        embedded_guidance=draw(),
         image_tokens=draw(3, 5),
         hint=draw(3, 8, 8),
         noise_level=torch.arange(batch),
@@ -51,7 +52,7 @@ def test_rows_reach_every_kind_of_condition() -> None:
     rows = conditioning.rows(torch.tensor([3, 0, 0]))
     assert len(conditioning) == 4
     assert len(rows) == 3
-    assert len(parts(rows)) == 10
+    assert len(parts(rows)) == 11
     for picked, whole in zip(parts(rows), parts(conditioning), strict=True):
         assert torch.equal(picked, whole[[3, 0, 0]])
 

@@ -178,12 +178,31 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     with ModelDenoiser(wrapped) as denoiser, torch.no_grad():
         facts["called twice"] = outcome(lambda: denoiser.predict(z_t, t, conditions))
 
+    # A model with input channels of its own: ComfyUI makes them of the mask and the masked picture.
+    weights = load_file(folder / "sd15.safetensors")
+    added = torch.randn(32, 5, 3, 3, generator=generator) * 0.1
+    weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], added], 1)
+    config = json.loads((folder / "sd15.json").read_text()) | {"in_channels": 9}
+    inpainting = tiny_model("sd15", weights, config)
+    picture, mask = torch.randn(1, 4, 8, 8, generator=generator), torch.ones(1, 1, 8, 8)
+    with ModelDenoiser(inpainting) as denoiser, torch.no_grad():
+        entry = prompt(5, concat_latent_image=picture, concat_mask=mask)
+        masked, _ = denoiser.conditions([entry], [entry], (4, 8, 8))
+        output = denoiser.predict(z_t[1:2], t[1:2], masked)
+        channels = torch.cat([z_t[1:2], mask, picture * 0.18215], 1)
+        expected = inpainting.model.diffusion_model(channels, t[1:2], context=entry[0])
+        facts["inpainting"] = float((output - expected).abs().max())
+
     # What cannot be distilled is refused in words.
     with ModelDenoiser(model) as denoiser:
         facts["masked prompt"] = outcome(
             lambda: denoiser.conditions([prompt(5, mask=torch.ones(1, 8, 8))], [prompt(5)], (4, 8, 8))
         )
         facts["no prompt"] = outcome(lambda: denoiser.conditions([], [prompt(5)], (4, 8, 8)))
+        hinted = Conditioning(
+            cross_attention=tokens, hint=torch.zeros(3, 3, 8, 8), residuals=(torch.zeros(3, 1, 1, 1),)
+        )
+        facts["hint"] = outcome(lambda: denoiser.predict(z_t, t, hinted))
         facts["no adapter"] = outcome(lambda: denoiser.role("student").__enter__())
         facts["no such layer"] = outcome(lambda: denoiser.add_adapter("student", 2, 2.0, ["to_q", "to_nothing"]))
     with ModelDenoiser(build("sd3")) as denoiser:
