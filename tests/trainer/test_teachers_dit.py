@@ -20,8 +20,8 @@ from flash_diffusion.flash_core.denoiser import Conditioning, guided_z0, predict
 from flash_diffusion.flash_core.distiller import PUBLISHED_PHASES, Distiller, DistillerSettings
 from flash_diffusion.flash_core.grid import trailing_fractions
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
-from flash_diffusion.trainer.assembly import assemble
-from flash_diffusion.trainer.config import ModelSection, load_recipe, parse_recipe
+from flash_diffusion.trainer.assembly import add_adapters, assemble
+from flash_diffusion.trainer.config import RECIPES, ModelSection, load_recipe, parse_recipe
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.teachers import family as teacher_of
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
@@ -221,6 +221,75 @@ def test_prompts_that_are_too_long_are_cut_with_one_warning(folder: Callable[...
     assert long.cross_attention is not None
     assert long.cross_attention.shape[1] == 16 + 256
     assert sum("was truncated" in message for message in messages) == 1
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "pixart_sigma"])
+def test_the_published_folders_name_an_older_class(folder: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    """Their transformers were saved as Transformer2DModel, alpha's without a word on sizes."""
+    path = tmp_path / "model"
+    shutil.copytree(folder(family), path)
+    index, config = path / "model_index.json", path / "transformer" / "config.json"
+    index.write_text(index.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    fields = json.loads(config.read_text()) | {"_class_name": "Transformer2DModel", "only_cross_attention": False}
+    if family == "pixart_alpha":
+        del fields["use_additional_conditions"]
+    config.write_text(json.dumps(fields))
+    older, newer = load(family, path), load(family, folder(family))
+    section = ModelSection(family=family, path=str(path))
+    assert outline_teacher(section, SIZE).parameters == sum(
+        value.numel() for value in newer.denoiser.network.parameters()
+    )
+    z, t = batch(older)
+    with torch.no_grad():
+        got = older.denoiser.predict(z, t, older.encode_prompts(PROMPTS))
+        assert torch.equal(got, newer.denoiser.predict(z, t, newer.encode_prompts(PROMPTS)))
+
+
+PIXART = {
+    "_class_name": "Transformer2DModel",
+    "attention_bias": True,
+    "caption_channels": 4096,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "norm_type": "ada_norm_single",
+    "sample_size": 128,
+}
+SD3 = {
+    "_class_name": "SD3Transformer2DModel",
+    "caption_projection_dim": 1536,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "pos_embed_max_size": 192,
+}
+SD35 = SD3 | {"dual_attention_layers": list(range(13)), "pos_embed_max_size": 384, "qk_norm": "rms_norm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "base", "lora"),
+    [
+        ("pixart", PIXART, 0.61, 55.2),
+        ("pixart_sigma", PIXART | {"use_additional_conditions": False, "interpolation_scale": 2}, 0.61, 55.1),
+        ("sd3", SD3, 2.08, 37.6),
+        ("sd35", SD35, 2.47, 47.8),
+    ],
+)
+def test_the_published_sizes(
+    folder: Callable[..., Path], tmp_path: Path, name: str, config: dict[str, Any], base: float, lora: float
+) -> None:
+    """The numbers in the published transformers' files (in 1e9) and in the recipes' LoRAs (in 1e6)."""
+    recipe = load_recipe(name, [f"model.path={tmp_path / 'model'}"])
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(folder(recipe.model.family), tmp_path / "model", ignore=ignored)
+    (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(config))
+    outline = outline_teacher(recipe.model, recipe.data.resolution)
+    stored = sum(value.numel() for value in outline.denoiser.network.state_dict().values())
+    assert stored / 1e9 == pytest.approx(base, rel=0.01)
+    assert outline.latent_shape == (16 if name in FLOWS else 4, 128, 128)
+    add_adapters(outline.denoiser, recipe, ())
+    trained = sum(value.numel() for value in outline.denoiser.adapter_parameters("student").values())
+    assert trained / 1e6 == pytest.approx(lora, abs=0.05)
+    line = next(line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if "rank:" in line)
+    assert f"{lora} M parameters" in line
 
 
 # -- features, precision, memory ---------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from einops import rearrange
@@ -60,8 +60,8 @@ class TransformerTeacher(Teacher):
     @classmethod
     def _check_resolution(cls, model: ModelSection, resolution: int | None) -> None:
         source = cls.locate(model)
-        vae: Mapping[str, Any] = source.part_config("vae")
-        pixels = 2 ** (len(vae.get("block_out_channels", ())) - 1) * source.part_config("transformer")["patch_size"]
+        levels = len(source.part_config("vae")["block_out_channels"])
+        pixels = 2 ** (levels - 1) * source.part_config("transformer").get("patch_size", 2)  # 2 in every class
         if resolution is not None and resolution % pixels:
             nearest = max(round(resolution / pixels), 1) * pixels
             raise UserError(
