@@ -57,10 +57,15 @@ def open_page(server: Any, profile: Path, width: int = 1600, height: int = 900) 
             viewport={"width": width, "height": height},
         )
         page = context.new_page()
-        page.goto(server.address)
-        page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=WAIT)
+        load(page, server)
         yield page
         context.close()
+
+
+def load(page: Page, server: Any) -> None:
+    """Load the page, or load it again, and wait until it can be driven."""
+    page.goto(server.address)
+    page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=WAIT)
 
 
 def models(workflow: dict[str, Any]) -> list[dict[str, str]]:

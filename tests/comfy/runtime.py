@@ -1,4 +1,4 @@
-"""``scripts/comfy_runtime.py`` as a module: it is a script of the clone, no part of the package."""
+"""``scripts/*.py`` as modules: they are scripts of the clone, no part of the package."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_runtime() -> ModuleType:
-    """The script's functions."""
-    if "comfy_runtime" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("comfy_runtime", ROOT / "scripts" / "comfy_runtime.py")
+def load_script(name: str) -> ModuleType:
+    """The functions of ``scripts/<name>.py``."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        sys.modules["comfy_runtime"] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
-    return sys.modules["comfy_runtime"]
+    return sys.modules[name]
+
+
+def load_runtime() -> ModuleType:
+    """``scripts/comfy_runtime.py``."""
+    return load_script("comfy_runtime")

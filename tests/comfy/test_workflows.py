@@ -132,7 +132,7 @@ def test_every_file_it_loads_can_be_downloaded(server, name: str) -> None:
             assert model["url"].startswith(SOURCES)
             assert model["url"].endswith(SUFFIX)
             # The note tells where the file goes, where it comes from, and what it is called there.
-            assert f"`{model['directory']}/{model['name']}`" in note
+            assert f"**{model['directory']}/{model['name']}**" in note
             repository, path = re.fullmatch(rf"{SOURCES}([^/]+/[^/]+)/resolve/main/(.+)", model["url"]).groups()
             assert repository in note
             assert path.rpartition("/")[2] in note
