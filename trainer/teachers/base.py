@@ -177,7 +177,7 @@ class Teacher(ABC):
         source = cls.locate(model)
         network_config = source.part_config(cls.network_part)
         cls.check_network(network_config, cls.title(source))
-        with init_empty_weights():
+        with init_empty_weights(include_buffers=True):  # SD3.5 tables 226 M numbers of positions
             network = cls.network_class.from_config(network_config)
             vae = AutoencoderKL.from_config(source.part_config("vae"))
         return Outline(
