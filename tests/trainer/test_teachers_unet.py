@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -24,9 +25,11 @@ from diffusers import (
 from rich.console import Console
 from torch import Tensor
 
-from flash_diffusion.flash_core.denoiser import Conditioning
+from flash_diffusion.flash_core.denoiser import Conditioning, predict_z0
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
+from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
+from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.assembly import assemble
 from flash_diffusion.trainer.config import ModelSection, load_recipe, parse_recipe
 from flash_diffusion.trainer.errors import UserError
@@ -225,7 +228,7 @@ def test_features_are_hidden_states_of_several_depths(folders: dict[str, Path], 
 
 @pytest.mark.parametrize("family", UNET_FAMILIES)
 def test_five_updates_change_the_lora_alone_and_stock_diffusers_draws_with_it(
-    folders: dict[str, Path], pictures: Path, tmp_path: Path, family: str
+    folders: dict[str, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     recipe = parse_recipe(
         tiny_recipe(folders[family], pictures)
@@ -233,7 +236,7 @@ def test_five_updates_change_the_lora_alone_and_stock_diffusers_draws_with_it(
     )
     assert recipe.updates == 5
     with library_messages() as messages:
-        run = Run(recipe, tmp_path, Accelerator(), None)
+        run = Run(recipe, tmp_path / "run", Accelerator(), None)
         teacher = run.parts.teacher
         network = teacher.denoiser.network
         before = {name: value.detach().clone() for name, value in network.named_parameters()}
@@ -252,12 +255,44 @@ def test_five_updates_change_the_lora_alone_and_stock_diffusers_draws_with_it(
     assert not torch.allclose(trained, bare, atol=1e-3)
     pipeline = stock(family, folders[family])
     with library_messages() as messages:
-        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
+        monkeypatch.chdir(tmp_path)
+        theirs = run_card(lora, pipeline)
     assert not about_keys(messages)
     added = {"text_embeds": conditioning.vector, "time_ids": conditioning.size_ids}
     with torch.no_grad():
         loaded = pipeline.unet(z, t, encoder_hidden_states=conditioning.cross_attention, added_cond_kwargs=added).sample
     torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=1e-5)
+
+    with run.parts.average.applied():
+        ours = few_steps(teacher, load(family, folders[family]).encode_prompts(["red ball"]))
+    assert np.abs(theirs - ours).max() <= 2 / 255
+
+
+def few_steps(teacher: Teacher, conditioning: Conditioning) -> np.ndarray[Any, Any]:
+    """Our 4 steps of the student as a picture (H, W, 3) in [0, 1]."""
+    denoiser = teacher.denoiser
+    grid = trailing_timesteps(denoiser.process, 4)
+    alphas, sigmas = denoiser.process.alpha_sigma(torch.tensor(grid, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(1, *teacher.latent_shape, generator=generator)
+    with torch.no_grad(), denoiser.role("student"):
+        z = few_step_sample(
+            lambda z, index: predict_z0(denoiser, z, torch.tensor([grid[index]]), conditioning),
+            z,
+            alphas.tolist(),
+            sigmas.tolist(),
+            generator_noise(z, generator),
+        )
+        return (teacher.decode(z)[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def run_card(lora: Path, pipe: Any) -> np.ndarray[Any, Any]:
+    """Load the LoRA and draw a picture (H, W, 3) in [0, 1] by the Python of the model card."""
+    code = (lora.parent / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"pipe": pipe, "prompt": "red ball"}
+    torch.manual_seed(5)
+    exec(code, names)  # noqa: S102
+    return np.asarray(names["image"]) / 255
 
 
 @pytest.mark.parametrize("family", ["sd21", "sdxl"])
