@@ -60,6 +60,13 @@ class Run:
         return f"{self.role} {self.steps} step{'s' * (self.steps > 1)}{', guided' * (self.guidance != 1)}"
 
     @property
+    def label(self) -> str:
+        """``teacher 25 steps, guidance 7.5``; where runs of several scales stand side by side."""
+        return f"{self.role} {self.steps} step{'s' * (self.steps > 1)}" + (
+            f", guidance {self.guidance:g}" if self.guidance != 1 else ""
+        )
+
+    @property
     def nfe(self) -> int:
         """Forward passes of the network a picture: guidance asks it twice a step, in one batch or not."""
         return self.steps * (1 if self.guidance == 1 else 2)

@@ -126,7 +126,7 @@ def measure(
     """
     if missing := gallery.missing(caption.number for caption in captions):
         raise UserError(f"{gallery.folder} lacks {len(missing)} of {len(captions)} pictures; run the command again")
-    task = progress.add_task(f"measuring {run.name}", total=len(captions), unit="pictures")
+    task = progress.add_task(f"measuring {run.label}", total=len(captions), unit="pictures")
     moments: Moments | None = None
     cosines = 0.0
     paths = [gallery.path(caption.number) for caption in captions]
@@ -140,7 +140,7 @@ def measure(
         progress.advance(task, len(pictures))
     assert moments is not None  # there are captions
     return {
-        "name": run.name,
+        "name": run.label,
         **asdict(run),
         "nfe": run.nfe,
         "fid": moments.distance(reference),

@@ -24,7 +24,7 @@ from .generate import Generator, Run, decode_pictures, default_solver, sample_la
 from .inception import PUBLISHED
 from .measure import environment, progress_bar
 from .protocols import Protocol
-from .reference import fingerprint
+from .reference import fingerprint_texts
 from .scoring import load_networks, measure, reference_moments
 from .seeds import seed_of
 from .weights import file_hash
@@ -135,7 +135,7 @@ def _all_pictures(
     generator, teacher, student = sources.generator()
     weights = {
         "teacher": teacher,
-        "student": _lora_hash(sources.lora),
+        "student": lora_hash(sources.lora),
         "captions": file_hash(sources.captions),
     }
     galleries = [
@@ -151,22 +151,23 @@ def _all_pictures(
         "teacher": generator.name,
         "weights": weights,
         "resolution": list(generator.resolution),
-        "timesteps": {run.name: trailing_timesteps(process, run.steps) for run in settings.runs},
+        "timesteps": {run.label: trailing_timesteps(process, run.steps) for run in settings.runs},
         "environment": {**environment(generator.device), "processes": state.num_processes},
     }
 
 
-def _lora_hash(path: Path | None) -> str | None:
-    """Of a LoRA's file, or of the weights in a PEFT folder."""
+def lora_hash(path: Path | None) -> str | None:
+    """Of a LoRA's weights, a file or a PEFT folder, and of the configuration beside them, which may hold its alpha."""
     if path is None:
         return None
-    return fingerprint(path) if path.is_dir() else file_hash(path)
+    folder, weights = (path, sorted(path.glob("*.safetensors"))) if path.is_dir() else (path.parent, [path])
+    files = [*weights, folder / "adapter_config.json"]
+    return fingerprint_texts([file_hash(file) for file in files if file.is_file()])
 
 
 def run_folder(output: Path, run: Run) -> Path:
     """Where a run's pictures are."""
-    guided = f"-guidance-{run.guidance:g}" if run.guidance != 1 else ""
-    return output / "pictures" / f"{run.role}-{run.steps}-step{'s' * (run.steps > 1)}{guided}"
+    return output / "pictures" / run.label.replace(",", "").replace(" ", "-")
 
 
 def origin_of(
@@ -207,7 +208,7 @@ def make_pictures(
     size = settings.batch_size
     batches = [captions[begin : begin + size] for begin in range(0, len(captions), size)]
     own = batches[state.process_index :: state.num_processes]
-    task = progress.add_task(run.name, total=run.nfe * sum(map(len, own)), unit="passes")
+    task = progress.add_task(run.label, total=run.nfe * sum(map(len, own)), unit="passes")
     for batch in own:
         if missing := set(gallery.missing(caption.number for caption in batch)):
             start = time.perf_counter()
@@ -260,14 +261,16 @@ def write_zero_shot(
         facts: what else the report says: ``student``, ``teacher``, ``networks``, ``environment``.
     """
     shown = coco.captions[: settings.pictures]
-    originals = Gallery(output / "pictures" / "coco", {"size": protocol.size, "protocol": protocol.name})
-    for caption in shown:
-        if caption.picture is not None:
-            originals.save(caption.number, square(open_picture(caption.picture), protocol.size))
 
     def files(gallery: Gallery) -> list[str]:
         return [gallery.path(caption.number).relative_to(output).as_posix() for caption in shown]
 
+    originals: list[str] = []
+    if all(caption.picture for caption in shown):
+        gallery = Gallery(output / "pictures" / "coco", {"size": protocol.size, "protocol": protocol.name})
+        for caption in shown:
+            gallery.save(caption.number, square(open_picture(caption.picture), protocol.size))
+        originals = files(gallery)
     report = {
         "kind": "zero-shot",
         "protocol": {
@@ -283,7 +286,7 @@ def write_zero_shot(
         "pictures": {
             "prompts": [caption.text for caption in shown],
             "files": {run["name"]: files(gallery) for run, gallery in zip(runs, galleries, strict=True)},
-            "coco": files(originals) if all(caption.picture for caption in shown) else [],
+            "coco": originals,
         },
     }
     (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")

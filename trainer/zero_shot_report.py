@@ -121,4 +121,4 @@ def notes(report: dict[str, Any]) -> Iterator[str]:
             "number, so these figures compare with each other alone"
         )
     if not report["networks"]["published_inception"]:
-        yield "not FID's published Inception weights; these figures compare with each other alone"
+        yield "Inception's weights are not the published file; these figures compare with each other alone"

@@ -20,6 +20,7 @@ from flash_diffusion.trainer.generate import Run
 from flash_diffusion.trainer.measure import few_step_runs
 from flash_diffusion.trainer.page import listed, number, read_log, seconds, share, training_charts
 from flash_diffusion.trainer.report import write_report
+from flash_diffusion.trainer.zero_shot_report import notes, scores_table
 
 PROMPTS = ["a <red> heart", "grapes"]
 FD = {"student 4 steps": 0.24, "student 2 steps": 0.5, "student 1 step": 1.9, "teacher 32 steps, guided": 0.2}
@@ -127,6 +128,81 @@ def test_a_report_of_a_teacher_alone(folder: Path) -> None:
 def test_a_folder_without_an_evaluation(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="flash-diffusion evaluate"):
         write_report(tmp_path)
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    """A zero-shot evaluation's output."""
+    runs = [Run("student", 4), Run("teacher", 25, 7.5), Run("student", 2), Run("teacher", 4)]
+    files = {
+        run.label: save_pictures(torch.full((2, 3, 8, 8), index / 4), tmp_path, run) for index, run in enumerate(runs)
+    }
+    report = {
+        "kind": "zero-shot",
+        "protocol": {"name": "coco2017-5k", "annotations": "captions.json", "pictures": "val2017", "samples": 5000,
+                     "size": 512, "caption_prefix": "", "captions": 5000, "references": 5000, "rule": "the first",
+                     "framing": "as it is"},
+        "student": "tiny",
+        "teacher": "SD <1.5>",
+        "weights": {},
+        "resolution": [512, 640],
+        "timesteps": {run.label: [999.0, 312.25] for run in runs},
+        "networks": {"inception": "6726825d", "published_inception": True, "clip": "ViT-g/14"},
+        "environment": {"device": "cuda:0", "processes": 8},
+        "runs": [
+            {"name": run.label, "role": run.role, "steps": run.steps, "guidance": run.guidance, "nfe": run.nfe,
+             "fid": 20.0 + run.steps, "clip": 0.3 + run.nfe / 1000, "seconds_per_image": None}
+            for run in runs
+        ],
+        "settings": {"seed": 5, "precision": "bf16", "batch_size": 32},
+        "pictures": {"prompts": PROMPTS, "files": files, "coco": files["teacher 4 steps"]},
+    }  # fmt: skip
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def test_the_page_of_zero_shot_scores(scores: Path) -> None:
+    text = write_report(scores).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert len(page.addresses) == 2 * 5  # four runs and COCO's own
+    assert "tiny on COCO" in page.texts
+    for value in ("24.00", "22.00", "45.00", "0.304", "0.350"):
+        assert value in page.texts
+    assert "SD &lt;1.5&gt;" in text
+    assert "a &lt;red&gt; heart" in text
+    assert "640 × 512 px" in text  # width first
+    assert "999, 312.25" in text
+    assert not any("compare with each other alone" in part for part in page.texts)
+    order = [page.texts.index(name) for name in ("student 2 steps", "student 4 steps", "teacher 4 steps")]
+    assert order == sorted(order)
+    table = scores_table(json.loads((scores / "report.json").read_text()))
+    assert table.row_count == 4
+
+
+def test_scores_that_stand_beside_no_published_ones_say_so(scores: Path) -> None:
+    report = json.loads((scores / "report.json").read_text())
+    assert list(notes(report)) == []
+    report["protocol"]["captions"] = 100
+    report["networks"] |= {"published_inception": False, "clip": None}
+    report["pictures"]["coco"] = []
+    for run in report["runs"]:
+        run["clip"] = None
+    (scores / "report.json").write_text(json.dumps(report))
+    page = Page(write_report(scores).read_text(encoding="utf-8"))
+    assert len(page.addresses) == 2 * 4
+    assert sum("compare with each other alone" in part for part in page.texts) == 2
+    assert any("100 of 5000 captions" in part for part in page.texts)
+
+
+def test_a_linear_chart_is_to_scale() -> None:
+    line = Line("student", ((1, 0.30), (2, 0.31), (4, 0.33)), ("a", "b", "c"))
+    svg = passes_chart("CLIP", [line], None, "", log=False)
+    heights = [float(y) for y in re.findall(r'<circle[^>]*cy="([\d.]+)"', svg)]
+    assert heights[0] > heights[1] > heights[2]
+    assert (heights[0] - heights[2]) / (heights[0] - heights[1]) == pytest.approx(3, abs=0.05)
+    flat = passes_chart("CLIP", [Line("student", ((1, 0.3),), ("a",))], None, "", log=False)
+    assert "nan" not in flat
 
 
 def test_groups_hold_every_run_once(folder: Path) -> None:

@@ -37,7 +37,7 @@ from flash_diffusion.trainer.measure import progress_bar
 from flash_diffusion.trainer.protocols import PROTOCOLS, Protocol
 from flash_diffusion.trainer.scoring import Networks, measure, reference_moments
 from flash_diffusion.trainer.teachers import load_teacher
-from flash_diffusion.trainer.zero_shot import Settings, make_pictures, origin_of
+from flash_diffusion.trainer.zero_shot import Settings, lora_hash, make_pictures, origin_of, run_folder
 
 from ..families.pipelines import save_pipeline
 from .conftest import ROOT, trainer_process
@@ -282,6 +282,20 @@ def test_half_precision_changes_a_picture_a_little(tiny_model: Path, tmp_path: P
     assert 0 < abs(made[0] - made[1]).mean() < 4
 
 
+def test_runs_of_several_scales_are_kept_apart(tmp_path: Path) -> None:
+    runs = [
+        Run("teacher", 25, 7.5),
+        Run("teacher", 25, 3.0),
+        Run("teacher", 25),
+        Run("student", 1),
+        Run("student", 1, 2.0),
+    ]
+    assert [run_folder(tmp_path, run).name for run in runs] == [
+        *("teacher-25-steps-guidance-7.5", "teacher-25-steps-guidance-3", "teacher-25-steps"),
+        *("student-1-step", "student-1-step-guidance-2"),
+    ]
+
+
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +373,19 @@ def test_missing_pictures_are_no_score(coco: Path, tmp_path: Path) -> None:
             measure(
                 Gallery(tmp_path / "none", {}), Run("student", 4), found.captions, reference, SMALL, networks, progress
             )
+
+
+def test_a_loras_hash_follows_its_weights_and_its_alpha(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    hashes = [lora_hash(tmp_path), lora_hash(tmp_path / "adapter_model.safetensors")]
+    assert hashes[0] == hashes[1]
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 64}')
+    hashes.append(lora_hash(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"others")
+    hashes.append(lora_hash(tmp_path))
+    assert len(set(hashes)) == 3
+    assert lora_hash(None) is None
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -465,7 +492,7 @@ def test_a_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, ti
     one, other = (json.loads((folder / "report.json").read_text()) for folder in (whole, broken))
     assert [(run["name"], run["nfe"], run["guidance"]) for run in one["runs"]] == [
         ("student 2 steps", 2, 1.0),
-        ("teacher 3 steps, guided", 6, 2.5),
+        ("teacher 3 steps, guidance 2.5", 6, 2.5),
     ]
     assert one["runs"][0]["fid"] == pytest.approx(other["runs"][0]["fid"], rel=1e-9)
     assert one["runs"][0]["clip"] == pytest.approx(other["runs"][0]["clip"], rel=1e-6)
