@@ -130,10 +130,20 @@ def _peft_config(modules: Mapping[str, LoraModule]) -> dict[str, object]:
 def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, temporary, metadata=header or None)
+        _save_tensors(tensors, temporary, header)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """The layers that a fused one was split into share their down half; a file holds one for each."""
+    places: set[int] = set()
+    own = {}
+    for key, tensor in tensors.items():
+        own[key] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    save_file(own, path, metadata=header or None)
 
 
 def _save_folder(tensors: dict[str, Tensor], path: Path, header: dict[str, str], config: Mapping[str, object]) -> None:
@@ -141,7 +151,7 @@ def _save_folder(tensors: dict[str, Tensor], path: Path, header: dict[str, str],
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        save_file(tensors, temporary / PEFT_WEIGHTS, metadata=header or None)
+        _save_tensors(tensors, temporary / PEFT_WEIGHTS, header)
         (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if path.is_dir():
             # Only what such a folder consists of is replaced; a folder of other things is not ours to remove.
