@@ -431,7 +431,16 @@ def test_a_part_that_a_single_file_lacks_is_named_or_taken_from_the_configuratio
     bare = shutil.copytree(folders[family], tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UserError, match=rf"has no {part};.*model\.config"):
         load(family, file, config=str(bare))
-    same(load(family, file, config=str(folders[family])), load(family, folders[family]))
+    whole = load(family, folders[family])
+    same(load(family, file, config=str(folders[family])), whole)
+    for weights in bare_weights(folders[family]):
+        shutil.copy(weights, (bare / weights.parent.name / weights.name).with_suffix(".fp16.safetensors"))
+    same(load(family, file, config=str(bare)), whole)
+
+
+def bare_weights(folder: Path) -> list[Path]:
+    """The weights of a folder's parts beside its UNet."""
+    return [path for path in folder.rglob("*.safetensors") if path.parent.name != "unet"]
 
 
 @pytest.mark.parametrize(
@@ -465,6 +474,21 @@ def test_a_model_of_another_family_is_refused(
     file = save_single_file(stock(wrong, folders[wrong]), tmp_path / "wrong.safetensors")
     with pytest.raises(UserError, match=r"model\.path"):
         load(asked, file, config=str(folders[asked]))
+
+
+def test_a_configuration_that_can_not_be_had_is_explained(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    file = save_single_file(stock("sd15", folders["sd15"]), tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"model\.config: the configuration of model\.safetensors can't be read from no/where"
+    ):
+        load("sd15", file, config="no/where")
+    with pytest.raises(UserError, match=r"model\.config: .* has no model_index\.json"):
+        load("sd15", file, config=str(tmp_path))
+    with pytest.raises(UserError, match=r"model\.config: is for a single file"):
+        load("sd15", folders["sd15"], config=str(folders["sd15"]))
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])

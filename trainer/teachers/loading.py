@@ -67,12 +67,13 @@ class Source:
         try:
             loaded: dict[str, Any] = reader.load_config(self.config, subfolder=part or None)
         except OSError as error:
-            raise UserError(f"{self._field}: {self.config} is not a complete diffusers folder: {error}") from error
+            if self.file is None:
+                raise UserError(f"model.path: {self.config} is not a complete diffusers folder: {error}") from error
+            raise UserError(
+                f"model.config: the configuration of {self.file.name} can't be read from {self.config}: {error}\n"
+                "Without a network, set model.config to the diffusers folder of a model of the same kind"
+            ) from error
         return loaded
-
-    @property
-    def _field(self) -> str:
-        return "model.path" if self.file is None else "model.config"
 
 
 def locate(model: ModelSection, default_config: str) -> Source:
@@ -90,6 +91,10 @@ def locate(model: ModelSection, default_config: str) -> Source:
             "model"
         )
     path = Path(model.path)
+    if model.config is not None and not path.is_file():
+        raise UserError(
+            "model.config: is for a single file; a folder and a Hub repository have their own configuration"
+        )
     if path.is_dir():
         if not (path / INDEX).is_file():
             raise UserError(f"model.path: {path} has no {INDEX}; expected a diffusers folder")
@@ -105,9 +110,11 @@ def locate(model: ModelSection, default_config: str) -> Source:
                 f"model.path: {path} is not a diffusers folder, Hub name or .safetensors file; expected one of these"
             )
         config = model.config or default_config
-        if Path(config).exists() and not (Path(config) / INDEX).is_file():
+        if not Path(config).is_dir():
+            return Source(config, path, model.variant)
+        if not (Path(config) / INDEX).is_file():
             raise UserError(f"model.config: {config} has no {INDEX}; expected a diffusers folder")
-        return Source(config, path)
+        return Source(config, path, model.variant or _only_variant(Path(config)))
     if path.suffix == ".safetensors" or path.is_absolute() or model.path.count("/") != 1:
         raise UserError(
             f"model.path: {model.path} is not a diffusers folder, Hub name or .safetensors file: there is nothing at "
