@@ -30,9 +30,9 @@ from .model_features import Tap, capture, taps
 from .model_lora import ModelAdapters
 from .model_process import model_input, process_of
 
-# Networks that write into no tensor which their backward pass needs. Others do (Flux adds to its image in place) and
-# run under a guard that copies what is overwritten, which costs every operation a little.
-WRITE_NOTHING_IN_PLACE = ("UNetModel", "OpenAISignatureMMDITWrapper", "MMDiT", "PixArtMS")
+# Networks that write into no tensor which their backward pass needs. Others do (Flux adds to its image in place), as do
+# patches, and run under a guard that copies what is overwritten, which costs every operation a little.
+WRITE_NOTHING_IN_PLACE = ("UNetModel", "OpenAISignatureMMDITWrapper", "PixArtMS")
 
 
 class ModelDenoiser:
@@ -73,16 +73,17 @@ class ModelDenoiser:
             others = self.patcher.get_nested_additional_models()
             comfy.model_management.load_models_gpu([self.patcher, *others], memory_required=1e20, force_full_load=True)
             make_trainable_through(self.patcher.model)
-            self._options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
-            comfy.sampler_helpers.prepare_model_patcher(self.patcher, {}, self._options)
+            options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
+            comfy.sampler_helpers.prepare_model_patcher(self.patcher, {}, options)
             stack.callback(self.patcher.restore_hook_patches)
             stack.callback(self.patcher.cleanup)
             self.patcher.pre_run()
             self._adapters.attach()
             stack.enter_context(_training_mode())
-            if type(self._network).__name__ not in WRITE_NOTHING_IN_PLACE:
+            patched = any(options["transformer_options"].get(name) for name in ("patches", "patches_replace"))
+            if patched or type(self._network).__name__ not in WRITE_NOTHING_IN_PLACE:
                 stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
-            self._stack = stack.pop_all()
+            self._options, self._stack = options, stack.pop_all()
         return self
 
     def __exit__(

@@ -24,7 +24,7 @@ from flash_diffusion.trainer.teachers import load_teacher
 from ..families.networks import FAMILIES, POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network
 from .inside.model_denoiser_updates import TERMS, Updates
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
 PROMPTS = ["a red apple", "smiling face with sunglasses"]
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "time_emb_proj"]
@@ -342,6 +342,7 @@ def test_a_half_precision_base_trains_float32_adapters(facts, dtype: str, tolera
 def test_patches_and_wrappers_are_part_of_the_teacher(facts) -> None:
     assert facts["wrappers called"] == ["function", "apply"]
     assert facts["patch felt"] > 0.01
+    assert facts["through a patch in place"]
     assert "called 2 times for one prediction" in facts["called twice"]
 
 

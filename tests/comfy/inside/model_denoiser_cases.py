@@ -174,6 +174,14 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     facts["wrappers called"] = calls
     facts["patch felt"] = float((output - exact).abs().max())
     wrapped = model.clone()
+    wrapped.set_model_output_block_patch(lambda h, skip, options: (h, skip.mul_(0.5)))  # in place, as FreeU's
+    with ModelDenoiser(wrapped) as denoiser:
+        denoiser.add_adapter("student", 2, 2.0, TARGETS)
+        with denoiser.role("student"):
+            denoiser.predict(z_t, t, conditions).sum().backward()
+        gradients = [value.grad for value in denoiser.adapter_parameters("student").values()]
+        facts["through a patch in place"] = all(bool(value.isfinite().all()) for value in gradients)
+    wrapped = model.clone()
     wrapped.add_wrapper(kind, twice)
     with ModelDenoiser(wrapped) as denoiser, torch.no_grad():
         facts["called twice"] = outcome(lambda: denoiser.predict(z_t, t, conditions))
