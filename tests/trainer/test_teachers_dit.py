@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,22 @@ def stock(path: Path, **parts: Any) -> DiffusionPipeline:
     pipeline = DiffusionPipeline.from_pretrained(path, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What the libraries warn of."""
+    messages: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft", "accelerate")]
+    for logger in loggers:
+        logger.addHandler(listener)
+    try:
+        yield messages
+    finally:
+        for logger in loggers:
+            logger.removeHandler(listener)
 
 
 def batch(teacher: Teacher) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,6 +209,16 @@ def test_pixels_and_latents_are_the_stock_pipelines(folder: Callable[..., Path],
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_is_silent(folder: Callable[..., Path], family: str, dtype: str) -> None:
+    """No weight is missing, none is left over."""
+    with heard() as messages:
+        load(family, folder(family), dtype=dtype)
+        outline_teacher(ModelSection(family=family, path=str(folder(family))), SIZE)
+    assert messages == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_says_its_own_facts(folder: Callable[..., Path], family: str) -> None:
     teacher = load(family, folder(family))
     outline = outline_teacher(ModelSection(family=family, path=str(folder(family))), SIZE)
@@ -209,15 +236,9 @@ def test_a_model_says_its_own_facts(folder: Callable[..., Path], family: str) ->
 
 def test_prompts_that_are_too_long_are_cut_with_one_warning(folder: Callable[..., Path]) -> None:
     teacher = load("sd3", folder("sd3"))
-    messages: list[str] = []
-    listener = logging.Handler()
-    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("diffusers").addHandler(listener)
-    try:
+    with heard() as messages:
         for _ in range(3):
             long = teacher.encode_prompts(["red ball " * 200])
-    finally:
-        logging.getLogger("diffusers").removeHandler(listener)
     assert long.cross_attention is not None
     assert long.cross_attention.shape[1] == 16 + 256
     assert sum("was truncated" in message for message in messages) == 1
@@ -234,11 +255,13 @@ def test_the_published_folders_name_an_older_class(folder: Callable[..., Path], 
     if family == "pixart_alpha":
         del fields["use_additional_conditions"]
     config.write_text(json.dumps(fields))
-    older, newer = load(family, path), load(family, folder(family))
     section = ModelSection(family=family, path=str(path))
-    assert outline_teacher(section, SIZE).parameters == sum(
-        value.numel() for value in newer.denoiser.network.parameters()
-    )
+    with heard() as messages:
+        older = load(family, path)
+        outline = outline_teacher(section, SIZE)
+    assert messages == []
+    newer = load(family, folder(family))
+    assert outline.parameters == sum(value.numel() for value in newer.denoiser.network.parameters())
     z, t = batch(older)
     with torch.no_grad():
         got = older.denoiser.predict(z, t, older.encode_prompts(PROMPTS))
@@ -400,7 +423,9 @@ def test_a_single_file_is_the_folder(
     config = tmp_path / "config"
     left_out = () if t5 else ("text_encoder_3*",)  # else the weights come from there
     shutil.copytree(path, config, ignore=shutil.ignore_patterns("diffusion_pytorch_model*", *left_out))
-    teacher = load(family, tmp_path / "model.safetensors", config=str(config))
+    with heard() as messages:
+        teacher = load(family, tmp_path / "model.safetensors", config=str(config))
+    assert messages == []
     assert ("has no T5" in caplog.text) != t5
     expected = load(family, path, t5=t5)
     z, time = batch(teacher)
