@@ -163,7 +163,7 @@ def _refusal(file: LoraFile, model: ModelPatcher, report: LoraReport) -> str:
             f"This LoRA holds nothing for the diffusion model: only {kinds}. Load it with ComfyUI's Load LoRA, which "
             "patches the CLIP as well."
         )
-    left_out = "; ".join(f"{item.count} {item.what}, e.g. {item.example}" for item in report.left_out)
+    left_out = "; ".join(item.words() for item in report.left_out)
     advice = "Load the checkpoint that the LoRA was made for, or a LoRA that was made for this model."
     if report.matched:
         advice += " To load the part that fits all the same, turn on allow_partial."

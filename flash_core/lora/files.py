@@ -15,7 +15,7 @@ from .container import LoraError, open_container
 from .dialects import EMBEDDING, LoraKey, Part, parse_key
 from .metadata import FlashMetadata
 from .published import recognise, with_stock_names
-from .settings import PEFT_WEIGHTS, FileSettings, find_settings
+from .settings import PEFT_CONFIG, PEFT_WEIGHTS, FileSettings, find_settings
 from .weights import AlphaSource, LoraFile, LoraModule, flat_name
 
 MAX_RANK = 8192  # far above any LoRA's: 1024 is large, and a full-rank file of SDXL has 1280
@@ -51,6 +51,10 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
         raise LoraError(f"{path.name}: {error}") from error
     for layer in grouped.values():
         _check(path.name, layer, container.shapes)
+    notes: tuple[str, ...] = ()
+    ranks = {name: container.shapes[layer.keys["down"]][0] for name, layer in grouped.items() if not layer.text_encoder}
+    if settings is not None and not settings.belong_to(ranks):
+        settings, notes = None, (f"{PEFT_CONFIG} beside the file is another adapter's, and is not used",)
     layers = grouped.values()
     tensors = container.tensors(key for layer in layers for part, key in layer.keys.items() if part != "alpha")
     alphas = container.numbers(layer.keys["alpha"] for layer in layers if "alpha" in layer.keys)
@@ -72,7 +76,8 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
             sources = Counter({"published": len(modules)})
     untold = sources.pop("unknown", 0)
     alpha_source: AlphaSource = sources.most_common(1)[0][0] if sources else "unknown"
-    modules, notes = with_stock_names(modules)
+    modules, renames = with_stock_names(modules)
+    notes += renames
     if untold and sources:
         notes += (f"{untold} layers tell no alpha: scale 1 is used for them",)
     return LoraFile(

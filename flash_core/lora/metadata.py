@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from ..process import NUM_TIMESTEPS
 
 FORMAT_VERSION = "1"
 PREFIX = "flash."
 TRAINING_PREFIX = "flash.training."
+MAX_GRIDS = 64
 
 # modelspec.architecture of each base, as the public ModelSpec names them.
 ARCHITECTURES = {
@@ -91,15 +95,18 @@ class FlashMetadata:
         if "flash.version" not in header:
             return None
         try:
-            grids = json.loads(header["flash.timesteps"])
+            timesteps = _timesteps(json.loads(header["flash.timesteps"]))
+            guidance = float(header.get("flash.guidance", "1"))
+            if not math.isfinite(guidance):
+                raise ValueError(f"flash.guidance is {guidance}")
             return cls(
                 base=header["flash.base"],
                 task=header.get("flash.task", "text-to-image"),
                 prediction=header["flash.prediction"],
                 process=header["flash.process"],
-                timesteps={int(steps): tuple(float(t) for t in grid) for steps, grid in grids.items()},
+                timesteps=timesteps,
                 steps=int(header.get("flash.steps", "4")),
-                guidance=float(header.get("flash.guidance", "1")),
+                guidance=guidance,
                 title=header.get("modelspec.title", "Flash LoRA"),
                 teacher=header.get("flash.teacher", ""),
                 teacher_hash=header.get("flash.teacher_hash", ""),
@@ -113,5 +120,17 @@ class FlashMetadata:
             )
         except KeyError as missing:
             raise ValueError(f"the Flash LoRA header lacks the field {missing}") from missing
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"the Flash LoRA header can't be read: {error}") from error
+
+
+def _timesteps(grids: Mapping[str, Sequence[float]]) -> dict[int, tuple[float, ...]]:
+    """Grids of timesteps in [0, 1000], by step count.
+
+    Raises:
+        ValueError: numbers that no sampler can use.
+    """
+    timesteps = {int(steps): tuple(float(t) for t in grid) for steps, grid in grids.items()}
+    if len(timesteps) > MAX_GRIDS or not all(0 <= t <= NUM_TIMESTEPS for grid in timesteps.values() for t in grid):
+        raise ValueError(f"flash.timesteps should be at most {MAX_GRIDS} grids of numbers in 0..{NUM_TIMESTEPS}")
+    return timesteps

@@ -34,6 +34,10 @@ class LeftOut:
     example: str
     harmless: bool
 
+    def words(self) -> str:
+        """For the user."""
+        return f"{self.what}: {self.count}, e.g. {self.example}"
+
 
 @dataclass(frozen=True)
 class LoraReport:
@@ -113,7 +117,7 @@ class LoraReport:
         lines = [f"made for: {self.made_for}", self._scale()]
         layers = f"{self.layers} layers" if self.matched is None else f"matched: {self.matched}/{self.layers} layers"
         lines.append(f"{layers}   dialect: {self.dialect}")
-        lines += [f"left out: {item.count} {item.what}, e.g. {item.example}" for item in self.left_out]
+        lines += [f"left out: {item.words()}" for item in self.left_out]
         lines += [f"note: {note}" for note in self.notes]
         metadata = self.metadata
         if metadata is None:

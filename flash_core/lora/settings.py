@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .container import LoraError
+from .weights import flat_name
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -50,10 +51,25 @@ class FileSettings:
     Attributes:
         source: where they were found.
         components: by component; ``""`` for the denoiser.
+        ranks, targets: the ranks and the ends of layers' names that ``adapter_config.json`` tells; empty where it
+            does not.
     """
 
     source: Literal["header", "adapter_config"]
     components: Mapping[str, AdapterSettings]
+    ranks: frozenset[int] = frozenset()
+    targets: tuple[str, ...] = ()
+
+    def belong_to(self, ranks: Mapping[str, int]) -> bool:
+        """Whether these are the settings of a file with these layers' ranks, by flat name.
+
+        A folder of LoRAs may hold one adapter's ``adapter_config.json`` beside others' files.
+        """
+        if self.ranks and not self.ranks.issuperset(ranks.values()):
+            return False
+        ends = tuple(flat_name(target) for target in self.targets)
+        inner = tuple(f"_{end}" for end in ends)
+        return not ends or all(name in ends or name.endswith(inner) for name in ranks)
 
     def of(self, path: str) -> AdapterSettings | None:
         """The settings of a layer by its path; a text encoder's begins with its name."""
@@ -88,7 +104,19 @@ def find_settings(path: Path, header: Mapping[str, str]) -> FileSettings | None:
         text = beside.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LoraError(f"{beside.name} beside {path.name} can't be read: {error}") from error
-    return FileSettings("adapter_config", {"": _settings(_json_object(text, beside.name), beside.name)})
+    written = _json_object(text, beside.name)
+    settings = _settings(written, beside.name)
+    patterns = written.get("rank_pattern")
+    ranks = [written.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
+    told = isinstance(written.get("r"), int)
+    targets = written.get("target_modules")
+    return FileSettings(
+        "adapter_config",
+        {"": settings},
+        frozenset(rank for rank in ranks if isinstance(rank, int)) if told else frozenset(),
+        # A string is a regular expression or "all-linear".
+        tuple(str(target) for target in targets) if isinstance(targets, list) else (),
+    )
 
 
 def _json_object(text: str, where: str) -> Mapping[str, Any]:

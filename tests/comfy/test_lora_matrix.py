@@ -18,7 +18,14 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flash_diffusion.flash_core.lora import LoraModule, flat_name, read_lora, with_diffusers_names, write_lora
+from flash_diffusion.flash_core.lora import (
+    FlashMetadata,
+    LoraModule,
+    flat_name,
+    read_lora,
+    with_diffusers_names,
+    write_lora,
+)
 
 from ..families.networks import FAMILIES, tiny_network
 from .test_model_denoiser import FLUX_GUIDANCE, batch_of, diffusers_output, relative
@@ -148,6 +155,36 @@ def attention(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, float]]:
     return {path: halves for path, halves in adapter.layers.items() if path.endswith(ends)}
 
 
+# What is asked -> the model's family, the file, whether a part of it may be loaded.
+CROSSES: dict[str, tuple[str, str, bool]] = {
+    "sdxl on sd15": ("sd15", "sdxl/bare", False),
+    "sd15 on sdxl": ("sdxl", "sd15/bare", False),
+    "flux on sd3": ("sd3", "flux/bare", False),
+    "sd3 on sd35": ("sd35", "sd3/bare", False),
+    "sd35 on sd3": ("sd3", "sd35/bare", False),
+    "a part of sd35 on sd3": ("sd3", "sd35/bare", True),
+    "alpha on sigma": ("pixart_sigma", "pixart_alpha/bare", False),
+    "a part of alpha on sigma": ("pixart_sigma", "pixart_alpha/bare", True),
+    "sigma on alpha": ("pixart_alpha", "pixart_sigma/bare", False),
+    "sigma's layers said to be alpha's": ("pixart_sigma", "said to be alpha", False),
+    "a part of sd15 on flux": ("flux", "sd15/bare", True),
+    "a text encoder's alone": ("sd15", "text encoder", True),
+    "unknown keys": ("sd15", "unknown keys", False),
+    "unknown keys allowed": ("sd15", "unknown keys", True),
+}
+
+
+def write_crosses(folder: Path) -> None:
+    """The files of CROSSES that no family has."""
+    (folder / "crosses.json").write_text(json.dumps(CROSSES))
+    layers = read_lora(folder / "pixart_sigma" / "peft folder").modules
+    said = FlashMetadata("pixart", "epsilon", "vp", {4: (999.0, 749.0, 499.0, 249.0)})
+    write_lora(folder / "said to be alpha", layers, said, transformer=True)
+    text = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{half}": torch.randn(2, 2) for half in KOHYA}
+    save_file(text, folder / "text encoder")
+    save_file(load_file(folder / "sd15" / "kohya") | {"lora_unet_conv_in.diff": torch.ones(1)}, folder / "unknown keys")
+
+
 @dataclass(frozen=True)
 class Matrix:
     """What became of every file, and what should have."""
@@ -183,6 +220,7 @@ def matrix(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
                 expected[family]["attention"] = diffusers_output(family, networks["apart"], given, given["z0"])
         layers[family] = len(apart.layers)
         save_file(inputs(family, network, given), folder / f"{family}.given.safetensors")
+    write_crosses(folder)
     script = Path(__file__).resolve().parent / "inside" / "lora_matrix.py"
     command = [sys.executable, script, runtime.comfyui_folder(), root, folder, *FAMILIES]
     done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
@@ -296,3 +334,53 @@ def test_text_encoder_layers_are_told_of(matrix: Matrix) -> None:
     (left_out,) = matrix.answers["sdxl/with text encoder"]["left_out"]
     assert left_out["count"] == 1
     assert left_out["harmless"]
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "model"),
+    [
+        ("sdxl on sd15", "an unknown model (attn2 reads 32 channels)", "SD15 (attn2 reads 32 channels)"),
+        ("sd15 on sdxl", "an unknown model (attn2 reads 32 channels)", "SDXL (attn2 reads 32 channels)"),
+        ("flux on sd3", "Flux", "SD3 (128 channels wide)"),
+        ("sd3 on sd35", "SD3 (128 channels wide)", "SD3.5 (128 channels wide)"),
+        ("sd35 on sd3", "SD3.5 medium", "SD3 (128 channels wide)"),
+        ("alpha on sigma", "PixArt-alpha at 1024 pixels", "PixArtSigma"),
+        ("a part of sd15 on flux", "an unknown model", "Flux"),
+    ],
+)
+def test_another_family_is_refused_with_both_names(matrix: Matrix, name: str, lora: str, model: str) -> None:
+    error = matrix.answers[name]["error"]
+    assert f"It is for {lora}" in error
+    assert f"the model is {model}" in error
+    assert "Load the checkpoint" in error
+    assert ("turn on allow_partial" in error) == ("0 of its" not in error)
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("a part of sd35 on sd3", {"layers that the model lacks": 4, "layers that have another shape in the model": 1}),
+        ("a part of alpha on sigma", {"layers that the model lacks": 4}),
+        ("unknown keys allowed", {"keys that are not plain LoRA on a layer": 1}),
+    ],
+)
+def test_a_part_is_loaded_where_it_is_allowed(matrix: Matrix, name: str, left_out: dict[str, int]) -> None:
+    answer = matrix.answers[name]
+    assert {item["what"]: item["count"] for item in answer["left_out"]} == left_out
+    missing = sum(count for what, count in left_out.items() if what.startswith("layers"))
+    assert answer["matched"] == answer["patches"] == answer["layers"] - missing > 0
+    assert not answer["complete"]
+
+
+def test_pixart_sigmas_layers_are_all_in_alpha(matrix: Matrix) -> None:
+    assert matrix.answers["sigma on alpha"]["complete"]
+    (note,) = matrix.answers["sigma's layers said to be alpha's"]["notes"]
+    assert note.startswith("WARNING: made for pixart, while the model is pixart-sigma")
+
+
+def test_what_is_not_for_the_denoiser_is_never_loaded_silently(matrix: Matrix) -> None:
+    assert "holds nothing for the diffusion model" in matrix.answers["a text encoder's alone"]["error"]
+    assert (
+        "keys that are not plain LoRA on a layer: 1, e.g. lora_unet_conv_in.diff"
+        in matrix.answers["unknown keys"]["error"]
+    )

@@ -110,6 +110,41 @@ def test_rslora_and_alpha_patterns(settings: dict, scale: float, tmp_path: Path)
     assert read_lora(tmp_path).modules[flat_name(PATH)].scale == pytest.approx(scale)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"r": 32, "lora_alpha": 8}, {"r": 64, "lora_alpha": 8, "target_modules": ["to_q", "proj_in"]}]
+)
+def test_another_adapters_config_beside_the_file_is_not_used(settings: dict, tmp_path: Path) -> None:
+    """A folder of LoRAs may hold one adapter_config.json: its alpha would be a wrong scale for the others."""
+    down, up = halves(rank=64)
+    save_file({f"unet.{PATH}.lora_A.weight": down, f"unet.{PATH}.lora_B.weight": up}, tmp_path / "style.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    file = read_lora(tmp_path / "style.safetensors")
+    assert (file.alpha_source, file.scales) == ("unknown", (1.0,))
+    assert file.notes == ("adapter_config.json beside the file is another adapter's, and is not used",)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 64, "lora_alpha": 8, "target_modules": ["to_k"]},
+        {"r": 64, "lora_alpha": 8, "target_modules": ".*attn2.*"},
+        {"r": 4, "rank_pattern": {"to_k": 64}, "lora_alpha": 8, "target_modules": [PATH]},
+        {"r": 64, "target_modules": ["to_k"]},  # PEFT's default alpha is 8
+    ],
+)
+def test_its_own_config_is_used(settings: dict, tmp_path: Path) -> None:
+    down, up = halves(rank=64)
+    save_file(
+        {
+            f"base_model.model.{PATH}.{half}.weight": value
+            for half, value in zip(("lora_A", "lora_B"), (down, up), strict=True)
+        },
+        tmp_path / "x.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert read_lora(tmp_path / "x.safetensors").scales == (8 / 64,)
+
+
 def test_alpha_in_the_header_that_diffusers_writes(tmp_path: Path) -> None:
     down, up = halves()
     save_file(

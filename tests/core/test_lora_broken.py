@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from flash_diffusion.flash_core.lora import LoraError, read_lora
+from flash_diffusion.flash_core.lora import FlashMetadata, LoraError, read_lora
 
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
 DOWN, UP, ALPHA = f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight", f"{LAYER}.alpha"
@@ -256,9 +256,28 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
             read_lora(path)
 
 
-def test_a_bad_flash_header(tmp_path: Path) -> None:
-    save_file(halves(), tmp_path / "lora.safetensors", metadata={"flash.version": "1", "flash.base": "sd15"})
-    with pytest.raises(LoraError, match="timesteps"):
+FLASH = FlashMetadata("sd15", "epsilon", "vp", {4: (999.0, 749.0, 499.0, 249.0)}).to_header()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("flash.timesteps", None),
+        ("flash.timesteps", "{"),
+        ("flash.timesteps", "[" * 70_000),
+        ("flash.timesteps", "[4]"),
+        ("flash.timesteps", '{"4": [NaN]}'),
+        ("flash.timesteps", '{"4": [2000]}'),
+        ("flash.timesteps", json.dumps({str(steps): [999.0] for steps in range(1, 200)})),
+        ("flash.steps", "four"),
+        ("flash.guidance", "inf"),
+        ("flash.base", None),
+    ],
+)
+def test_a_bad_flash_header(field: str, value: str | None, tmp_path: Path) -> None:
+    header = {name: text for name, text in {**FLASH, field: value}.items() if text is not None}
+    save_file(halves(), tmp_path / "lora.safetensors", metadata=header)
+    with pytest.raises(LoraError, match="lora.safetensors: the Flash LoRA header"):
         read_lora(tmp_path / "lora.safetensors")
 
 

@@ -3,7 +3,8 @@
 python lora_matrix.py COMFYUI ROOT FOLDER FAMILY...
 
 FOLDER holds for each family ``FAMILY.safetensors`` (the diffusers network's weights), ``FAMILY.json`` (its
-configuration), ``FAMILY.given.safetensors`` (the network's inputs) and a folder ``FAMILY`` of LoRA files. Written are
+configuration), ``FAMILY.given.safetensors`` (the network's inputs) and a folder ``FAMILY`` of LoRA files; and
+``crosses.json``, files for other models: {name: [FAMILY, path, whether a part may be loaded]}. Written are
 ``FAMILY.results.safetensors`` (the MODEL's output under each file), ``answers.json`` (what was matched, or the error),
 the LoRA ``fused`` of each family in the native spelling, and ``names.json``, ComfyUI's names of the true UNets' layers.
 """
@@ -30,6 +31,7 @@ def main(comfyui: Path, root: Path, folder: Path, *families: str) -> None:
 
     torch.set_num_threads(1)
     answers = {}
+    crosses = json.loads((folder / "crosses.json").read_text())
     with torch.inference_mode():
         for family in families:
             config = json.loads((folder / f"{family}.json").read_text())
@@ -41,6 +43,9 @@ def main(comfyui: Path, root: Path, folder: Path, *families: str) -> None:
                 output, answers[f"{family}/{path.name}"] = apply(model, path, given)
                 if output is not None:
                     results[path.name] = output
+            for name, (on, file, partial) in crosses.items():
+                if on == family:
+                    _, answers[name] = apply(model, folder / file, given, partial)
             results["base again"] = forward(model, given)
             save_file({name: value.contiguous() for name, value in results.items()}, folder / f"{family}.results")
     names = {
@@ -65,13 +70,13 @@ def forward(model, given):
     return model.model.diffusion_model(given["z"], given["t"], given["context"], **extras).clone()
 
 
-def apply(model, path, given):
+def apply(model, path, given, allow_partial=False):
     """The output with the LoRA, and what the loader says of it."""
     from dropped_in.flash_core.lora import LoraError, read_lora
     from dropped_in.nodes.lora_patches import LoraMismatch, apply_lora
 
     try:
-        patched, report = apply_lora(read_lora(path), model, 1.0)
+        patched, report = apply_lora(read_lora(path), model, 1.0, allow_partial)
     except (LoraError, LoraMismatch) as error:
         return None, {"error": str(error)}
     patched.patch_model()
