@@ -23,6 +23,7 @@ COMMANDS = {
     "demo-data": (".demo.pictures", "rebuild the demo's pictures from their packages"),
     "demo-autoencoder": (".demo.autoencoder", "train the demo's autoencoder"),
     "demo-teacher": (".demo.teacher", "train the demo's teacher"),
+    "demo-task-teacher": (".demo.task_teacher", "train a teacher of a further task from the demo's"),
     "demo-features": (".demo.features", "train the demo's evaluation network"),
     "demo-card": (".demo.card", "measure the demo's teacher and write its model card"),
 }

@@ -56,6 +56,11 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="storage of the frozen base; what trains is float32 always"
     )
+    task_adapter: str | None = Field(
+        None,
+        description="what makes a text-to-image UNet read a task's channels: a task adapter's .safetensors file, or the "
+        "name of one of the demo's tasks",
+    )
     t5: bool = Field(True, description="SD3 alone: whether T5 reads the prompts too; without it memory is saved")
     style_lora: list[StyleLora] = Field(
         default_factory=list,

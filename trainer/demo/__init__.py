@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"  # WebDataset shards, one per style, and the licences of the pictures
 TEACHER = ROOT / "teacher"  # a diffusers-layout folder: `StableDiffusionPipeline.from_pretrained(TEACHER)`
+TASK_ADAPTERS = ROOT / "tasks"  # a file for each further task: `task_teacher.py`
 FEATURES = ROOT / "features"  # the evaluation network: `FeatureNetwork.from_pretrained(FEATURES)`
 
-__all__ = ["DATA", "FEATURES", "ROOT", "TEACHER"]
+__all__ = ["DATA", "FEATURES", "ROOT", "TASK_ADAPTERS", "TEACHER"]

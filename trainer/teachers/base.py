@@ -27,6 +27,7 @@ from ..errors import UserError
 from .denoiser import DiffusersDenoiser
 from .loading import Source, load_pipeline, locate
 from .lora_layers import merge_style
+from .task_adapters import find_task_adapter, widened
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,10 @@ class Teacher(ABC):
         for style in model.style_lora:
             merge_style(pipeline, cls.network_part, style)
         network = getattr(pipeline, cls.network_part)
-        denoiser = cls.denoiser_class(network, process)
         shape = _latent_shape(network.config, pipeline.vae.config, resolution)
+        if model.task_adapter is not None:
+            network = widened(network, find_task_adapter(model.task_adapter), cls.title(source))
+        denoiser = cls.denoiser_class(network, process)
         return cls(pipeline, denoiser, shape, cls.title(source))
 
     @classmethod
@@ -180,6 +183,8 @@ class Teacher(ABC):
         with init_empty_weights(include_buffers=True):  # SD3.5 tables 226 M numbers of positions
             network = cls.network_class.from_config(network_config)
             vae = AutoencoderKL.from_config(source.part_config("vae"))
+            if model.task_adapter is not None:
+                network = widened(network, find_task_adapter(model.task_adapter), cls.title(source))
         return Outline(
             cls.denoiser_class(network, process_from_scheduler(source.part_config("scheduler"))),
             _latent_shape(network.config, vae.config, resolution),

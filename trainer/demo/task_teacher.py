@@ -1,0 +1,180 @@
+"""Teachers of the demo's further tasks: the embedded teacher learns to read a task's channels.
+
+The base stays frozen. What trains is the input layer's weights for the extra channels, from zero, and a LoRA on the
+network, by the ordinary diffusion loss on the teacher's own pictures under the task's conditions. The result is a task
+adapter (``flash_core/task_adapter.py``), a file of about a megabyte in ``tasks/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...flash_core.denoiser import Conditioning
+from ...flash_core.task_adapter import TaskAdapter, write_task_adapter
+from ..assembly import Average
+from ..config import DataSection, ModelSection, TaskSection
+from ..data.examples import Examples, encode_examples
+from ..errors import UserError
+from ..export import lora_modules
+from ..seeds import stream
+from ..tasks import TASKS, build_task
+from ..teachers import load_teacher
+from ..teachers.base import Teacher
+from . import TASK_ADAPTERS
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+TARGETS += ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
+ROLE = "student"  # the denoiser's name for an adapter that trains
+NULL_SHARE = 0.1  # of the captions: empty, for guidance
+BETAS = (0.9, 0.99)
+EMA_DECAY = 0.995
+WARM_UP = 50  # updates
+FLAT_SHARE = 0.3  # of the run at the full rate, then a cosine
+GRADIENT_CLIP = 1.0
+LOG_EVERY = 50
+
+
+class WideInput(nn.Module):
+    """An input convolution that reads further channels, whose weights are the only ones that train."""
+
+    def __init__(self, base: nn.Conv2d, extra: int) -> None:
+        super().__init__()
+        self.base = base
+        self.extra = nn.Conv2d(extra, base.out_channels, base.kernel_size, padding=base.padding, bias=False)
+        nn.init.zeros_(self.extra.weight)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``z`` (B, C + E, h, w)."""
+        own = self.base.in_channels
+        return self.base(z[:, :own]) + self.extra(z[:, own:])
+
+
+class TaskTraining:
+    """The weights that train, their average and their batches.
+
+    Args:
+        examples: with the task's conditions, several variants of each picture.
+    """
+
+    def __init__(self, teacher: Teacher, examples: Examples, rank: int, batch_size: int, lr: float, seed: int) -> None:
+        self.denoiser = teacher.denoiser
+        self.examples = examples
+        self.empty = teacher.unconditional(1)
+        self.batch_size = batch_size
+        self.lr = lr
+        network = self.denoiser.network
+        self.denoiser.add_adapter(ROLE, rank, rank, TARGETS, seed)
+        concat = examples.task.concat
+        if concat is None:
+            raise UserError("this task adds no channels to the network, so there is no teacher of it to train")
+        network.conv_in = WideInput(network.conv_in, concat.shape[1]).to(teacher.device)
+        self.channels = network.conv_in.extra.weight
+        self.parameters = {**self.denoiser.adapter_parameters(ROLE), "channels": self.channels}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr, BETAS, weight_decay=0.0, fused=True)
+        self.average = Average(self.parameters, EMA_DECAY)
+        self.generator = stream(seed, "task teacher")
+        self.device = teacher.device
+        self.step = 0
+
+    def update(self, progress: float) -> Tensor:
+        """One update; its loss, detached.
+
+        Args:
+            progress: of the run, in 0..1.
+        """
+        z0, conditioning = self._batch()
+        process, batch = self.denoiser.process, len(z0)
+        # One timestep in each of B equal parts of the schedule, which calms the loss.
+        tau = (torch.arange(batch) + torch.rand(batch, generator=self.generator)) * 1000 / batch
+        t = process.uniform_timestep(tau.long().to(self.device))
+        noise = torch.randn(z0.shape, generator=self.generator).to(self.device)
+        with self.denoiser.role(ROLE):
+            output = self.denoiser.predict(process.add_noise(z0, noise, t), t, conditioning)
+            loss = F.mse_loss(output, process.target(z0, noise, t))
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), GRADIENT_CLIP)
+        fallen = max(0.0, progress - FLAT_SHARE) / (1 - FLAT_SHARE)
+        rate = min(1.0, (self.step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * fallen))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.step)
+        self.step += 1
+        return loss.detach()
+
+    def _batch(self) -> tuple[Tensor, Conditioning]:
+        index = torch.randint(len(self.examples), (self.batch_size,), generator=self.generator)
+        z0, conditioning = self.examples.batch(index, self.device)
+        text, empty = conditioning.cross_attention, self.empty.cross_attention
+        assert text is not None
+        assert empty is not None
+        dropped = (torch.rand(self.batch_size, generator=self.generator) < NULL_SHARE).to(self.device)
+        mixed = torch.where(dropped[:, None, None], empty, text)
+        return z0, Conditioning(cross_attention=mixed, concat=conditioning.concat, noise_level=conditioning.noise_level)
+
+    def adapter(self, task: TaskSection, facts: dict[str, str]) -> TaskAdapter:
+        """What was learnt, averaged."""
+        tensors = dict(self.average.tensors)
+        channels = tensors.pop("channels")
+        return TaskAdapter(task.name, channels, lora_modules(tensors, None), task.options, facts)
+
+
+def train(training: TaskTraining, minutes: float) -> None:
+    """Update for ``minutes``."""
+    start, losses = time.monotonic(), []
+    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+        losses.append(training.update(progress))
+        if training.step % LOG_EVERY == 0:
+            mean = float(torch.stack(losses).mean())
+            if not math.isfinite(mean):
+                raise UserError(f"the loss is {mean} at update {training.step}; use a lower --learning-rate")
+            speed = training.step * training.batch_size / (time.monotonic() - start)
+            logger.info("update %d  loss %.4f  %.1f images/s  %3.0f %%", training.step, mean, speed, 100 * progress)
+            losses.clear()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``flash-diffusion demo-task-teacher``."""
+    parser.add_argument("task", choices=[name for name in TASKS if name != "text-to-image"], help="what to learn")
+    parser.add_argument("--options", type=json.loads, default={}, help="the task's settings, as JSON")
+    parser.add_argument("--minutes", type=float, default=12.0, help="length of the training (default: %(default)s)")
+    parser.add_argument("--variants", type=int, default=16, help="conditions of each picture (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=12, help="of the LoRA (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures an update (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its height (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, conditions and noise (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="the file (default: the one that ships with the demo)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and write the adapter."""
+    torch.set_flush_denormal(True)  # moments that fade to denormal numbers slow a CPU down tenfold
+    section = TaskSection(name=args.task, variants=args.variants, options=args.options)
+    task = build_task(section)
+    teacher = load_teacher(ModelSection(family="demo"), args.device)
+    examples = encode_examples(DataSection(source="demo"), teacher, task, args.variants, args.seed)
+    logger.info("%d samples of the task %s", len(examples), task.name)
+    teacher_hash = teacher.weights_hash()  # of the base, before the training changes its layers
+    training = TaskTraining(teacher, examples, args.rank, args.batch_size, args.learning_rate, args.seed)
+    teacher.release_encoders()
+    train(training, args.minutes)
+    facts: dict[str, Any] = {"updates": training.step, "batch_size": args.batch_size, "teacher_hash": teacher_hash}
+    path = args.output or TASK_ADAPTERS / f"{args.task}.safetensors"
+    adapter = training.adapter(section, {f"flash.training.{name}": str(value) for name, value in facts.items()})
+    write_task_adapter(path, adapter)
+    logger.info("%d updates; the adapter is at %s (%.2f MB)", training.step, path, path.stat().st_size / 1e6)
+    return 0
