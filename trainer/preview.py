@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,12 @@ class EncodedPrompts:
         assert tuple(prompts) == self.prompts
         return self.conditioning
 
+    def part(self, first: int, count: int) -> EncodedPrompts:
+        """``count`` of the prompts from ``first`` on, or as many as there are."""
+        prompts = self.prompts[first : first + count]
+        index = torch.arange(first, first + len(prompts))
+        return replace(self, prompts=prompts, conditioning=self.conditioning.rows(index))
+
 
 def preview_rows(parts: Assembly, prompts: Sequence[str]) -> EncodedPrompts:
     """The rows of a run's grids: its prompts, each with the task's conditions of an example.
@@ -111,9 +117,15 @@ class Preview:
         return picture_grid(columns)
 
     def _pictures(self, run: Run) -> Tensor:
+        """All rows, in batches no larger than training's; a large picture fills a decoder's memory by itself."""
         solver = self.recipe.method.solver if run.role == "teacher" else None
-        latents = sample_latents(self.encoded, run, self.encoded.prompts, self.seeds, solver)
-        return decode_pictures(self.encoded, latents)
+        size = self.recipe.batch_size
+        pictures: list[Tensor] = []
+        for first in range(0, len(self.seeds), size):
+            rows = self.encoded.part(first, size)
+            latents = sample_latents(rows, run, rows.prompts, self.seeds[first : first + size], solver)
+            pictures += [decode_pictures(rows, latent[None]) for latent in latents]
+        return torch.cat(pictures)
 
 
 def picture_grid(columns: dict[str, Tensor]) -> Image.Image:
