@@ -72,7 +72,7 @@ class Gallery:
             file.write(json.dumps({"pictures": pictures, "seconds": seconds}) + "\n")
 
     def seconds_per_picture(self) -> float | None:
-        """The median batch's, of all sessions and processes: a first batch's extra cost does not show in it."""
+        """The median batch's, over every start and process: a first batch's extra cost does not show in it."""
         rates = []
         for path in self.folder.glob("seconds-*.jsonl"):
             for line in path.read_text(encoding="utf-8").splitlines():
