@@ -54,12 +54,14 @@ class ModelSection(Section):
         description="which weights of a folder, such as fp16 (default: the plain ones, else the only ones there are)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="storage of the frozen base; what trains is float32 always"
+        "float32",
+        description="storage of the frozen base, whatever its file has; what trains is float32 always, and float16 is "
+        "not for training",
     )
     task_adapter: str | None = Field(
         None,
-        description="what makes a text-to-image UNet read a task's channels: a task adapter's .safetensors file, or the "
-        "name of one of the demo's tasks",
+        description="what makes a text-to-image UNet read a task's channels: a task adapter's .safetensors file, or "
+        "the name of one of the demo's tasks",
     )
     t5: bool = Field(True, description="SD3 alone: whether T5 reads the prompts too; without it memory is saved")
     style_lora: list[StyleLora] = Field(
@@ -262,10 +264,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _half_precision_keeps_gradients(self) -> Recipe:
-        if self.model.dtype == "float16" and self.precision == "no":
+        if self.model.dtype == "float16":
             raise ValueError(
-                "model.dtype float16 without autocast computes in float16, whose range loses small gradients; set "
-                "precision: bf16, or model.dtype: bfloat16 or float32"
+                "model.dtype float16 is for drawing: in training its range loses small gradients, and autocast to "
+                "bfloat16 does not take it; set model.dtype: bfloat16 or float32, which read float16 files as well"
             )
         return self
 

@@ -98,11 +98,10 @@ def test_what_does_not_fit_is_said(
         assert part in message
 
 
-def test_float16_without_autocast_is_refused(recipe_content: dict[str, Any]) -> None:
-    """Its range loses small gradients: nothing scales them."""
-    half = changed(recipe_content, "model", dtype="float16")
-    assert "precision: bf16" in refusal(half)
-    assert parse_recipe({**half, "precision": "bf16"}).model.dtype == "float16"
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_float16_is_refused_for_training(recipe_content: dict[str, Any], precision: str) -> None:
+    message = refusal(changed(recipe_content | {"precision": precision}, "model", dtype="float16"))
+    assert "bfloat16 or float32, which read float16 files as well" in message
 
 
 def test_problems_of_a_style_lora_are_explained(recipe_content: dict[str, Any]) -> None:

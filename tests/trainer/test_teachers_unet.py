@@ -295,6 +295,24 @@ def run_card(lora: Path, pipe: Any) -> np.ndarray[Any, Any]:
     return np.asarray(names["image"]) / 255
 
 
+@pytest.mark.parametrize("family", UNET_FAMILIES)
+def test_a_bfloat16_base_trains_as_a_float32_one(folders: dict[str, Path], family: str) -> None:
+    """In half the bytes and under autocast the student's gradients point the same way."""
+    gradients = {}
+    for dtype in ("float32", "bfloat16"):
+        teacher = load(family, folders[family], dtype=dtype)
+        teacher.denoiser.add_adapter("student", 4, 4, teacher.default_targets)
+        given = teacher.encode_prompts(PROMPTS)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32", cache_enabled=False)
+        with teacher.denoiser.role("student"), autocast:
+            output = teacher.denoiser.predict(noise(teacher), torch.tensor([999.0, 249.0]), given)
+            output.square().mean().backward()
+        values = [value.grad for value in teacher.denoiser.adapter_parameters("student").values()]
+        gradients[dtype] = torch.cat([value.flatten() for value in values if value is not None])
+        assert gradients[dtype].dtype == torch.float32
+    assert torch.cosine_similarity(gradients["bfloat16"], gradients["float32"], dim=0) > 0.99
+
+
 @pytest.mark.parametrize("family", ["sd21", "sdxl"])
 def test_gradient_checkpointing_changes_no_gradient(
     folders: dict[str, Path], pictures: Path, tmp_path: Path, family: str
