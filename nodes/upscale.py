@@ -17,9 +17,9 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..flash_core.image import Tiling, plan_tiles, resize
-from .few_step import flash_grid, flash_sampler
+from .few_step import GridName, flash_grid, flash_sampler
 from .inpaint import check_vae, native_side
-from .sampling import MAX_SEED, steps_input
+from .sampling import MAX_SEED, grid_inputs, steps_input
 from .schema import advanced, node_schema, show_text
 from .tiled import decode_tiled, encode_tiled, tiled_model
 
@@ -126,6 +126,7 @@ class FlashUpscale(io.ComfyNode):
                     tooltip="Only the x4 upscaler: how much noise the small picture gets (1 is its level 350; .057 is "
                     "level 20, diffusers' default). More invents more detail.",
                 ),
+                *grid_inputs(),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What to avoid. Used only where guidance is above 1."
                 ),
@@ -149,6 +150,8 @@ class FlashUpscale(io.ComfyNode):
         tile_size: int,
         overlap: float,
         noise_augmentation: float,
+        grid: GridName = "trained",
+        timesteps: str = "",
         negative: list[Any] | None = None,
     ) -> io.NodeOutput:
         """Enlarge, encode, sample and decode; every part tile by tile and picture by picture."""
@@ -157,7 +160,7 @@ class FlashUpscale(io.ComfyNode):
         check_picture_model(model)
         check_prompts(prompts, guidance)
         concat = concat_of(model, vae, prompts)
-        chosen = flash_grid(model, steps, denoise if concat is None else 1.0)
+        chosen = flash_grid(model, steps, denoise if concat is None else 1.0, grid, timesteps)
         tiles, vae_tiles = plan(model, vae, image, scale, tile_size, overlap)
         pictures = enlarge(image, scale)
         count = len(pictures)
@@ -276,15 +279,14 @@ def concat_of(model: ModelPatcher, vae: VAE, prompts: dict[str, list[Any]]) -> C
         concat = Concat("concat_image", "picture", channels)
     elif isinstance(inner, comfy.model_base.IP2P):
         concat = Concat("concat_latent_image", "latent", channels)
-    elif channels == 0 or inner.concat_keys:
-        return None  # what concat_keys name, an inpainting model's mask and picture, ComfyUI fills in
+    elif channels in (0, latent_channels + 1):
+        return None  # an inpainting model's mask and masked picture, which ComfyUI fills in
     else:
         concat = Concat("noise_concat", "picture" if channels == PICTURE_CHANNELS else "latent", channels)
     expected = PICTURE_CHANNELS if concat.holds == "picture" else latent_channels
-    brought = [
-        entries[concat.key].shape[1] for prompt in prompts.values() for _, entries in prompt if concat.key in entries
-    ]
-    if any(found != channels for found in brought) or (not brought and channels != expected):
+    entries = [entry for prompt in prompts.values() for _, entry in prompt]
+    brought = [entry[concat.key].shape[1] for entry in entries if concat.key in entry]
+    if any(found != channels for found in brought) or (len(brought) < len(entries) and channels != expected):
         raise ValueError(
             f"This model takes {channels} input channels beside its {latent_channels} latent ones; "
             + (

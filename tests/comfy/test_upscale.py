@@ -1,0 +1,335 @@
+"""Tiled upscaling in the real ComfyUI: one tile is the ordinary sampler, several show no seam, and any picture fits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import prompts
+from .client import Client, Run
+
+pytestmark = pytest.mark.comfy
+
+TEXT_WIDTH = 32
+SEED = 9  # of the script's runs
+TILE, PATCH = 128, 8  # pixels: the demo's own size, and what a position of its latent stands for
+REACH = 8  # pixels
+SIZE = {"width": 96, "height": 72}
+
+
+def tiny_x4() -> UNet2DConditionModel:
+    """The x4 upscaler's architecture, small: 7 input channels, and the noise level as a class."""
+    torch.manual_seed(5)
+    network = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=7,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        only_cross_attention=(False, True),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=(1, 2),
+        use_linear_projection=True,
+        num_class_embeds=1000,
+    )
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, Tensor]:
+    """A prompt and a small picture for the x4 upscaler."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "tokens": torch.randn(1, 7, TEXT_WIDTH, generator=generator),
+        "picture": torch.rand(1, 24, 40, 3, generator=generator),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(
+    runtime: ModuleType, root: Path, given: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
+    """What the script in ComfyUI's process wrote."""
+    folder = tmp_path_factory.mktemp("upscale")
+    network = tiny_x4()
+    weights = {f"x4.{name}": value for name, value in network.state_dict().items()}
+    metadata = {"config": json.dumps(dict(network.config))}
+    save_file({**weights, **given}, folder / "given.safetensors", metadata=metadata)
+    script = Path(__file__).resolve().parent / "inside" / "upscale.py"
+    command = [sys.executable, script, runtime.comfyui_folder(), root]
+    command += [folder / "given.safetensors", folder / "results.safetensors"]
+    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "results.safetensors")
+
+
+@pytest.mark.parametrize("denoise", ["0.25", "1.0"])
+def test_one_tile_is_the_ordinary_samplers_image_to_image(results: dict[str, Tensor], denoise: str) -> None:
+    """Of two pictures; sampled together there, one after the other here, hence the last bits."""
+    assert torch.allclose(results[f"one.{denoise}"], results[f"whole.{denoise}"], atol=1e-5)
+
+
+def excess(picture: Tensor, lines: Tensor, axis: int) -> float:
+    """How much steeper colours get at tile borders than elsewhere: 1 where nothing shows.
+
+    Args:
+        picture: (1, H, W, 3).
+        lines: where the borders are along ``axis``, in pixels.
+    """
+    others = [dimension for dimension in range(4) if dimension != axis]
+    steepness = picture.diff(dim=axis).abs().mean(dim=others)
+    # A seam may lie a little beside the line, since the decoder looks at its surroundings.
+    steepest = torch.nn.functional.max_pool1d(steepness[None], 2 * REACH + 1, 1, REACH)[0]
+    places = torch.arange(len(steepest))
+    apart = (places[:, None] - lines).abs().min(1).values > 2 * REACH
+    apart &= (places > 2 * REACH) & (places < len(places) - 2 * REACH)  # the picture's own border is no seam
+    return float(steepest[lines.long() - 1].mean() / steepest[apart].mean())
+
+
+def test_no_seam_shows(results: dict[str, Tensor]) -> None:
+    """The demo wants to draw an emoji into each tile of a picture that is none: unblended, every border shows."""
+    for axis, name, hard in ((2, "lefts", [128, 256]), (1, "tops", [128])):
+        starts = results[name] * PATCH
+        borders = torch.cat([starts[1:], starts[:-1] + TILE])
+        middles = (starts[1:] + starts[:-1] + TILE) / 2
+        assert excess(results["blended"], borders, axis) < 1.25
+        assert excess(results["blended"], middles, axis) < 1.25
+        # The same tiles, each sampled to its end alone and then cut in the middle of the overlap; and no overlap.
+        assert excess(results["cut"], middles, axis) > 1.5
+        assert excess(results["unblended"], torch.tensor(hard), axis) > 3
+
+
+@pytest.mark.parametrize("kind", ["masked", "hinted"])
+def test_masks_hints_guidance_and_noise_belong_to_the_whole_picture(results: dict[str, Tensor], kind: str) -> None:
+    """A model that looks at one position at a time does not notice the tiles, over four steps with fresh noise."""
+    assert torch.allclose(results[f"{kind}.128"], results[f"{kind}.512"], atol=1e-5)
+    assert float(results[f"{kind}.512"].std()) > 0.01
+
+
+def test_the_hint_and_the_mask_matter(results: dict[str, Tensor]) -> None:
+    assert float((results["hinted.512"] - results["masked.512"]).abs().mean()) > 0.01
+
+
+def test_an_area_is_cut_to_the_tile(results: dict[str, Tensor]) -> None:
+    """Height 10, width 40 at (20, 4), seen from the tile 16 x 16 at (16, 8)."""
+    assert results["area"].tolist() == [10, 16, 4, 0]
+    assert bool(results["area.apart"])
+    assert int(results["area.kept"]) == 1
+
+
+def test_the_x4_upscaler_equals_its_network_in_diffusers(results: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Four steps from noise, written out over diffusers' network and noise schedule."""
+    network = tiny_x4()
+    schedule = DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear").alphas_cumprod
+    small = given["picture"].movedim(-1, 1) * 2 - 1
+    generator = torch.Generator().manual_seed(SEED)
+    z = torch.randn(1, 4, 24, 40, generator=generator)
+    timesteps = [999, 749, 499, 249]
+    level = torch.tensor([0])
+    with torch.no_grad():
+        for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+            alpha = schedule[timestep]
+            v = network(torch.cat([z, small], 1), timestep, given["tokens"], class_labels=level).sample
+            z0 = alpha.sqrt() * z - (1 - alpha).sqrt() * v
+            if following is not None:
+                noise = torch.randn(z.shape, generator=generator)
+                z = schedule[following].sqrt() * z0 + (1 - schedule[following]).sqrt() * noise
+    pixels = torch.sigmoid(z0 / 0.08333 / 8)[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert results["x4.one"].shape == (1, 96, 160, 3)
+    assert torch.allclose(results["x4.one"], pixels.movedim(1, -1), atol=1e-3)
+
+
+def test_each_tile_of_the_x4_upscaler_sees_its_part_of_the_small_picture(
+    results: dict[str, Tensor], given: dict[str, Tensor]
+) -> None:
+    small = given["picture"].movedim(-1, 1) * 2 - 1
+    expected = [small[..., top : top + 16, left : left + 16] for top in (0, 8) for left in (0, 12, 24)]
+    assert torch.allclose(results["x4.seen"], torch.cat(expected), atol=1e-6)
+
+
+def test_noise_augmentation_is_the_levels_noise_on_the_small_picture(results: dict[str, Tensor]) -> None:
+    assert set(results["x4.levels"].tolist()) == {20}
+    added = results["x4.noised.seen"] - results["x4.seen"]
+    assert 0.01 < float(added.std()) < 0.3
+    # Neighbouring tiles share it where they overlap.
+    assert torch.equal(added[0][..., 12:], added[1][..., :4])
+
+
+def test_other_super_resolution_models_get_the_picture_or_its_latent(
+    results: dict[str, Tensor], given: dict[str, Tensor]
+) -> None:
+    """By how many channels they have: 3 more take the picture, as many as the latent has take the enlarged latent."""
+    shape = (12, 20)  # 24 x 40 pixels, 4 times larger, at 8 pixels a position
+    small = torch.nn.functional.interpolate(given["picture"].movedim(-1, 1), shape, mode="bicubic", antialias=True)
+    large = torch.nn.functional.interpolate(given["picture"].movedim(-1, 1), scale_factor=4, mode="bicubic")
+    latent = torch.nn.functional.avg_pool2d(large.clamp(0, 1), 8) * 2 - 1
+    latent = torch.cat([latent, latent[:, :1]], 1) * 0.18215  # the scale of SD 1.5's latents
+    for channels, whole in ((7, small.clamp(0, 1) * 2 - 1), (8, latent)):
+        expected = [whole[..., top : top + 8, left : left + 8] for top in (0, 4) for left in (0, 6, 12)]
+        assert torch.allclose(results[f"concat.{channels}.seen"], torch.cat(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("concat.6", ["takes 2 input channels", "a picture would be 3", "a latent 4"]),
+        ("x4.attached", ["takes 3 input channels", "the prompt brings 4"]),
+        ("x4.vae", ["8 x 8 pixels", "4 x 4", "Connect the VAE"]),
+        ("too_large", ["2400000 x 3200000", "GiB", "Lower scale"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(results: dict[str, Tensor], name: str, words: list[str]) -> None:
+    message = bytes(results[name].tolist()).decode()
+    for word in words:
+        assert word in message
+
+
+def picture(width: int = SIZE["width"], height: int = SIZE["height"], channels: int = 3) -> np.ndarray:
+    """Smooth colours; a fourth channel that falls from opaque to transparent."""
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    return np.stack([x, y, (x + y) / 2, 1 - x][:channels], axis=-1)
+
+
+def graph(server, name: str, pixels: np.ndarray | None = None, **settings: object) -> prompts.Prompt:
+    """Load a picture, enlarge it, save it."""
+    Image.fromarray(((picture() if pixels is None else pixels) * 255).round().astype(np.uint8)).save(
+        server.base / "input" / f"{name}.png"
+    )
+    prompt = prompts.latents(prompts.shipped()[prompts.LORA]["inputs"]["lora_name"], seed=3, text="")
+    for unused in (prompts.EMPTY, prompts.DECODE, prompts.SAVE, prompts.SAMPLER, "latent"):
+        del prompt[unused]
+    inputs = {"scale": 2.0, "seed": 3, "steps": 2, "denoise": 0.25, "guidance": 1.0, "tile_size": 0}
+    prompt["load"] = prompts.node("LoadImage", image=f"{name}.png")
+    prompt["upscale"] = prompts.node(
+        "FlashUpscale",
+        model=[prompts.LORA, 0],
+        vae=[prompts.MODELS, 2],
+        positive=[prompts.TEXT, 0],
+        image=["load", 0],
+        **{**inputs, "overlap": 0.25, "noise_augmentation": 0.0, **settings},
+    )
+    prompt["after"] = prompts.node("SaveImage", images=["upscale", 0], filename_prefix="after")
+    return prompt
+
+
+def arrays(client: Client, run: Run) -> list[np.ndarray]:
+    assert run.succeeded, run.error
+    return [np.asarray(image, dtype=int) for image in client.images(run, "after")]
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "expected"),
+    [((1, 1), 2.0, (2, 2)), ((3, 131), 1.5, (4, 196)), ((97, 65), 1.0, (97, 65)), ((128, 64), 1.25, (160, 80))],
+)
+def test_any_size_of_picture(
+    client: Client, server, size: tuple[int, int], scale: float, expected: tuple[int, int]
+) -> None:
+    (after,) = arrays(client, client.run(graph(server, "any", picture(*size), scale=scale)))
+    assert after.shape == (expected[1], expected[0], 3)
+
+
+def test_a_low_denoise_keeps_the_picture(client: Client, server) -> None:
+    (after,) = arrays(client, client.run(graph(server, "same", steps=8, denoise=0.12)))
+    before = Image.fromarray((picture() * 255).round().astype(np.uint8)).resize((192, 144), Image.Resampling.BICUBIC)
+    kept, mirrored = np.asarray(before, dtype=int), np.asarray(before, dtype=int)[:, ::-1]
+    assert np.abs(after - kept).mean() < np.abs(after - mirrored).mean() / 3
+
+
+def test_an_alpha_channel_is_enlarged_alongside(client: Client, server) -> None:
+    prompt = graph(server, "alpha")
+    prompt["ramp"] = prompts.node("ImageToMask", image=["load", 0], channel="red")
+    prompt["rgba"] = prompts.node("JoinImageWithAlpha", image=["load", 0], alpha=["ramp", 0])
+    prompt["upscale"]["inputs"]["image"] = ["rgba", 0]
+    (after,) = arrays(client, client.run(prompt))
+    assert after.shape == (2 * SIZE["height"], 2 * SIZE["width"], 4)
+    columns = after[..., 3].mean(0)
+    assert np.all(np.diff(columns) <= 0)
+    assert after[..., 3].std(0).max() < 1
+
+
+def test_pictures_of_a_batch_are_enlarged_one_by_one(client: Client, server) -> None:
+    """The first of two is what it is alone."""
+    prompt = graph(server, "batch")
+    (alone,) = arrays(client, client.run(prompt))
+    prompt["two"] = prompts.node("RepeatImageBatch", image=["load", 0], amount=2)
+    prompt["upscale"]["inputs"]["image"] = ["two", 0]
+    first, second = arrays(client, client.run(prompt))
+    assert np.array_equal(first, alone)
+    assert np.abs(first - second).mean() > 0.5
+
+
+def test_progress_goes_tile_by_tile_with_a_preview_a_step(client: Client, server) -> None:
+    run = client.run(graph(server, "progress", steps=4, denoise=0.5))
+    # 192 x 144 in tiles of 128 with an overlap of 32 at least: 2 x 2 tiles, twice; the VAE's one tile, to and fro.
+    assert [value for value, _ in run.progress if value] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 9, 10]
+    assert {total for _, total in run.progress} == {10}
+    assert len(run.previews) == 2
+    assert max(run.previews[0].size) >= 12
+
+
+def test_an_interrupt_takes_effect_between_tiles(client: Client, server) -> None:
+    run = client.run(graph(server, "interrupt", steps=4, denoise=1.0, scale=4.0), interrupt_at_step=3)
+    assert run.interrupted
+    assert run.progress[-1][0] < run.progress[-1][1] / 2
+    arrays(client, client.run(graph(server, "interrupt", steps=1)))
+
+
+def with_small_tiles(prompt: prompts.Prompt) -> None:
+    prompt["upscale"]["inputs"]["tile_size"] = 8
+
+
+def with_guidance_and_no_negative(prompt: prompts.Prompt) -> None:
+    prompt["upscale"]["inputs"]["guidance"] = 3.0
+
+
+def with_another_vae(prompt: prompts.Prompt) -> None:
+    prompt["pixels"] = prompts.node("VAELoader", vae_name="pixel_space")
+    prompt["upscale"]["inputs"]["vae"] = ["pixels", 0]
+
+
+def with_a_model_without_trained_timesteps(prompt: prompts.Prompt) -> None:
+    prompt["edm"] = prompts.node(
+        "ModelSamplingContinuousEDM", model=[prompts.LORA, 0], sampling="edm", sigma_max=120.0, sigma_min=0.002
+    )
+    prompt["upscale"]["inputs"]["model"] = ["edm", 0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (with_small_tiles, ["tile_size is 8", "at least 64"]),
+        (with_guidance_and_no_negative, ["Guidance is 3", "negative"]),
+        (with_another_vae, ["latents of 3 channels", "Connect the VAE"]),
+        (with_a_model_without_trained_timesteps, ["no trained timesteps"]),
+    ],
+)
+def test_bad_input_is_refused_in_words(
+    client: Client, server, spoil: Callable[[prompts.Prompt], None], words: list[str]
+) -> None:
+    prompt = graph(server, "bad")
+    spoil(prompt)
+    run = client.run(prompt)
+    assert run.error is not None
+    assert run.error["node_type"] == "FlashUpscale"
+    for word in words:
+        assert word in run.error["exception_message"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", 9.0), ("overlap", 0.6), ("denoise", 0.0), ("steps", 9)])
+def test_the_page_refuses_values_out_of_range(client: Client, server, name: str, value: float) -> None:
+    with pytest.raises(Exception, match=name):
+        client.queue(graph(server, "range", **{name: value}))
