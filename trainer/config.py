@@ -109,7 +109,9 @@ class LoraSection(Section):
     rank: Count = Field(64, description="r of the student's LoRA (and the critic's)")
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank (default: rank, so by 1)")
     targets: list[str] | None = Field(
-        None, min_length=1, description="names that the adapted layers' paths end in (default: the family's attention)"
+        None,
+        min_length=1,
+        description="names that the adapted layers' paths end in (default: the family's own, all of its attention)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="storage of the exported file; what trains is float32 always"
