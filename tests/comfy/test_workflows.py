@@ -193,6 +193,7 @@ def half_size(name: str) -> tuple[dict[str, Any], int]:
     return prompt, prompt[node_of(prompt, "LatentImage")]["inputs"]["width"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_runs_on_stand_ins_of_the_published_files(stand_in_client: Client, name: str) -> None:
     prompt, side = half_size(name)
@@ -217,6 +218,7 @@ def test_it_runs_on_stand_ins_of_the_published_files(stand_in_client: Client, na
     assert picture.size == (side, side)
 
 
+@pytest.mark.slow
 def test_the_lora_of_another_family_is_refused_in_words(stand_in_client: Client) -> None:
     prompt, _ = half_size("flash_sd15")
     prompt[node_of(prompt, "FlashLoraLoader")]["inputs"]["lora_name"] = "FlashSDXL.safetensors"
