@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .matching import same_weight
-from .weights import LoraModule
+from .weights import LoraModule, computable
 
 
 @dataclass(frozen=True)
@@ -108,4 +108,4 @@ def _truncate(module: LoraModule, rank: int) -> tuple[LoraModule, float, float]:
 
 
 def _as(half: Tensor, like: Tensor) -> Tensor:
-    return half.to(like.dtype).contiguous()
+    return half.to(computable(like.dtype)).contiguous()

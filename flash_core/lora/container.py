@@ -26,23 +26,26 @@ MAX_TENSORS = 20_000
 MAX_STRINGS = 150_000  # five a tensor, and what trainers tell of themselves
 MAX_DIMENSIONS = 8
 
-# The types that torch can hold, and bytes an element.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# The types that this torch can hold, and bytes an element.
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",  # unsigned types are younger than the oldest torch that ComfyUI runs on
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, spelt) for name, spelt in _TORCH_NAMES.items() if hasattr(torch, spelt)
 }
 DTYPE_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 # How one number is read without torch; a bfloat16 is a float32 without its lower half.

@@ -80,6 +80,9 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     notes += renames
     if untold and sources:
         notes += (f"{untold} layers tell no alpha: scale 1 is used for them",)
+    idle = sum(module.alpha == 0 for module in modules.values())
+    if idle:
+        notes += (f"alpha is 0 on {idle} layers: they change nothing",)
     return LoraFile(
         modules=modules,
         text_encoder=text_encoder,

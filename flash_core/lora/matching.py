@@ -94,11 +94,13 @@ def _by_layers(file: LoraFile) -> tuple[str, str]:
         return "flux", "Flux"
     if any(name.startswith("joint_blocks_") or "_add_k_proj" in name for name in names):
         return _sd3(file)
-    if any(name.startswith(("transformer_blocks_", "blocks_")) for name in names):
-        # PixArt's blocks have a self- and a cross-attention, attn1 and attn2 (cross_attn); SD3's have one joint attn,
-        # SD3.5 medium's first ones attn and attn2.
+    if any(name.startswith("blocks_") and name.endswith(("_attn_qkv", "_q_linear", "_kv_linear")) for name in names):
+        return _pixart(file)
+    if any(name.startswith("transformer_blocks_") for name in names):
+        # PixArt's blocks have a self- and a cross-attention, attn1 and attn2; SD3's have one joint attn, SD3.5 medium's
+        # first ones attn and attn2.
         joint = any("_attn_to_" in name or "_norm1_" in name or "_ff_context_" in name for name in names)
-        attention = any("_attn1_" in name or "_attn2_" in name or "_cross_attn_" in name for name in names)
+        attention = any("_attn1_" in name or "_attn2_" in name for name in names)
         return _pixart(file) if attention and not joint else _sd3(file)
     width = next((int(m.down.shape[1]) for name, m in names.items() if name.endswith("attn2_to_k")), None)
     if width is None:
@@ -112,8 +114,10 @@ def _sd3(file: LoraFile) -> tuple[str, str]:
     if any("_attn2_" in name for name in file.modules):
         return "sd35", "SD3.5 medium (its first blocks have a second attention)"
     width = next((_width(module) for name, module in file.modules.items() if "_attn_" in name), None)
-    words = _SD3_BY_WIDTH.get(width, "SD3") if width is not None else "SD3"
-    return ("sd35" if words == "SD3.5 large" else ""), f"{words} ({width} channels wide)" if width else words
+    if width is None:
+        return "", "a transformer like SD3"
+    words = _SD3_BY_WIDTH.get(width, "a transformer like SD3")
+    return ("sd35" if words == "SD3.5 large" else ""), f"{words} ({width} channels wide)"
 
 
 def _width(module: LoraModule) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .metadata import FlashMetadata
@@ -21,6 +22,11 @@ def flat_name(path: str) -> str:
     the model, while no two modules of a diffusion model share it.
     """
     return path.replace(".", "_")
+
+
+def computable(dtype: torch.dtype) -> torch.dtype:
+    """The type in which results computed from numbers of ``dtype`` are kept: float16 for those of 8 bits."""
+    return torch.float16 if dtype.itemsize == 1 else dtype
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .container import LoraError
 from .metadata import FlashMetadata
 from .names import kohya_text_name, text_encoder_path
 from .settings import PEFT_CONFIG, PEFT_WEIGHTS
-from .weights import LoraModule, flat_name
+from .weights import LoraModule, computable, flat_name
 
 Dialect: TypeAlias = Literal["portable", "kohya", "diffusers", "peft"]
 DIALECTS: tuple[Dialect, ...] = ("portable", "kohya", "diffusers", "peft")
@@ -89,8 +89,11 @@ def write_lora(
             names[f"text_encoder{f'_{number}' if number > 1 else ''}.{inner}"] = module
         for name, module in names.items():
             tensors[f"{name}.lora_A.weight"] = _stored(module.down, dtype)
-            folded = module.up if module.scale == 1 else module.up.detach().float() * module.scale
-            tensors[f"{name}.lora_B.weight"] = _stored(folded, dtype or module.up.dtype)
+            if module.scale == 1:
+                tensors[f"{name}.lora_B.weight"] = _stored(module.up, dtype)
+            else:
+                folded = module.up.detach().float() * module.scale
+                tensors[f"{name}.lora_B.weight"] = _stored(folded, dtype or computable(module.up.dtype))
         _save(tensors, path, strings)
 
 

@@ -342,7 +342,7 @@ def test_text_encoder_layers_are_told_of(matrix: Matrix) -> None:
         ("sdxl on sd15", "an unknown model (attn2 reads 32 channels)", "SD15 (attn2 reads 32 channels)"),
         ("sd15 on sdxl", "an unknown model (attn2 reads 32 channels)", "SDXL (attn2 reads 32 channels)"),
         ("flux on sd3", "Flux", "SD3 (128 channels wide)"),
-        ("sd3 on sd35", "SD3 (128 channels wide)", "SD3.5 (128 channels wide)"),
+        ("sd3 on sd35", "a transformer like SD3 (128 channels wide)", "SD3.5 (128 channels wide)"),
         ("sd35 on sd3", "SD3.5 medium", "SD3 (128 channels wide)"),
         ("alpha on sigma", "PixArt-alpha at 1024 pixels", "PixArtSigma"),
         ("a part of sd15 on flux", "an unknown model", "Flux"),

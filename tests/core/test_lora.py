@@ -156,6 +156,23 @@ def test_alpha_in_the_header_that_diffusers_writes(tmp_path: Path) -> None:
     assert (file.modules[flat_name(PATH)].scale, file.alpha_source) == (4.0, "header")
 
 
+def test_layers_without_effect_and_without_alpha_are_told_of(tmp_path: Path) -> None:
+    down, up = halves()
+    tensors = {}
+    for layer in ("idle", "untold", "usual"):
+        tensors[f"lora_unet_{layer}.lora_down.weight"], tensors[f"lora_unet_{layer}.lora_up.weight"] = down.clone(), up
+        up = up.clone()
+    tensors["lora_unet_idle.alpha"], tensors["lora_unet_usual.alpha"] = torch.tensor(0.0), torch.tensor(2.0)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    file = read_lora(tmp_path / "lora.safetensors")
+    assert file.alpha_source == "file"
+    assert file.scales == (0.0, 0.5, 1.0)
+    assert file.notes == (
+        "1 layers tell no alpha: scale 1 is used for them",
+        "alpha is 0 on 1 layers: they change nothing",
+    )
+
+
 def test_text_encoder_layers_are_kept_apart(tmp_path: Path) -> None:
     down, up = halves()
     names = [f"lora_unet_{flat_name(PATH)}", "lora_te1_text_model_q_proj", "lora_te2_text_model_q_proj"]
@@ -218,7 +235,17 @@ def test_matching_counts_and_names_both_sides(tmp_path: Path) -> None:
         (PATH, 1024, "SD 2"),
         (PATH, 2048, "SDXL"),
         (PATH, 333, "unknown"),
-        ("transformer_blocks.0.attn.add_k_proj", 8, "SD3"),
+        ("transformer_blocks.0.attn.add_k_proj", 8, "a transformer like SD3"),
+        ("transformer_blocks.0.attn.to_k", 1536, "SD3 medium or SD3.5 medium (1536 channels wide)"),
+        ("transformer_blocks.0.attn.to_k", 2432, "SD3.5 large"),
+        ("joint_blocks.0.x_block.attn.qkv", 1536, "SD3 medium"),
+        ("transformer_blocks.0.attn2.to_q", 1152, "PixArt"),
+        ("blocks.0.attn.qkv", 1152, "PixArt"),
+        ("blocks.0.cross_attn.kv_linear", 1152, "PixArt"),
+        ("adaln_single.emb.resolution_embedder.linear_1", 256, "unknown"),
+        ("double_blocks.0.img_attn.qkv", 3072, "Flux"),
+        ("input_blocks.4.1.transformer_blocks.0.attn2.to_k", 2048, "SDXL"),
+        ("down_blocks.2.attentions.0.transformer_blocks.9.attn1.to_k", 1280, "SDXL"),
         ("transformer_blocks.0.attn.to_q", 8, "SD3"),
         ("transformer_blocks.0.attn2.to_k", 8, "PixArt"),
         ("single_transformer_blocks.0.attn.to_q", 8, "Flux"),

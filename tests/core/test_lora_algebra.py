@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,17 @@ def test_other_shapes_and_ranks_below_1_are_refused() -> None:
         merge([({"a": one}, 1.0), ({"a": other}, 1.0)])
     with pytest.raises(ValueError, match="at least 1"):
         resize({"a": one}, 0)
+
+
+def test_8_bit_numbers_are_computed_with(tmp_path: Path) -> None:
+    """Exact in float16; the results are kept in it, since 8 bits would round them off."""
+    small = {"proj_out": LoraModule("proj_out", torch.ones(4, 6).to(torch.float8_e5m2), torch.randn(8, 4), 3.0)}
+    assert resize(small, 2).modules["proj_out"].down.dtype == torch.float16
+    small["proj_out"] = replace(small["proj_out"], up=torch.randn(8, 4).to(torch.float8_e4m3fn))
+    write_lora(tmp_path / "lora", small, None, transformer=True, dtype=None)
+    (module,) = read_lora(tmp_path / "lora").modules.values()
+    assert (module.down.dtype, module.up.dtype) == (torch.float8_e5m2, torch.float16)
+    torch.testing.assert_close(module.up.float(), small["proj_out"].up.float() * 0.75)
 
 
 def test_a_layer_of_zeros_can_be_cut() -> None:
