@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, spelt) for name, spelt in _TORCH_NAMES.items() if hasattr(torch, spelt)
 }
 DTYPE_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
-# How one number is read without torch; a bfloat16 is a float32 without its lower half.
+# How one number is read without torch.
 NUMBER_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B", "I8": "<b"}
 
 
@@ -58,61 +58,56 @@ class LoraError(ValueError):
 
 @dataclass(frozen=True)
 class Container:
-    """A safetensors file whose header holds together.
+    """A safetensors file whose header holds together, mapped.
+
+    It is opened once: what replaces it on the disk later does not change what is read here.
 
     Attributes:
-        path: where it lies.
+        path: where it lay.
         shapes: every tensor's shape by its key, in the file's order.
         places: its type, and where its bytes begin in the file.
         header: the file's own strings (``__metadata__``).
+        memory: the file's bytes.
     """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     places: Mapping[str, tuple[str, int]]
     header: Mapping[str, str]
+    memory: mmap.mmap
 
-    def numbers(self, keys: Iterable[str]) -> dict[str, float | None]:
-        """The first number of some tensors, of which LoRA files have hundreds: faster than as tensors; None where
-        its type holds no ordinary number."""
-        found: dict[str, float | None] = {}
-        with self.path.open("rb") as file:
-            for key in keys:
-                dtype, begin = self.places[key]
-                file.seek(begin)
-                raw = file.read(DTYPE_BYTES[dtype])
-                if dtype == "BF16":
-                    dtype, raw = "F32", b"\0\0" + raw
-                number = NUMBER_FORMATS.get(dtype)
-                found[key] = None if number is None else float(struct.unpack(number, raw)[0])
-        return found
+    def number(self, key: str) -> float | None:
+        """The first number of a tensor, without torch: files have hundreds of alphas. None where its type is none of
+        the ordinary ones."""
+        dtype, begin = self.places[key]
+        raw = self.memory[begin : begin + DTYPE_BYTES[dtype]]
+        if dtype == "BF16":  # a float32 without its lower half
+            dtype, raw = "F32", b"\0\0" + raw
+        number = NUMBER_FORMATS.get(dtype)
+        return None if number is None else float(struct.unpack(number, raw)[0])
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor: its bytes are read from the disk when they are first used.
+
+        The header is checked by now; the library would take as long for a file's tensors as all the rest does.
+        """
+        dtype, begin = self.places[key]
+        shape = self.shapes[key]
+        count, width = math.prod(shape), DTYPE_BYTES[dtype]
+        if not count:
+            return torch.empty(shape, dtype=DTYPES[dtype])
+        if begin % width:  # writers align tensors; where one has not, a copy is
+            raw = bytearray(self.memory[begin : begin + count * width])
+            return torch.frombuffer(raw, dtype=DTYPES[dtype]).reshape(shape)
+        return torch.frombuffer(self.memory, dtype=DTYPES[dtype], count=count, offset=begin).reshape(shape)
 
     def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Some of its tensors, mapped: their bytes are read when they are first used.
-
-        The header is checked by now; asking the library for thousands of tensors would take as long as all the rest.
-        """
-        with self.path.open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # as if writable, or torch warns
-        found = {}
-        for key in keys:
-            dtype, begin = self.places[key]
-            shape = self.shapes[key]
-            size = math.prod(shape) * DTYPE_BYTES[dtype]
-            if not size:
-                found[key] = torch.empty(shape, dtype=DTYPES[dtype])
-            elif begin % DTYPE_BYTES[dtype]:  # writers align them; where one has not, a copy is
-                found[key] = torch.frombuffer(bytearray(memory[begin : begin + size]), dtype=DTYPES[dtype]).reshape(
-                    shape
-                )
-            else:
-                flat = torch.frombuffer(memory, dtype=DTYPES[dtype], count=math.prod(shape), offset=begin)
-                found[key] = flat.reshape(shape)
-        return found
+        """Some of its tensors, by key."""
+        return {key: self.tensor(key) for key in keys}
 
 
 def open_container(path: Path) -> Container:
-    """Check a file's header.
+    """Check a file's header, and map it.
 
     Raises:
         LoraError: no such file, not safetensors (a pickle is named as such), cut off, or a header that is too large,
@@ -122,36 +117,48 @@ def open_container(path: Path) -> Container:
         raise LoraError(f"there is no LoRA file at {path}; give a .safetensors file or a PEFT folder")
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(LENGTH_BYTES)
-            length = int.from_bytes(start, "little")
-            if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
-                raise unreadable(path, "it is shorter than its header says" if start else "it is empty", start)
-            if length > MAX_HEADER_BYTES:
-                raise unreadable(path, f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read", start)
-            text = file.read(length)
+            text, size = _header(path, file)
+            shapes, places, header = _parse(path, text, size)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # as if writable, or torch warns
     except OSError as error:
         raise unreadable(path, str(error)) from error
+    return Container(path, shapes, places, header, memory)
+
+
+def _header(path: Path, file: BinaryIO) -> tuple[bytes, int]:
+    """The header's bytes, bounded, and the file's size."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(LENGTH_BYTES)
+    length = int.from_bytes(start, "little")
+    if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
+        raise unreadable(path, "it is shorter than its header says" if start else "it is empty", start)
+    if length > MAX_HEADER_BYTES:
+        raise unreadable(path, f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read", start)
+    text = file.read(length)
     if not text.startswith(b"{"):
         raise unreadable(path, "its header is not JSON", start)
     # Each tensor is an object with two lists and five strings; counted before anything is built from them.
     strings = (text.count(b'"') - text.count(b'\\"')) // 2
     if text.count(b"{") + text.count(b"[") > 4 * MAX_TENSORS or strings > MAX_STRINGS:
         raise unreadable(path, f"its header lists more than {MAX_TENSORS:,} tensors, or as much else")
+    return text, size
+
+
+def _parse(
+    path: Path, text: bytes, size: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, int]], dict[str, str]]:
+    """Shapes, types and places of the tensors, and the file's strings."""
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        reason = "its header is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise unreadable(path, reason) from error
-    header = entries.pop("__metadata__", {})
-    if not isinstance(header, dict) or not all(isinstance(value, str) for value in header.values()):
-        raise unreadable(path, "its metadata is not a table of strings")
-    try:
-        shapes, places = _layout(entries, size - LENGTH_BYTES - length)
+        header = entries.pop("__metadata__", {})
+        if not isinstance(header, dict) or not all(isinstance(value, str) for value in header.values()):
+            raise ValueError("its metadata is not a table of strings")
+        shapes, places = _layout(entries, LENGTH_BYTES + len(text), size)
+    except RecursionError as error:
+        raise unreadable(path, "its header is nested too deeply") from error
     except ValueError as error:
         raise unreadable(path, str(error)) from error
-    start_of_data = LENGTH_BYTES + length
-    return Container(path, shapes, {key: (dtype, start_of_data + at) for key, (dtype, at) in places.items()}, header)
+    return shapes, places, header
 
 
 def unreadable(path: Path, reason: str, start: bytes = b"") -> LoraError:
@@ -176,7 +183,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _layout(
-    entries: Mapping[str, Any], data_bytes: int
+    entries: Mapping[str, Any], start: int, size: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, int]]]:
     """Every tensor's shape, and its type and place, where all agree and the tensors fill the file without a gap."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -195,15 +202,15 @@ def _layout(
         if end - begin != width * math.prod(shape):
             raise ValueError(f"tensor {key[:80]!r} of shape {shape} does not fill its place of {end - begin:,} bytes")
         shapes[key] = tuple(shape)
-        places[key] = dtype, begin
+        places[key] = dtype, start + begin
         spans.append((begin, end))
     reached = 0
     for begin, end in sorted(spans):
         if begin != reached:
             raise ValueError("its tensors overlap or leave gaps")
         reached = end
-    if reached != data_bytes:
-        raise ValueError(f"its tensors take {reached:,} bytes, but it holds {data_bytes:,}")
+    if reached != size - start:
+        raise ValueError(f"its tensors take {reached:,} bytes, but it holds {size - start:,}")
     return shapes, places
 
 

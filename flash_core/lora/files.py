@@ -6,12 +6,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .container import LoraError, open_container
+from .container import Container, LoraError, open_container
 from .dialects import EMBEDDING, LoraKey, Part, parse_key
 from .metadata import FlashMetadata
 from .published import recognise, with_stock_names
@@ -55,14 +56,11 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     ranks = {name: container.shapes[layer.keys["down"]][0] for name, layer in grouped.items() if not layer.text_encoder}
     if settings is not None and not settings.belong_to(ranks):
         settings, notes = None, (f"{PEFT_CONFIG} beside the file is another adapter's, and is not used",)
-    layers = grouped.values()
-    tensors = container.tensors(key for layer in layers for part, key in layer.keys.items() if part != "alpha")
-    alphas = container.numbers(layer.keys["alpha"] for layer in layers if "alpha" in layer.keys)
     modules: dict[str, LoraModule] = {}
     text_encoder: dict[str, LoraModule] = {}
     sources: Counter[AlphaSource] = Counter()
     for name, layer in grouped.items():
-        module, source = _module(path.name, layer, tensors, alphas, settings)
+        module, source = _module(container, layer, settings)
         if layer.text_encoder:
             text_encoder[name] = module
         else:
@@ -72,17 +70,10 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     if published is not None:
         metadata = published.metadata()
         if sources["unknown"]:
-            modules = {n: LoraModule(m.path, m.down, m.up, published.alpha) for n, m in modules.items()}
+            modules = {name: replace(module, alpha=published.alpha) for name, module in modules.items()}
             sources = Counter({"published": len(modules)})
-    untold = sources.pop("unknown", 0)
-    alpha_source: AlphaSource = sources.most_common(1)[0][0] if sources else "unknown"
+    alpha_source, untold = _alpha_source(sources)
     modules, renames = with_stock_names(modules)
-    notes += renames
-    if untold and sources:
-        notes += (f"{untold} layers tell no alpha: scale 1 is used for them",)
-    idle = sum(module.alpha == 0 for module in modules.values())
-    if idle:
-        notes += (f"alpha is 0 on {idle} layers: they change nothing",)
     return LoraFile(
         modules=modules,
         text_encoder=text_encoder,
@@ -93,8 +84,22 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
         metadata=metadata,
         header=container.header,
         published=None if published is None else published.name,
-        notes=notes,
+        notes=(*notes, *renames, *untold, *_idle(modules)),
     )
+
+
+def _alpha_source(sources: Counter[AlphaSource]) -> tuple[AlphaSource, tuple[str, ...]]:
+    """Where most alphas came from, and a note where some layers have none while others do."""
+    told = [(source, count) for source, count in sources.most_common() if source != "unknown"]
+    if not told:
+        return "unknown", ()
+    count = sources["unknown"]
+    return told[0][0], ((f"{count} layers tell no alpha: scale 1 is used for them",) if count else ())
+
+
+def _idle(modules: Mapping[str, LoraModule]) -> tuple[str, ...]:
+    count = sum(module.alpha == 0 for module in modules.values())
+    return (f"alpha is 0 on {count} layers: they change nothing",) if count else ()
 
 
 class _Layer:
@@ -156,14 +161,9 @@ def _check(name: str, layer: _Layer, shapes: Mapping[str, tuple[int, ...]]) -> N
         raise LoraError(f"{name}: alpha of layer {layer.path} must be one finite number, but has the shape {shape}")
 
 
-def _module(
-    name: str,
-    layer: _Layer,
-    tensors: Mapping[str, Tensor],
-    alphas: Mapping[str, float | None],
-    settings: FileSettings | None,
-) -> tuple[LoraModule, AlphaSource]:
-    halves = {part: tensors[layer.keys[part]] for part in _HALVES if part in layer.keys}
+def _module(container: Container, layer: _Layer, settings: FileSettings | None) -> tuple[LoraModule, AlphaSource]:
+    name = container.path.name
+    halves = {part: container.tensor(layer.keys[part]) for part in _HALVES if part in layer.keys}
     for half in halves.values():
         # A text encoder's layers are not used: they are left unread.
         if not half.is_floating_point() or not (layer.text_encoder or all_finite(half)):
@@ -173,7 +173,7 @@ def _module(
         mid = halves["mid"].float()
         down = torch.einsum("rskl,si->rikl", mid, down.float().flatten(1)).to(down.dtype)
     if "alpha" in layer.keys:
-        alpha = alphas[layer.keys["alpha"]]
+        alpha = container.number(layer.keys["alpha"])
         if alpha is None or not math.isfinite(alpha):
             raise LoraError(f"{name}: alpha of layer {layer.path} must be one finite number, but is {alpha}")
         return LoraModule(layer.path, down, up, alpha), "file"
