@@ -70,6 +70,11 @@ class ModelSection(Section):
         "exported LoRA is then used together with them",
     )
 
+    @property
+    def styles(self) -> str:
+        """The style LoRAs that the teacher wears, each with its strength; empty where there are none."""
+        return ", ".join(f"{style.path.name} x {style.strength:g}" for style in self.style_lora)
+
 
 class DataSection(Section):
     """Pictures and their captions."""

@@ -75,7 +75,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
             "samples": str(state.position),
             "trainer": f"flash-diffusion {__version__}",
         }
-        | ({"style_lora": styles(recipe)} if recipe.model.style_lora else {}),
+        | ({"style_lora": recipe.model.styles} if recipe.model.style_lora else {}),
     )
     path = run / LORA
     write_lora(path, modules, metadata, transformer=teacher.transformer, dtype=getattr(torch, recipe.lora.dtype))
@@ -117,7 +117,9 @@ def model_card(
         rows.append(f"| {phase.name} | {phase.updates / recipe.updates:.0%} | {modes} | {factors} |")
     low, high = recipe.method.guidance
     worn = (
-        f"Together with the style LoRAs that its teacher wore: {styles(recipe)}.\n\n" if recipe.model.style_lora else ""
+        f"Together with the style LoRAs that its teacher wore: {recipe.model.styles}.\n\n"
+        if recipe.model.style_lora
+        else ""
     )
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
@@ -150,11 +152,6 @@ setting, `log.jsonl` the course.
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
-
-
-def styles(recipe: Recipe) -> str:
-    """The style LoRAs that the teacher wore, each with its strength."""
-    return ", ".join(f"{style.path.name} x {style.strength:g}" for style in recipe.model.style_lora)
 
 
 def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> str:

@@ -39,6 +39,8 @@ def print_plan(recipe: Recipe, console: Console) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
     say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates")
+    if recipe.model.style_lora:
+        say(f"the teacher wears {recipe.model.styles}")
     modes = "/".join(f"{t:g}" for t in trailing_timesteps(outline.denoiser.process, NUM_MODES))
     say(f"modes weigh t = {modes}; passes are the teacher's, expected, with guidance")
     console.print(_phases(recipe))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from rich.console import Console
 from torch import nn
 
 from flash_diffusion.flash_core.lora import LoraError, LoraModule, flat_name, read_lora, write_lora
@@ -16,6 +18,7 @@ from flash_diffusion.flash_core.process import VPProcess
 from flash_diffusion.trainer.config import ModelSection, parse_recipe
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.loop import Run
+from flash_diffusion.trainer.plan import print_plan
 from flash_diffusion.trainer.teachers import load_teacher
 from flash_diffusion.trainer.teachers.stable_diffusion import UNetDenoiser
 
@@ -174,7 +177,11 @@ def test_a_flash_lora_of_a_style_is_used_together_with_it(
     content = tiny_recipe(folders["sd15"], pictures, optimizer={"lr": 0.02})
     content["model"]["style_lora"] = [{"path": str(style), "strength": 0.6}]
     content["phases"] = content["phases"][:1]
-    run = Run(parse_recipe(content), tmp_path / "run", Accelerator(), None)
+    recipe = parse_recipe(content)
+    plan = Console(record=True, width=120, file=io.StringIO())
+    print_plan(recipe, plan)
+    assert "wears style.safetensors x 0.6" in plan.export_text()
+    run = Run(recipe, tmp_path / "run", Accelerator(), None)
     conditioning = run.parts.teacher.unconditional(1)
     lora = run.train()
     z, t = torch.ones(1, 4, 8, 8), torch.tensor([749.0])
