@@ -49,8 +49,11 @@ def in_words(prediction: str) -> str:
     return {"v_prediction": "v", "sample": "the clean latent", "flow": "a velocity (flow)"}.get(prediction, prediction)
 
 
-def process_of(sampling: Any) -> VPProcess | FlowProcess:
-    """The diffusion process of a ComfyUI ``model_sampling``, whichever node put it there.
+def sampling_process(sampling: Any) -> VPProcess | FlowProcess:
+    """The diffusion process that a ComfyUI ``model_sampling`` samples, whichever node put it there.
+
+    More models can be sampled than distilled (:func:`~.model_process.process_of`): those that a node has set to ``lcm``
+    or to an epsilon schedule with zero terminal SNR, and flow models that scale their noise.
 
     Raises:
         ValueError: it has neither discrete timesteps nor flow sampling.
@@ -156,7 +159,7 @@ def flash_grid(
     if grid not in GRIDS:
         raise ValueError(f"grid is {grid!r}; expected one of {', '.join(GRIDS)}.")
     sampling = model.get_model_object("model_sampling")
-    process = process_of(sampling)
+    process = sampling_process(sampling)
     metadata: FlashMetadata | None = model.get_attachment(METADATA_KEY)
     trained: Mapping[int, Sequence[float]] = {}
     if metadata is not None:

@@ -17,6 +17,7 @@ from boot import boot
 
 SEED = 2024
 STEPS = (1, 2, 3, 4, 6, 8)
+FEATURE_FAMILIES = ("sd15", "sdxl", "pixart_sigma", "sd3")  # one of each kind of network
 CUSTOM = {"vp": "999, 600, 123", "flow": "1000, 640, 123.5"}
 GUIDANCE = 3.0
 
@@ -33,7 +34,9 @@ def main(comfyui: Path, root: Path, folder: Path, *families: str) -> None:
         for family in families:
             models[family] = load(family, folder)
             given = load_file(folder / f"{family}.given.safetensors")
-            results = parity(family, models[family], given, grids) | features(family, models[family], given)
+            results = parity(family, models[family], given, grids)
+            if family in FEATURE_FAMILIES:
+                results |= features(family, models[family], given)
             save_file({name: value.contiguous() for name, value in results.items()}, folder / f"{family}.results")
         special_grids(models, grids)
         grids["sizes"] = refused_sizes(models["pixart_sigma"], load_file(folder / "pixart_sigma.given.safetensors"))
