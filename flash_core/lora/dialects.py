@@ -66,7 +66,8 @@ _ALGORITHMS: tuple[tuple[re.Pattern[str], str], ...] = (
 # diffusers before 0.20 hung the layers on attention processors.
 _PROCESSOR = re.compile(r"^(?P<path>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<part>down|up)\.weight$")
 
-_PATH = re.compile(r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")
+# What a module can be called: no key becomes a path of anything else.
+_PATH = re.compile(r"(?=.{1,256}$)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")
 
 
 class LoraKey(NamedTuple):

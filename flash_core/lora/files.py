@@ -21,6 +21,8 @@ from .weights import AlphaSource, LoraFile, LoraModule, flat_name
 
 MAX_RANK = 8192  # far above any LoRA's: 1024 is large, and a full-rank file of SDXL has 1280
 
+MAX_NAME = 160  # of a key that is shown to the user
+
 _HALVES: tuple[Part, ...] = ("down", "up", "mid")
 
 
@@ -77,8 +79,8 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     return LoraFile(
         modules=modules,
         text_encoder=text_encoder,
-        unknown=tuple(key for key in unknown if not EMBEDDING.match(key)),
-        embeddings=tuple(key for key in unknown if EMBEDDING.match(key)),
+        unknown=tuple(key[:MAX_NAME] for key in unknown if not EMBEDDING.match(key)),
+        embeddings=tuple(key[:MAX_NAME] for key in unknown if EMBEDDING.match(key)),
         dialect=dialects.most_common(1)[0][0],
         alpha_source=alpha_source,
         metadata=metadata,

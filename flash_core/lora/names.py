@@ -198,7 +198,7 @@ def with_diffusers_names(modules: Mapping[str, LoraModule]) -> dict[str, LoraMod
 
 def _is_diffusers(path: str) -> bool:
     return "." in path and not path.startswith(
-        ("input_blocks.", "output_blocks.", "middle_block.", "out.", "label_emb.")
+        ("input_blocks.", "output_blocks.", "middle_block.", "out.", "label_emb.", "time_embed.")
     )
 
 

@@ -217,6 +217,29 @@ def test_a_convolution_in_three_parts_is_one_update(rank: int, kernel: int, tmp_
     torch.testing.assert_close(conv(image, update(module).float()), wanted, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("native", "path"),
+    [
+        (
+            "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0",
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+        ),
+        ("input_blocks.3.0.op", "down_blocks.0.downsamplers.0.conv"),
+        ("output_blocks.2.1.conv", "up_blocks.0.upsamplers.0.conv"),
+        ("output_blocks.5.2.conv", "up_blocks.1.upsamplers.0.conv"),
+        ("middle_block.2.emb_layers.1", "mid_block.resnets.1.time_emb_proj"),
+        ("time_embed.2", "time_embedding.linear_2"),
+        ("label_emb.0.0", "add_embedding.linear_1"),
+        ("out.2", "conv_out"),
+    ],
+)
+def test_native_unet_names(native: str, path: str) -> None:
+    """SD 1.5's and SDXL's, by hand; all of them against ComfyUI's table in test_lora_matrix.py."""
+    for spelling in (native, flat_name(native)):
+        module = LoraModule(spelling, torch.ones(1, 2), torch.ones(2, 1))
+        assert list(with_diffusers_names({flat_name(native): module})) == [path]
+
+
 def test_text_encoders_layers_are_written_in_both_spellings(tmp_path: Path) -> None:
     """As kohya and diffusers spell them: one encoder has no number in kohya's files, several have."""
     denoiser = {"conv_in": LoraModule("conv_in", torch.randn(2, 4, 3, 3), torch.randn(8, 2, 1, 1), 2.0)}

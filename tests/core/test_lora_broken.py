@@ -114,6 +114,18 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes | dict[str, Tensor]], str]] = {
         lambda _: {f"../../etc/{half}": torch.ones(2, 2) for half in ("x.lora_down.weight", "x.lora_up.weight")},
         "no LoRA layers",
     ),
+    "a key of a megabyte": (
+        lambda _: {f"{'x' * 1_000_000}.{half}.weight": torch.ones(2, 2) for half in ("lora_A", "lora_B")},
+        "no LoRA layers",
+    ),
+    "a key of a million dots": (
+        lambda _: {f"lora_unet_{'.' * 1_000_000}.{half}.weight": torch.ones(2, 2) for half in ("lora_A", "lora_B")},
+        "no LoRA layers",
+    ),
+    "a long key on one half": (
+        lambda _: {f"lora_unet_{'x.' * 120}x.lora_A.weight": torch.ones(2, 2)},
+        "both halves",
+    ),
     "keys of nothing but a suffix": (lambda _: {".lora_down.weight": torch.ones(2, 2)}, "no LoRA layers"),
     # layers
     "half a layer": (lambda _: {DOWN: torch.ones(2, 2)}, "both halves"),
