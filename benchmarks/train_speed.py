@@ -188,7 +188,7 @@ class Bench:
             if self.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds = list(self._updates(batch, updates))
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             return Measured(batch, checkpointing)
         finally:
             for optimizer in self.optimizers:

@@ -340,6 +340,7 @@ def test_gradient_checkpointing_changes_no_gradient(
         torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", UNET_FAMILIES)
 def test_the_shipped_recipe_runs_with_only_model_and_data_changed(
     folders: dict[str, Path], pictures: Path, tmp_path: Path, family: str

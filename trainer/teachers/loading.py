@@ -228,7 +228,8 @@ def _only_variant(folder: Path) -> str | None:
     """The variant of a folder where some part has weights of no other: ``x.fp16.safetensors`` without an ``x``."""
     found = set()
     for part in folder.iterdir():
-        names = [path.name.split(".") for path in part.glob("*.safetensors")] if part.is_dir() else []
+        needed = part.is_dir() and part.name.startswith(("unet", "transformer", "vae", "text_encoder"))
+        names = [path.name.split(".") for path in part.glob("*.safetensors")] if needed else []
         if names and all(len(name) == 3 for name in names):
             found |= {name[1].split("-")[0] for name in names}
     return found.pop() if len(found) == 1 else None
