@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ..flash_core.lora import (
     LoraError,
     LoraFile,
     LoraModule,
+    Truncation,
     base_of,
     describe_base,
     is_transformer,
@@ -55,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def writing(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--to", choices=DIALECTS, default="portable", help="how to spell it (default: portable)")
         sub.add_argument("--dtype", choices=DTYPES, help="store the numbers so (default: as they are)")
+        sub.add_argument("--alpha", type=float, help="of files that tell none (default: their rank, a scale of 1)")
         sub.add_argument("--no-text-encoder", action="store_true", help="leave text encoders' layers out")
         sub.add_argument("--force", action="store_true", help="replace the output where it exists")
 
@@ -95,21 +99,21 @@ def show(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def convert_file(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``convert``."""
     ensure_new(args, [args.input])
-    file = read_lora(args.input)
+    file = read(args.input, args)
     modules, text_encoder = layers(file, args)
     write(args, modules, text_encoder, file, f"converted from {file.dialect} keys")
-    return written(args, modules, text_encoder, {"from": file.dialect})
+    return written(args, modules, text_encoder, {"from": file.dialect, "notes": list(file.notes)})
 
 
 def resize_file(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``resize``."""
     ensure_new(args, [args.input])
-    file = read_lora(args.input)
+    file = read(args.input, args)
     modules, text_encoder = layers(file, args)
     cut = shrunk({**modules, **text_encoder}, args.rank)
     modules, text_encoder = ({name: cut.modules[name] for name in part} for part in (modules, text_encoder))
     write(args, modules, text_encoder, file, f"resized to rank {args.rank}, relative error {cut.error:.4g}")
-    facts = {"relative_error": cut.error, "worst_layer": cut.worst, "worst_error": cut.worst_error}
+    facts: dict[str, Any] = {"notes": list(file.notes), **losses(cut)}
     return written(args, modules, text_encoder, facts)
 
 
@@ -117,7 +121,7 @@ def merge_files(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """``merge``."""
     inputs = [split_weight(text) for text in args.inputs]
     ensure_new(args, [path for path, _ in inputs])
-    files = [(read_lora(path), weight) for path, weight in inputs]
+    files = [(read(path, args), weight) for path, weight in inputs]
     same_base(files, [path for path, _ in inputs])
     named = [(layers(file, args), weight) for file, weight in files]
     try:
@@ -125,12 +129,17 @@ def merge_files(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text_encoder = merge([(text, weight) for (_, text), weight in named])
     except ValueError as error:
         raise LoraError(str(error)) from error
-    facts: dict[str, Any] = {"inputs": [{"file": str(path), "weight": weight} for path, weight in inputs]}
+    facts: dict[str, Any] = {
+        "inputs": [{"file": str(path), "weight": weight} for path, weight in inputs],
+        "notes": [
+            f"{path.name}: {note}" for (file, _), (path, _) in zip(files, inputs, strict=True) for note in file.notes
+        ],
+    }
     terms = " + ".join(f"{weight:g} x {path.name}" for path, weight in inputs)
     if args.rank is not None:
         cut = shrunk({**modules, **text_encoder}, args.rank)
         modules, text_encoder = ({name: cut.modules[name] for name in part} for part in (modules, text_encoder))
-        facts |= {"relative_error": cut.error, "worst_layer": cut.worst, "worst_error": cut.worst_error}
+        facts |= losses(cut)
         terms += f", cut to rank {args.rank}, relative error {cut.error:.4g}"
     if args.dtype is None:  # sums are computed in float32; stored as the files were
         args.dtype = commonest_dtype([file for file, _ in files])
@@ -186,7 +195,33 @@ def layers(file: LoraFile, args: argparse.Namespace) -> tuple[dict[str, LoraModu
     return modules, {} if args.no_text_encoder else dict(file.text_encoder)
 
 
-def shrunk(modules: Mapping[str, LoraModule], rank: int) -> Any:
+def read(path: Path, args: argparse.Namespace) -> LoraFile:
+    """A file whose scale is settled: it is about to be written down.
+
+    Raises:
+        UserError: ``--alpha`` for a file that tells its own.
+    """
+    file = read_lora(path)
+    if file.alpha_source != "unknown":
+        if args.alpha is not None:
+            raise UserError(f"{path} tells its alpha; --alpha is for files that tell none")
+        return file
+    if args.alpha is not None and not math.isfinite(args.alpha):
+        raise UserError(f"--alpha takes a finite number, not {args.alpha}")
+    if args.alpha is None:
+        return replace(file, notes=(*file.notes, "it tells no alpha: a scale of 1 is taken; see --alpha"))
+    modules = {name: replace(module, alpha=args.alpha) for name, module in file.modules.items()}
+    text_encoder = {name: replace(module, alpha=args.alpha) for name, module in file.text_encoder.items()}
+    note = f"it tells no alpha: {args.alpha:g} was given"
+    return replace(file, modules=modules, text_encoder=text_encoder, notes=(*file.notes, note))
+
+
+def losses(cut: Truncation) -> dict[str, Any]:
+    """What cutting ranks cost."""
+    return {"relative_error": cut.error, "worst_layer": cut.worst, "worst_error": cut.worst_error}
+
+
+def shrunk(modules: Mapping[str, LoraModule], rank: int) -> Truncation:
     """:func:`~..flash_core.lora.resize`, with an error in words."""
     try:
         return resize(modules, rank)
@@ -229,7 +264,8 @@ def write(
     """Write with the source's header, and a line on how it was derived."""
     header = {name: value for name, value in source.header.items() if name not in KEY_FACTS}
     history = [line for line in header.get(DERIVED, "").splitlines() if line]
-    header[DERIVED] = "\n".join([*history, f"{derived} (flash-diffusion {__version__})"])
+    remarks = "".join(f"; {note}" for note in source.notes)
+    header[DERIVED] = "\n".join([*history, f"{derived}{remarks} (flash-diffusion {__version__})"])
     dialect: Dialect = args.to
     try:
         write_lora(
@@ -265,6 +301,7 @@ def written(
     lines = [f"{args.output}: {len(modules)} layers, rank {', '.join(map(str, ranks))}, {args.to}"]
     if text_encoder:
         lines.append(f"and {len(text_encoder)} text encoder layers")
+    lines += [f"note: {note}" for note in facts["notes"]]
     if "relative_error" in facts:
         lines.append(
             f"relative error {facts['relative_error']:.4g}; the worst layer, {facts['worst_layer']}, "

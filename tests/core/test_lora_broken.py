@@ -302,6 +302,29 @@ def test_every_floating_type_is_read(dtype: torch.dtype, tmp_path: Path) -> None
     assert module.down.dtype == dtype
 
 
+def test_large_numbers_are_numbers(tmp_path: Path) -> None:
+    """Their sum overflows, none of them does."""
+    tensors = {key: torch.full_like(half, 60_000, dtype=torch.float16) for key, half in halves().items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert len(read_lora(tmp_path / "lora.safetensors").modules) == 1
+
+
+def test_a_file_without_alignment_is_read(tmp_path: Path) -> None:
+    """Writers pad the header to multiples of 8 bytes; the format does not ask for it."""
+    tensors = halves()
+    header, data = {}, b""
+    for key, half in tensors.items():
+        raw = half.numpy().tobytes()
+        header[key] = entry(list(half.shape), len(data), len(data) + len(raw))
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (1 + -len(text) % 8)
+    (tmp_path / "lora.safetensors").write_bytes(container(text, data))
+    (module,) = read_lora(tmp_path / "lora.safetensors").modules.values()
+    assert torch.equal(module.down, tensors[DOWN])
+    assert torch.equal(module.up, tensors[UP])
+
+
 def test_a_text_encoders_numbers_are_left_unread(tmp_path: Path) -> None:
     """They do not go into the denoiser: a bad one is no reason to refuse the file."""
     text = {key.replace("lora_unet_", "lora_te_"): half for key, half in halves().items()}

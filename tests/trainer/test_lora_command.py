@@ -156,6 +156,26 @@ def test_metadata_and_history_are_carried_along(capsys: pytest.CaptureFixture[st
     assert second.startswith("converted from kohya keys (flash-diffusion ")
 
 
+def test_an_alpha_that_no_file_tells_is_stated_or_given(
+    capsys: pytest.CaptureFixture[str], lora: Path, tmp_path: Path
+) -> None:
+    bare = {key: value for key, value in load_file(lora).items() if not key.endswith(".alpha")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    answer = run(capsys, "convert", tmp_path / "bare.safetensors", tmp_path / "one.safetensors")
+    assert answer["notes"] == ["it tells no alpha: a scale of 1 is taken; see --alpha"]
+    assert read_lora(tmp_path / "one.safetensors").scales == (1.0,)
+    run(capsys, "convert", tmp_path / "bare.safetensors", tmp_path / "given.safetensors", "--alpha", 2)
+    same(file_updates(tmp_path / "given.safetensors"), updates(layers("sd15")))
+    assert "it tells no alpha: 2 was given" in read_lora(tmp_path / "given.safetensors").header["flash.derived"]
+    answer = run(
+        capsys, "merge", tmp_path / "bare.safetensors", tmp_path / "bare.safetensors", tmp_path / "m", "--alpha", 1
+    )
+    assert answer["notes"] == ["bare.safetensors: it tells no alpha: 1 was given"] * 2
+    same(file_updates(tmp_path / "m"), updates(layers("sd15")))
+    words = complaint(capsys, "convert", lora, tmp_path / "x.safetensors", "--alpha", 2)
+    assert "--alpha is for files that tell none" in words
+
+
 def test_resizing(capsys: pytest.CaptureFixture[str], lora: Path, tmp_path: Path) -> None:
     answer = run(capsys, "resize", lora, tmp_path / "full.safetensors", "--rank", 4)
     assert (answer["relative_error"], answer["ranks"]) == (0, [4])
