@@ -41,6 +41,17 @@ def test_the_published_recipe_has_the_papers_constants() -> None:
     assert recipe.method.guidance == (3, 13)
 
 
+@pytest.mark.parametrize(("name", "rank", "pixels"), [("sd15", 128, 512), ("sd21", 128, 768), ("sdxl", 64, 1024)])
+def test_unet_recipes_differ_in_rank_and_size(name: str, rank: int, pixels: int) -> None:
+    """The paper's ranks for SD 1.5 and SDXL; nothing was published for SD 2.1, which has SD 1.5's."""
+    recipe, published = load_recipe(name), load_recipe("sd15")
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.data.resolution) == (rank, rank, pixels)
+    assert recipe.phases == published.phases
+    assert recipe.method == published.method
+    assert recipe.optimizer == published.optimizer
+    assert recipe.precision == "bf16"
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_line_of_a_shipped_recipe_is_explained(path: Path) -> None:
     lines = path.read_text().splitlines()
