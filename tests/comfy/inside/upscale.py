@@ -91,7 +91,7 @@ def demo(results: Results) -> None:
         results[f"whole.{denoise}"] = torch.cat([vae.decode(item[None]) for item in sampled])
         results.run(f"one.{denoise}", model, vae, prompt, pictures, scale=1.0, denoise=denoise, tile_size=512)
 
-    picture = waves(256, 384)
+    picture = waves(256, 256)
     given = (model, vae, empty, picture)
     settings = {"scale": 1.0, "steps": 8, "tile_size": TILE}  # 8 steps have the timesteps 249 and 124
     results.run("blended", *given, **settings, denoise=0.25)
@@ -111,7 +111,7 @@ def demo(results: Results) -> None:
         tiles.take(cut, index).copy_(torch.where(stronger, part, tiles.take(cut, index)))
         tiles.take(largest, index).copy_(torch.maximum(tiles.weight(index), tiles.take(largest, index)))
     results["cut"] = vae.decode(cut)
-    results["lefts"], results["tops"] = torch.tensor(tiles.lefts), torch.tensor(tiles.tops)
+    results["starts"] = torch.tensor(tiles.lefts)
 
     pointwise(results, model, clip)
     too_large(results, model, vae, prompt)
