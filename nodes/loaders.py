@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import comfy.utils
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
@@ -75,7 +76,8 @@ class FlashLoraLoader(io.ComfyNode):
         """Patch a clone of the model; see :func:`~.lora_patches.apply_lora`."""
         if strength == 0:
             return io.NodeOutput(model, "strength 0: the model is unchanged")
-        file = read_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        file = read_lora(path, mapped=not getattr(comfy.utils, "DISABLE_MMAP", False))  # --disable-mmap
         patched, report = apply_lora(file, model, strength, allow_partial)
         if file.metadata is not None:
             patched.set_attachments(METADATA_KEY, file.metadata)

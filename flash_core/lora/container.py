@@ -74,7 +74,7 @@ class Container:
     shapes: Mapping[str, tuple[int, ...]]
     places: Mapping[str, tuple[str, int]]
     header: Mapping[str, str]
-    memory: mmap.mmap
+    memory: mmap.mmap | bytearray
 
     def number(self, key: str) -> float | None:
         """The first number of a tensor, without torch: files have hundreds of alphas. None where its type is none of
@@ -106,8 +106,11 @@ class Container:
         return {key: self.tensor(key) for key in keys}
 
 
-def open_container(path: Path) -> Container:
+def open_container(path: Path, *, mapped: bool = True) -> Container:
     """Check a file's header, and map it.
+
+    Args:
+        mapped: whether to map its bytes, or to read them all now: for network drives that map badly.
 
     Raises:
         LoraError: no such file, not safetensors (a pickle is named as such), cut off, or a header that is too large,
@@ -119,7 +122,12 @@ def open_container(path: Path) -> Container:
         with path.open("rb") as file:
             text, size = _header(path, file)
             shapes, places, header = _parse(path, text, size)
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # as if writable, or torch warns
+            memory: mmap.mmap | bytearray
+            if mapped:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # as if writable, or torch warns
+            else:
+                file.seek(0)
+                memory = bytearray(file.read())
     except OSError as error:
         raise unreadable(path, str(error)) from error
     return Container(path, shapes, places, header, memory)

@@ -26,12 +26,16 @@ MAX_NAME = 160  # of a key that is shown to the user
 _HALVES: tuple[Part, ...] = ("down", "up", "mid")
 
 
-def read_lora(path: str | os.PathLike[str]) -> LoraFile:
+def read_lora(path: str | os.PathLike[str], *, mapped: bool = True) -> LoraFile:
     """Read a LoRA file, or a PEFT folder, at its true scale.
 
     alpha is taken from the file's keys, else from its header, else from ``adapter_config.json`` beside it, else from
     the table of published files; else it is unknown, ``alpha_source`` says so, and the scale is 1. Tensors are mapped:
     a layer's bytes are read once here, for the check that they are numbers, and stay in the system's cache.
+
+    Args:
+        path: the file, or the folder that PEFT wrote.
+        mapped: whether to map the file (see :func:`~.container.open_container`).
 
     Raises:
         LoraError: no such file, not safetensors, no LoRA in it, another algorithm, incomplete or non-finite layers.
@@ -39,7 +43,7 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     path = Path(path)
     if path.is_dir():
         path = path / PEFT_WEIGHTS
-    container = open_container(path)
+    container = open_container(path, mapped=mapped)
     grouped, unknown, dialects = _group(path.name, container.shapes)
     if not grouped:
         example = next(iter(container.shapes), "nothing at all")

@@ -309,7 +309,8 @@ def test_large_numbers_are_numbers(tmp_path: Path) -> None:
     assert len(read_lora(tmp_path / "lora.safetensors").modules) == 1
 
 
-def test_a_file_without_alignment_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_file_without_alignment_is_read(mapped: bool, tmp_path: Path) -> None:
     """Writers pad the header to multiples of 8 bytes; the format does not ask for it."""
     tensors = halves()
     header, data = {}, b""
@@ -320,9 +321,28 @@ def test_a_file_without_alignment_is_read(tmp_path: Path) -> None:
     text = json.dumps(header).encode()
     text += b" " * (1 + -len(text) % 8)
     (tmp_path / "lora.safetensors").write_bytes(container(text, data))
-    (module,) = read_lora(tmp_path / "lora.safetensors").modules.values()
+    (module,) = read_lora(tmp_path / "lora.safetensors", mapped=mapped).modules.values()
     assert torch.equal(module.down, tensors[DOWN])
     assert torch.equal(module.up, tensors[UP])
+
+
+def test_a_file_need_not_be_mapped(tmp_path: Path) -> None:
+    save_file({**halves(), ALPHA: torch.tensor(2.0, dtype=torch.bfloat16)}, tmp_path / "lora.safetensors")
+    (one,) = read_lora(tmp_path / "lora.safetensors").modules.values()
+    (other,) = read_lora(tmp_path / "lora.safetensors", mapped=False).modules.values()
+    assert one.alpha == other.alpha == 2.0
+    assert torch.equal(one.down, other.down)
+    assert torch.equal(one.up, other.up)
+
+
+def test_what_is_read_outlives_the_file(tmp_path: Path) -> None:
+    """Training replaces a file that a model in ComfyUI still has loaded."""
+    first, second = halves(), halves()
+    save_file(first, tmp_path / "lora.safetensors")
+    (module,) = read_lora(tmp_path / "lora.safetensors").modules.values()
+    save_file(second, tmp_path / "new")
+    (tmp_path / "new").replace(tmp_path / "lora.safetensors")
+    assert torch.equal(module.down, first[DOWN])
 
 
 def test_a_text_encoders_numbers_are_left_unread(tmp_path: Path) -> None:
