@@ -1,0 +1,102 @@
+"""Teachers of further tasks: the demo's base with a task adapter, trained, written, and loaded by a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flash_diffusion.flash_core.denoiser import Conditioning
+from flash_diffusion.flash_core.task_adapter import write_task_adapter
+from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection, parse_recipe
+from flash_diffusion.trainer.data.examples import encode_examples
+from flash_diffusion.trainer.demo.task_teacher import ROLE, TaskTraining
+from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.loop import distil
+from flash_diffusion.trainer.tasks import build_task
+from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
+from flash_diffusion.trainer.teachers.base import Teacher
+
+SECTION = TaskSection(name="inpainting", variants=2, options={"masks": {"box": 1.0}})
+
+
+def asked(teacher: Teacher, channels: int) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+    """What a network can be asked: noisy latents, timesteps, and conditions with extra channels."""
+    generator = torch.Generator().manual_seed(4)
+    z = torch.randn(2, *teacher.latent_shape, generator=generator)
+    concat = torch.randn(2, channels, *teacher.latent_shape[1:], generator=generator)
+    text = teacher.unconditional(2)
+    return z, torch.tensor([900, 100]), text.joined(Conditioning(concat=concat)) if channels else text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A few updates of a task teacher, its file, and what it answers before and after."""
+    teacher = load_teacher(ModelSection(family="demo"))
+    examples = encode_examples(DataSection(source="demo", limit=4), teacher, build_task(SECTION), 2)
+    with torch.no_grad():
+        base = teacher.denoiser.predict(*asked(teacher, 0))
+    training = TaskTraining(teacher, examples, rank=2, batch_size=4, lr=1e-3, seed=0)
+    channels = training.channels.shape[1]
+    with torch.no_grad(), teacher.denoiser.role(ROLE):
+        untrained = teacher.denoiser.predict(*asked(teacher, channels))
+    losses = [float(training.update(0.0)) for _ in range(3)]
+    with torch.no_grad(), teacher.denoiser.role(ROLE), training.average.applied():
+        answer = teacher.denoiser.predict(*asked(teacher, channels))
+    path = tmp_path_factory.mktemp("tasks") / "inpainting.safetensors"
+    write_task_adapter(path, training.adapter(SECTION, {"flash.training.updates": "3"}), torch.float32)
+    return path, {"base": base, "untrained": untrained, "answer": answer, "losses": losses, "channels": channels}
+
+
+def test_before_training_the_channels_change_nothing(trained: tuple[Path, dict[str, Any]]) -> None:
+    _, found = trained
+    torch.testing.assert_close(found["untrained"], found["base"], atol=1e-5, rtol=1e-5)
+    assert all(loss > 0 for loss in found["losses"])
+    assert float((found["answer"] - found["base"]).abs().max()) > 1e-4
+
+
+def test_a_recipe_loads_what_was_trained(trained: tuple[Path, dict[str, Any]]) -> None:
+    path, found = trained
+    model = ModelSection(family="demo", task_adapter=str(path))
+    teacher = load_teacher(model)
+    assert teacher.latent_shape == (16, 16, 16)
+    with torch.no_grad():
+        answer = teacher.denoiser.predict(*asked(teacher, found["channels"]))
+    torch.testing.assert_close(answer, found["answer"], atol=1e-4, rtol=1e-4)
+    assert teacher.weights_hash() != load_teacher(ModelSection(family="demo")).weights_hash()
+    outline = outline_teacher(model)
+    assert outline.denoiser.network.config["in_channels"] == 16 + found["channels"]
+    assert next(outline.denoiser.network.parameters()).is_meta
+
+
+def recipe(path: Path | None, **task: Any) -> dict[str, Any]:
+    return {
+        "model": {"family": "demo", **({} if path is None else {"task_adapter": str(path)})},
+        "data": {"source": "demo", "limit": 3},
+        "task": {"name": "inpainting", "variants": 2, **task},
+        "lora": {"rank": 2},
+        "method": {"teacher_steps": 4, "guidance": [2, 3]},
+        "phases": [{"name": "all", "updates": 2, "modes": [1, 1, 1, 1], "adversarial": 0.1, "dmd": 0.1}],
+        "batch_size": 2,
+        "preview": {"every": 0, "steps": [1]},
+    }
+
+
+def test_the_ordinary_command_distils_it(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    from flash_diffusion.flash_core.lora import read_lora
+
+    lora = read_lora(distil(parse_recipe(recipe(trained[0])), tmp_path / "run"))
+    assert lora.metadata is not None
+    assert lora.metadata.task == "inpainting"
+    assert list((tmp_path / "run" / "previews").glob("*.webp"))
+
+
+def test_a_task_wants_its_own_model(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wants a model that reads 33 channels .* reads 16"):
+        distil(parse_recipe(recipe(None)), tmp_path / "without")
+    with pytest.raises(UserError, match="super-resolution wants a model that reads 32 channels .* reads 33"):
+        distil(parse_recipe(recipe(trained[0], name="super-resolution")), tmp_path / "other")
+    with pytest.raises(UserError, match=r"task_adapter.*'no-such'.*one of the demo's"):
+        load_teacher(ModelSection(family="demo", task_adapter="no-such"))
