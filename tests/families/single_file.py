@@ -58,13 +58,19 @@ _OPEN_CLIP = {
 
 
 def save_single_file(
-    pipeline: DiffusionPipeline, path: Path, *, without: str | None = None, dtype: torch.dtype | None = None
+    pipeline: DiffusionPipeline,
+    path: Path,
+    *,
+    without: str | None = None,
+    dtype: torch.dtype | None = None,
+    marks: tuple[str, ...] = (),
 ) -> Path:
     """Write a pipeline's weights as one file.
 
     Args:
         without: a prefix of the names that are left out, such as ``first_stage_model.``.
         dtype: what they are stored in (default: as they are).
+        marks: names of empty tensors, by which some files say what kind they are.
     """
     tensors = {f"model.diffusion_model.{name}": value for name, value in unet_names(pipeline.unet).items()}
     tensors |= {f"first_stage_model.{name}": value for name, value in vae_names(pipeline.vae).items()}
@@ -78,6 +84,7 @@ def save_single_file(
     else:
         tensors |= {f"cond_stage_model.transformer.{name}": value for name, value in first.state_dict().items()}
     kept = {name: value for name, value in tensors.items() if without is None or not name.startswith(without)}
+    kept |= {name: torch.tensor([]) for name in marks}
     save_file({name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}, path)
     return path
 

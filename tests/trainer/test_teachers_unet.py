@@ -404,6 +404,36 @@ def test_a_single_file_is_its_folder(folders: dict[str, Path], tmp_path: Path, f
     assert (outline.name, outline.latent_shape) == ("a model", teacher.latent_shape)
 
 
+@pytest.mark.parametrize(("marks", "zero"), [(("v_pred",), False), (("v_pred", "ztsnr"), True)])
+def test_a_single_file_may_say_that_it_predicts_v(
+    folders: dict[str, Path], tmp_path: Path, marks: tuple[str, ...], zero: bool
+) -> None:
+    """As ComfyUI reads fine-tunes of SDXL (comfy/supported_models.py, SDXL.model_type)."""
+    file = save_single_file(stock("sdxl", folders["sdxl"]), tmp_path / "model.safetensors", marks=marks)
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero}
+    wanted = load("sdxl", save_pipeline("sdxl", tmp_path / "folder", **settings)).denoiser.process
+    model = ModelSection(family="sdxl", path=str(file), config=str(folders["sdxl"]))
+    for process in (load_teacher(model).denoiser.process, outline_teacher(model).denoiser.process):
+        assert process.prediction == "v_prediction"
+        alphas = process.alpha_sigma(torch.arange(1000.0))[0]
+        assert torch.equal(alphas, wanted.alpha_sigma(torch.arange(1000.0))[0])
+        assert (float(alphas[-1]) == 0) is zero
+
+
+def test_a_single_file_with_edms_noise_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Playground 2.5's mark."""
+    file = save_single_file(stock("sdxl", folders["sdxl"]), tmp_path / "model.safetensors", marks=("edm_mean",))
+    with pytest.raises(UserError, match=r"model\.path: model has the noise of EDM"):
+        load("sdxl", file, config=str(folders["sdxl"]))
+
+
+def test_a_file_that_is_no_safetensors_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\x80\x04 not what its name says")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load("sd15", file, config=str(folders["sd15"]))
+
+
 @pytest.mark.parametrize(("family", "dtype"), [("sd15", "float16"), ("sdxl", "bfloat16")])
 def test_a_half_precision_file_is_stored_as_the_recipe_says(
     folders: dict[str, Path], tmp_path: Path, family: str, dtype: str

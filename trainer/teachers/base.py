@@ -158,7 +158,7 @@ class Teacher(ABC):
         """
         source = cls.locate(model)
         cls.check_network(source.part_config(cls.network_part), cls.title(source))
-        process = process_from_scheduler(source.part_config("scheduler"))
+        process = process_from_scheduler(source.scheduler_config())
         pipeline = load_pipeline(
             cls.pipeline_class, source, getattr(torch, model.dtype), cls.absent_parts(model), **cls.pipeline_options
         )
@@ -186,7 +186,7 @@ class Teacher(ABC):
             if model.task_adapter is not None:
                 network = widened(network, find_task_adapter(model.task_adapter), cls.title(source))
         return Outline(
-            cls.denoiser_class(network, process_from_scheduler(source.part_config("scheduler"))),
+            cls.denoiser_class(network, process_from_scheduler(source.scheduler_config())),
             _latent_shape(network.config, vae.config, resolution),
             count_parameters(network),
             cls.title(source),

@@ -75,6 +75,23 @@ class Source:
             ) from error
         return loaded
 
+    def scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's configuration, with what a single file says of its own noise.
+
+        Fine-tunes of SDXL that predict v carry a tensor named ``v_pred``, and ``ztsnr`` where their schedule ends in
+        pure noise; nothing but the names counts.
+
+        Raises:
+            UserError: there is no configuration, or the file is of a kind that is not known here.
+        """
+        config = self.part_config("scheduler")
+        names = set() if self.file is None else set(weight_names(self.file))
+        if names & {"edm_mean", "edm_vpred.sigma_max"}:
+            raise UserError(f"model.path: {self.name} has the noise of EDM, which no family here has")
+        if "v_pred" in names:
+            config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names}
+        return config
+
 
 def locate(model: ModelSection, default_config: str) -> Source:
     """Where the model is that a recipe names.
