@@ -9,10 +9,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from flash_diffusion.flash_core.lora import (
     FlashMetadata,
+    LoraError,
     LoraModule,
     describe_base,
     flat_name,
@@ -143,6 +156,52 @@ def test_its_own_config_is_used(settings: dict, tmp_path: Path) -> None:
     )
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     assert read_lora(tmp_path / "x.safetensors").scales == (8 / 64,)
+
+
+class Attention(nn.Module):
+    """Two layers to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(12, 12)
+        self.to_k = nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_k(self.to_q(x))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_scale_is_pefts_own(rslora: bool, tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"to_k": 3}, "alpha_pattern": {"to_k": 5}}
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_k"], init_lora_weights=False, use_rslora=rslora, **patterns
+    )
+    model = get_peft_model(Attention(), config)
+    model.save_pretrained(tmp_path)
+    file = read_lora(tmp_path)
+    assert set(file.modules) == {"to_q", "to_k"}
+    for name, module in file.modules.items():
+        wanted = getattr(model.base_model.model, name).get_delta_weight("default")
+        torch.testing.assert_close(module.scale * module.up @ module.down, wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "algorithm"),
+    [
+        (LoraConfig(r=2, use_dora=True), "DoRA"),
+        (LoHaConfig(r=2), "LoHa"),
+        (LoKrConfig(r=2), "LoKr"),
+        (OFTConfig(r=0, oft_block_size=4), "OFT"),
+        (IA3Config(feedforward_modules=[]), "IA3"),
+        (VeraConfig(r=2), "VeRA"),
+        (AdaLoraConfig(init_r=2, total_step=10), "AdaLoRA"),
+    ],
+)
+def test_pefts_other_adapters_are_refused_by_name(config: PeftConfig, algorithm: str, tmp_path: Path) -> None:
+    config.target_modules = {"to_q", "to_k"}
+    get_peft_model(Attention(), config).save_pretrained(tmp_path)
+    with pytest.raises(LoraError, match=f"adapter_model.safetensors is a {algorithm} file"):
+        read_lora(tmp_path)
 
 
 def test_alpha_in_the_header_that_diffusers_writes(tmp_path: Path) -> None:
