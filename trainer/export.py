@@ -172,6 +172,10 @@ def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> str:
     else:
         # Of its 100 timesteps the trained ones are some; of its usual 50 they are not, and it would warn.
         scheduler, settings = "LCMScheduler", ", original_inference_steps=100"
+        if process.prediction != "epsilon":  # a pipeline from a single file may not know
+            settings += f', prediction_type="{process.prediction}"'
+        if float(process.alpha_sigma(torch.tensor([process.timestep(1)]))[0]) == 0:
+            settings += ", rescale_betas_zero_snr=True"
         grid = ", ".join(f"{t:g}" for t in trailing_timesteps(process, BEST_STEPS))
         options.append(f"timesteps=[{grid}]")
     loading = teacher.loading_code.format(folder=folder, file=LORA, rank=rank)

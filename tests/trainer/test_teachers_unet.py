@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from rich.console import Console
@@ -265,6 +266,26 @@ def test_five_updates_change_the_lora_alone_and_stock_diffusers_draws_with_it(
 
     with run.parts.average.applied():
         ours = few_steps(teacher, load(family, folders[family]).encode_prompts(["red ball"]))
+    assert np.abs(theirs - ours).max() <= 2 / 255
+
+
+def test_the_card_of_a_single_file_says_what_the_file_predicts(
+    folders: dict[str, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock diffusers takes the configuration's epsilon for it."""
+    file = save_single_file(stock("sdxl", folders["sdxl"]), tmp_path / "model.safetensors", marks=("v_pred", "ztsnr"))
+    model = {"family": "sdxl", "path": str(file), "config": str(folders["sdxl"])}
+    content = tiny_recipe(folders["sdxl"], pictures) | {"model": model, "optimizer": {"lr": 0.02}}
+    content["method"]["solver"] = "ddim"
+    content["phases"] = content["phases"][:1]
+    run = Run(parse_recipe(content), tmp_path / "run", Accelerator(), None)
+    lora = run.train()
+    pipeline = StableDiffusionXLPipeline.from_single_file(str(file), config=str(folders["sdxl"]))
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.chdir(tmp_path)
+    theirs = run_card(lora, pipeline)
+    with run.parts.average.applied():
+        ours = few_steps(run.parts.teacher, load_teacher(run.recipe.model).encode_prompts(["red ball"]))
     assert np.abs(theirs - ours).max() <= 2 / 255
 
 
