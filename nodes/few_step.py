@@ -189,7 +189,7 @@ def flash_grid(
     return FlashGrid(
         timesteps=tuple(chosen),
         sigmas=torch.tensor([*(sigma_of_timestep(sampling, t) for t in chosen), 0.0]),
-        text=f"t = {', '.join(f'{round(t, 1):g}' for t in chosen)} ({', '.join([evaluations, *facts])})",
+        text=f"t = {', '.join(f'{round(t, 1):g}' for t in chosen)}\n({', '.join([evaluations, *facts])})",
     )
 
 

@@ -321,10 +321,10 @@ def test_a_controlnet_works_as_with_cores_sampler(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "timesteps", "text"),
     [
-        ("sd15.4", [999, 749, 499, 249], "t = 999, 749, 499, 249 (4 evaluations, predicts epsilon)"),
-        ("sd21.1", [999], "t = 999 (1 evaluation, predicts v)"),
-        ("sd3.4", [1000, 900, 750, 500], "t = 1000, 900, 750, 500 (4 evaluations, flow shift 3)"),
-        ("shift 5", [1000, 937.5, 2500 / 3, 625], "t = 1000, 937.5, 833.3, 625 (4 evaluations, flow shift 5)"),
+        ("sd15.4", [999, 749, 499, 249], "t = 999, 749, 499, 249\n(4 evaluations, predicts epsilon)"),
+        ("sd21.1", [999], "t = 999\n(1 evaluation, predicts v)"),
+        ("sd3.4", [1000, 900, 750, 500], "t = 1000, 900, 750, 500\n(4 evaluations, flow shift 3)"),
+        ("shift 5", [1000, 937.5, 2500 / 3, 625], "t = 1000, 937.5, 833.3, 625\n(4 evaluations, flow shift 5)"),
         (
             "shift 5, LoRA of shift 3",
             [1000, 900, 750, 500],
@@ -338,7 +338,7 @@ def test_a_controlnet_works_as_with_cores_sampler(folder: Path) -> None:
         ("x0 by node", [999, 749, 499, 249], "predicts the clean latent"),
         ("zero terminal SNR by node", [999, 749, 499, 249], "predicts v"),
         ("lcm by node, reference", [999, 759, 499, 259], "predicts epsilon"),
-        ("the LoRA's own", [999, 700, 400, 100], "t = 999, 700, 400, 100 (4 evaluations, predicts epsilon)"),
+        ("the LoRA's own", [999, 700, 400, 100], "t = 999, 700, 400, 100\n(4 evaluations, predicts epsilon)"),
         ("the LoRA's own, half", [400, 100], "2 evaluations"),
         ("the LoRA's own, 3 steps", [999, 666, 332], "the LoRA was trained for 4 steps)"),
         ("the LoRA's own, but reference", [999, 759, 499, 259], "predicts epsilon)"),
