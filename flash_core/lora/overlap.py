@@ -1,0 +1,189 @@
+"""How far two LoRAs work on the same directions of the same layers, computed on the factors.
+
+For the updates ``A = s u d`` and ``B = s' u' d'`` of one layer, ``<A, B> = s s' sum((u.T u') * (d d'.T))`` (Frobenius),
+and what B changes inside the directions that A writes to and reads from is ``P B Q`` with the projections onto A's
+column and row space. The memory is of order ``(out + in) r + r^2``, as in :mod:`.algebra`: no full update is made.
+
+    |<A, B>| / ||A||  <=  ||P B Q||  <=  ||B||
+
+The left is B's part along A itself, which A's strength would make up for. The middle is what A's own directions get
+from B: the measure of how much B overwrites of what A was trained to do there, whichever way it pushes. Updates that
+know nothing of each other have a cosine near 0 and still collide in this sense, once B is large enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .matching import same_weight
+from .names import with_diffusers_names
+from .weights import LoraModule, flat_name
+
+# A style may change as much as this share of a Flash LoRA's own update inside that LoRA's directions.
+INTERFERENCE_LIMIT = 0.5
+
+
+@dataclass(frozen=True)
+class LayerOverlap:
+    """One layer that both LoRAs change.
+
+    Attributes:
+        first, second: the updates' norms (Frobenius, strengths included).
+        inner: ``<A, B>``.
+        inside: ``||P B Q||``, what the second one changes inside the first one's directions.
+    """
+
+    first: float
+    second: float
+    inner: float
+    inside: float
+
+    @property
+    def interference(self) -> float:
+        """``||P B Q|| / ||A||``; infinite where only the second one changes anything."""
+        return _ratio(self.inside, self.first)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two LoRAs over all the layers that both change.
+
+    Attributes:
+        layers: by common name (:func:`common_names`).
+        others: how many layers only the second one changes.
+    """
+
+    layers: Mapping[str, LayerOverlap]
+    others: int
+
+    @property
+    def first(self) -> float:
+        """The first one's norm over the shared layers."""
+        return math.hypot(*(layer.first for layer in self.layers.values()))
+
+    @property
+    def second(self) -> float:
+        """The second one's."""
+        return math.hypot(*(layer.second for layer in self.layers.values()))
+
+    @property
+    def cosine(self) -> float:
+        """In -1..1: 1 for the same update, -1 for one that takes the other back, 0 without shared layers."""
+        inner = sum(layer.inner for layer in self.layers.values())
+        both = self.first * self.second
+        return max(-1.0, min(1.0, inner / both)) if both else 0.0
+
+    @property
+    def interference(self) -> float:
+        """What the second one changes inside the first one's directions, as a share of the first one's update."""
+        return _ratio(math.hypot(*(layer.inside for layer in self.layers.values())), self.first)
+
+    @property
+    def worst(self) -> str | None:
+        """The layer whose first update is met by the most, in absolute terms; None without shared layers."""
+        return max(self.layers, key=lambda name: self.layers[name].inside, default=None)
+
+
+def overlap(
+    first: Mapping[str, LoraModule],
+    second: Mapping[str, LoraModule],
+    first_strength: float = 1.0,
+    second_strength: float = 1.0,
+) -> Overlap:
+    """Measure the layers that two LoRAs share.
+
+    Args:
+        first, second: layers by common names; those of different shapes are not shared.
+    """
+    layers = {}
+    for name, one, other in _shared(first, second):
+        up, down = _halves(one, first_strength)
+        other_up, other_down = _halves(other, second_strength)
+        columns, rows = _directions(up, down)
+        layers[name] = LayerOverlap(
+            first=_norm(up, down),
+            second=_norm(other_up, other_down),
+            inner=_inner(up, down, other_up, other_down),
+            inside=float(torch.linalg.matrix_norm((columns.T @ other_up) @ (other_down @ rows))),
+        )
+    return Overlap(layers, len(second) - len(layers))
+
+
+def cosine(first: Mapping[str, LoraModule], second: Mapping[str, LoraModule]) -> float:
+    """``<A, B> / (||A|| ||B||)`` over all layers of both, in -1..1; 0 where one changes nothing.
+
+    Layers that only one of them has count as 0 in the other: two LoRAs that share one layer of a hundred hardly meet.
+    """
+    inner = sum(_inner(*_halves(one), *_halves(other)) for _, one, other in _shared(first, second))
+    both = norm(first) * norm(second)
+    return max(-1.0, min(1.0, inner / both)) if both else 0.0
+
+
+def norm(modules: Mapping[str, LoraModule]) -> float:
+    """A LoRA's norm over all its layers, at strength 1."""
+    return math.hypot(*(_norm(*_halves(module)) for module in modules.values()))
+
+
+def suggested_strength(strength: float, interference: float, limit: float = INTERFERENCE_LIMIT) -> float:
+    """The strength, lowered until the interference measured at ``strength`` is within the limit.
+
+    The interference is proportional to the strength. Rounded towards 0, to hundredths, as widgets are.
+    """
+    if interference <= limit:
+        return strength
+    return math.copysign(math.floor(100 * abs(strength) * limit / interference) / 100, strength)
+
+
+def common_names(modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
+    """The layers by diffusers' names in :func:`~.weights.flat_name`'s spelling, whichever dialect they came in.
+
+    Layers of a network that diffusers' names are not known for keep their own.
+    """
+    try:
+        return {flat_name(path): module for path, module in with_diffusers_names(modules).items()}
+    except ValueError:
+        return dict(modules)
+
+
+def _shared(
+    first: Mapping[str, LoraModule], second: Mapping[str, LoraModule]
+) -> Iterator[tuple[str, LoraModule, LoraModule]]:
+    for name, one in first.items():
+        other = second.get(name)
+        if other is not None and same_weight(one.shape, other.shape):
+            yield name, one, other
+
+
+def _halves(module: LoraModule, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(out, r) with the scale and the strength in it, and (r, in)."""
+    return module.up.float().flatten(1) * (module.scale * strength), module.down.float().flatten(1)
+
+
+def _inner(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> float:
+    return float(((up.T @ other_up) * (down @ other_down.T)).double().sum())
+
+
+def _norm(up: Tensor, down: Tensor) -> float:
+    return math.sqrt(max(0.0, _inner(up, down, up, down)))
+
+
+def _directions(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases of ``up @ down``'s column space (out, k) and row space (in, k); k is its true rank."""
+    # up = Qu Ru, down' = Qd Rd: the singular vectors of up down are those of the small matrix Ru Rd' in these bases.
+    up_basis, up_core = torch.linalg.qr(up)
+    down_basis, down_core = torch.linalg.qr(down.T)
+    left, singular, right = torch.linalg.svd(up_core @ down_core.T, full_matrices=False)
+    noise = singular.max() * torch.finfo(singular.dtype).eps * max(len(up), down.shape[1])
+    keep = singular > noise
+    return up_basis @ left[:, keep], down_basis @ right[keep].T
+
+
+def _ratio(value: float, base: float) -> float:
+    if base:
+        return value / base
+    return math.inf if value else 0.0
