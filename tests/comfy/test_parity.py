@@ -43,7 +43,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def diffusers_run(pipeline: StableDiffusionPipeline, lora: Path | None, steps: int, output: str) -> Tensor:
-    """The latent or picture of a stock pipeline on the trained timesteps, without guidance, noise from one generator."""
+    """The latent or picture of a stock pipeline on the trained timesteps: no guidance, noise from one generator."""
     if lora is not None:
         pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
     try:
