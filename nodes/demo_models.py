@@ -25,9 +25,13 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..flash_core.task_adapter import TaskAdapter, read_task_adapter, with_task_adapter
+
 DEMO = Path(__file__).resolve().parent.parent / "trainer" / "demo"
 TEACHER = DEMO / "teacher"
 SHIPPED_LORAS = DEMO / "lora"
+TASK_ADAPTERS = DEMO / "tasks"
+TEXT_TO_IMAGE = "text-to-image"
 
 DTYPE = torch.float32
 VAE_LEVELS = 4  # ComfyUI's reader of diffusers VAEs knows four levels, which also is a downscale of 8
@@ -93,8 +97,10 @@ class DemoModelConfig(comfy.supported_models_base.BASE):
         latent_format: comfy.latent_formats.LatentFormat,
         sampling_settings: dict[str, Any],
         prediction: comfy.model_base.ModelType,
+        inpainting: bool = False,
     ) -> None:
         super().__init__(unet_config)
+        self.inpainting = inpainting
         self.latent_format = latent_format
         self.sampling_settings = sampling_settings
         self.prediction = prediction
@@ -105,8 +111,8 @@ class DemoModelConfig(comfy.supported_models_base.BASE):
         return self.prediction
 
     def inpaint_model(self) -> bool:
-        """No: more than 4 input channels are this model's latents, not a mask."""
-        return False
+        """Whether the further channels are a mask and the masked picture; ComfyUI guesses it from their number."""
+        return self.inpainting
 
 
 class DemoLatentFormat(comfy.latent_formats.LatentFormat):
@@ -208,9 +214,19 @@ def sampling_settings(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_model(folder: Path, colours: Tensor) -> comfy.model_patcher.ModelPatcher:
-    """The UNet with its noise schedule. ``colours``: see :func:`preview_colours`."""
+def build_model(folder: Path, colours: Tensor, adapter: TaskAdapter | None = None) -> comfy.model_patcher.ModelPatcher:
+    """The UNet with its noise schedule.
+
+    Args:
+        colours: see :func:`preview_colours`.
+        adapter: what makes it the teacher of a further task.
+    """
     config = read_config(folder, "unet")
+    latent_channels = config["in_channels"]
+    weights = read_weights(folder, "unet")
+    if adapter is not None:
+        weights = with_task_adapter(weights, adapter)
+        config = {**config, "in_channels": latent_channels + adapter.extra_channels}
     scheduler = read_config(folder, "scheduler", "scheduler_config.json")
     if scheduler["prediction_type"] not in PREDICTIONS:
         raise ValueError(
@@ -219,12 +235,12 @@ def build_model(folder: Path, colours: Tensor) -> comfy.model_patcher.ModelPatch
     scale_factor = read_config(folder, "vae")["scaling_factor"]
     model_config = DemoModelConfig(
         unet_config(config),
-        DemoLatentFormat(config["in_channels"], scale_factor, colours),
+        DemoLatentFormat(latent_channels, scale_factor, colours),
         sampling_settings(scheduler),
         PREDICTIONS[scheduler["prediction_type"]],
+        inpainting=adapter is not None and adapter.task == "inpainting",
     )
     model = model_config.get_model({})
-    weights = read_weights(folder, "unet")
     names = comfy.utils.unet_to_diffusers(model_config.unet_config)  # diffusers' name -> ComfyUI's
     renamed = {names.get(key, key): value for key, value in weights.items()}
     outcome = model.diffusion_model.load_state_dict(renamed, strict=False)
@@ -334,12 +350,23 @@ def preview_colours(vae: comfy.sd.VAE, scale_factor: float, pictures: int = 8, s
     return torch.linalg.lstsq(features, colours.movedim(1, -1).reshape(-1, 3)).solution
 
 
+def demo_tasks() -> list[str]:
+    """The tasks that the demo has a teacher for."""
+    return [TEXT_TO_IMAGE, *sorted(file.stem for file in TASK_ADAPTERS.glob("*.safetensors"))]
+
+
 def build_demo(
-    folder: Path = TEACHER, embedding_directory: list[str] | None = None
+    folder: Path = TEACHER, embedding_directory: list[str] | None = None, adapter: Path | None = None
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of a teacher in ``folder`` (the layout of a diffusers ``StableDiffusionPipeline``)."""
+    """MODEL, CLIP and VAE of a teacher in ``folder`` (the layout of a diffusers ``StableDiffusionPipeline``).
+
+    Args:
+        embedding_directory: where textual inversions are looked up.
+        adapter: a task adapter to merge into the UNet.
+    """
     vae = build_vae(folder)
     colours = preview_colours(vae, read_config(folder, "vae")["scaling_factor"])
     if not math.isfinite(float(colours.sum())):
         raise ValueError(f"The VAE in {folder} decodes to values that are not numbers: its weights are damaged.")
-    return build_model(folder, colours), build_clip(folder, embedding_directory), vae
+    task = None if adapter is None else read_task_adapter(adapter)
+    return build_model(folder, colours, task), build_clip(folder, embedding_directory), vae

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..flash_core.lora import read_lora
-from .demo_models import build_demo
+from .demo_models import TASK_ADAPTERS, TEXT_TO_IMAGE, build_demo, demo_tasks
 from .few_step import METADATA_KEY
 from .lora_patches import apply_lora
 from .schema import advanced, node_schema
@@ -94,7 +94,16 @@ class FlashDemoModels(io.ComfyNode):
             display_name="Flash Demo Models",
             search_aliases=["demo checkpoint", "emoji", "load checkpoint", "tiny model", "flash diffusion"],
             description="A small text-to-image model that ships with this extension: emoji of 128 x 128 pixels.",
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "task",
+                    options=demo_tasks(),
+                    default=TEXT_TO_IMAGE,
+                    optional=True,
+                    tooltip="What the model is for. Other tasks are the same model with further input channels: "
+                    "inpainting takes Flash Inpaint Prepare, the others Flash Concat Conditioning.",
+                )
+            ],
             outputs=[
                 io.Model.Output(
                     display_name="model", tooltip="The demo's UNet (v-prediction). Works with every core node."
@@ -109,7 +118,8 @@ class FlashDemoModels(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, task: str = TEXT_TO_IMAGE) -> io.NodeOutput:
         """MODEL, CLIP and VAE; see :mod:`.demo_models`."""
-        model, clip, vae = build_demo(embedding_directory=folder_paths.get_folder_paths("embeddings"))
+        adapter = None if task == TEXT_TO_IMAGE else TASK_ADAPTERS / f"{task}.safetensors"
+        model, clip, vae = build_demo(embedding_directory=folder_paths.get_folder_paths("embeddings"), adapter=adapter)
         return io.NodeOutput(model, clip, vae)

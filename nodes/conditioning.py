@@ -1,0 +1,195 @@
+"""Conditions that core's nodes can't attach: any pictures, latents and masks as further input channels of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import node_helpers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+from ..flash_core.image import resize
+from .inpaint import SHAPE_TOLERANCE, check_vae
+from .schema import node_schema
+
+# A conditioning's value that every ComfyUI model joins to the noisy latent as it is.
+CONCAT_KEY = "noise_concat"
+PARTS = ("mask", "image", "image_2", "latent")
+
+
+def free_channels(model: ModelPatcher) -> int:
+    """How many channels a model reads beside its noisy latent."""
+    reads = model.model.model_config.unet_config.get("in_channels", 0)
+    return int(reads) - int(model.get_model_object("latent_format").latent_channels)
+
+
+def listed_parts(order: str, given: Mapping[str, object]) -> list[str]:
+    """The parts of ``order`` ("mask, image"), which must be those that are connected.
+
+    Raises:
+        ValueError: an unknown or repeated name, or one that is not connected, or a connected one that is not listed.
+    """
+    names = [name.strip() for name in order.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PARTS]
+    if unknown or len(set(names)) != len(names):
+        wrong = f"{unknown[0]!r} is no input" if unknown else "one is named twice"
+        raise ValueError(f"The order is {order!r}, but {wrong}. List each of {', '.join(PARTS)} at most once.")
+    missing = [name for name in names if name not in given]
+    left = [name for name in given if name not in names]
+    if missing or left:
+        what = f"{missing[0]} is not connected" if missing else f"{left[0]} is connected and not in it"
+        raise ValueError(f"The order is {order!r}, but {what}. Name exactly the connected inputs, in channel order.")
+    if not names:
+        raise ValueError(
+            "Nothing is connected that could become a channel. Connect a mask, an image or a latent, and name it in "
+            "'order'."
+        )
+    return names
+
+
+def fitted(name: str, value: Tensor, height: int, width: int) -> Tensor:
+    """A picture (B, h, w, C) or mask (B, h, w) at another size of the same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    found_height, found_width = value.shape[1:3]
+    if abs((found_width / found_height) / (width / height) - 1) > SHAPE_TOLERANCE:
+        raise ValueError(
+            f"{name} is {found_width} x {found_height}, the latent stands for {width} x {height} pixels: the shapes "
+            "differ. Crop or pad it to the latent's shape first."
+        )
+    return resize(value, height, width)
+
+
+class FlashConcatConditioning(io.ComfyNode):
+    """Masks, pictures and latents as a concat model's further channels."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="FlashConcatConditioning",
+            display_name="Flash Concat Conditioning",
+            search_aliases=["concat", "input channels", "instruct pix2pix", "super resolution", "c_concat"],
+            description="Gives a concat model its further input channels, in any order, and checks their number.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that will sample; it reads more channels than its latent has."
+                ),
+                io.Conditioning.Input("positive", tooltip="The prompt that the channels are attached to."),
+                io.Latent.Input("latent_image", tooltip="The latent that will be sampled; the channels take its size."),
+                io.String.Input(
+                    "order",
+                    default="image",
+                    tooltip="The connected inputs in the model's channel order, separated by commas: 'image' for "
+                    "super-resolution, 'mask, image' for inpainting.",
+                ),
+                io.Combo.Input(
+                    "images_as",
+                    options=["latent", "pixels"],
+                    tooltip="latent: pictures go through the VAE. pixels: they are resized to the latent's size and "
+                    "keep their three colours (the SD x4 upscaler).",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="Gets the same channels."),
+                io.Vae.Input("vae", optional=True, tooltip="The model's VAE; needed for pictures as latents."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="One channel, 1 where white, nearest at the latent's size."
+                ),
+                io.Image.Input("image", optional=True, tooltip="A picture of the latent's shape."),
+                io.Image.Input("image_2", optional=True, tooltip="A second picture, such as a face to be put in."),
+                io.Latent.Input("latent", optional=True, tooltip="A latent of the same size, taken as it is."),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt with the channels."),
+                io.Conditioning.Output(display_name="negative", tooltip="The same for the negative prompt."),
+                io.String.Output(display_name="report", tooltip="Which channels the model gets."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        positive: list[Any],
+        latent_image: dict[str, Any],
+        order: str,
+        images_as: str,
+        negative: list[Any] | None = None,
+        vae: VAE | None = None,
+        mask: Tensor | None = None,
+        image: Tensor | None = None,
+        image_2: Tensor | None = None,
+        latent: dict[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        """Build the channels, count them, attach them."""
+        offered = {"mask": mask, "image": image, "image_2": image_2, "latent": latent}
+        given = {name: value for name, value in offered.items() if value is not None}
+        height, width = latent_image["samples"].shape[-2:]
+        channels = {
+            name: channels_of(name, given[name], model, vae, images_as, height, width)
+            for name in listed_parts(order, given)
+        }
+        check_batches(channels, len(latent_image["samples"]))
+        counts = ", ".join(f"{name} {value.shape[1]}" for name, value in channels.items())
+        total, wanted = sum(value.shape[1] for value in channels.values()), free_channels(model)
+        if total != wanted:
+            raise ValueError(
+                f"This model reads {wanted} channels beside its latent, but {total} are connected ({counts}). "
+                + (
+                    "It is no concat model: use an ordinary sampler, or load the model that belongs to this task."
+                    if wanted == 0
+                    else "Connect what its training used, and choose whether pictures come as latents or as pixels."
+                )
+            )
+        batch = max(len(value) for value in channels.values())
+        concat = torch.cat([value.expand(batch, *value.shape[1:]) for value in channels.values()], dim=1)
+        values = {CONCAT_KEY: concat}
+        return io.NodeOutput(
+            node_helpers.conditioning_set_values(positive, values),
+            None if negative is None else node_helpers.conditioning_set_values(negative, values),
+            f"{total} channels: {counts}",
+        )
+
+
+def channels_of(
+    name: str, value: Any, model: ModelPatcher, vae: VAE | None, images_as: str, height: int, width: int
+) -> Tensor:
+    """One part's channels (B, C, height, width), as the network reads them.
+
+    Raises:
+        ValueError: it does not fit the latent or the VAE.
+    """
+    latent_format = model.get_model_object("latent_format")
+    scale = getattr(latent_format, "spacial_downscale_ratio", 8)
+    if name == "latent":
+        samples = value["samples"]
+        if tuple(samples.shape[-2:]) != (height, width) or samples.shape[1] != latent_format.latent_channels:
+            raise ValueError(
+                f"latent is {tuple(samples.shape[1:])}, the latent to sample is "
+                f"{(latent_format.latent_channels, height, width)}: they must have one size. Encode both alike."
+            )
+        return latent_format.process_in(samples)
+    if name == "mask":
+        masks = value[None] if value.ndim == 2 else value
+        fitting = fitted(name, masks, height * scale, width * scale)
+        return torch.nn.functional.interpolate(fitting[:, None].round(), (height, width), mode="nearest")
+    picture = value[..., :3]
+    if images_as == "pixels":
+        return fitted(name, picture, height, width).movedim(-1, 1) * 2 - 1
+    if vae is None:
+        raise ValueError(f"{name} becomes a latent and no VAE is connected. Connect the model's VAE.")
+    check_vae(vae, model)
+    return latent_format.process_in(vae.encode(fitted(name, picture, height * scale, width * scale)))
+
+
+def check_batches(channels: Mapping[str, Tensor], batch: int) -> None:
+    """Raise where a part is neither one for all nor one for each latent."""
+    for name, value in channels.items():
+        if len(value) not in (1, batch):
+            raise ValueError(
+                f"{name} has {len(value)} pictures for {batch} latents. Give one for all of them, or one for each."
+            )
