@@ -5,6 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .adapters import FlashAdapterApply
 from .demo_models import SHIPPED_LORAS
 from .inpaint import FlashInpaintPrepare, FlashInpaintStitch
 from .loaders import FlashDemoModels, FlashLoraLoader
@@ -20,6 +21,7 @@ NODES: list[type[io.ComfyNode]] = [
     FlashInpaintPrepare,
     FlashInpaintStitch,
     FlashUpscale,
+    FlashAdapterApply,
 ]
 
 

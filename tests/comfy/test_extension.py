@@ -16,6 +16,7 @@ from .client import Client
 pytestmark = pytest.mark.comfy
 
 NODES = {
+    "FlashAdapterApply",
     "FlashDemoModels",
     "FlashInpaintPrepare",
     "FlashInpaintStitch",

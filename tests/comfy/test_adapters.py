@@ -1,0 +1,367 @@
+"""ControlNets and T2I-adapters in few steps: equal to diffusers' stock pipelines, in the steps that were asked for.
+
+The same tiny networks, prompts, hints and noise on both sides. Flash Adapter Apply and Flash Sampler run in a process
+with ComfyUI (``inside/adapters.py``), diffusers' pipelines here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    LCMScheduler,
+    MultiAdapter,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
+)
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..families.adapters import save_weights, tiny_controlnet, tiny_t2i_adapter, tiny_unet
+from ..families.networks import POOLED_WIDTH, TEXT_WIDTH, tiny_network
+
+pytestmark = pytest.mark.comfy
+
+SEED = 2024
+TOLERANCE = 1e-4  # of the latent's standard deviation
+SAME = 1e-5  # of it: convolutions round differently where numbers lie differently in memory
+TIMESTEPS = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]}  # round(1000 (N - i) / N) - 1
+SIZE = (1, 4, 16, 24)
+ODD_SIZE = (1, 4, 15, 21)
+
+ADAPTERS: dict[str, Any] = {
+    "sd15_full_adapter": lambda: tiny_t2i_adapter("full_adapter", seed=1),
+    "sd15_full_adapter2": lambda: tiny_t2i_adapter("full_adapter", seed=2),
+    "sd15_grey_adapter": lambda: tiny_t2i_adapter("full_adapter", seed=3, in_channels=1),
+    "sd15_light_adapter": lambda: tiny_t2i_adapter("light_adapter", seed=4),
+    "sd15_controlnet": lambda: tiny_controlnet(tiny_unet("sd15"), seed=5),
+    "sd15_controlnet2": lambda: tiny_controlnet(tiny_unet("sd15"), seed=6),
+    "sdxl_full_adapter_xl": lambda: tiny_t2i_adapter("full_adapter_xl", seed=7),
+    "sdxl_full_adapter_xl2": lambda: tiny_t2i_adapter("full_adapter_xl", seed=8),
+    "sdxl_controlnet": lambda: tiny_controlnet(tiny_unet("sdxl"), seed=9),
+    "sdxl_controlnet2": lambda: tiny_controlnet(tiny_unet("sdxl"), seed=10),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run. ``adapters``: file, hint, strength, and the first and the last step."""
+
+    model: str
+    adapters: tuple[tuple[str, str, float, int, int], ...]
+    steps: int = 4
+    guidance: float = 1.0
+    size: tuple[int, ...] = SIZE
+
+
+def make_cases() -> dict[str, Case]:
+    cases = {}
+    for file in ADAPTERS:
+        if not file.endswith("2"):
+            hint = "grey" if "grey" in file else "hint"
+            for steps in TIMESTEPS:
+                cases[f"{file}, {steps}"] = Case(file.split("_")[0], ((file, hint, 0.8, 1, steps),), steps)
+            cases[f"{file}, guided"] = Case(file.split("_")[0], ((file, hint, 0.8, 1, 8),), guidance=3.0)
+            pair = ((file, hint, 0.8, 1, 8), (f"{file}2", "hint2", 0.5, 1, 8))
+            if f"{file}2" in ADAPTERS:
+                cases[f"{file}, two"] = Case(file.split("_")[0], pair)
+    cases["sd15_controlnet, middle"] = Case("sd15", (("sd15_controlnet", "hint", 0.8, 2, 3),))
+    cases["sdxl_controlnet, last"] = Case("sdxl", (("sdxl_controlnet", "hint", 0.8, 4, 4),))
+    cases["sdxl_full_adapter_xl, first"] = Case("sdxl", (("sdxl_full_adapter_xl", "hint", 0.8, 1, 1),))
+    cases["sd15_full_adapter, odd"] = Case("sd15", (("sd15_full_adapter", "odd", 0.8, 1, 8),), size=ODD_SIZE)
+    cases["sd15_light_adapter, odd"] = Case("sd15", (("sd15_light_adapter", "odd", 0.8, 1, 8),), size=ODD_SIZE)
+    cases["both kinds"] = Case(
+        "sdxl", (("sdxl_full_adapter_xl", "hint", 0.8, 1, 2), ("sdxl_controlnet", "hint2", 0.5, 1, 8))
+    )
+    return cases
+
+
+CASES = make_cases()
+
+
+def make_given() -> dict[str, Tensor]:
+    """Prompts, and pictures of edges: mostly 0, some 1."""
+    generator = torch.Generator().manual_seed(9)
+    height, width = (8 * side for side in SIZE[2:])
+    hints = (torch.rand(2, 3, height, width, generator=generator) > 0.8).float()
+    odd = (torch.rand(1, 3, 8 * ODD_SIZE[2], 8 * ODD_SIZE[3], generator=generator) > 0.8).float()
+    return {
+        "positive": torch.randn(1, 7, TEXT_WIDTH, generator=generator),
+        "negative": torch.randn(1, 7, TEXT_WIDTH, generator=generator),
+        "positive.pooled": torch.randn(1, POOLED_WIDTH, generator=generator),
+        "negative.pooled": torch.randn(1, POOLED_WIDTH, generator=generator),
+        "hint": hints[:1],
+        "hint2": hints[1:],
+        "grey": hints[:1].mean(1, keepdim=True).expand(-1, 3, -1, -1).clone(),
+        "odd": odd,
+    }
+
+
+@pytest.fixture(scope="module")
+def adapters() -> dict[str, nn.Module]:
+    return {name: build() for name, build in ADAPTERS.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(
+    runtime: ModuleType, root: Path, adapters: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The files, and what the script in ComfyUI's process wrote beside them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for family in ("sd15", "sdxl", "sd3"):
+        network = tiny_network("sd3") if family == "sd3" else tiny_unet(family)
+        save_weights(network, folder / f"{family}.safetensors")
+        (folder / f"{family}.json").write_text(json.dumps(dict(network.config)))
+    for name, network in adapters.items():
+        save_weights(network, folder / f"{name}.safetensors")
+    save_file(make_given(), folder / "given.safetensors")
+    spoil(adapters, folder)
+    (folder / "cases.json").write_text(json.dumps({name: asdict(case) for name, case in CASES.items()}))
+    script = Path(__file__).resolve().parent / "inside" / "adapters.py"
+    command = [sys.executable, script, runtime.comfyui_folder(), root, folder]
+    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def spoil(adapters: dict[str, nn.Module], folder: Path) -> None:
+    """Files that are to be refused."""
+    weights = adapters["sd15_full_adapter"].state_dict()
+    torch.save(weights, folder / "pickle.pth")
+    (folder / "broken.safetensors").write_bytes((folder / "sd15_controlnet.safetensors").read_bytes()[:1000])
+    save_file({name: value for name, value in weights.items() if ".body.1." not in name}, folder / "half.safetensors")
+    controlnet = adapters["sd15_controlnet"].state_dict()
+    half = {name: value for name, value in controlnet.items() if not name.startswith("mid_block.resnets.1")}
+    save_file(half, folder / "half_controlnet.safetensors")
+    wide = {
+        name: torch.zeros(len(value), 2 * TEXT_WIDTH)
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+        else value
+        for name, value in controlnet.items()
+    }
+    save_file(wide, folder / "wide_text.safetensors")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "results")
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "said.json").read_text())
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference in units of the reference's standard deviation."""
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max() / theirs.std())
+
+
+# -- diffusers' side -------------------------------------------------------------------------------------------------
+
+
+def scheduler() -> LCMScheduler:
+    return LCMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+
+
+def stock_run(case: Case, networks: dict[str, nn.Module]) -> Tensor:
+    """The stock pipeline of that kind of adapter."""
+    given = make_given()
+    xl = case.model == "sdxl"
+    chosen = [networks[file] for file, *_ in case.adapters]
+    hints = [given[name] for _, name, *_ in case.adapters]
+    scales = [strength for _, _, strength, *_ in case.adapters]
+    *_, start, end = case.adapters[0]
+    end = min(end, case.steps)
+    several = len(chosen) > 1
+    parts = {
+        "vae": None,
+        "tokenizer": None,
+        "text_encoder": None,
+        "unet": tiny_unet(case.model),
+        "scheduler": scheduler(),
+    }
+    parts |= {"feature_extractor": None}
+    parts |= {"tokenizer_2": None, "text_encoder_2": None} if xl else {"safety_checker": None}
+    height, width = (8 * side for side in case.size[2:])
+    arguments: dict[str, Any] = {}
+    if isinstance(chosen[0], T2IAdapter):
+        hints = [
+            hint.mean(1, keepdim=True) if net.config.in_channels == 1 else hint
+            for hint, net in zip(hints, chosen, strict=True)
+        ]
+        parts["adapter"] = MultiAdapter(chosen) if several else chosen[0]
+        kind = StableDiffusionXLAdapterPipeline if xl else StableDiffusionAdapterPipeline
+        arguments["adapter_conditioning_scale"] = scales if several else scales[0]
+        assert start == 1
+        if xl:
+            arguments["adapter_conditioning_factor"] = end / case.steps
+    else:
+        assert isinstance(chosen[0], ControlNetModel)
+        parts["controlnet"] = MultiControlNetModel(chosen) if several else chosen[0]
+        kind = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
+        arguments["controlnet_conditioning_scale"] = scales if several else scales[0]
+        arguments["control_guidance_start"] = (start - 1) / case.steps
+        arguments["control_guidance_end"] = end / case.steps
+    pipeline = kind(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    if xl:
+        arguments |= {"pooled_prompt_embeds": given["positive.pooled"]}
+        if case.guidance > 1:
+            arguments |= {"negative_pooled_prompt_embeds": given["negative.pooled"]}
+    return pipeline(
+        prompt_embeds=given["positive"],
+        negative_prompt_embeds=given["negative"] if case.guidance > 1 else None,
+        image=hints if several else hints[0],
+        height=height,
+        width=width,
+        timesteps=TIMESTEPS[case.steps],
+        guidance_scale=case.guidance,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+        **arguments,
+    ).images
+
+
+@torch.no_grad()
+def both_kinds(networks: dict[str, nn.Module]) -> Tensor:
+    """A T2I-adapter in steps 1 and 2 and a ControlNet in all, which no stock pipeline has: its networks in a loop."""
+    given, unet = make_given(), tiny_unet("sdxl")
+    generator = torch.Generator().manual_seed(SEED)
+    z = torch.randn(SIZE, generator=generator)
+    lcm = scheduler()
+    lcm.set_timesteps(timesteps=TIMESTEPS[4])
+    height, width = (8.0 * side for side in SIZE[2:])
+    added = {
+        "text_embeds": given["positive.pooled"],
+        "time_ids": torch.tensor([[height, width, 0, 0, height, width]]),
+    }
+    maps = [0.8 * value for value in networks["sdxl_full_adapter_xl"](given["hint"])]
+    for step, t in enumerate(lcm.timesteps):
+        prompt = {"encoder_hidden_states": given["positive"], "added_cond_kwargs": added}
+        down, middle = networks["sdxl_controlnet"](
+            z, t, controlnet_cond=given["hint2"], conditioning_scale=0.5, return_dict=False, **prompt
+        )
+        adapter = [value.clone() for value in maps] if step < 2 else None
+        output = unet(
+            z,
+            t,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            down_intrablock_additional_residuals=adapter,
+            **prompt,
+        ).sample
+        z = lcm.step(output, t, z, generator=generator).prev_sample
+    return z
+
+
+# -- parity ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_equals_diffusers_stock_pipeline(
+    results: dict[str, Tensor], adapters: dict[str, nn.Module], name: str
+) -> None:
+    theirs = both_kinds(adapters) if name == "both kinds" else stock_run(CASES[name], adapters)
+    assert relative(results[name], theirs) < TOLERANCE
+
+
+def test_adapters_change_the_picture(results: dict[str, Tensor]) -> None:
+    for name in ADAPTERS:
+        if not name.endswith("2"):
+            plain = results["plain sdxl" if name.startswith("sdxl") else "plain"]
+            assert relative(results[f"{name}, 4"], plain) > 100 * TOLERANCE, name
+    assert relative(results["sdxl_full_adapter_xl, 4"], results["sdxl_full_adapter_xl, first"]) > 10 * TOLERANCE
+
+
+def test_comfyuis_own_reader_makes_the_same_of_what_it_knows(results: dict[str, Tensor]) -> None:
+    assert relative(results["core's T2I-adapter"], results["sdxl_full_adapter_xl, 4"]) < SAME
+    assert relative(results["core's and ours"], results["sdxl_full_adapter_xl, two"]) < SAME
+
+
+def test_each_window_steers_exactly_its_steps(said: dict[str, Any]) -> None:
+    windows = said["windows"]
+    assert len(windows) > 6 * 150
+    for name, (count, start, end, asked) in windows.items():
+        assert asked == [start <= step <= end for step in range(1, count + 1)], name
+
+
+# -- what a user may connect -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "same"),
+    [
+        ("RGBA", "steered"),
+        ("grey", "three greys"),
+        ("mask", "three greys"),
+        ("one pixel", "a plain colour"),
+        ("half the size", "half the size, enlarged"),
+        ("three hints for two", "two hints"),
+        ("negative from elsewhere", "negative from here"),
+        ("a loaded ControlNet", "core's node"),
+    ],
+)
+def test_it_is_the_same(results: dict[str, Tensor], ours: str, same: str) -> None:
+    assert relative(results[ours], results[same]) < SAME
+
+
+def test_strength_0_is_no_adapter_bit_for_bit(results: dict[str, Tensor]) -> None:
+    assert torch.equal(results["strength 0"], results["plain"])
+
+
+def test_each_picture_of_a_batch_has_its_own_hint(results: dict[str, Tensor]) -> None:
+    two = results["two hints"]
+    assert relative(two[0], results["the first for both"][0]) < SAME
+    assert relative(two[1], results["the second for both"][1]) < SAME
+
+
+def test_nothing_is_changed_in_place(results: dict[str, Tensor]) -> None:
+    assert bool(results["nothing is changed in place"])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("T2I-adapter of SD 1.5 on SDXL", ["sd15_full_adapter", "T2I-adapter", "32, 64, 64", "the model is SDXL"]),
+        ("T2I-adapter of SDXL on SD 1.5", ["sdxl_full_adapter_xl", "at 1/16, 1/16, 1/32", "the model is SD 1.5"]),
+        ("T2I-adapter on SD3", ["T2I-adapter", "the model is SD3"]),
+        ("ControlNet of SD 1.5 on SDXL", ["ControlNet", "the model is SDXL", "a vector of 72"]),
+        ("ControlNet of SDXL on SD 1.5", ["a vector of 72", "the model is SD 1.5"]),
+        ("ControlNet on SD3", ["ControlNet", "the model is SD3"]),
+        ("another text width", ["text of width 64", "text of width 32"]),
+        ("a loaded one on SDXL", ["connected to control_net", "the model is SDXL"]),
+        ("a pickle", ["pickle.pth is no .safetensors file", "convert"]),
+        ("a broken file", ["broken.safetensors is broken", "again"]),
+        ("a model", ["no ControlNet or T2I-adapter", "Load Checkpoint"]),
+        ("half an adapter", ["half.safetensors", "do not fit together"]),
+        ("half a ControlNet", ["half_controlnet.safetensors", "mid"]),
+        ("neither", ["no adapter", "adapter_name", "control_net"]),
+        ("both", ["two adapters", "'none'"]),
+        ("no CONTROL_NET", ["a str", "no ControlNet"]),
+        ("the end before the start", ["end_step is 2", "start_step, which is 3"]),
+        ("beyond the run", ["start_step is 5", "4 evaluations"]),
+        ("beyond a shortened run", ["start_step is 3", "2 evaluations"]),
+        ("two channels", ["(1, 128, 192, 2)", "1, 3 or 4 channels"]),
+        ("no pictures", ["(0, 128, 192, 3)"]),
+        ("not a number", ["finite"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(said: dict[str, Any], name: str, parts: list[str]) -> None:
+    assert name in said["refused"], f"{name} was taken"
+    for part in parts:
+        assert part in said["refused"][name]
