@@ -116,6 +116,16 @@ def test_no_seam_shows(results: dict[str, Tensor]) -> None:
     assert mean_excess("unblended", torch.tensor([TILE])) > 3
 
 
+def test_the_vaes_tiles_show_no_seam_either(results: dict[str, Tensor]) -> None:
+    """To the latent and back, 576 pixels in tiles of 512, beside the VAE without tiles."""
+    tiled, whole = results["vae.tiled"], results["vae.whole"]
+    starts = results["vae.starts"] * PATCH
+    borders = torch.cat([starts[1:], starts[:-1] + 512])
+    assert float((tiled - whole).abs().mean()) < 0.01
+    for axis in (1, 2):
+        assert excess(tiled, borders, axis) < 1.25
+
+
 @pytest.mark.parametrize("kind", ["masked", "hinted"])
 def test_masks_hints_guidance_and_noise_belong_to_the_whole_picture(results: dict[str, Tensor], kind: str) -> None:
     """A model that looks at one position at a time does not notice the tiles, over four steps with fresh noise."""
@@ -280,7 +290,10 @@ def test_pictures_of_a_batch_are_enlarged_one_by_one(client: Client, server) -> 
 def test_progress_goes_tile_by_tile_with_a_preview_a_step(client: Client, server) -> None:
     run = client.run(graph(server, "progress", steps=4, denoise=0.5))
     # 192 x 144 in tiles of 128 with an overlap of 32 at least: 2 x 2 tiles, twice; the VAE's one tile, to and fro.
-    assert [value for value, _ in run.progress if value] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 9, 10]
+    # Newer ComfyUI leaves out some that come quickly, but neither the first, nor one with a preview, nor the last.
+    shown = [value for value, _ in run.progress if value]
+    assert shown == sorted(shown)
+    assert {1, 5, 9, 10} <= set(shown) <= set(range(1, 11))
     assert {total for _, total in run.progress} == {10}
     assert len(run.previews) == 2
     assert max(run.previews[0].size) >= 12

@@ -113,8 +113,24 @@ def demo(results: Results) -> None:
     results["cut"] = vae.decode(cut)
     results["starts"] = torch.tensor(tiles.lefts)
 
+    round_trip(results, model, vae)
     pointwise(results, model, clip)
     too_large(results, model, vae, prompt)
+
+
+def round_trip(results: Results, model: Any, vae: Any) -> None:
+    """A picture to its latent and back: in the VAE's tiles, and as a whole."""
+    from dropped_in.nodes.tiled import decode_tiled, encode_tiled
+    from dropped_in.nodes.upscale import plan
+
+    picture = waves(576, 576)
+    results["vae.whole"] = vae.decode(vae.encode(picture))
+    _, tiles = plan(model, vae, picture, 1.0, 0, OVERLAP)
+    latent = torch.zeros(1, vae.latent_channels, tiles.height, tiles.width)
+    encode_tiled(vae, picture, tiles, latent, lambda: None)
+    results["vae.tiled"] = torch.empty_like(picture)
+    decode_tiled(vae, latent, tiles, results["vae.tiled"], lambda: None)
+    results["vae.starts"] = torch.tensor(tiles.lefts)
 
 
 def pointwise(results: Results, model: Any, clip: Any) -> None:
