@@ -7,8 +7,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from .settings import PEFT_CONFIG, PEFT_WEIGHTS
 from .weights import LoraModule, computable, flat_name
 
 Dialect: TypeAlias = Literal["portable", "kohya", "diffusers", "peft"]
+Name = TypeVar("Name")
 DIALECTS: tuple[Dialect, ...] = ("portable", "kohya", "diffusers", "peft")
 
 
@@ -40,7 +42,8 @@ def write_lora(
     ``portable`` is what stock diffusers and ComfyUI both load at its true scale. UNets: kohya keys
     (``lora_unet_<diffusers name>``) with alpha. Transformers: ``transformer.<path>.lora_A/B.weight`` with ``alpha / r``
     folded into B and no alpha key, since the readers disagree about that one. ``diffusers`` writes the latter form for
-    UNets too; ``peft`` a folder for ``PeftModel.from_pretrained`` on the network.
+    UNets too; ``peft`` a folder for ``PeftModel.from_pretrained`` on the network. Layers of several ranks or scales are
+    brought to one in the first two forms (see :func:`uniform`).
 
     Args:
         path: the file; for ``peft`` the folder.
@@ -68,6 +71,8 @@ def write_lora(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
+    if dialect in ("portable", "diffusers"):
+        modules, text = uniform(modules), uniform(text)
     if kohya:
         several = any(number > 1 for number, _ in text)
         names = {f"lora_unet_{flat_name(module.path)}": module for module in modules.values()}
@@ -95,6 +100,32 @@ def write_lora(
                 folded = module.up.detach().float() * module.scale
                 tensors[f"{name}.lora_B.weight"] = _stored(folded, dtype or computable(module.up.dtype))
         _save(tensors, path, strings)
+
+
+def uniform(modules: Mapping[Name, LoraModule]) -> dict[Name, LoraModule]:
+    """The same updates at one rank and one scale.
+
+    diffusers (0.39) takes one rank or alpha for another where a file's layers differ, and scales those layers wrongly.
+    Smaller ranks are filled up with zeros, which change nothing, and differing scales are folded into the up half.
+    """
+    ranks = {module.rank for module in modules.values()}
+    scales = {module.scale for module in modules.values()}
+    if len(ranks) <= 1 and len(scales) <= 1:
+        return dict(modules)
+    rank = max(ranks)
+    found = {}
+    for name, module in modules.items():
+        up = module.up
+        if len(scales) > 1 and module.scale != 1:
+            up = (up.detach().float() * module.scale).to(computable(up.dtype))
+        alpha = float(rank) if len(scales) > 1 else module.scale * rank
+        missing = rank - module.rank
+        down = (
+            torch.cat([module.down, module.down.new_zeros(missing, *module.down.shape[1:])]) if missing else module.down
+        )
+        up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1) if missing else up
+        found[name] = replace(module, down=down, up=up, alpha=alpha)
+    return found
 
 
 def _stored(half: Tensor, dtype: torch.dtype | None) -> Tensor:
