@@ -6,21 +6,27 @@ import folder_paths
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .adapters import FlashAdapterApply
+from .compare import FlashCompare
+from .conditioning import FlashConcatConditioning
 from .demo_models import SHIPPED_LORAS
 from .inpaint import FlashInpaintPrepare, FlashInpaintStitch
 from .loaders import FlashDemoModels, FlashLoraLoader
+from .lora_stack import FlashLoraStack
 from .sampling import FlashSampler, FlashSamplerSelect, FlashScheduler
 from .upscale import FlashUpscale
 
 NODES: list[type[io.ComfyNode]] = [
     FlashDemoModels,
     FlashLoraLoader,
+    FlashLoraStack,
     FlashSampler,
     FlashScheduler,
     FlashSamplerSelect,
     FlashInpaintPrepare,
     FlashInpaintStitch,
+    FlashConcatConditioning,
     FlashUpscale,
+    FlashCompare,
     FlashAdapterApply,
 ]
 

@@ -15,7 +15,7 @@ import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 
-from ..flash_core.lora import LoraFile, LoraReport, MatchReport, describe_base, flat_name, match, report_on
+from ..flash_core.lora import LoraFile, LoraModule, LoraReport, MatchReport, describe_base, flat_name, match, report_on
 
 # What ComfyUI puts before a layer's name.
 PREFIX = re.compile(
@@ -134,10 +134,7 @@ def apply_lora(
         raise LoraMismatch(_refusal(file, model, report))
     patches = {}
     for name in met.matched:
-        module = file.modules[name]
-        halves = {f"{name}.lora_up.weight": module.up, f"{name}.lora_down.weight": module.down}
-        # Whether alpha is known or not: ComfyUI divides it by the rank.
-        patches[layers[name]] = LoRAAdapter.load(name, halves, module.scale * module.rank, None)
+        patches[layers[name]] = lora_patch(name, file.modules[name])
     patched = model.clone()
     applied = patched.add_patches(patches, strength)
     if len(applied) != len(met.matched):
@@ -145,6 +142,13 @@ def apply_lora(
             f"ComfyUI applied {len(applied)} of the LoRA's {len(met.matched)} matching layers; please report this file."
         )
     return patched, report
+
+
+def lora_patch(name: str, module: LoraModule) -> LoRAAdapter:
+    """One layer's update as ComfyUI's weight patch."""
+    halves = {f"{name}.lora_up.weight": module.up, f"{name}.lora_down.weight": module.down}
+    # Whether alpha is known or not: ComfyUI divides it by the rank.
+    return LoRAAdapter.load(name, halves, module.scale * module.rank, None)
 
 
 def _notes(file: LoraFile, model: ModelPatcher) -> tuple[str, ...]:

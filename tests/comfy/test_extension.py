@@ -17,10 +17,13 @@ pytestmark = pytest.mark.comfy
 
 NODES = {
     "FlashAdapterApply",
+    "FlashCompare",
+    "FlashConcatConditioning",
     "FlashDemoModels",
     "FlashInpaintPrepare",
     "FlashInpaintStitch",
     "FlashLoraLoader",
+    "FlashLoraStack",
     "FlashSampler",
     "FlashSamplerSelect",
     "FlashScheduler",
