@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"  # WebDataset shards, one per style, and the licences of the pictures
 TEACHER = ROOT / "teacher"  # a diffusers-layout folder: `StableDiffusionPipeline.from_pretrained(TEACHER)`
+LORAS = ROOT / "lora"  # the Flash LoRA, and a style LoRA to try beside it: `style.py`
 TASK_ADAPTERS = ROOT / "tasks"  # a file for each further task: `task_teacher.py`
 FEATURES = ROOT / "features"  # the evaluation network: `FeatureNetwork.from_pretrained(FEATURES)`
 
-__all__ = ["DATA", "FEATURES", "ROOT", "TASK_ADAPTERS", "TEACHER"]
+__all__ = ["DATA", "FEATURES", "LORAS", "ROOT", "TASK_ADAPTERS", "TEACHER"]

@@ -61,32 +61,30 @@ class WideInput(nn.Module):
         return self.base(z[:, :own]) + self.extra(z[:, own:])
 
 
-class TaskTraining:
-    """The weights that train, their average and their batches.
+class AdapterTraining:
+    """A LoRA on the frozen teacher, its average and its batches, trained by the ordinary diffusion loss.
 
     Args:
-        examples: with the task's conditions, several variants of each picture.
+        examples: what it learns from.
     """
 
     def __init__(self, teacher: Teacher, examples: Examples, rank: int, batch_size: int, lr: float, seed: int) -> None:
         self.denoiser = teacher.denoiser
+        self.device = teacher.device
         self.examples = examples
         self.empty = teacher.unconditional(1)
         self.batch_size = batch_size
         self.lr = lr
-        network = self.denoiser.network
         self.denoiser.add_adapter(ROLE, rank, rank, TARGETS, seed)
-        concat = examples.task.concat
-        if concat is None:
-            raise UserError("this task adds no channels to the network, so there is no teacher of it to train")
-        network.conv_in = WideInput(network.conv_in, concat.shape[1]).to(teacher.device)
-        self.channels = network.conv_in.extra.weight
-        self.parameters = {**self.denoiser.adapter_parameters(ROLE), "channels": self.channels}
+        self.parameters = {**self.denoiser.adapter_parameters(ROLE), **self.further_parameters()}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr, BETAS, weight_decay=0.0, fused=True)
         self.average = Average(self.parameters, EMA_DECAY)
         self.generator = stream(seed, "task teacher")
-        self.device = teacher.device
         self.step = 0
+
+    def further_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains beside the LoRA."""
+        return {}
 
     def update(self, progress: float) -> Tensor:
         """One update; its loss, detached.
@@ -125,6 +123,24 @@ class TaskTraining:
         mixed = torch.where(dropped[:, None, None], empty, text)
         return z0, Conditioning(cross_attention=mixed, concat=conditioning.concat, noise_level=conditioning.noise_level)
 
+
+class TaskTraining(AdapterTraining):
+    """The LoRA of a task's teacher, and the input layer's weights for the task's channels.
+
+    Args:
+        examples: with the task's conditions, several variants of each picture.
+    """
+
+    def further_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights for the further channels."""
+        concat = self.examples.task.concat
+        if concat is None:
+            raise UserError("this task adds no channels to the network, so there is no teacher of it to train")
+        network = self.denoiser.network
+        network.conv_in = WideInput(network.conv_in, concat.shape[1]).to(self.device)
+        self.channels: nn.Parameter = network.conv_in.extra.weight
+        return {"channels": self.channels}
+
     def adapter(self, task: TaskSection, facts: dict[str, str]) -> TaskAdapter:
         """What was learnt, averaged."""
         tensors = dict(self.average.tensors)
@@ -132,7 +148,7 @@ class TaskTraining:
         return TaskAdapter(task.name, channels, lora_modules(tensors, None), task.options, facts)
 
 
-def train(training: TaskTraining, minutes: float) -> None:
+def train(training: AdapterTraining, minutes: float) -> None:
     """Update for ``minutes``."""
     start, losses = time.monotonic(), []
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
