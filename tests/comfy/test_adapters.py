@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -27,11 +28,14 @@ from diffusers import (
     T2IAdapter,
 )
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..families.adapters import save_weights, tiny_controlnet, tiny_t2i_adapter, tiny_unet
 from ..families.networks import POOLED_WIDTH, TEXT_WIDTH, tiny_network
+from . import prompts
+from .client import Client
 
 pytestmark = pytest.mark.comfy
 
@@ -128,6 +132,8 @@ def folder(
     for name, network in adapters.items():
         save_weights(network, folder / f"{name}.safetensors")
     save_file(make_given(), folder / "given.safetensors")
+    four_levels = T2IAdapter(channels=[32, 64, 128, 128])
+    save_weights(four_levels, folder / "four_levels.safetensors")
     spoil(adapters, folder)
     (folder / "cases.json").write_text(json.dumps({name: asdict(case) for name, case in CASES.items()}))
     script = Path(__file__).resolve().parent / "inside" / "adapters.py"
@@ -359,9 +365,101 @@ def test_nothing_is_changed_in_place(results: dict[str, Tensor]) -> None:
         ("two channels", ["(1, 128, 192, 2)", "1, 3 or 4 channels"]),
         ("no pictures", ["(0, 128, 192, 3)"]),
         ("not a number", ["finite"]),
+        ("a ControlNet that reads latents", ["as a latent", "VAE to vae"]),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(said: dict[str, Any], name: str, parts: list[str]) -> None:
     assert name in said["refused"], f"{name} was taken"
     for part in parts:
         assert part in said["refused"][name]
+
+
+# -- published sizes -------------------------------------------------------------------------------------------------
+
+
+def test_maps_are_added_where_comfyuis_own_adapters_are(said: dict[str, Any]) -> None:
+    """By hand, from the lists that ComfyUI's adapter class makes for SD 1.5 and SDXL: block, channels, scale."""
+    stable = [[2, 320, 1], [5, 640, 2], [8, 1280, 4], [11, 1280, 8], [None, 1280, 8]]
+    places = said["published"]["places"]
+    assert places == {
+        "SD 1.5": stable,
+        "SD 2": stable,
+        "SDXL": [[3, 320, 2], [5, 640, 2], [8, 1280, 4], [None, 1280, 4]],
+    }
+    assert said["published"]["same lists"]
+    assert said["published"]["largest difference"] < 1e-5
+
+
+FITTING = {
+    "ControlNet of SD 1.5": {"SD 1.5"},
+    "ControlNet of SD 2": {"SD 2"},
+    "ControlNet of SDXL": {"SDXL"},
+    "small ControlNet of SDXL": {"SDXL"},
+    "ControlNet of SD3": {"SD3"},
+    "Control-LoRA of SDXL": {"SDXL"},
+    "T2I-adapter of SD 1.5": {"SD 1.5", "SD 2"},  # it reads no text, in which alone they differ
+    "T2I-adapter of SDXL": {"SDXL"},
+}
+
+
+@pytest.mark.parametrize("adapter", FITTING)
+@pytest.mark.parametrize("model", ["SD 1.5", "SD 2", "SDXL", "SD3"])
+def test_a_published_adapter_of_another_model_is_refused_by_name(
+    said: dict[str, Any], adapter: str, model: str
+) -> None:
+    kind, made_for = adapter.removeprefix("small ").split(" of ")
+    outcome = said["published"]["matrix"][f"{adapter} on {model}"]
+    if model in FITTING[adapter]:
+        assert outcome == kind
+    else:
+        kind = "ControlNet" if kind == "Control-LoRA" else kind
+        assert outcome.startswith(f"refused: {adapter} is a {kind} for {made_for} (")
+        assert f"the model is {model} (" in outcome
+
+
+# -- on the page -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_adapter(server: Any) -> str:
+    """A random T2I-adapter for the demo's UNet, whose first level has no attention, as SDXL's."""
+    torch.manual_seed(3)
+    path = server.base / "models" / "controlnet" / "for_the_demo.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_weights(T2IAdapter(channels=[64, 128, 128, 128], downscale_factor=16, adapter_type="full_adapter_xl"), path)
+    return path.name
+
+
+def demo_graph(server: Any, adapter: str, **settings: Any) -> prompts.Prompt:
+    """The shipped workflow with an adapter on its prompt."""
+    Image.fromarray(np.eye(128, dtype=np.uint8) * 255).save(server.base / "input" / "diagonal.png")
+    lora = prompts.shipped()[prompts.LORA]["inputs"]["lora_name"]
+    prompt = prompts.latents(lora, seed=3, steps=2, pictures=1)
+    prompt["hint"] = prompts.node("LoadImage", image="diagonal.png")
+    inputs = {"strength": 0.8, "steps": 2, "start_step": 1, "end_step": 8, **settings}
+    prompt["adapter"] = prompts.node(
+        "FlashAdapterApply",
+        model=[prompts.LORA, 0],
+        positive=[prompts.TEXT, 0],
+        image=["hint", 0],
+        adapter_name=adapter,
+        **inputs,
+    )
+    prompt[prompts.SAMPLER]["inputs"]["positive"] = ["adapter", 0]
+    return prompt
+
+
+def test_it_runs_on_the_demo(client: Client, server: Any, demo_adapter: str) -> None:
+    latents = {}
+    for strength in (0.0, 0.8):
+        run = client.run(demo_graph(server, demo_adapter, strength=strength))
+        assert run.succeeded, run.error
+        latents[strength] = client.latent(run, "latent")
+    assert not torch.equal(latents[0.0], latents[0.8])
+    assert run.texts["adapter"] == "T2I-adapter: steps 1 to 2 of 2 (t = 999, 499), x 0.8"
+
+
+def test_what_is_refused_is_said_on_the_page(client: Client, server: Any, demo_adapter: str) -> None:
+    run = client.run(demo_graph(server, demo_adapter, start_step=3))
+    assert run.error is not None
+    assert "start_step is 3, but this run has 2 evaluations" in run.error["exception_message"]

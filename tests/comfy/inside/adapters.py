@@ -39,6 +39,7 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
         }
         results |= by_itself(models["sd15"], models["sdxl"], given, folder)
         said = {"windows": windows(models, folder), "refused": refused(models, given, folder)}
+        said["published"] = published(folder)
     save_file({name: value.contiguous() for name, value in results.items()}, folder / "results")
     (folder / "said.json").write_text(json.dumps(said))
 
@@ -207,6 +208,8 @@ def refused(models: dict[str, Any], given: dict[str, Tensor], folder: Path) -> d
     hint = given["hint"].movedim(1, -1)
     sd15, sdxl, sd3 = models["sd15"], models["sdxl"], models["sd3"]
     loaded = apply(sd15, prompt(given, "sd15", "positive"), hint, "sd15_controlnet.safetensors")[0][0][1]["control"]
+    latents = loaded.copy()
+    latents.latent_format = sd15.get_model_object("latent_format")
     cases: dict[str, tuple[Any, Tensor, str, dict[str, Any]]] = {
         "T2I-adapter of SD 1.5 on SDXL": (sdxl, hint, "sd15_full_adapter.safetensors", {}),
         "T2I-adapter of SDXL on SD 1.5": (sd15, hint, "sdxl_full_adapter_xl.safetensors", {}),
@@ -229,6 +232,7 @@ def refused(models: dict[str, Any], given: dict[str, Tensor], folder: Path) -> d
         "beyond a shortened run": (sd15, hint, "sd15_controlnet.safetensors", {"start_step": 3, "denoise": 0.5}),
         "two channels": (sd15, hint[..., :2], "sd15_controlnet.safetensors", {}),
         "no pictures": (sd15, hint[:0], "sd15_controlnet.safetensors", {}),
+        "a ControlNet that reads latents": (sd15, hint, "none", {"control_net": latents}),
         "not a number": (sd15, hint / 0 * 0, "sd15_controlnet.safetensors", {}),
     }
     said = {}
@@ -238,6 +242,121 @@ def refused(models: dict[str, Any], given: dict[str, Tensor], folder: Path) -> d
         except ValueError as error:
             said[name] = str(error)
     return said
+
+
+def published(folder: Path) -> dict[str, Any]:
+    """Published sizes, without weights: where a T2I-adapter's maps are added, and what fits what."""
+    from types import SimpleNamespace
+
+    import comfy.cldm.cldm
+    import comfy.cldm.mmdit
+    import comfy.controlnet
+    import comfy.latent_formats
+    import comfy.ops
+    import comfy.supported_models
+    from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.t2i_adapter.adapter import Adapter
+    from dropped_in.nodes.adapter_files import T2IAdapterNetwork
+    from dropped_in.nodes.adapter_match import adapter_places, check_adapter
+
+    def sizes(levels: list[int], depths: list[int], text: int, vector: int | None = None, width: int = 320):
+        return {
+            "image_size": 32,
+            "in_channels": 4,
+            "model_channels": width,
+            "channel_mult": levels,
+            "num_res_blocks": [2] * len(levels),
+            "transformer_depth": [depth for depth in depths for _ in range(2)],
+            "transformer_depth_middle": depths[-1] or 1,
+            "context_dim": text,
+            "num_head_channels": width // 5,
+            "use_spatial_transformer": True,
+            "use_linear_in_transformer": text > 768,
+            "legacy": False,
+            "adm_in_channels": vector,
+            "num_classes": None if vector is None else "sequential",
+            "dtype": torch.float32,
+            "device": "meta",
+            "operations": comfy.ops.disable_weight_init,
+        }
+
+    def unet(config: dict[str, Any]) -> UNetModel:
+        upward = [depth for depth in config["transformer_depth"][::2] for _ in range(3)]
+        return UNetModel(**config, out_channels=4, transformer_depth_output=upward)
+
+    def controlnet(config: dict[str, Any]) -> Any:
+        network = comfy.cldm.cldm.ControlNet(**{**config, "hint_channels": 3})
+        return comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+
+    def t2i(channels: int, xl: bool) -> Any:
+        with torch.device("meta"):
+            network = Adapter(cin=channels, nums_rb=2, ksize=1, sk=True, use_conv=False, xl=xl)
+        return comfy.controlnet.T2IAdapter(network, 3, 8, "nearest-exact")
+
+    def model(kind: Any, network: Any, config: dict[str, Any]) -> Any:
+        return SimpleNamespace(get_model_object=lambda name: network, model=SimpleNamespace(model_config=kind(config)))
+
+    supported = comfy.supported_models
+    configs = {
+        "SD 1.5": (supported.SD15, sizes([1, 2, 4, 4], [1, 1, 1, 0], 768)),
+        "SD 2": (supported.SD20, sizes([1, 2, 4, 4], [1, 1, 1, 0], 1024)),
+        "SDXL": (supported.SDXL, sizes([1, 2, 4], [0, 2, 10], 2048, 2816)),
+    }
+    models = {name: model(kind, unet(config), config) for name, (kind, config) in configs.items()}
+    transformer = {"input_size": None, "depth": 2, "in_channels": 16, "adm_in_channels": 40, "pos_embed_max_size": 24}
+    transformer |= {
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 128}}
+    }
+    transformer |= {"dtype": torch.float32, "device": "meta", "operations": comfy.ops.disable_weight_init}
+    models["SD3"] = model(supported.SD3, MMDiT(**transformer), {})
+    models["SD3"].model = comfy.model_base.SD3.__new__(comfy.model_base.SD3)
+    nn.Module.__init__(models["SD3"].model)
+    models["SD3"].model.model_config = supported.SD3({})
+
+    adapters = {f"ControlNet of {name}": controlnet(config) for name, (_, config) in configs.items()}
+    adapters["small ControlNet of SDXL"] = controlnet(
+        configs["SDXL"][1] | {"transformer_depth": [0] * 6, "transformer_depth_middle": 0, "context_dim": 1}
+    )
+    adapters["ControlNet of SD3"] = comfy.controlnet.ControlNet(
+        comfy.cldm.mmdit.ControlNet(num_blocks=1, control_latent_channels=16, **transformer),
+        latent_format=comfy.latent_formats.SD3(),
+        load_device=torch.device("cpu"),
+    )
+    adapters |= {"T2I-adapter of SD 1.5": t2i(192, False), "T2I-adapter of SDXL": t2i(768, True)}
+    low_rank = {
+        f"zero_convs.{index}.0.weight": torch.zeros(width, 1)
+        for index, width in enumerate([320] * 4 + [640] * 3 + [1280] * 2)
+    }
+    low_rank |= {
+        "input_blocks.4.1.transformer_blocks.0.attn2.to_k.down": torch.zeros(8, 2048),
+        "label_emb.0.0.down": torch.zeros(8, 2816),
+    }
+    adapters["Control-LoRA of SDXL"] = comfy.controlnet.ControlLora(low_rank)
+
+    matrix = {}
+    for adapter_name, adapter in adapters.items():
+        for model_name in models:
+            try:
+                kind = check_adapter(adapter, models[model_name], adapter_name)
+            except ValueError as error:
+                kind = f"refused: {error}"
+            matrix[f"{adapter_name} on {model_name}"] = kind
+
+    # The maps themselves, at the places that ComfyUI's class has built in.
+    theirs = comfy.controlnet.load_controlnet(str(folder / "four_levels.safetensors")).t2i_model
+    weights = {
+        key.removeprefix("adapter."): value for key, value in load_file(folder / "four_levels.safetensors").items()
+    }
+    ours = T2IAdapterNetwork(weights, unet(sizes([1, 2, 4, 4], [1, 1, 1, 0], 768, width=32)))
+    image = torch.rand(2, 3, 128, 192)
+    pairs = list(zip(ours(image)["input"], theirs(image)["input"], strict=True))
+    return {
+        "places": {name: adapter_places(models[name].get_model_object("diffusion_model")) for name in configs},
+        "matrix": matrix,
+        "same lists": all((own is None) == (other is None) for own, other in pairs),
+        "largest difference": max(float((own - other).abs().max()) for own, other in pairs if own is not None),
+    }
 
 
 if __name__ == "__main__":
