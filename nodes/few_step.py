@@ -221,7 +221,17 @@ def sample_flash(
     flow = isinstance(sampling, comfy.model_sampling.CONST)
     noise_scale = getattr(sampling, "noise_scale", 1.0)  # some newer flow models; unknown to the oldest ComfyUI
     draw = item_noise(model.noise, arguments.get("seed") or 0, x)
+    mask, first_noise = arguments.get("denoise_mask"), model.noise
     batch = x.new_ones(x.shape[0])
+
+    def fresh() -> Tensor:
+        noise = draw()
+        if mask is not None:
+            # ComfyUI noises what a mask keeps with the run's first noise. Where a soft mask mixes that with fresh noise
+            # the two are independent, and their mixture would be too weak; both sides get one of full strength.
+            noise = masked_noise(noise, first_noise.to(noise), mask.to(noise))
+            model.noise = noise
+        return noise * noise_scale
 
     def denoise(z: Tensor, index: int) -> Tensor:
         return model(z, sigmas[index] * batch, **arguments) if index < steps else z
@@ -236,10 +246,18 @@ def sample_flash(
         x,
         alphas=[1 - level if flow else 1.0 for level in levels],
         sigmas=levels,
-        noise=lambda: draw() * noise_scale,
+        noise=fresh,
         stochasticity=stochasticity,
         callback=report,
     )
+
+
+def masked_noise(fresh: Tensor, first: Tensor, mask: Tensor) -> Tensor:
+    """Fresh noise where ``mask`` is 1, the run's first noise where it is 0, a mixture of unit variance between.
+
+    With a hard mask that is what diffusers' inpainting pipelines do.
+    """
+    return (mask * fresh + (1 - mask) * first) / (mask**2 + (1 - mask) ** 2).sqrt()
 
 
 def flash_sampler(stochasticity: float = 1.0) -> comfy.samplers.KSAMPLER:

@@ -45,3 +45,19 @@ def test_the_sampler_equals_diffusers_stochastic_flow_scheduler(results: dict[st
         velocity = torch.tanh(z) / 2 + sigma
         z = scheduler.step(velocity, timestep, z, generator=generator).prev_sample
     assert float((results[f"sampled.{steps}"] - z).abs().max()) < 1e-5
+
+
+def test_a_soft_mask_gives_the_model_noise_of_full_strength(results: dict[str, Tensor]) -> None:
+    """ComfyUI's own mixture of fresh and first noise would have a deviation of .71 where the mask is a half."""
+    sigma, mask = results["soft.sigma"], results["soft.mask"]
+    z0 = mask * results["soft.first_prediction"] + (1 - mask) * 0.5  # the latent that the mask keeps
+    noise = (results["soft.given"] - (1 - sigma) * z0) / sigma
+    masked, half, kept = noise[..., :32], noise[..., 32:48], noise[..., 48:]
+    for part in (masked, half, kept):
+        assert float(part.std()) == pytest.approx(1, abs=0.02)
+        assert abs(float(part.mean())) < 0.02
+    # As diffusers' inpainting pipelines do: what is kept has the first noise, what is made anew has not.
+    first = results["soft.first_noise"]
+    torch.testing.assert_close(kept, first[..., 48:], atol=1e-4, rtol=1e-4)
+    assert abs(float((masked * first[..., :32]).mean())) < 0.02
+    assert float((half * first[..., 32:48]).mean()) == pytest.approx(0.5**0.5, abs=0.02)

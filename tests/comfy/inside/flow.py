@@ -25,7 +25,13 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
         """What ComfyUI puts together for SD3."""
 
     sampling = Sampling(SimpleNamespace(sampling_settings={"shift": 3.0}))
-    inner = SimpleNamespace(model_sampling=sampling)
+    inner = SimpleNamespace(
+        model_sampling=sampling,
+        scale_latent_inpaint=lambda x, sigma, noise, latent_image: sampling.noise_scaling(
+            sigma.reshape(-1, 1, 1, 1), noise, latent_image
+        ),
+    )
+    seen = []
 
     class Model:
         """The velocity ``tanh(z) / 2 + s``, as ComfyUI's guider hands a model to a sampler."""
@@ -34,6 +40,7 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
         model_patcher, cfg = SimpleNamespace(model=inner), 1.0  # newer ComfyUI writes them into its log
 
         def __call__(self, x, sigma, model_options=None, seed=None):
+            seen.append(x)
             velocity = torch.tanh(x) / 2 + sigma.reshape(-1, 1, 1, 1)
             return sampling.calculate_denoised(sigma, velocity, x)
 
@@ -46,6 +53,19 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
         arguments = {"seed": 21, "model_options": {}}
         results[f"sigmas.{steps}"] = sigmas
         results[f"sampled.{steps}"] = flash_sampler().sample(Model(), sigmas, arguments, None, noise, empty)
+    # Half of the picture masked, a quarter of it half masked: what the model is given at the second of two steps.
+    sigmas, latent = flash_grid(patcher, 2).sigmas, torch.full((1, 16, 64, 64), 0.5)
+    noise = comfy.sample.prepare_noise(latent, 5)
+    mask = torch.zeros_like(latent)
+    mask[..., :32], mask[..., 32:48] = 1.0, 0.5
+    seen.clear()
+    predictions = []
+    arguments = {"seed": 5, "model_options": {}}
+    flash_sampler().sample(
+        Model(), sigmas, arguments, lambda index, z0, z, total: predictions.append(z0), noise, latent, mask
+    )
+    results["soft.given"], results["soft.first_prediction"] = seen[1], predictions[0]
+    results["soft.sigma"], results["soft.first_noise"], results["soft.mask"] = sigmas[1:2], noise, mask
     save_file({name: value.contiguous() for name, value in results.items()}, outputs)
 
 
