@@ -169,8 +169,8 @@ class Cut:
 def encode_tiled(vae: VAE, picture: Tensor, tiles: Tiling, latent: Tensor, after_tile: Callable[[], None]) -> None:
     """Encode a picture tile by tile, blended in the latent.
 
-    ComfyUI's own tiled encoding and decoding hold about six pictures more, pass over each three times, and can't be
-    interrupted.
+    ComfyUI's own tiled encoding and decoding pass over a picture three times and can't be interrupted; decoding holds
+    five pictures at its peak (``benchmarks/README.md``), where :func:`decode_tiled` holds the result.
 
     Args:
         picture: (1, H, W, 3); a border that does not fill a position of the latent is repeated outward.

@@ -144,6 +144,11 @@ def test_an_area_is_cut_to_the_tile(results: dict[str, Tensor]) -> None:
     assert int(results["area.kept"]) == 1
 
 
+def test_models_that_ask_for_a_size_are_told_the_tiles(results: dict[str, Tensor]) -> None:
+    """At 8 pixels a position, unless the prompt says another, as this one does for the height."""
+    assert results["told"].tolist() == [256, 300]
+
+
 def test_the_x4_upscaler_equals_its_network_in_diffusers(results: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     """Four steps from noise, written out over diffusers' network and noise schedule."""
     network = tiny_x4()

@@ -245,9 +245,10 @@ def too_large(results: Results, model: Any, vae: Any, prompt: Any) -> None:
 
 
 def areas(results: Results) -> None:
-    """An area of a prompt, cut to tiles."""
-    from dropped_in.flash_core.image import Box
+    """An area of a prompt, cut to tiles; and the size that a model is told."""
+    from dropped_in.flash_core.image import Box, plan_tiles
     from dropped_in.nodes.tiled import Cut
+    from dropped_in.nodes.upscale import with_tile_size
 
     cut = Cut(Box(16, 8, 16, 16), (64, 64), 0, 1, {})
     inside, apart = cut.area([10, 40, 20, 4]), cut.area([4, 4, 0, 0])
@@ -255,6 +256,8 @@ def areas(results: Results) -> None:
     results["area.apart"] = torch.tensor(apart is None)
     kept = cut.prompt([{"area": [4, 4, 0, 0], "model_conds": {}}, {"model_conds": {}}])
     results["area.kept"] = torch.tensor(len(kept))
+    ((_, told),) = with_tile_size([[None, {"height": 300}]], plan_tiles(64, 96, 32, 8))
+    results["told"] = torch.tensor([told["width"], told["height"]])
 
 
 def main(comfyui: Path, root: Path, given: Path, outputs: Path) -> None:
