@@ -143,6 +143,40 @@ def test_the_x4_upscalers_input_is_noised_on_its_own_schedule(teacher: Teacher) 
     assert float(noise.std()) == pytest.approx(1, rel=0.1)
 
 
+def test_face_masks_are_the_ellipse_and_stay_near_it() -> None:
+    swap = task("face-swap", centre=[0.4, 0.6], radius=[0.2, 0.25])
+    masks = swap.face_masks(200, (64, 80), seeded())
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    rows, columns = masks.mean((0, 1, 3)), masks.mean((0, 1, 2))
+    assert float((rows * torch.arange(64)).sum() / rows.sum()) / 64 == pytest.approx(0.6, abs=0.02)
+    assert float((columns * torch.arange(80)).sum() / columns.sum()) / 80 == pytest.approx(0.4, abs=0.02)
+    assert float(masks.mean()) == pytest.approx(torch.pi * 0.2 * 0.25, rel=0.1)
+
+
+def test_the_identity_is_the_face_that_was_masked() -> None:
+    """A white ellipse on black, masked: its identity picture is mostly white, wherever it was moved."""
+    swap = task("face-swap", centre=[0.3, 0.5], radius=[0.2, 0.3])
+    y, x = torch.meshgrid((torch.arange(64) + 0.5) / 64, (torch.arange(64) + 0.5) / 64, indexing="ij")
+    face = (((x - 0.3) / 0.2) ** 2 + ((y - 0.5) / 0.3) ** 2 <= 1).float() * 1.6 - 1
+    pictures = swap.identity_pictures(face.expand(32, 3, -1, -1), seeded())
+    assert pictures.shape == (32, 3, 64, 64)
+    assert 0.55 < float((pictures.mean(1) > 0).float().mean()) < 0.95
+    assert len({float(picture.sum()) for picture in pictures}) == 32
+
+
+@torch.no_grad()
+def test_face_swap_reads_mask_target_and_identity(teacher: Teacher) -> None:
+    swap, images = task("face-swap"), pictures()
+    assert swap.extra_channels(4) == 9
+    concat = swap.conditions(images, teacher, seeded(3)).concat
+    generator = seeded(3)
+    masks = swap.face_masks(3, (64, 64), generator)
+    faces = swap.identity_pictures(images, generator)
+    torch.testing.assert_close(concat[:, :1], F.interpolate(masks, (8, 8)))
+    torch.testing.assert_close(concat[:, 1:5], teacher.encode(torch.where(masks < 0.5, images, 0.0)))
+    torch.testing.assert_close(concat[:, 5:], teacher.encode(faces))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
@@ -150,6 +184,7 @@ def test_the_x4_upscalers_input_is_noised_on_its_own_schedule(teacher: Teacher) 
         ("inpainting", {"masks": {}}, ["task.options.masks"]),
         ("super-resolution", {"blur": [1, 0]}, ["blur is [low, high]"]),
         ("super-resolution", {"jpeg": [0, 50]}, ["task.options.jpeg"]),
+        ("face-swap", {"radius": [0, 0.2]}, ["task.options.radius"]),
     ],
 )
 def test_bad_options_are_named(name: str, options: dict[str, Any], words: list[str]) -> None:

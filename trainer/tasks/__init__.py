@@ -21,6 +21,7 @@ TASKS = {
     "text-to-image": ("base", "TextToImage"),
     "inpainting": ("inpainting", "Inpainting"),
     "super-resolution": ("super_resolution", "SuperResolution"),
+    "face-swap": ("face_swap", "FaceSwap"),
 }
 
 
