@@ -1,0 +1,101 @@
+"""Face-swap: a face from one picture onto the head of another, with models that read both as further channels.
+
+There are no pairs of pictures to learn from, so a model learns to put a picture's own face back: the face region is
+masked, and the same face, moved, scaled, mirrored and recoloured so that it can't be copied pixel for pixel, is shown
+beside it. In use the face comes from elsewhere. Use it for pictures that one has the right to change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ...flash_core.denoiser import Conditioning
+from ..config import Section
+from .base import Task
+from .inpainting import inpainting_channels
+
+if TYPE_CHECKING:
+    from ..teachers.base import Teacher
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+JITTER = 0.06  # of the region's place and size, as a share of the picture
+IDENTITY_ZOOM = (0.85, 1.3)  # of the face in the identity picture, relative to filling it
+IDENTITY_SHIFT = 0.12
+IDENTITY_COLOUR = 0.15  # of brightness and of each colour
+
+
+class FaceSwapOptions(Section):
+    """Where faces lie in the training pictures, which are aligned."""
+
+    centre: tuple[Share, Share] = Field((0.5, 0.5), description="of the face, from left and top, as shares of the size")
+    radius: tuple[Share, Share] = Field((0.3, 0.35), description="of the face's ellipse, across and down")
+
+
+class FaceSwap(Task):
+    """The masked face of a target, made anew with the identity of another picture.
+
+    The channels, in order: the mask at the latent's size, the latents of the target with mid-grey under the mask, the
+    latents of the identity picture, in which the face fills the frame. Both branches of guidance see all of them.
+    """
+
+    name = "face-swap"
+    options_class: ClassVar[type[Section]] = FaceSwapOptions
+    options: FaceSwapOptions
+
+    def extra_channels(self, latent_channels: int) -> int:
+        """The mask and the latents of two pictures."""
+        return 1 + 2 * latent_channels
+
+    def conditions(self, images: Tensor, teacher: Teacher, generator: torch.Generator) -> Conditioning:
+        """Mask each picture's face and show it, changed, beside."""
+        masks = self.face_masks(len(images), images.shape[-2:], generator).to(images)
+        faces = self.identity_pictures(images, generator)
+        return Conditioning(concat=face_swap_channels(images, masks, faces, teacher))
+
+    def face_masks(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Ellipses (B, 1, H, W) around the faces' place, each a little different."""
+        height, width = size
+        shaken = torch.rand(batch, 4, generator=generator) * 2 * JITTER - JITTER
+        x = (torch.arange(width) + 0.5) / width
+        y = (torch.arange(height) + 0.5) / height
+        centre_x, centre_y = ((self.options.centre[axis] + shaken[:, axis]).reshape(-1, 1, 1) for axis in (0, 1))
+        across, down = ((self.options.radius[axis] + shaken[:, 2 + axis]).reshape(-1, 1, 1) for axis in (0, 1))
+        distance = ((x[None, None, :] - centre_x) / across) ** 2 + ((y[None, :, None] - centre_y) / down) ** 2
+        return (distance <= 1).float()[:, None]
+
+    def identity_pictures(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """The faces (B, 3, H, W), filling the frame, moved, mirrored at times and recoloured."""
+        batch = len(images)
+
+        def draw(low: float, high: float, *shape: int) -> Tensor:
+            return (torch.rand(batch, *shape, generator=generator) * (high - low) + low).to(images)
+
+        zoom = draw(*IDENTITY_ZOOM)
+        mirror = torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
+        shift = draw(-IDENTITY_SHIFT, IDENTITY_SHIFT, 2)
+        theta = torch.zeros(batch, 2, 3, device=images.device, dtype=images.dtype)
+        for axis in (0, 1):
+            # What the frame shows, in units of half the picture: the face's ellipse, over the zoom.
+            reach = 2 * self.options.radius[axis] / zoom
+            theta[:, axis, axis] = reach * (mirror if axis == 0 else 1)
+            theta[:, axis, 2] = 2 * self.options.centre[axis] - 1 + shift[:, axis] * reach
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
+        strength, tint = (draw(-IDENTITY_COLOUR, IDENTITY_COLOUR, channels, 1, 1) for channels in (1, 3))
+        gain = 1 + strength + tint / 2
+        return (((moved + 1) * gain) - 1).clamp(-1, 1)
+
+
+def face_swap_channels(images: Tensor, masks: Tensor, faces: Tensor, teacher: Teacher) -> Tensor:
+    """The channels (B, 1 + 2 C, h, w): mask, masked target, identity.
+
+    Args:
+        images, faces: (B, 3, H, W) in [-1, 1].
+        masks: (B, 1, H, W), 1 where the face is.
+    """
+    return torch.cat([inpainting_channels(images, masks, teacher), teacher.encode(faces)], dim=1)
