@@ -55,7 +55,7 @@ def load_adapter(path: str, model: ModelPatcher) -> comfy.controlnet.ControlBase
     reason = "it knows no such weights"
     try:
         control = comfy.controlnet.load_controlnet(path, model)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError) as error:
         control, reason = None, _shortened(error)
     if control is None:
         first = ", ".join(sorted(outline)[:3])

@@ -113,19 +113,18 @@ class ControlledUNet:
 
 def family_of(model: ModelPatcher) -> str:
     """The model's family as users know it."""
-    config = model.model.model_config
-    name = type(config).__name__
-    return getattr(config, "family", FAMILIES.get(name, name))
+    kind = type(model.model.model_config)  # newer ComfyUI's instances have every attribute, most of them None
+    return getattr(kind, "family", FAMILIES.get(kind.__name__, kind.__name__))
 
 
-def unet_side(unet: UNetModel) -> ControlledUNet:
-    """What the UNet is."""
+def unet_side(unet: UNetModel, config: Mapping[str, Any]) -> ControlledUNet:
+    """What the UNet is; ``config``: ComfyUI's arguments for it, as quantized weights have other shapes."""
     channels = [unet.model_channels]
     for level, factor in enumerate(unet.channel_mult):
         width = factor * unet.model_channels
         scaled_down = level < len(unet.channel_mult) - 1
         channels += [width] * (unet.num_res_blocks[level] + scaled_down)
-    return ControlledUNet(tuple(channels), *_text_and_vector(unet.state_dict()))
+    return ControlledUNet(tuple(channels), config.get("context_dim"), config.get("adm_in_channels"))
 
 
 def controlnet_side(weights: Mapping[str, Tensor]) -> ControlledUNet:
@@ -222,7 +221,7 @@ def _check_unet_control(weights: Mapping[str, Tensor], model: ModelPatcher, name
     unet = model.get_model_object("diffusion_model")
     if not isinstance(unet, UNetModel):
         raise _refusal(name, "ControlNet", made.family(), str(made), model, "a transformer")
-    own = unet_side(unet)
+    own = unet_side(unet, model.model.model_config.unet_config)
     reads_other_text = made.text is not None and made.text != own.text
     if made.channels != own.channels or made.vector != own.vector or reads_other_text:
         raise _refusal(name, "ControlNet", made.family(), str(made), model, str(own))

@@ -7,6 +7,7 @@ with ComfyUI (``inside/adapters.py``), diffusers' pipelines here.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -134,6 +135,13 @@ def folder(
     save_file(make_given(), folder / "given.safetensors")
     four_levels = T2IAdapter(channels=[32, 64, 128, 128])
     save_weights(four_levels, folder / "four_levels.safetensors")
+    # The layout of the original repository, in which the residual blocks are counted through.
+    original = {}
+    for name, value in adapters["sdxl_full_adapter_xl"].state_dict().items():
+        renamed = re.sub(r"body\.(\d)\.resnets\.(\d)", lambda found: f"body.{2 * int(found[1]) + int(found[2])}", name)
+        renamed = re.sub(r"body\.(\d)\.in_conv", lambda found: f"body.{2 * int(found[1])}.in_conv", renamed)
+        original[renamed.removeprefix("adapter.")] = value
+    save_file(original, folder / "original.safetensors")
     spoil(adapters, folder)
     (folder / "cases.json").write_text(json.dumps({name: asdict(case) for name, case in CASES.items()}))
     script = Path(__file__).resolve().parent / "inside" / "adapters.py"
@@ -296,7 +304,13 @@ def test_adapters_change_the_picture(results: dict[str, Tensor]) -> None:
 
 def test_comfyuis_own_reader_makes_the_same_of_what_it_knows(results: dict[str, Tensor]) -> None:
     assert relative(results["core's T2I-adapter"], results["sdxl_full_adapter_xl, 4"]) < SAME
+    assert relative(results["the original layout"], results["sdxl_full_adapter_xl, 4"]) < SAME
     assert relative(results["core's and ours"], results["sdxl_full_adapter_xl, two"]) < SAME
+
+
+def test_a_hint_is_rounded_up_to_what_an_adapter_unshuffles(results: dict[str, Tensor]) -> None:
+    """120 x 168 pixels in pieces of 16: ComfyUI would leave out maps of another size and say so in its log only."""
+    assert relative(results["sdxl, odd"], results["plain sdxl, odd"]) > 100 * TOLERANCE
 
 
 def test_each_window_steers_exactly_its_steps(said: dict[str, Any]) -> None:

@@ -121,6 +121,10 @@ def by_itself(model: Any, sdxl: Any, given: dict[str, Tensor], folder: Path) -> 
     theirs = comfy.controlnet.load_controlnet(str(folder / "sdxl_full_adapter_xl.safetensors"))
     steered = apply(sdxl, prompt(given, "sdxl", "positive"), hint, control_net=theirs, strength=0.8)
     results["core's T2I-adapter"] = sample(sdxl, steered[0], size, 4, 1.0, None)
+    original = apply(sdxl, prompt(given, "sdxl", "positive"), hint, "original.safetensors", strength=0.8)
+    results["the original layout"] = sample(sdxl, original[0], size, 4, 1.0, None)
+    results["sdxl, odd"] = sample(sdxl, original[0], (1, 4, 15, 21), 4, 1.0, None)
+    results["plain sdxl, odd"] = sample(sdxl, prompt(given, "sdxl", "positive"), (1, 4, 15, 21), 4, 1.0, None)
     # One of ours and one of ComfyUI's in a chain.
     both = apply(sdxl, steered[0], given["hint2"].movedim(1, -1), "sdxl_full_adapter_xl2.safetensors", strength=0.5)
     results["core's and ours"] = sample(sdxl, both[0], size, 4, 1.0, None)
