@@ -29,6 +29,7 @@ LEAST_TILE = 64  # pixels
 VAE_TILE = 512  # pixels: the VAE's tiles are at least this large, whatever the model's
 VAE_OVERLAP = 0.25
 PICTURE_CHANNELS = 3
+ANY_CHANNELS = "noise_concat"  # in a prompt: input channels for any model, which ComfyUI does not resize
 X4_RATIO = 4  # pixels for a position of the x4 upscaler's latent
 SIZE_RATIO = 8  # ComfyUI tells models which ask for it that a picture has 8 pixels for a position of the latent
 SPARE = 2  # the result, and as much again while pictures are resized and for what comes after
@@ -162,6 +163,7 @@ class FlashUpscale(io.ComfyNode):
         concat = concat_of(model, vae, prompts)
         chosen = flash_grid(model, steps, denoise if concat is None else 1.0, grid, timesteps)
         tiles, vae_tiles = plan(model, vae, image, scale, tile_size, overlap)
+        check_attached(prompts, tiles)
         pictures = enlarge(image, scale)
         count = len(pictures)
         show_text(cls, f"{chosen.text}, {describe(tiles, vae, pictures)}")
@@ -253,7 +255,7 @@ class Concat:
         """
         if self.holds == "picture":
             latent = resize(picture, *latent.shape[-2:]).movedim(-1, 1) * 2 - 1
-        elif self.key == "noise_concat":  # which ComfyUI hands to the network as it is
+        elif self.key == ANY_CHANNELS:  # which ComfyUI hands to the network as it is
             latent = model.get_model_object("latent_format").process_in(latent)
         values = {self.key: latent, "noise_augmentation": noise_augmentation}
         return [[tokens, entries if self.key in entries else {**entries, **values}] for tokens, entries in prompt]
@@ -282,7 +284,7 @@ def concat_of(model: ModelPatcher, vae: VAE, prompts: dict[str, list[Any]]) -> C
     elif channels in (0, latent_channels + 1):
         return None  # an inpainting model's mask and masked picture, which ComfyUI fills in
     else:
-        concat = Concat("noise_concat", "picture" if channels == PICTURE_CHANNELS else "latent", channels)
+        concat = Concat(ANY_CHANNELS, "picture" if channels == PICTURE_CHANNELS else "latent", channels)
     expected = PICTURE_CHANNELS if concat.holds == "picture" else latent_channels
     entries = [entry for prompt in prompts.values() for _, entry in prompt]
     brought = [entry[concat.key].shape[1] for entry in entries if concat.key in entry]
@@ -321,6 +323,17 @@ def check_prompts(prompts: dict[str, list[Any]], guidance: float) -> None:
             "The prompt has GLIGEN boxes, which can't be cut to tiles. Remove GLIGENTextBoxApply, or place prompts "
             "with Conditioning (Set Area)."
         )
+
+
+def check_attached(prompts: dict[str, list[Any]], tiles: Tiling) -> None:
+    """Raise where a prompt brings input channels of another size than the enlarged picture's latent."""
+    for attached in (entries.get(ANY_CHANNELS) for prompt in prompts.values() for _, entries in prompt):
+        if attached is not None and tuple(attached.shape[-2:]) != (tiles.height, tiles.width):
+            raise ValueError(
+                f"The prompt brings input channels for a latent of {attached.shape[-1]} x {attached.shape[-2]}; the "
+                f"enlarged picture's is {tiles.width} x {tiles.height}. Connect the prompt as it is before Flash "
+                "Concat Conditioning: Flash Upscale attaches the picture itself."
+            )
 
 
 def plan(

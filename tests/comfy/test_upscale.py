@@ -208,6 +208,7 @@ def test_other_super_resolution_models_get_the_picture_or_its_latent(
     [
         ("concat.6", ["takes 2 input channels", "a picture would be 3", "a latent 4"]),
         ("x4.attached", ["takes 3 input channels", "the prompt brings 4"]),
+        ("concat.attached", ["a latent of 5 x 3", "20 x 12", "Flash Concat Conditioning"]),
         ("x4.vae", ["8 x 8 pixels", "4 x 4", "Connect the VAE"]),
         ("too_large", ["2400000 x 3200000", "GiB", "Lower scale"]),
     ],

@@ -234,6 +234,9 @@ def x4(results: Results, given: Path) -> None:
         model = comfy.model_patcher.ModelPatcher(concat, cpu, cpu)
         call = results.refuse if channels == 6 else results.run
         call(f"concat.{channels}", model, PatchVAE(8), prompt, picture, **common, tile_size=64, steps=1)
+        if channels == 8:
+            attached = [[tokens, {"noise_concat": torch.zeros(1, 4, 3, 5)}]]
+            results.refuse("concat.attached", model, PatchVAE(8), attached, picture, **common, tile_size=64)
         if inputs:
             results[f"concat.{channels}.seen"] = torch.cat(inputs)
 
