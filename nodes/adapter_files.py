@@ -55,6 +55,8 @@ def load_adapter(path: str, model: ModelPatcher) -> comfy.controlnet.ControlBase
     reason = "it knows no such weights"
     try:
         control = comfy.controlnet.load_controlnet(path, model)
+    except torch.cuda.OutOfMemoryError:
+        raise  # a RuntimeError too, but nothing is wrong with the file
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError) as error:
         control, reason = None, _shortened(error)
     if control is None:
@@ -67,7 +69,7 @@ def load_adapter(path: str, model: ModelPatcher) -> comfy.controlnet.ControlBase
 
 
 def _shortened(error: Exception) -> str:
-    """The first line of an exception and what follows it, where that is not long."""
+    """What an exception says, on one line, cut off where it is long."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " ..."
 

@@ -332,6 +332,7 @@ def test_each_window_steers_exactly_its_steps(said: dict[str, Any]) -> None:
         ("one pixel", "a plain colour"),
         ("half the size", "half the size, enlarged"),
         ("three hints for two", "two hints"),
+        ("two hints for three", "three hints"),
         ("negative from elsewhere", "negative from here"),
         ("a loaded ControlNet", "core's node"),
     ],
@@ -344,10 +345,11 @@ def test_strength_0_is_no_adapter_bit_for_bit(results: dict[str, Tensor]) -> Non
     assert torch.equal(results["strength 0"], results["plain"])
 
 
-def test_each_picture_of_a_batch_has_its_own_hint(results: dict[str, Tensor]) -> None:
-    two = results["two hints"]
-    assert relative(two[0], results["the first for both"][0]) < SAME
-    assert relative(two[1], results["the second for both"][1]) < SAME
+@pytest.mark.parametrize("guided", ["", ", guided"])
+def test_each_picture_of_a_batch_has_its_own_hint(results: dict[str, Tensor], guided: str) -> None:
+    two = results[f"two hints{guided}"]
+    assert relative(two[0], results[f"the first for both{guided}"][0]) < SAME
+    assert relative(two[1], results[f"the second for both{guided}"][1]) < SAME
 
 
 def test_nothing_is_changed_in_place(results: dict[str, Tensor]) -> None:

@@ -111,6 +111,12 @@ def by_itself(model: Any, sdxl: Any, given: dict[str, Tensor], folder: Path) -> 
     results["the first for both"] = made(hint, double)
     results["the second for both"] = made(other, double)
     results["three hints for two"] = made(torch.cat([hint, other, hint]), double)
+    results["two hints, guided"] = made(torch.cat([hint, other]), double, guidance=3.0)
+    results["the first for both, guided"] = made(hint, double, guidance=3.0)
+    results["the second for both, guided"] = made(other, double, guidance=3.0)
+    three = (3, *size[1:])
+    results["two hints for three"] = made(torch.cat([hint, other]), three)
+    results["three hints"] = made(torch.cat([hint, other, hint]), three)
     # Without a negative given here, the sampler's negative prompt is steered too.
     results["negative from elsewhere"] = made(hint, guidance=3.0)
     both = apply(model, positive, hint, adapter, negative=negative)
