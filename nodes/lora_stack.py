@@ -20,7 +20,7 @@ from comfy_api.v0_0_2 import io
 from ..flash_core.lora import LoraError, LoraFile, LoraModule, flat_name, merge, read_lora
 from ..flash_core.lora.matching import same_weight
 from ..flash_core.lora.overlap import (
-    INTERFERENCE_LIMIT,
+    SIZE_LIMIT,
     Overlap,
     common_names,
     cosine,
@@ -303,27 +303,26 @@ def describe_meeting(loaded: Sequence[Loaded], model: ModelPatcher) -> list[str]
 
 
 def _with_flash(flash: Loaded, styles: Sequence[Loaded]) -> list[str]:
-    lines, alone = [], []
+    lines, sizes = [], []
     for style in styles:
         met = overlap(flash.modules, style.modules, flash.strength, style.strength)
+        sizes.append(met.size)
         lines.append(f"{style.name}: {_facts(met)}")
-        alone.append(met.interference)
-        if met.interference > INTERFERENCE_LIMIT:
-            better = suggested_strength(style.strength, met.interference)
+        if met.size > SIZE_LIMIT:
+            better = suggested_strength(style.strength, met.size)
             lines.append(
-                f"WARNING: {style.name} overwrites {flash.name} (interference {met.interference:.2f}, at most "
-                f"{INTERFERENCE_LIMIT:g} is safe; most in {met.worst}). Suggested strength: {better:g}"
+                f"WARNING: {style.name} outweighs {flash.name} in the layers that both change ({met.size:.2f} times "
+                f"its update, most in {met.largest}): few-step pictures may turn soft or break. Suggested strength: "
+                f"{better:g}"
             )
-    if len(styles) > 1 and max(alone) <= INTERFERENCE_LIMIT:  # else the above is to be put right first
+    if len(styles) > 1 and max(sizes) <= SIZE_LIMIT:  # else the above is to be put right first
         together = merge([(style.modules, style.strength) for style in styles])
-        met = overlap(flash.modules, together, flash.strength)
-        if met.interference > INTERFERENCE_LIMIT:
-            better = ", ".join(
-                f"{style.name} {suggested_strength(style.strength, met.interference):g}" for style in styles
-            )
+        size = overlap(flash.modules, together, flash.strength).size
+        if size > SIZE_LIMIT:
+            better = ", ".join(f"{style.name} {suggested_strength(style.strength, size):g}" for style in styles)
             lines.append(
-                f"WARNING: each style alone is safe, together they overwrite {flash.name} (interference "
-                f"{met.interference:.2f}, at most {INTERFERENCE_LIMIT:g}). Suggested strengths: {better}"
+                f"WARNING: the styles together outweigh {flash.name} in the layers that they share with it "
+                f"({size:.2f} times its update). Suggested strengths: {better}"
             )
     return lines
 
@@ -335,8 +334,8 @@ def _facts(met: Overlap) -> str:
     if not met.first:
         return f"{shared}, which changes nothing there"
     return (
-        f"{shared}; there its update is {met.second / met.first:.2f} times as large, cosine {met.cosine:+.2f}, "
-        f"interference {met.interference:.2f}"
+        f"{shared}; there its update is {met.size:.2f} times as large, {met.inside:.0%} of it in the Flash LoRA's own "
+        f"directions, cosine {met.cosine:+.2f}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,7 @@ def test_stacks_chain_to_any_number(client: Client, folder: Path) -> None:
     # The second stack measures its styles against the first one's Flash LoRA, and names all styles.
     for name in ("style_a", "style_b", "style_fights"):
         assert f"{name}.safetensors: shares " in report
-    assert "WARNING: style_fights.safetensors overwrites flash_demo.safetensors" in report
+    assert "WARNING: style_fights.safetensors outweighs flash_demo.safetensors" in report
 
 
 def test_two_flash_loras_are_refused_by_name(client: Client, folder: Path) -> None:
@@ -244,14 +245,25 @@ def test_the_report_tells_the_overlap_and_the_suggestion_ends_the_warning(client
     flash, style = (common_names(read_lora(path).modules) for path in (SHIPPED, folder / "style_fights.safetensors"))
     met = overlap(flash, style)
     assert f"shares {len(style)} of its {len(style)} layers" in report
-    assert f"interference {met.interference:.2f}" in report
-    assert "WARNING: style_fights.safetensors overwrites" in report
-    assert run.texts[prompts.LORA].startswith("WARNING: style_fights.safetensors overwrites")
+    assert f"its update is {met.size:.2f} times as large, 100% of it in the Flash LoRA's own directions" in report
+    assert "WARNING: style_fights.safetensors outweighs" in report
+    assert run.texts[prompts.LORA].startswith("WARNING: style_fights.safetensors outweighs")
     suggested = float(report.split("Suggested strength: ")[1].split("\n")[0])
     assert 0 < suggested < 1
     calm, run = report_of(client, stack(style_fights=suggested))
     assert "WARNING" not in calm
     assert run.texts[prompts.LORA] == "2 LoRAs, no conflict"
+
+
+def test_styles_that_outweigh_it_only_together_are_told(client: Client, folder: Path) -> None:
+    save_style(folder / "style_c.safetensors", 6, 0.15)
+    save_style(folder / "style_d.safetensors", 7, 0.15)
+    report, _ = report_of(client, stack(style_c=1.0, style_d=1.0))
+    assert report.count("WARNING") == 1
+    assert "WARNING: the styles together outweigh flash_demo.safetensors" in report
+    found = re.search(r"Suggested strengths: style_c.safetensors (\S+), style_d.safetensors (\S+)", report)
+    calm, _ = report_of(client, stack(style_c=float(found[1]), style_d=float(found[2])))
+    assert "WARNING" not in calm
 
 
 def test_styles_that_add_up_or_cancel_are_told(client: Client, folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_diffusion.flash_core.lora import LoraModule, flat_name
 from flash_diffusion.flash_core.lora.overlap import (
-    INTERFERENCE_LIMIT,
+    SIZE_LIMIT,
     common_names,
     cosine,
     norm,
@@ -42,56 +42,57 @@ FIRST = layer([[2.0], [0.0]], [[1.0, 0.0, 0.0]], alpha=2.0)
 
 
 @pytest.mark.parametrize(
-    ("second", "expected_cosine", "interference"),
+    ("second", "size", "expected_cosine", "inside"),
     [
-        (FIRST, 1.0, 1.0),
-        (layer([[-1.0], [0.0]], [[1.0, 0.0, 0.0]]), -1.0, 0.25),
+        (FIRST, 1.0, 1.0, 1.0),
+        (layer([[-1.0], [0.0]], [[1.0, 0.0, 0.0]]), 0.25, -1.0, 1.0),
         # another output: nothing meets
-        (layer([[0.0], [5.0]], [[1.0, 0.0, 0.0]]), 0.0, 0.0),
+        (layer([[0.0], [5.0]], [[1.0, 0.0, 0.0]]), 1.25, 0.0, 0.0),
         # the same output, from an input that the first does not read
-        (layer([[3.0], [0.0]], [[0.0, 1.0, 0.0]]), 0.0, 0.0),
+        (layer([[3.0], [0.0]], [[0.0, 1.0, 0.0]]), 0.75, 0.0, 0.0),
         # 3 e1 f1 + 4 e1 f2: 3 of it, of a norm of 5, lie in the first one's direction
-        (layer([[1.0], [0.0]], [[3.0, 4.0, 0.0]]), 0.6, 0.75),
+        (layer([[1.0], [0.0]], [[3.0, 4.0, 0.0]]), 1.25, 0.6, 0.6),
     ],
 )
-def test_worked_values(second: LoraModule, expected_cosine: float, interference: float) -> None:
+def test_worked_values(second: LoraModule, size: float, expected_cosine: float, inside: float) -> None:
     met = overlap({"a": FIRST}, {"a": second, "b": FIRST})
     assert met.first == pytest.approx(4.0)
+    assert met.size == pytest.approx(size)
     assert met.cosine == pytest.approx(expected_cosine)
-    assert met.interference == pytest.approx(interference)
+    assert met.inside == pytest.approx(inside)
     assert met.others == 1
-    assert met.worst == "a"
+    assert met.largest == "a"
 
 
-def test_directions_collide_even_where_the_cosine_is_zero() -> None:
+def test_directions_meet_even_where_the_cosine_is_zero() -> None:
     """diag(1, 1) and diag(1, -1): orthogonal, and yet the second one lies whole in the first one's directions."""
     one = layer([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]])
     other = layer([[1.0, 0.0], [0.0, -1.0]], [[1.0, 0.0], [0.0, 1.0]])
     met = overlap({"a": one}, {"a": other}, second_strength=0.5)
     assert met.cosine == pytest.approx(0.0, abs=1e-7)
-    assert met.interference == pytest.approx(0.5)
+    assert met.inside == pytest.approx(1.0)
+    assert met.size == pytest.approx(0.5)
 
 
 def test_layers_add_up_by_their_squares() -> None:
     weak = layer([[0.1], [0.0]], [[1.0, 0.0, 0.0]])
     met = overlap({"a": FIRST, "b": weak}, {"a": weak, "b": FIRST})
-    assert met.interference == pytest.approx(1.0)  # sqrt(.1^2 + 4^2) of sqrt(4^2 + .1^2)
-    assert met.layers["b"].interference == pytest.approx(40.0)
-    assert met.worst == "b"
+    assert met.size == pytest.approx(1.0)  # sqrt(.1^2 + 4^2) of sqrt(4^2 + .1^2)
+    assert met.largest == "b"
 
 
 def test_what_has_no_update_meets_nothing() -> None:
     """A layer whose up is still zero, as training starts."""
     untrained = layer([[0.0], [0.0]], [[1.0, 2.0, 3.0]])
-    assert overlap({"a": untrained}, {"a": untrained}).interference == 0.0
-    assert overlap({"a": FIRST}, {"a": untrained}).interference == 0.0
-    assert overlap({"a": untrained}, {"a": FIRST}).layers["a"].inside == 0.0
+    for one, other in ((untrained, untrained), (FIRST, untrained), (untrained, FIRST)):
+        met = overlap({"a": one}, {"a": other})
+        assert (met.size, met.inside, met.cosine) == (0.0, 0.0, 0.0)
     assert cosine({"a": FIRST}, {"a": untrained}) == 0.0
 
 
 def test_without_shared_layers() -> None:
     met = overlap({"a": FIRST}, {"b": FIRST})
-    assert (met.first, met.cosine, met.interference, met.worst, met.others) == (0.0, 0.0, 0.0, None, 1)
+    assert (met.first, met.size, met.cosine, met.inside, met.largest, met.others) == (0.0, 0.0, 0.0, 0.0, None, 1)
     assert cosine({"a": FIRST}, {"b": FIRST}) == 0.0
 
 
@@ -135,23 +136,23 @@ def test_a_rank_beyond_the_update_counts_its_true_directions(generator: torch.Ge
     """Twice the same column: rank 1, whatever the file says; what else a basis could hold is not the update's."""
     one = layer([[1.0, 1.0], [0.0, 0.0]], [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     elsewhere = layer([[0.0], [1.0]], [[0.0, 1.0, 0.0]])
-    assert overlap({"a": one}, {"a": elsewhere}).interference == pytest.approx(0.0, abs=1e-6)
+    assert overlap({"a": one}, {"a": elsewhere}).inside == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("strength", "interference", "expected"),
-    [(1.0, 0.2, 1.0), (1.0, INTERFERENCE_LIMIT, 1.0), (1.0, 1.0, 0.5), (0.8, 1.5, 0.26), (-1.0, 1.0, -0.5)],
+    ("strength", "size", "expected"),
+    [(1.0, 0.2, 1.0), (1.0, SIZE_LIMIT, 1.0), (1.0, 2.0, 0.5), (0.8, 3.0, 0.26), (-1.0, 2.0, -0.5)],
 )
-def test_the_suggested_strength_keeps_within_the_limit(strength: float, interference: float, expected: float) -> None:
-    assert suggested_strength(strength, interference) == pytest.approx(expected)
+def test_the_suggested_strength_keeps_within_the_limit(strength: float, size: float, expected: float) -> None:
+    assert suggested_strength(strength, size) == pytest.approx(expected)
 
 
-def test_after_the_suggestion_the_interference_is_within_the_limit(generator: torch.Generator) -> None:
+def test_after_the_suggestion_the_size_is_within_the_limit(generator: torch.Generator) -> None:
     flash, style = {"a": random_layer(generator, 3)}, {"a": random_layer(generator, 8)}
-    before = overlap(flash, style, second_strength=10.0).interference
-    assert before > INTERFERENCE_LIMIT
-    after = overlap(flash, style, second_strength=suggested_strength(10.0, before)).interference
-    assert INTERFERENCE_LIMIT * 0.97 < after <= INTERFERENCE_LIMIT
+    before = overlap(flash, style, second_strength=10.0).size
+    assert before > SIZE_LIMIT
+    after = overlap(flash, style, second_strength=suggested_strength(10.0, before)).size
+    assert SIZE_LIMIT * 0.97 < after <= SIZE_LIMIT
 
 
 def test_dialects_meet_under_common_names(generator: torch.Generator) -> None:
