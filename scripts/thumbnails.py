@@ -19,7 +19,7 @@ from typing import Any
 
 import comfy_page
 import comfy_runtime
-from PIL import Image
+from PIL import Image, ImageOps
 
 logger = logging.getLogger("thumbnails")
 
@@ -30,12 +30,12 @@ GRAPH_WIDTH = 900  # pixels of a graph's picture
 
 
 def contact_sheet(pictures: list[Path]) -> Image.Image:
-    """The pictures in a square grid of ``SIDE`` pixels."""
+    """The pictures in a grid ``SIDE`` pixels wide: square tiles, each picture whole on white."""
     columns = math.ceil(math.sqrt(len(pictures)))
     tile = SIDE // columns
-    sheet = Image.new("RGB", (SIDE, SIDE), "white")
+    sheet = Image.new("RGB", (SIDE, math.ceil(len(pictures) / columns) * tile), "white")
     for index, path in enumerate(pictures):
-        picture = Image.open(path).convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS)
+        picture = ImageOps.pad(Image.open(path).convert("RGB"), (tile, tile), Image.Resampling.LANCZOS, "white")
         sheet.paste(picture, (index % columns * tile, index // columns * tile))
     return sheet
 
