@@ -54,7 +54,8 @@ class StitchPlan:
 def native_side(model: ModelPatcher) -> int:
     """The side of the square pictures that a model was trained on, in pixels."""
     config = model.model.model_config
-    known = getattr(config, "native_side", None)
+    # Asked of the class: newer ComfyUI's configurations answer any attribute, with a warning in the log.
+    known = getattr(type(config), "native_side", None)
     if known is not None:
         return int(known)
     if isinstance(config, comfy.supported_models.SD15):
