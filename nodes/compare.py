@@ -128,6 +128,11 @@ class FlashCompare(io.ComfyNode):
                 "connected. Connect a CLIP Text Encode (its text may be empty) to 'negative', or set it to 1."
             )
         samples = fixed_latent(model, latent_image)
+        if samples.ndim != 4:
+            raise ValueError(
+                f"This latent has {samples.ndim} dimensions; expected 4, a picture's (a video's has 5). Connect Empty "
+                "Latent Image."
+            )
         bench = Bench(
             positive=positive,
             negative=positive if negative is None else negative,  # at guidance 1 it is not evaluated

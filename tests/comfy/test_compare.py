@@ -165,6 +165,18 @@ def with_the_models_exchanged(prompt: prompts.Prompt) -> None:
     prompt[COMPARE]["inputs"] |= {"model": [prompts.LORA, 0], "flash_model": [prompts.MODELS, 0]}
 
 
+def test_any_size_and_any_mask(client: Client, server) -> None:
+    """The smallest latent there is, and a mask that is not of its size, as KSampler takes them."""
+    prompt = graph(teacher_steps=1, flash_steps="1")
+    prompt[prompts.EMPTY]["inputs"] |= {"width": 16, "height": 16}
+    prompt["mask"] = prompts.node("SolidMask", value=1.0, width=33, height=60)
+    prompt["masked"] = prompts.node("SetLatentNoiseMask", samples=[prompts.EMPTY, 0], mask=["mask", 0])
+    prompt[COMPARE]["inputs"]["latent_image"] = ["masked", 0]
+    run = finished(client, prompt)
+    assert [row[4] for row in rows(run)] == ["2", "1"]
+    assert client.images(run, "grid")[0].width == GAP + 2 * (120 + GAP)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -201,9 +213,15 @@ def with_a_full_latent_of_another_model(prompt: prompts.Prompt) -> None:
     prompt[COMPARE]["inputs"]["latent_image"] = ["encoded", 0]
 
 
+def with_a_videos_latent(prompt: prompts.Prompt) -> None:
+    prompt["video"] = prompts.node("EmptyHunyuanLatentVideo", width=128, height=128, length=1, batch_size=1)
+    prompt[COMPARE]["inputs"]["latent_image"] = ["video", 0]
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (with_a_videos_latent, ["has 5 dimensions", "expected 4"]),
         (without_a_negative, ["teacher_guidance is 3", "'negative'"]),
         (with_words_for_steps, ["'many'", "1 to 8", "such as 1, 2, 4"]),
         (with_another_vae, ["latents of 3 channels", "Connect the VAE"]),
