@@ -70,7 +70,7 @@ def test_a_file_may_have_a_rank_and_an_alpha_for_every_layer(
         name: LoraModule(module.path, module.down, module.up, 2.0 if "to_k" in name else module.alpha)
         for name, module in modules.items()
     }
-    write_lora(tmp_path / "lora.safetensors", modules, None)
+    write_lora(tmp_path / "lora.safetensors", modules, None, dialect="kohya")
     teacher = load_teacher(ModelSection(family=family, path=str(folders[family])))
     teacher.denoiser.load_adapter("student", read_lora(tmp_path / "lora.safetensors").modules)
     applied = teacher.denoiser.adapter("student")
