@@ -68,12 +68,21 @@ class Source:
             loaded: dict[str, Any] = reader.load_config(self.config, subfolder=part or None)
         except OSError as error:
             if self.file is None:
-                raise UserError(f"model.path: {self.config} is not a complete diffusers folder: {error}") from error
+                raise UserError(f"{self.incomplete()}: {error}") from error
             raise UserError(
                 f"model.config: the configuration of {self.file.name} can't be read from {self.config}: {error}\n"
                 "Without a network, set model.config to the diffusers folder of a model of the same kind"
             ) from error
         return loaded
+
+    def incomplete(self) -> str:
+        """What a user reads where a part of a folder or Hub name can't be had."""
+        if Path(self.config).is_dir():
+            return f"model.path: {self.config} is not a complete diffusers folder"
+        return (
+            f"model.path: {self.config} is not a complete diffusers model on the Hub, or the Hub can't be reached; "
+            "without a network give a diffusers folder or a .safetensors file"
+        )
 
     def scheduler_config(self) -> dict[str, Any]:
         """The scheduler's configuration, with what a single file says of its own noise.
@@ -194,11 +203,10 @@ def load_pipeline(
 def _from_folder(
     pipeline: type[AnyPipeline], source: Source, dtype: torch.dtype, parts: Sequence[str], options: Mapping[str, Any]
 ) -> AnyPipeline:
-    message = f"model.path: {source.config} is not a complete diffusers folder"
     # Libraries stumble over a folder that is not there in their own ways, and not all of them say so.
     lacking = [part for part in parts if not (Path(source.config) / part).is_dir()]
     if Path(source.config).is_dir() and lacking:
-        raise UserError(f"{message}: it lacks {lacking[0]}/")
+        raise UserError(f"{source.incomplete()}: it lacks {lacking[0]}/")
     types = {"default": dtype, "vae": torch.float32}
     try:
         with _quiet():
@@ -206,7 +214,7 @@ def _from_folder(
                 source.config, torch_dtype=types, variant=source.variant, use_safetensors=True, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{message}: {error}") from error
+        raise UserError(f"{source.incomplete()}: {error}") from error
 
 
 def weight_names(file: Path) -> list[str]:
