@@ -84,10 +84,9 @@ def preview_rows(parts: Assembly, prompts: Sequence[str]) -> EncodedPrompts:
             conditions of the recipe's prompts are those of the first examples, in order.
     """
     teacher, examples = parts.teacher, parts.examples
-    found = examples.first_captions(len(prompts) or ROWS)
-    texts = tuple(prompts or found)
-    samples = list(found.values())
-    index = torch.tensor([samples[row % len(samples)] for row in range(len(texts))])
+    found = examples.first_samples(len(prompts) or ROWS)
+    texts = tuple(prompts or [caption for caption, _ in found])
+    index = torch.tensor([found[row % len(found)][1] for row in range(len(texts))])
     conditioning = teacher.encode_prompts(texts).joined(examples.task.rows(index).to(teacher.device))
     return EncodedPrompts(teacher, parts.task, texts, conditioning)
 

@@ -237,11 +237,22 @@ def test_each_picture_keeps_its_variants_of_the_tasks_conditions(tiny_model: Pat
     _, again = encode_examples(data, teacher, task, variants=3, seed=1).batch(torch.arange(18), "cpu")
     assert again.concat is not None
     assert torch.equal(again.concat, conditioning.concat)
-    first = examples.first_captions(3)
-    assert list(first) == list(dict.fromkeys(CAPTIONS))[:3]
-    for caption, index in first.items():
+    first = examples.first_samples(3)
+    assert [caption for caption, _ in first] == list(dict.fromkeys(CAPTIONS))[:3]
+    assert len(examples.first_samples(9)) == 6  # five captions, and the sixth picture for its conditions
+    for caption, index in first:
         wanted = teacher.encode_prompts([caption]).cross_attention
         torch.testing.assert_close(conditioning.rows(torch.tensor([index])).cross_attention, wanted)
+
+
+def test_a_task_without_text_gives_every_picture_the_empty_caption(tiny_model: Path, pictures: Path) -> None:
+    class Silent(Brightness):
+        reads_text = False
+
+    teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
+    examples = encode_examples(section("folder", pictures, encode_batch=4), teacher, Silent(NoOptions()))
+    assert set(examples.captions) == {""}
+    assert [index for _, index in examples.first_samples(4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ def test_the_command_writes_an_ordinary_lora_for_the_demo(tmp_path: Path) -> Non
 def test_the_loss_on_the_style_falls() -> None:
     teacher = load_teacher(ModelSection(family="demo"))
     data = DataSection(source="webdataset", path=shard_path("noto"), limit=2)
-    examples = encode_examples(data, teacher, build_task(TaskSection()))
-    training = AdapterTraining(teacher, examples, rank=2, batch_size=4, lr=3e-3, seed=0)
+    task = build_task(TaskSection())
+    examples = encode_examples(data, teacher, task)
+    training = AdapterTraining(teacher, examples, task, rank=2, batch_size=4, lr=3e-3, seed=0)
     assert set(training.parameters) == set(teacher.denoiser.adapter_parameters(ROLE))
 
     def loss() -> float:

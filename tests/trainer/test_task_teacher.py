@@ -35,10 +35,11 @@ def asked(teacher: Teacher, channels: int) -> tuple[torch.Tensor, torch.Tensor, 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A few updates of a task teacher, its file, and what it answers before and after."""
     teacher = load_teacher(ModelSection(family="demo"))
-    examples = encode_examples(DataSection(source="demo", limit=4), teacher, build_task(SECTION), 2)
+    task = build_task(SECTION)
+    examples = encode_examples(DataSection(source="demo", limit=4), teacher, task, 2)
     with torch.no_grad():
         base = teacher.denoiser.predict(*asked(teacher, 0))
-    training = TaskTraining(teacher, examples, rank=2, batch_size=4, lr=1e-3, seed=0)
+    training = TaskTraining(teacher, examples, task, rank=2, batch_size=4, lr=1e-3, seed=0)
     channels = training.channels.shape[1]
     with torch.no_grad(), teacher.denoiser.role(ROLE):
         untrained = teacher.denoiser.predict(*asked(teacher, channels))

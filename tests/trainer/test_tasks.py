@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.trainer.config import ModelSection, TaskSection
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.tasks import build_task
@@ -175,6 +176,12 @@ def test_face_swap_reads_mask_target_and_identity(teacher: Teacher) -> None:
     torch.testing.assert_close(concat[:, :1], F.interpolate(masks, (8, 8)))
     torch.testing.assert_close(concat[:, 1:5], teacher.encode(torch.where(masks < 0.5, images, 0.0)))
     torch.testing.assert_close(concat[:, 5:], teacher.encode(faces))
+    # Guidance strengthens the identity: without it the target is the same, the face unknown.
+    assert not swap.reads_text
+    empty = teacher.unconditional(3)
+    branch = swap.unconditional(empty.joined(Conditioning(concat=concat)), empty)
+    assert torch.equal(branch.concat[:, :5], concat[:, :5])
+    assert not branch.concat[:, 5:].any()
 
 
 @pytest.mark.parametrize(

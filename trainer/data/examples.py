@@ -49,13 +49,18 @@ class Examples:
         conditioning = self.conditioning.rows(self.row[picture]).joined(self.task.rows(index))
         return self.latents[picture].to(device), conditioning.to(device)
 
-    def first_captions(self, count: int) -> dict[str, int]:
-        """The first ``count`` distinct captions, each with the index of a sample that has it."""
-        found: dict[str, int] = {}
+    def first_samples(self, count: int) -> list[tuple[str, int]]:
+        """Captions and indices of the first samples with distinct captions, at most ``count``.
+
+        Where a task has conditions of its own, further pictures fill up what distinct captions leave.
+        """
+        first: dict[str, int] = {}
         for picture, caption in enumerate(self.captions):
-            if len(found) < count:
-                found.setdefault(caption, picture * self.variants)
-        return found
+            first.setdefault(caption, picture)
+        pictures = list(first.values())
+        if len(self.task):
+            pictures += [picture for picture in range(len(self.captions)) if picture not in set(pictures)]
+        return [(self.captions[picture], picture * self.variants) for picture in pictures[:count]]
 
 
 @torch.no_grad()
@@ -73,7 +78,7 @@ def encode_examples(data: DataSection, teacher: Teacher, task: Task, variants: i
     for samples in _batches(read_samples(data), data.encode_batch):
         images = torch.stack([to_tensor(sample.image, teacher.resolution) for sample in samples]).to(teacher.device)
         latents.append(teacher.encode(images).cpu())
-        captions.extend(sample.caption for sample in samples)
+        captions.extend(sample.caption if task.reads_text else "" for sample in samples)
         conditions.append(task.conditions(images.repeat_interleave(variants, 0), teacher, generator).to("cpu"))
     distinct = list(dict.fromkeys(captions))
     parts = [

@@ -45,10 +45,11 @@ def run(args: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)  # moments that fade to denormal numbers slow a CPU down tenfold
     teacher = load_teacher(ModelSection(family="demo"), args.device)
     data = DataSection(source="webdataset", path=shard_path(args.style), limit=args.limit)
-    examples = encode_examples(data, teacher, build_task(TaskSection()))
+    task = build_task(TaskSection())
+    examples = encode_examples(data, teacher, task)
     logger.info("%d pictures of the style %s; the teacher draws %s", len(examples), args.style, TEACHER_STYLE)
     teacher_hash = teacher.weights_hash()
-    training = AdapterTraining(teacher, examples, args.rank, args.batch_size, args.learning_rate, args.seed)
+    training = AdapterTraining(teacher, examples, task, args.rank, args.batch_size, args.learning_rate, args.seed)
     teacher.release_encoders()
     train(training, args.minutes)
     path = args.output or LORAS / f"flash_demo_style_{args.style}.safetensors"

@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..export import lora_modules
 from ..seeds import stream
 from ..tasks import TASKS, build_task
+from ..tasks.base import Task
 from ..teachers import load_teacher
 from ..teachers.base import Teacher
 from . import TASK_ADAPTERS
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 TARGETS += ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
 ROLE = "student"  # the denoiser's name for an adapter that trains
-NULL_SHARE = 0.1  # of the captions: empty, for guidance
+NULL_SHARE = 0.1  # of the samples: unconditional, for guidance
 BETAS = (0.9, 0.99)
 EMA_DECAY = 0.995
 WARM_UP = 50  # updates
@@ -66,9 +67,13 @@ class AdapterTraining:
 
     Args:
         examples: what it learns from.
+        task: says what the unconditional branch of guidance sees, which a share of the samples learn.
     """
 
-    def __init__(self, teacher: Teacher, examples: Examples, rank: int, batch_size: int, lr: float, seed: int) -> None:
+    def __init__(
+        self, teacher: Teacher, examples: Examples, task: Task, rank: int, batch_size: int, lr: float, seed: int
+    ) -> None:
+        self.task = task
         self.denoiser = teacher.denoiser
         self.device = teacher.device
         self.examples = examples
@@ -116,12 +121,10 @@ class AdapterTraining:
     def _batch(self) -> tuple[Tensor, Conditioning]:
         index = torch.randint(len(self.examples), (self.batch_size,), generator=self.generator)
         z0, conditioning = self.examples.batch(index, self.device)
-        text, empty = conditioning.cross_attention, self.empty.cross_attention
-        assert text is not None
-        assert empty is not None
-        dropped = (torch.rand(self.batch_size, generator=self.generator) < NULL_SHARE).to(self.device)
-        mixed = torch.where(dropped[:, None, None], empty, text)
-        return z0, Conditioning(cross_attention=mixed, concat=conditioning.concat, noise_level=conditioning.noise_level)
+        empty = self.empty.map(lambda value: value.expand(self.batch_size, *value.shape[1:]))
+        both = Conditioning.cat([conditioning, self.task.unconditional(conditioning, empty)])
+        dropped = torch.rand(self.batch_size, generator=self.generator) < NULL_SHARE
+        return z0, both.rows(torch.arange(self.batch_size) + self.batch_size * dropped)
 
 
 class TaskTraining(AdapterTraining):
@@ -185,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
     examples = encode_examples(DataSection(source="demo"), teacher, task, args.variants, args.seed)
     logger.info("%d samples of the task %s", len(examples), task.name)
     teacher_hash = teacher.weights_hash()  # of the base, before the training changes its layers
-    training = TaskTraining(teacher, examples, args.rank, args.batch_size, args.learning_rate, args.seed)
+    training = TaskTraining(teacher, examples, task, args.rank, args.batch_size, args.learning_rate, args.seed)
     teacher.release_encoders()
     train(training, args.minutes)
     facts: dict[str, Any] = {"updates": training.step, "batch_size": args.batch_size, "teacher_hash": teacher_hash}

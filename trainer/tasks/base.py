@@ -26,11 +26,13 @@ class Task(ABC):
         name: as a recipe and a LoRA's metadata call it.
         options_class: its settings in a recipe, ``task.options``.
         dropped: the parts of the conditions that the unconditional branch gets as zeros.
+        reads_text: whether captions say what to make; where they don't, every caption is the empty one.
     """
 
     name: ClassVar[str]
     options_class: ClassVar[type[Section]] = NoOptions
     dropped: ClassVar[tuple[str, ...]] = ()
+    reads_text: ClassVar[bool] = True
 
     def __init__(self, options: Section) -> None:
         self.options = options

@@ -7,6 +7,7 @@ beside it. In use the face comes from elsewhere. Use it for pictures that one ha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
@@ -40,12 +41,14 @@ class FaceSwap(Task):
     """The masked face of a target, made anew with the identity of another picture.
 
     The channels, in order: the mask at the latent's size, the latents of the target with mid-grey under the mask, the
-    latents of the identity picture, in which the face fills the frame. Both branches of guidance see all of them.
+    latents of the identity picture, in which the face fills the frame. There is no text, which would say whose face it
+    is; guidance strengthens the identity, whose channels are 0 in the unconditional branch.
     """
 
     name = "face-swap"
     options_class: ClassVar[type[Section]] = FaceSwapOptions
     options: FaceSwapOptions
+    reads_text = False
 
     def extra_channels(self, latent_channels: int) -> int:
         """The mask and the latents of two pictures."""
@@ -56,6 +59,15 @@ class FaceSwap(Task):
         masks = self.face_masks(len(images), images.shape[-2:], generator).to(images)
         faces = self.identity_pictures(images, generator)
         return Conditioning(concat=face_swap_channels(images, masks, faces, teacher))
+
+    def unconditional(self, conditioning: Conditioning, empty: Conditioning) -> Conditioning:
+        """The target without the identity."""
+        branch = super().unconditional(conditioning, empty)
+        assert branch.concat is not None
+        concat = branch.concat.clone()
+        latent_channels = (concat.shape[1] - 1) // 2
+        concat[:, -latent_channels:] = 0
+        return replace(branch, concat=concat)
 
     def face_masks(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Ellipses (B, 1, H, W) around the faces' place, each a little different."""
