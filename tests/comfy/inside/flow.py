@@ -27,7 +27,7 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
     sampling = Sampling(SimpleNamespace(sampling_settings={"shift": 3.0}))
     inner = SimpleNamespace(
         model_sampling=sampling,
-        scale_latent_inpaint=lambda x, sigma, noise, latent_image: sampling.noise_scaling(
+        scale_latent_inpaint=lambda sigma, noise, latent_image, **_: sampling.noise_scaling(
             sigma.reshape(-1, 1, 1, 1), noise, latent_image
         ),
     )
