@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flash_diffusion.flash_core.denoiser import Conditioning
-from flash_diffusion.flash_core.task_adapter import write_task_adapter
+from flash_diffusion.flash_core.task_adapter import TaskAdapter, write_task_adapter
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.data.examples import encode_examples
 from flash_diffusion.trainer.demo.task_teacher import ROLE, TaskTraining
@@ -18,6 +18,9 @@ from flash_diffusion.trainer.loop import distil
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
+from flash_diffusion.trainer.teachers.task_adapters import widened
+
+from ..families.networks import tiny_network
 
 SECTION = TaskSection(name="inpainting", variants=2, options={"masks": {"box": 1.0}})
 
@@ -70,6 +73,18 @@ def test_a_recipe_loads_what_was_trained(trained: tuple[Path, dict[str, Any]]) -
     outline = outline_teacher(model)
     assert outline.denoiser.network.config["in_channels"] == 16 + found["channels"]
     assert next(outline.denoiser.network.parameters()).is_meta
+
+
+def test_a_network_of_default_width_is_widened() -> None:
+    """diffusers replaces what its configuration calls a default, unless it is told otherwise."""
+    plain = tiny_network("sd15")
+    extra = torch.randn(32, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    wide = widened(plain, TaskAdapter("inpainting", extra, {}), "a tiny SD 1.5")
+    assert wide.config["in_channels"] == 9
+    assert torch.equal(wide.conv_in.weight[:, :4], plain.conv_in.weight)
+    assert torch.equal(wide.conv_in.weight[:, 4:], extra)
+    with pytest.raises(UserError, match="no UNet"):
+        widened(tiny_network("sd3"), TaskAdapter("inpainting", extra, {}), "a tiny SD3")
 
 
 def recipe(path: Path | None, **task: Any) -> dict[str, Any]:
