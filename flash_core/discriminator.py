@@ -7,6 +7,18 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+FEATURE_DEPTHS = 4  # blocks of a transformer that the discriminator reads
+
+
+def feature_depths(blocks: int) -> list[int]:
+    """Which of a transformer's blocks the discriminator reads: those at 1/5, 2/5, 3/5 and 4/5 of the depth, ascending.
+
+    The first blocks still carry mostly the noise that came in, and the last ones already turn into the prediction;
+    what the picture shows lies between.
+    """
+    parts = FEATURE_DEPTHS + 1
+    return sorted({blocks * part // parts for part in range(1, parts)})
+
 
 class Discriminator(nn.Module):
     """Scores feature maps of several depths of the teacher; only these heads are trained.

@@ -129,6 +129,5 @@ def with_task_adapter(weights: Mapping[str, Tensor], adapter: TaskAdapter) -> di
                 f"the task adapter ({adapter.task}) changes {module.path} as {module.shape}, but the model has "
                 f"{found}; use the base that it was trained for"
             )
-        update = module.scale * module.up.flatten(1) @ module.down.flatten(1)
-        merged[name] = (weight.float() + update.to(weight.device).view_as(weight)).to(weight.dtype)
+        merged[name] = (weight.float() + module.update().to(weight.device).view_as(weight)).to(weight.dtype)
     return merged

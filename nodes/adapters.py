@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from typing import Any
@@ -17,7 +18,7 @@ from ..flash_core.grid import MAX_FEW_STEPS
 from .adapter_files import load_adapter
 from .adapter_match import check_adapter
 from .few_step import FlashGrid, GridName, flash_grid
-from .sampling import grid_inputs, steps_input
+from .inputs import denoise_input, grid_inputs, steps_input
 from .schema import advanced, node_schema, show_text
 
 NO_FILE = "none"
@@ -185,17 +186,11 @@ class FlashAdapterApply(io.ComfyNode):
                 io.Vae.Input(
                     "vae", optional=True, tooltip="Only for ControlNets that read latents, as those of SD3 and Flux do."
                 ),
-                advanced(
-                    io.Float.Input,
-                    "denoise",
-                    default=1.0,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    round=0.01,
-                    optional=True,
+                denoise_input(
+                    functools.partial(advanced, io.Float.Input),
                     tooltip="As at the sampler. Below 1 it leaves evaluations out; those that it makes are counted "
                     "from 1.",
+                    optional=True,
                 ),
                 *grid_inputs(),
             ],

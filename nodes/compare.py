@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ..flash_core.grid import MAX_FEW_STEPS
 from .few_step import METADATA_KEY, flash_grid, flash_sampler
-from .inpaint import check_vae
+from .inputs import seed_input
 from .lora_patches import describe_model
-from .sampling import MAX_SEED, fixed_latent
+from .model_facts import check_vae
+from .sampling import fixed_latent
 from .schema import node_schema, show_text
 
 COUNTER_KEY = "flash_compare"
@@ -53,14 +54,7 @@ class FlashCompare(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What to show; for both."),
                 io.Vae.Input("vae", tooltip="The models' VAE."),
                 io.Latent.Input("latent_image", tooltip="An empty latent: the pictures' size and how many a row."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="All runs start from the same noise, KSampler's at this seed.",
-                ),
+                seed_input("All runs start from the same noise, KSampler's at this seed."),
                 io.Int.Input("teacher_steps", default=30, min=1, max=1000, tooltip="The teacher's steps."),
                 io.Float.Input(
                     "teacher_guidance",

@@ -12,12 +12,10 @@ from comfy.sd import VAE
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..flash_core.image import resize
-from .inpaint import SHAPE_TOLERANCE, check_vae
+from ..flash_core.image import resize, same_shape
+from .model_facts import CONCAT_KEY, check_vae
 from .schema import node_schema
 
-# A conditioning's value that every ComfyUI model joins to the noisy latent as it is.
-CONCAT_KEY = "noise_concat"
 PARTS = ("mask", "image", "image_2", "latent")
 
 
@@ -58,7 +56,7 @@ def fitted(name: str, value: Tensor, height: int, width: int) -> Tensor:
         ValueError: the shapes differ.
     """
     found_height, found_width = value.shape[1:3]
-    if abs((found_width / found_height) / (width / height) - 1) > SHAPE_TOLERANCE:
+    if not same_shape((found_height, found_width), (height, width)):
         raise ValueError(
             f"{name} is {found_width} x {found_height}, the latent stands for {width} x {height} pixels: the shapes "
             "differ. Crop or pad it to the latent's shape first."

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_base
-import comfy.supported_models
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
@@ -25,14 +23,14 @@ from ..flash_core.image import (
     mask_box,
     pad_picture,
     resize,
+    same_shape,
     working_size,
 )
+from .model_facts import check_vae, native_side
 from .schema import advanced, node_schema
 
 Stitch = io.Custom("FLASH_STITCH")
 
-# How far the shapes of a mask and its picture may differ and still count as one picture at two sizes.
-SHAPE_TOLERANCE = 0.02
 MAX_SIDE = 8192
 
 
@@ -51,20 +49,6 @@ class StitchPlan:
     weight: Tensor
 
 
-def native_side(model: ModelPatcher) -> int:
-    """The side of the square pictures that a model was trained on, in pixels."""
-    config = model.model.model_config
-    # Asked of the class: newer ComfyUI's configurations answer any attribute, with a warning in the log.
-    known = getattr(type(config), "native_side", None)
-    if known is not None:
-        return int(known)
-    if isinstance(config, comfy.supported_models.SD15):
-        return 512
-    if isinstance(config, comfy.supported_models.SD20):
-        return 768 if model.model.model_type == comfy.model_base.ModelType.V_PREDICTION else 512
-    return 1024
-
-
 def size_multiple(side: int) -> int:
     """What a working size is a multiple of: 64 pixels as published models want it, 16 for small ones."""
     return 64 if side >= 512 else 16
@@ -73,16 +57,6 @@ def size_multiple(side: int) -> int:
 def is_inpaint_model(model: ModelPatcher) -> bool:
     """Whether the model takes the mask and the masked picture as further channels (the 9-channel models)."""
     return "masked_image" in model.model.concat_keys
-
-
-def check_vae(vae: VAE, model: ModelPatcher) -> None:
-    """Raise where the VAE's latents are not this model's."""
-    wanted = model.get_model_object("latent_format").latent_channels
-    if vae.latent_channels != wanted:
-        raise ValueError(
-            f"This VAE makes latents of {vae.latent_channels} channels, the model works on {wanted}. Connect the VAE "
-            "that belongs to the model."
-        )
 
 
 def fitted_mask(mask: Tensor | None, picture: Tensor, padded: bool) -> Tensor:
@@ -111,7 +85,7 @@ def fitted_mask(mask: Tensor | None, picture: Tensor, padded: bool) -> Tensor:
             f"There are {len(mask)} masks for {batch} pictures. Give one mask for all of them, or one for each."
         )
     mask_height, mask_width = mask.shape[1:]
-    if abs((mask_width / mask_height) / (width / height) - 1) > SHAPE_TOLERANCE:
+    if not same_shape((mask_height, mask_width), (height, width)):
         raise ValueError(
             f"The mask is {mask_width} x {mask_height} pixels and the picture {width} x {height}: the shapes differ. "
             "Use the mask that was painted on this picture, or crop both alike."

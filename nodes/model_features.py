@@ -11,7 +11,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-FEATURE_DEPTHS = 4  # blocks that the discriminator reads in a transformer
+from ..flash_core.discriminator import feature_depths
 
 # Where ComfyUI's transformers keep their blocks, in the order they run.
 STACKS = ("joint_blocks", "double_blocks", "single_blocks", "blocks")
@@ -47,7 +47,7 @@ def taps(network: nn.Module) -> list[Tap]:
     """Several depths of a network, in the order they run: those that the trainer's denoisers read too.
 
     A UNet gives all levels below the first, since at full resolution hidden states are mostly the noise that came in; a
-    transformer its blocks at 1/5, 2/5, 3/5 and 4/5 of the depth.
+    transformer those of :func:`~..flash_core.discriminator.feature_depths`.
 
     Raises:
         ValueError: a network of an unknown layout.
@@ -60,9 +60,7 @@ def taps(network: nn.Module) -> list[Tap]:
             f"The adversarial loss reads hidden states, and {type(network).__name__} keeps its blocks where none are "
             f"known; expected a UNet or a transformer with {', '.join(STACKS)}. Set the adversarial weight to 0."
         )
-    parts = FEATURE_DEPTHS + 1
-    chosen = sorted({len(blocks) * part // parts for part in range(1, parts)})
-    return [Tap(block, _TOKENS[stack]) for stack, block in (blocks[index] for index in chosen)]
+    return [Tap(block, _TOKENS[stack]) for stack, block in (blocks[index] for index in feature_depths(len(blocks)))]
 
 
 # SD3's joint blocks return (text, image), Flux's double blocks (image, text), its single blocks text and image in one.

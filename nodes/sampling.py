@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_base
@@ -14,73 +13,20 @@ import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-from ..flash_core.grid import MAX_FEW_STEPS
-from .few_step import GRIDS, GridName, flash_grid, flash_sampler
+from .few_step import GridName, flash_grid, flash_sampler
+from .inputs import (
+    check_guidance,
+    denoise_input,
+    grid_inputs,
+    guidance_input,
+    negative_input,
+    seed_input,
+    steps_input,
+    stochasticity_input,
+)
 from .schema import advanced, node_schema, show_text
 
-MAX_SEED = 2**64 - 1
 PIXART_MINIMUM = 66  # latent height + width from which its position embeddings in ComfyUI do not divide by zero
-
-STEPS_TOOLTIP = (
-    "Model evaluations. Each step count has its own trained timesteps (4: t = 999, 749, 499, 249). They are shown on "
-    "the node when it has run."
-)
-DENOISE_TOOLTIP = (
-    "1 makes a new picture. Below 1 keeps that much of the input latent: the run starts at the nearest timestep the "
-    "model was trained on, so few values differ (with 4 steps: .25, .5, .75, 1)."
-)
-GRID_TOOLTIP = (
-    "Which timesteps are evaluated. trained: those the LoRA was trained on, the best choice. reference: those of the "
-    "published diffusers pipelines (999, 759, 499, 259), to compare with them. custom: those listed under timesteps."
-)
-TIMESTEPS_TOOLTIP = (
-    "Only with grid 'custom': timesteps from noise to image, separated by commas: 999, 749, 499, 249 (0 to 999); for "
-    "SD3 and Flux 1000, 900, 750, 500 (1000 times the noise level). All of them are evaluated, so steps is not used. "
-    "With denoise below 1 the run starts at the listed timestep that is nearest to it."
-)
-STOCHASTICITY_TOOLTIP = (
-    "1: fresh noise at every step, as the model was trained. 0: the noise that the prediction implies (DDIM, or Euler "
-    "for SD3 and Flux), which varies less with the seed and is often softer. Between them: a mixture."
-)
-
-
-def steps_input() -> io.Input:
-    """The widget for a step count."""
-    return io.Int.Input("steps", default=4, min=1, max=MAX_FEW_STEPS, tooltip=STEPS_TOOLTIP)
-
-
-def denoise_input() -> io.Input:
-    """The widget for how much of a picture is made anew."""
-    return io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=0.01, tooltip=DENOISE_TOOLTIP)
-
-
-def grid_inputs() -> list[io.Input]:
-    """The widgets for the choice of timesteps; optional, so that API workflows without them run."""
-    return [
-        advanced(io.Combo.Input, "grid", options=list(GRIDS), default=GRIDS[0], optional=True, tooltip=GRID_TOOLTIP),
-        advanced(
-            io.String.Input,
-            "timesteps",
-            default="",
-            placeholder="999, 749, 499, 249",
-            optional=True,
-            tooltip=TIMESTEPS_TOOLTIP,
-        ),
-    ]
-
-
-def stochasticity_input(widget: Callable[..., io.Input] = io.Float.Input, **fields: Any) -> io.Input:
-    """The widget for fresh noise; ``widget`` makes it."""
-    return widget(
-        "stochasticity",
-        default=1.0,
-        min=0.0,
-        max=1.0,
-        step=0.05,
-        round=0.01,
-        tooltip=STOCHASTICITY_TOOLTIP,
-        **fields,
-    )
 
 
 def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
@@ -121,31 +67,16 @@ class FlashSampler(io.ComfyNode):
                 io.Latent.Input(
                     "latent_image", tooltip="An empty latent for its size, or an encoded picture (see denoise)."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same picture; its first noise is KSampler's at the same seed.",
-                ),
+                seed_input("The same seed gives the same picture; its first noise is KSampler's at the same seed."),
                 steps_input(),
-                io.Float.Input(
-                    "guidance",
-                    default=1.0,
-                    min=1.0,
-                    max=20.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance (KSampler's cfg). Flash models have it built in: leave it at 1, "
-                    "which also needs half the time. Above 1 a negative prompt must be connected.",
+                guidance_input(
+                    "Classifier-free guidance (KSampler's cfg). Flash models have it built in: leave it at 1, which "
+                    "also needs half the time. Above 1 a negative prompt must be connected."
                 ),
                 denoise_input(),
                 *grid_inputs(),
                 stochasticity_input(functools.partial(advanced, io.Float.Input), optional=True),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What to avoid. Used only where guidance is above 1."
-                ),
+                negative_input(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The clean latent; connect VAE Decode.")],
             hidden=[io.Hidden.unique_id],
@@ -169,11 +100,7 @@ class FlashSampler(io.ComfyNode):
         """Sample; the returned latent keeps the input's mask and batch index."""
         import latent_preview  # ComfyUI's; not importable before its server has started
 
-        if guidance > 1 and negative is None:
-            raise ValueError(
-                f"Guidance is {guidance:g}, which compares with a negative prompt, and none is connected. Connect a "
-                "CLIP Text Encode (its text may be empty) to 'negative', or set guidance to 1."
-            )
+        check_guidance(guidance, negative)
         samples = fixed_latent(model, latent_image)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         chosen = flash_grid(model, steps, denoise, grid, timesteps)

@@ -18,8 +18,16 @@ from torch import Tensor
 
 from ..flash_core.image import Tiling, plan_tiles, resize
 from .few_step import GridName, flash_grid, flash_sampler
-from .inpaint import check_vae, native_side
-from .sampling import MAX_SEED, grid_inputs, steps_input
+from .inputs import (
+    check_guidance,
+    denoise_input,
+    grid_inputs,
+    guidance_input,
+    negative_input,
+    seed_input,
+    steps_input,
+)
+from .model_facts import CONCAT_KEY, check_vae, native_side
 from .schema import advanced, node_schema, show_text
 from .tiled import decode_tiled, encode_tiled, tiled_model
 
@@ -29,7 +37,6 @@ LEAST_TILE = 64  # pixels
 VAE_TILE = 512  # pixels: the VAE's tiles are at least this large, whatever the model's
 VAE_OVERLAP = 0.25
 PICTURE_CHANNELS = 3
-ANY_CHANNELS = "noise_concat"  # in a prompt: input channels for any model, which ComfyUI does not resize
 X4_RATIO = 4  # pixels for a position of the x4 upscaler's latent
 SIZE_RATIO = 8  # ComfyUI tells models which ask for it that a picture has 8 pixels for a position of the latent
 SPARE = 2  # the result, and as much again while pictures are resized and for what comes after
@@ -67,34 +74,16 @@ class FlashUpscale(io.ComfyNode):
                     tooltip="How many times wider and higher. 1 works on the picture as it is, for example one that an "
                     "upscale model has enlarged.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="The noise belongs to the whole picture: tiles of another size see the same noise.",
-                ),
+                seed_input("The noise belongs to the whole picture: tiles of another size see the same noise."),
                 steps_input(),
-                io.Float.Input(
-                    "denoise",
+                denoise_input(
                     default=0.25,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    round=0.01,
                     tooltip="Ordinary models: how much is made anew, snapped to the nearest trained timestep (4 steps: "
                     ".25, .5, .75). Low values keep the picture. Super-resolution models always start from noise.",
                 ),
-                io.Float.Input(
-                    "guidance",
-                    default=1.0,
-                    min=1.0,
-                    max=20.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance. Flash models have it built in: leave it at 1. Above 1 a "
-                    "negative prompt must be connected, and the run takes twice as long.",
+                guidance_input(
+                    "Classifier-free guidance. Flash models have it built in: leave it at 1. Above 1 a negative prompt "
+                    "must be connected, and the run takes twice as long."
                 ),
                 io.Int.Input(
                     "tile_size",
@@ -128,9 +117,7 @@ class FlashUpscale(io.ComfyNode):
                     "level 20, diffusers' default). More invents more detail.",
                 ),
                 *grid_inputs(),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What to avoid. Used only where guidance is above 1."
-                ),
+                negative_input(),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The enlarged picture.")],
             hidden=[io.Hidden.unique_id],
@@ -255,7 +242,7 @@ class Concat:
         """
         if self.holds == "picture":
             latent = resize(picture, *latent.shape[-2:]).movedim(-1, 1) * 2 - 1
-        elif self.key == ANY_CHANNELS:  # which ComfyUI hands to the network as it is
+        elif self.key == CONCAT_KEY:  # which ComfyUI hands to the network as it is
             latent = model.get_model_object("latent_format").process_in(latent)
         values = {self.key: latent, "noise_augmentation": noise_augmentation}
         return [[tokens, entries if self.key in entries else {**entries, **values}] for tokens, entries in prompt]
@@ -284,7 +271,7 @@ def concat_of(model: ModelPatcher, vae: VAE, prompts: dict[str, list[Any]]) -> C
     elif channels in (0, latent_channels + 1):
         return None  # an inpainting model's mask and masked picture, which ComfyUI fills in
     else:
-        concat = Concat(ANY_CHANNELS, "picture" if channels == PICTURE_CHANNELS else "latent", channels)
+        concat = Concat(CONCAT_KEY, "picture" if channels == PICTURE_CHANNELS else "latent", channels)
     expected = PICTURE_CHANNELS if concat.holds == "picture" else latent_channels
     entries = [entry for prompt in prompts.values() for _, entry in prompt]
     brought = [entry[concat.key].shape[1] for entry in entries if concat.key in entry]
@@ -313,11 +300,7 @@ def check_picture_model(model: ModelPatcher) -> None:
 
 def check_prompts(prompts: dict[str, list[Any]], guidance: float) -> None:
     """Raise where guidance lacks its negative prompt, or a prompt can't be cut to tiles."""
-    if guidance > 1 and "negative" not in prompts:
-        raise ValueError(
-            f"Guidance is {guidance:g}, which compares with a negative prompt, and none is connected. Connect a "
-            "CLIP Text Encode (its text may be empty) to 'negative', or set guidance to 1."
-        )
+    check_guidance(guidance, prompts.get("negative"))
     if any("gligen" in entries for prompt in prompts.values() for _, entries in prompt):
         raise ValueError(
             "The prompt has GLIGEN boxes, which can't be cut to tiles. Remove GLIGENTextBoxApply, or place prompts "
@@ -327,7 +310,7 @@ def check_prompts(prompts: dict[str, list[Any]], guidance: float) -> None:
 
 def check_attached(prompts: dict[str, list[Any]], tiles: Tiling) -> None:
     """Raise where a prompt brings input channels of another size than the enlarged picture's latent."""
-    for attached in (entries.get(ANY_CHANNELS) for prompt in prompts.values() for _, entries in prompt):
+    for attached in (entries.get(CONCAT_KEY) for prompt in prompts.values() for _, entries in prompt):
         if attached is not None and tuple(attached.shape[-2:]) != (tiles.height, tiles.width):
             raise ValueError(
                 f"The prompt brings input channels for a latent of {attached.shape[-1]} x {attached.shape[-2]}; the "

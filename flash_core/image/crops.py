@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# How far two sizes' ratios of width to height may differ and still be one picture's, rounded to pixels.
+SHAPE_TOLERANCE = 0.02
+
 
 @dataclass(frozen=True)
 class Box:
@@ -57,6 +60,11 @@ def working_size(height: int, width: int, side: int, multiple: int) -> tuple[int
         max(multiple, round(height * scale / multiple) * multiple),
         max(multiple, round(width * scale / multiple) * multiple),
     )
+
+
+def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (height, width) have the same ratio, so that one is the other enlarged."""
+    return abs((size[1] / size[0]) / (other[1] / other[0]) - 1) <= SHAPE_TOLERANCE
 
 
 def crop(picture: Tensor, box: Box) -> Tensor:

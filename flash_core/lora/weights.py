@@ -60,6 +60,11 @@ class LoraModule:
         """The shape of the update: (out, in) or (out, in, kh, kw)."""
         return (int(self.up.shape[0]), *(int(size) for size in self.down.shape[1:]))
 
+    def update(self) -> Tensor:
+        """``scale * up @ down`` in float32, of :attr:`shape`: what is added to the layer's weight."""
+        up, down = self.up.float().flatten(1), self.down.float().flatten(1)
+        return (self.scale * up @ down).reshape(self.shape)
+
     @property
     def values(self) -> int:
         """How many numbers the file holds for it."""

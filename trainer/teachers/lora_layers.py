@@ -71,9 +71,8 @@ def merge_lora(network: nn.Module, modules: Mapping[str, LoraModule], strength: 
     """
     for path, module in fit_lora(network, modules).items():
         weight = network.get_submodule(path).weight
-        down, up = (half.to(weight.device, torch.float32) for half in (module.down, module.up))
-        update = (up.flatten(1) @ down.flatten(1)).view_as(weight)
-        weight.copy_(weight.float() + strength * module.scale * update)
+        here = replace(module, down=module.down.to(weight.device), up=module.up.to(weight.device))
+        weight.copy_(weight.float() + strength * here.update().view_as(weight))
 
 
 def merge_style(pipeline: DiffusionPipeline, network_part: str, style: StyleLora) -> None:

@@ -8,26 +8,20 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
+from ...flash_core.discriminator import feature_depths
 from ..config import ModelSection
 from ..errors import UserError
 from .base import Outline, Teacher
 from .denoiser import DiffusersDenoiser
-
-FEATURE_DEPTHS = 4  # blocks that the discriminator reads
 
 
 class TransformerDenoiser(DiffusersDenoiser):
     """A diffusers transformer over square patches of the latent."""
 
     def feature_blocks(self) -> Sequence[nn.Module]:
-        """Blocks at 1/5, 2/5, 3/5 and 4/5 of the depth.
-
-        The first blocks still carry mostly the noise that came in, and the last ones already turn into the prediction;
-        what the picture shows lies between.
-        """
+        """Blocks of several depths; see :func:`~...flash_core.discriminator.feature_depths`."""
         blocks = list(self.network.transformer_blocks)
-        parts = FEATURE_DEPTHS + 1
-        return [blocks[index] for index in sorted({len(blocks) * part // parts for part in range(1, parts)})]
+        return [blocks[index] for index in feature_depths(len(blocks))]
 
     def as_map(self, output: Any, z_t: Tensor) -> Tensor:
         """The image's tokens (B, h w, D) as a map (B, D, h, w); joint blocks return (text, image)."""

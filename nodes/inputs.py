@@ -1,0 +1,106 @@
+"""Inputs that several nodes have, said once: how a few-step run is set up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+
+from ..flash_core.grid import MAX_FEW_STEPS
+from .few_step import GRIDS
+from .schema import advanced
+
+MAX_SEED = 2**64 - 1
+
+STEPS_TOOLTIP = (
+    "Model evaluations. Each step count has its own trained timesteps (4: t = 999, 749, 499, 249). They are shown on "
+    "the node when it has run."
+)
+DENOISE_TOOLTIP = (
+    "1 makes a new picture. Below 1 keeps that much of the input latent: the run starts at the nearest timestep the "
+    "model was trained on, so few values differ (with 4 steps: .25, .5, .75, 1)."
+)
+GRID_TOOLTIP = (
+    "Which timesteps are evaluated. trained: those the LoRA was trained on, the best choice. reference: those of the "
+    "published diffusers pipelines (999, 759, 499, 259), to compare with them. custom: those listed under timesteps."
+)
+TIMESTEPS_TOOLTIP = (
+    "Only with grid 'custom': timesteps from noise to image, separated by commas: 999, 749, 499, 249 (0 to 999); for "
+    "SD3 and Flux 1000, 900, 750, 500 (1000 times the noise level). All of them are evaluated, so steps is not used. "
+    "With denoise below 1 the run starts at the listed timestep that is nearest to it."
+)
+STOCHASTICITY_TOOLTIP = (
+    "1: fresh noise at every step, as the model was trained. 0: the noise that the prediction implies (DDIM, or Euler "
+    "for SD3 and Flux), which varies less with the seed and is often softer. Between them: a mixture."
+)
+
+
+def steps_input() -> io.Input:
+    """The widget for a step count."""
+    return io.Int.Input("steps", default=4, min=1, max=MAX_FEW_STEPS, tooltip=STEPS_TOOLTIP)
+
+
+def denoise_input(
+    widget: Callable[..., io.Input] = io.Float.Input,
+    default: float = 1.0,
+    tooltip: str = DENOISE_TOOLTIP,
+    **fields: Any,
+) -> io.Input:
+    """The widget for how much of a picture is made anew; ``widget`` makes it."""
+    return widget("denoise", default=default, min=0.01, max=1.0, step=0.01, round=0.01, tooltip=tooltip, **fields)
+
+
+def seed_input(tooltip: str) -> io.Input:
+    """The widget for a seed, with its control of what follows a run."""
+    return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=tooltip)
+
+
+def guidance_input(tooltip: str) -> io.Input:
+    """The widget for a few-step model's classifier-free guidance."""
+    return io.Float.Input("guidance", default=1.0, min=1.0, max=20.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
+def negative_input() -> io.Input:
+    """The slot for a negative prompt that only guidance reads."""
+    return io.Conditioning.Input(
+        "negative", optional=True, tooltip="What to avoid. Used only where guidance is above 1."
+    )
+
+
+def check_guidance(guidance: float, negative: object | None) -> None:
+    """Raise where guidance lacks the negative prompt that it compares with."""
+    if guidance > 1 and negative is None:
+        raise ValueError(
+            f"Guidance is {guidance:g}, which compares with a negative prompt, and none is connected. Connect a "
+            "CLIP Text Encode (its text may be empty) to 'negative', or set guidance to 1."
+        )
+
+
+def grid_inputs() -> list[io.Input]:
+    """The widgets for the choice of timesteps; optional, so that API workflows without them run."""
+    return [
+        advanced(io.Combo.Input, "grid", options=list(GRIDS), default=GRIDS[0], optional=True, tooltip=GRID_TOOLTIP),
+        advanced(
+            io.String.Input,
+            "timesteps",
+            default="",
+            placeholder="999, 749, 499, 249",
+            optional=True,
+            tooltip=TIMESTEPS_TOOLTIP,
+        ),
+    ]
+
+
+def stochasticity_input(widget: Callable[..., io.Input] = io.Float.Input, **fields: Any) -> io.Input:
+    """The widget for fresh noise; ``widget`` makes it."""
+    return widget(
+        "stochasticity",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        round=0.01,
+        tooltip=STOCHASTICITY_TOOLTIP,
+        **fields,
+    )
