@@ -1,8 +1,14 @@
-"""What a task is: how a picture becomes conditions, and what guidance leaves out."""
+"""What a task is: how a picture becomes conditions, and what guidance leaves out.
+
+A task works in two halves. :meth:`Task.draw` makes the pictures a sample is conditioned on (a mask, a small picture,
+edges), of what lies beside the training picture or at random; :meth:`Task.encode` brings them into what the network
+reads. Evaluations keep the drawn pictures: they are shown, and measured against.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -25,12 +31,15 @@ class Task(ABC):
     Class attributes:
         name: as a recipe and a LoRA's metadata call it.
         options_class: its settings in a recipe, ``task.options``.
+        companions: the pictures that may lie beside a training picture, by name, such as a mask; what is not there, the
+            task draws.
         dropped: the parts of the conditions that the unconditional branch gets as zeros.
         reads_text: whether captions say what to make; where they don't, every caption is the empty one.
     """
 
     name: ClassVar[str]
     options_class: ClassVar[type[Section]] = NoOptions
+    companions: ClassVar[tuple[str, ...]] = ()
     dropped: ClassVar[tuple[str, ...]] = ()
     reads_text: ClassVar[bool] = True
 
@@ -42,14 +51,33 @@ class Task(ABC):
         """How many channels the network reads beside the noisy latent's C."""
 
     @abstractmethod
-    def conditions(self, images: Tensor, teacher: Teacher, generator: torch.Generator) -> Conditioning:
-        """The task's own conditions of a batch, beside those of its captions.
+    def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """The pictures, by name, that B samples are conditioned on beside their captions, each with B rows.
 
         Args:
             images: (B, 3, H, W) in [-1, 1], on the teacher's device.
-            teacher: encodes pictures.
+            companions: what lies beside every one of these pictures: (B, 3, H, W) in [-1, 1], masks (B, 1, H, W) in
+                0..1, which are called ``mask``.
             generator: on the CPU; the only source of randomness.
         """
+
+    @abstractmethod
+    def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
+        """What :meth:`draw` made, as the network reads it.
+
+        Args:
+            teacher: encodes pictures.
+        """
+
+    def conditions(
+        self,
+        images: Tensor,
+        teacher: Teacher,
+        generator: torch.Generator,
+        companions: Mapping[str, Tensor] | None = None,
+    ) -> Conditioning:
+        """The task's own conditions of a batch: drawn and encoded."""
+        return self.encode(self.draw(images, companions or {}, generator), teacher)
 
     def unconditional(self, conditioning: Conditioning, empty: Conditioning) -> Conditioning:
         """What guidance compares with; see :func:`~...flash_core.denoiser.unconditional_branch`."""
@@ -65,6 +93,10 @@ class TextToImage(Task):
         """None."""
         return 0
 
-    def conditions(self, images: Tensor, teacher: Teacher, generator: torch.Generator) -> Conditioning:
+    def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Nothing beside the captions."""
+        return {}
+
+    def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
         """Nothing beside the captions."""
         return Conditioning()

@@ -7,6 +7,7 @@ beside it. In use the face comes from elsewhere. Use it for pictures that one ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ...flash_core.denoiser import Conditioning
 from ..config import Section
 from .base import Task
-from .inpainting import inpainting_channels
+from .inpainting import inpainting_channels, masked_pictures
 
 if TYPE_CHECKING:
     from ..teachers.base import Teacher
@@ -48,17 +49,30 @@ class FaceSwap(Task):
     name = "face-swap"
     options_class: ClassVar[type[Section]] = FaceSwapOptions
     options: FaceSwapOptions
+    companions = ("mask", "identity")
     reads_text = False
 
     def extra_channels(self, latent_channels: int) -> int:
         """The mask and the latents of two pictures."""
         return 1 + 2 * latent_channels
 
-    def conditions(self, images: Tensor, teacher: Teacher, generator: torch.Generator) -> Conditioning:
-        """Mask each picture's face and show it, changed, beside."""
-        masks = self.face_masks(len(images), images.shape[-2:], generator).to(images)
-        faces = self.identity_pictures(images, generator)
-        return Conditioning(concat=face_swap_channels(images, masks, faces, teacher))
+    def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """``mask`` of the face, ``masked``, what it leaves, and ``identity``, the face itself, changed.
+
+        A mask or an identity (another picture of the same person) that lies beside the picture comes first.
+        """
+        masks = companions.get("mask")
+        if masks is None:
+            masks = self.face_masks(len(images), images.shape[-2:], generator).to(images)
+        faces = companions.get("identity")
+        if faces is None:
+            faces = self.identity_pictures(images, generator)
+        return {"mask": masks, "masked": masked_pictures(images, masks), "identity": faces}
+
+    def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
+        """The further channels."""
+        masked = inpainting_channels(drawn["masked"], drawn["mask"], teacher)
+        return Conditioning(concat=torch.cat([masked, teacher.encode(drawn["identity"])], dim=1))
 
     def unconditional(self, conditioning: Conditioning, empty: Conditioning) -> Conditioning:
         """The target without the identity."""
@@ -101,13 +115,3 @@ class FaceSwap(Task):
         strength, tint = (draw(-IDENTITY_COLOUR, IDENTITY_COLOUR, channels, 1, 1) for channels in (1, 3))
         gain = 1 + strength + tint / 2
         return (((moved + 1) * gain) - 1).clamp(-1, 1)
-
-
-def face_swap_channels(images: Tensor, masks: Tensor, faces: Tensor, teacher: Teacher) -> Tensor:
-    """The channels (B, 1 + 2 C, h, w): mask, masked target, identity.
-
-    Args:
-        images, faces: (B, 3, H, W) in [-1, 1].
-        masks: (B, 1, H, W), 1 where the face is.
-    """
-    return torch.cat([inpainting_channels(images, masks, teacher), teacher.encode(faces)], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -39,25 +40,37 @@ class Inpainting(Task):
     name = "inpainting"
     options_class: ClassVar[type[Section]] = InpaintingOptions
     options: InpaintingOptions
+    companions = ("mask",)
 
     def extra_channels(self, latent_channels: int) -> int:
         """The mask and the masked picture's latents: 5 for latents of 4."""
         return 1 + latent_channels
 
-    def conditions(self, images: Tensor, teacher: Teacher, generator: torch.Generator) -> Conditioning:
-        """Draw a mask for each picture and encode what it leaves."""
-        height, width = images.shape[-2:]
-        masks = random_masks(len(images), (height, width), self.options.masks, generator).to(images)
-        return Conditioning(concat=inpainting_channels(images, masks, teacher))
+    def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """``mask``, random where none lies beside the picture, and ``masked``, what it leaves."""
+        masks = companions.get("mask")
+        if masks is None:
+            height, width = images.shape[-2:]
+            masks = random_masks(len(images), (height, width), self.options.masks, generator).to(images)
+        return {"mask": masks, "masked": masked_pictures(images, masks)}
+
+    def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
+        """The further channels."""
+        return Conditioning(concat=inpainting_channels(drawn["masked"], drawn["mask"], teacher))
 
 
-def inpainting_channels(images: Tensor, masks: Tensor, teacher: Teacher) -> Tensor:
+def masked_pictures(images: Tensor, masks: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] with mid-grey where masks (B, 1, H, W) are above a half."""
+    return images * (masks < 0.5)
+
+
+def inpainting_channels(masked: Tensor, masks: Tensor, teacher: Teacher) -> Tensor:
     """The channels (B, 1 + C, h, w) of an inpainting model.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1].
+        masked: (B, 3, H, W) in [-1, 1], see :func:`masked_pictures`.
         masks: (B, 1, H, W), 1 where something is to be made.
     """
-    masked = teacher.encode(images * (masks < 0.5))  # 0 is mid-grey
-    small = F.interpolate(masks, masked.shape[-2:], mode="nearest")
-    return torch.cat([small, masked], dim=1)
+    latents = teacher.encode(masked)
+    small = F.interpolate(masks, latents.shape[-2:], mode="nearest")
+    return torch.cat([small, latents], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -62,19 +63,23 @@ class SuperResolution(Task):
         """The enlarged picture's latents, or the small picture's three colours."""
         return latent_channels if self.options.reads == "latent" else PIXEL_CHANNELS
 
-    def conditions(self, images: Tensor, teacher: Teacher, generator: torch.Generator) -> Conditioning:
-        """Degrade each picture, and bring what is left into the model's channels."""
+    def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """``small``, the degraded picture, and ``noise_level`` (B,) where the model is told it."""
         options = self.options
         small = degrade(images, options.scale, generator, blur=options.blur, noise=options.noise, jpeg=options.jpeg)
-        level = None
-        if options.noise_level is not None:
-            low, high = options.noise_level
-            level = torch.randint(low, high + 1, (len(small),), generator=generator).to(small.device)
-            noise = torch.randn(small.shape, generator=generator).to(small)
-            # The upscaler's own schedule for its input: Stable Diffusion's, whatever its denoiser's is.
-            small = VPProcess.from_betas().add_noise(small, noise, level)
-        if options.reads == "latent":
-            return Conditioning(concat=low_resolution_latents(small, images.shape[-2:], teacher), noise_level=level)
+        if options.noise_level is None:
+            return {"small": small}
+        low, high = options.noise_level
+        level = torch.randint(low, high + 1, (len(small),), generator=generator).to(small.device)
+        noise = torch.randn(small.shape, generator=generator).to(small)
+        # The upscaler's own schedule for its input: Stable Diffusion's, whatever its denoiser's is.
+        return {"small": VPProcess.from_betas().add_noise(small, noise, level), "noise_level": level}
+
+    def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
+        """The small picture in the model's channels."""
+        small, level = drawn["small"], drawn.get("noise_level")
+        if self.options.reads == "latent":
+            return Conditioning(concat=low_resolution_latents(small, teacher.resolution, teacher), noise_level=level)
         size = teacher.latent_shape[1:]
         if tuple(small.shape[-2:]) != tuple(size):
             raise UserError(

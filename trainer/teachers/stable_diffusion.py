@@ -18,34 +18,54 @@ from ..config import ModelSection
 from ..demo import TEACHER
 from ..errors import UserError
 from .base import Teacher
+from .control import Control
 from .denoiser import DiffusersDenoiser
 from .loading import Source
 
 
 class UNetDenoiser(DiffusersDenoiser):
-    """``UNet2DConditionModel`` conditioned on text, and on extra input channels where the model has them."""
+    """``UNet2DConditionModel`` conditioned on text, and on whatever else the model has been given an input for.
+
+    Attributes:
+        control: the frozen ControlNet or T2I-adapter that reads ``hint``, in every role; None without one.
+    """
 
     network: UNet2DConditionModel
+    control: Control | None = None
 
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's output (B, C, H, W)."""
+        """The UNet's output (B, C, H, W).
+
+        ``residuals`` are a ControlNet's: one for each connection across the UNet, and the middle's.
+        """
+        added = self.added_conditions(conditioning)
+        steered: dict[str, Any] = {}
         if conditioning.residuals:
-            raise ValueError("this family takes no adapter residuals")
+            steered["down_block_additional_residuals"] = conditioning.residuals[:-1]
+            steered["mid_block_additional_residual"] = conditioning.residuals[-1]
+        if conditioning.hint is not None:
+            if self.control is None or conditioning.residuals:
+                raise ValueError("a hint needs a ControlNet or T2I-adapter to read it, and no other residuals beside")
+            steered = self.control(z_t, t, conditioning, added)
+        if conditioning.image_tokens is not None:
+            added["image_embeds"] = [conditioning.image_tokens]
         if conditioning.concat is not None:
             z_t = torch.cat([z_t, conditioning.concat], dim=1)
         return self.network(
             z_t,
             t,
             encoder_hidden_states=conditioning.cross_attention,
-            added_cond_kwargs=self.added_conditions(conditioning),
+            class_labels=conditioning.noise_level,
+            added_cond_kwargs=added,
             return_dict=False,
+            **steered,
         )[0]
 
-    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
-        """What the UNet takes beside text."""
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the UNet takes beside text, under its own names."""
         if conditioning.vector is not None or conditioning.size_ids is not None:
             raise ValueError("this family takes text and extra input channels; a vector or size ids were given")
-        return None
+        return {}
 
     def feature_blocks(self) -> Sequence[nn.Module]:
         """All levels below the first: at full resolution hidden states are mostly the noise that came in."""

@@ -23,7 +23,7 @@ from .stable_diffusion import UNetDenoiser
 class SDXLDenoiser(UNetDenoiser):
     """A UNet on text, the pooled text (``vector``) and sizes (``size_ids``)."""
 
-    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor]:
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
         """The pooled text and the sizes, under the UNet's names for them."""
         if conditioning.vector is None or conditioning.size_ids is None:
             raise ValueError("SDXL is conditioned on a pooled text (vector) and on sizes (size_ids); give both")
