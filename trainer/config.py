@@ -16,8 +16,6 @@ from .errors import UserError
 if TYPE_CHECKING:  # flash_core brings torch, too heavy for a help text
     from ..flash_core.distiller import DistillerSettings, Phase
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
-
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -292,40 +290,6 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply ``key=value`` overrides.
-
-    Args:
-        name: a YAML file, or the name of a shipped recipe with or without ``.yaml``.
-        overrides: ``section.field=value``, the value in YAML; ``phases.0.updates=10`` reaches into lists.
-
-    Raises:
-        UserError: no such recipe, not YAML, or a field that does not fit; names the field, the value and what fits.
-    """
-    path = Path(name)
-    if not path.is_file():
-        shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-        if path.parent != Path() or not shipped.is_file():
-            raise UserError(
-                f"there is no recipe {name!r}: give a YAML file, or one of the shipped {', '.join(shipped_recipes())}"
-            )
-        path = shipped
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold sections such as 'model:' and 'data:', not {type(content).__name__}")
-    for override in overrides:
-        _apply_override(content, override)
-    return parse_recipe(content, str(path))
-
-
 def parse_recipe(content: dict[str, Any], where: str = "the recipe") -> Recipe:
     """Check a recipe's content.
 
@@ -385,34 +349,3 @@ def _description(loc: Sequence[Any]) -> str:
         return field.description
     nested = _section(names)
     return (nested.__doc__ or "").strip().rstrip(".") if nested else ""
-
-
-def _apply_override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set takes key=value, such as optimizer.lr=1e-4; got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not readable YAML: {error}") from error
-    *parents, last = key.strip().split(".")
-    node: Any = content
-    for depth, part in enumerate(parents):
-        if isinstance(node, list):
-            node = node[_position(node, part, override)]
-        else:
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        if not isinstance(node, (dict, list)):
-            raise UserError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-    if isinstance(node, list):
-        node[_position(node, last, override)] = value
-    else:
-        node[last] = value
-
-
-def _position(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise UserError(f"--set {override}: expected a position in 0..{len(items) - 1} instead of {part!r}")
-    return int(part)

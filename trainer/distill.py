@@ -6,7 +6,7 @@ import argparse
 import warnings
 from pathlib import Path
 
-from .config import load_recipe, shipped_recipes
+from .recipes import load_recipe, shipped_recipes
 from .tasks import TASKS
 from .teachers import FAMILIES
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from flash_diffusion.flash_core.distiller import PUBLISHED_PHASES, DistillerSettings
-from flash_diffusion.trainer.config import RECIPES, Recipe, Section, load_recipe, parse_recipe, shipped_recipes
+from flash_diffusion.trainer.config import Recipe, Section, parse_recipe
 from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.recipes import RECIPES, load_recipe, shipped_recipes
 
 
 def refusal(content: dict[str, Any]) -> str:
@@ -172,3 +173,30 @@ def test_the_resolved_recipe_reads_back_as_itself(recipe: Recipe) -> None:
 
 def test_the_digest_tells_recipes_apart(recipe_content: dict[str, Any]) -> None:
     assert parse_recipe(recipe_content).digest() != parse_recipe({**recipe_content, "seed": 1}).digest()
+
+
+def test_a_recipe_says_only_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("extends: sd15\nmethod: {guidance: [4, 5]}\nphases: [{updates: 7, name: a}]\n")
+    (tmp_path / "changed.yaml").write_text("extends: own.yaml\nphases: [{updates: 7, name: a, modes: [1, 0, 0, 0]}]\n")
+    recipe, base = load_recipe(str(tmp_path / "changed.yaml"), ["lora.rank=3"]), load_recipe("sd15")
+    assert recipe.method.guidance == (4, 5)
+    assert recipe.method.teacher_steps == base.method.teacher_steps
+    assert (recipe.updates, recipe.lora.rank, recipe.lora.targets) == (7, 3, base.lora.targets)
+    assert recipe.optimizer == base.optimizer
+    assert "extends" not in recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: own.yaml", "extends itself"),
+        ("extends: missing", "there is no recipe 'missing'"),
+        ("extends: ../missing.yaml", "there is no recipe"),
+        ("extends: 3", "should be a YAML file or the name of a shipped recipe, not 3"),
+    ],
+)
+def test_what_a_recipe_extends_is_there_and_not_itself(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(path))

@@ -22,8 +22,9 @@ from flash_diffusion.flash_core.distiller import PUBLISHED_PHASES, Distiller, Di
 from flash_diffusion.flash_core.grid import trailing_fractions
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.trainer.assembly import add_adapters, assemble
-from flash_diffusion.trainer.config import RECIPES, ModelSection, load_recipe, parse_recipe
+from flash_diffusion.trainer.config import ModelSection, parse_recipe
 from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.recipes import RECIPES, load_recipe
 from flash_diffusion.trainer.teachers import family as teacher_of
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher

@@ -23,10 +23,11 @@ from flash_diffusion.flash_core.denoiser import predict_z0
 from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
-from flash_diffusion.trainer.config import ModelSection, load_recipe, parse_recipe
+from flash_diffusion.trainer.config import ModelSection, parse_recipe
 from flash_diffusion.trainer.generate import decode_pictures
 from flash_diffusion.trainer.loop import Run, distil
 from flash_diffusion.trainer.plan import print_plan
+from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.teachers import load_teacher
 
 from ..families.pipelines_dit import save_pipeline

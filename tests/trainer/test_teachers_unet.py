@@ -32,10 +32,11 @@ from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.assembly import assemble
-from flash_diffusion.trainer.config import ModelSection, load_recipe, parse_recipe
+from flash_diffusion.trainer.config import ModelSection, parse_recipe
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.loop import Run
 from flash_diffusion.trainer.plan import print_plan
+from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.teachers import family as family_class
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
