@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +217,13 @@ class Brightness(Task):
     def extra_channels(self, latent_channels: int) -> int:
         return 2
 
-    def conditions(self, images: torch.Tensor, teacher: Teacher, generator: torch.Generator) -> Conditioning:
-        means = images.mean((1, 2, 3))
-        both = torch.stack([means, torch.rand(len(images), generator=generator)], 1)
-        return Conditioning(concat=both[:, :, None, None].expand(-1, -1, 8, 8))
+    def draw(
+        self, images: torch.Tensor, companions: Mapping[str, torch.Tensor], generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        return {"both": torch.stack([images.mean((1, 2, 3)), torch.rand(len(images), generator=generator)], 1)}
+
+    def encode(self, drawn: Mapping[str, torch.Tensor], teacher: Teacher) -> Conditioning:
+        return Conditioning(concat=drawn["both"][:, :, None, None].expand(-1, -1, 8, 8))
 
 
 def test_each_picture_keeps_its_variants_of_the_tasks_conditions(tiny_model: Path, pictures: Path) -> None:

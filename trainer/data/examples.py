@@ -13,7 +13,7 @@ from torch import Tensor
 from ...flash_core.denoiser import Conditioning
 from ..config import DataSection
 from ..seeds import stream
-from .sources import Sample, read_samples, to_tensor
+from .sources import Sample, read_samples, to_mask, to_tensor
 
 if TYPE_CHECKING:
     from ..tasks.base import Task
@@ -75,11 +75,13 @@ def encode_examples(data: DataSection, teacher: Teacher, task: Task, variants: i
     latents: list[Tensor] = []
     captions: list[str] = []
     conditions: list[Conditioning] = []
-    for samples in _batches(read_samples(data), data.encode_batch):
+    for samples in _batches(read_samples(data, task.companions), data.encode_batch):
         images = torch.stack([to_tensor(sample.image, teacher.resolution) for sample in samples]).to(teacher.device)
         latents.append(teacher.encode(images).cpu())
         captions.extend(sample.caption if task.reads_text else "" for sample in samples)
-        conditions.append(task.conditions(images.repeat_interleave(variants, 0), teacher, generator).to("cpu"))
+        beside = {name: value.repeat_interleave(variants, 0) for name, value in _companions(samples, teacher).items()}
+        repeated = images.repeat_interleave(variants, 0)
+        conditions.append(task.conditions(repeated, teacher, generator, beside).to("cpu"))
     distinct = list(dict.fromkeys(captions))
     parts = [
         teacher.encode_prompts(distinct[first : first + data.encode_batch]).to("cpu")
@@ -94,6 +96,15 @@ def encode_examples(data: DataSection, teacher: Teacher, task: Task, variants: i
         Conditioning.cat(conditions),
         variants,
     )
+
+
+def _companions(samples: list[Sample], teacher: Teacher) -> dict[str, Tensor]:
+    """What lies beside every one of the pictures, as tasks take it, each framed as the pictures are."""
+    found: dict[str, Tensor] = {}
+    for name in samples[0].companions:
+        frame = to_mask if name == "mask" else to_tensor
+        found[name] = torch.stack([frame(sample.companions[name], teacher.resolution) for sample in samples])
+    return {name: value.to(teacher.device) for name, value in found.items()}
 
 
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:

@@ -1,14 +1,15 @@
 """Pictures with captions, one after the other in a fixed order: a folder, WebDataset shards, or the demo's shard.
 
-Nothing is extracted to disk: a shard's members are read from its bytes, whatever paths they claim to have.
+Beside a picture others may lie that a task reads, its companions: ``0001.mask.png`` beside ``0001.png``. Nothing is
+extracted to disk: a shard's members are read from its bytes, whatever paths they claim to have.
 """
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from ..errors import UserError
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+COMPANIONS = ("mask", "identity", "hint")  # pictures that lie beside others, and are no samples themselves
+SAME_SIZE = ("mask", "hint")  # those that belong to their picture pixel by pixel
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Sample:
     Attributes:
         name: where it came from, for messages.
         image: RGB; transparency is laid on white.
+        companions: RGB pictures beside it, by name; those that were asked for and are there.
     """
 
     name: str
     image: Image.Image
     caption: str
+    companions: Mapping[str, Image.Image] = field(default_factory=dict)
 
 
 def check_source(data: DataSection) -> None:
@@ -49,17 +54,24 @@ def check_source(data: DataSection) -> None:
     next(read_samples(data), None)
 
 
-def read_samples(data: DataSection) -> Iterator[Sample]:
+def read_samples(data: DataSection, companions: Sequence[str] = ()) -> Iterator[Sample]:
     """The samples a recipe names, in a fixed order.
 
+    Args:
+        companions: the names of those that are read, of ``COMPANIONS``; every sample has one, or none has.
+
     Raises:
-        UserError: nothing there, an image without a caption, or an unreadable image; names the file.
+        UserError: nothing there, an image without a caption, an unreadable image, or a companion that some lack or that
+            has another size than its picture; names the file.
     """
     if data.source == "demo":
         samples = _demo()
     else:
         assert data.path is not None  # the recipe was checked
-        samples = _folder(data.path) if data.source == "folder" else _webdataset(_shards(data.path))
+        read = (
+            _folder(data.path, companions) if data.source == "folder" else _webdataset(_shards(data.path), companions)
+        )
+        samples = _checked(read, companions)
     return islice(samples, data.limit)
 
 
@@ -76,6 +88,11 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def to_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A mask (1, H, W) in 0..1, framed as :func:`to_tensor` frames the picture it belongs to; white is 1."""
+    return to_tensor(image.convert("L").convert("RGB"), size)[:1] / 2 + 0.5
+
+
 def _demo() -> Iterator[Sample]:
     """Every picture under its name ("fox") and under the caption it shares ("animal face"): the teacher knows both."""
     pictures = load_pictures()
@@ -85,10 +102,41 @@ def _demo() -> Iterator[Sample]:
             yield Sample(f"{caption.code} of the demo", image, text)
 
 
-def _folder(folder: Path) -> Iterator[Sample]:
+def _checked(samples: Iterator[Sample], companions: Sequence[str]) -> Iterator[Sample]:
+    """The same samples; what lies beside one must lie beside all, and fit."""
+    first: Sample | None = None
+    for sample in samples:
+        first = first or sample
+        for name in companions:
+            if (name in sample.companions) != (name in first.companions):
+                lacking, having = (sample, first) if name in first.companions else (first, sample)
+                raise UserError(
+                    f"{lacking.name} has no {name} picture beside it, and {having.name} has one; give every picture "
+                    f"its .{name}.png, or none, and the task draws its own"
+                )
+        for name in SAME_SIZE:
+            if name in sample.companions and sample.companions[name].size != sample.image.size:
+                width, height = sample.companions[name].size
+                raise UserError(
+                    f"the {name} beside {sample.name} has {width} x {height} pixels, and the picture "
+                    f"{sample.image.width} x {sample.image.height}; they belong together pixel by pixel, so make them "
+                    "the same size"
+                )
+        yield sample
+
+
+def _folder(folder: Path, companions: Sequence[str]) -> Iterator[Sample]:
     if not folder.is_dir():
         raise UserError(f"data.path: there is no folder {folder}")
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
+    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
+    beside = {path.stem: path for path in pictures if Path(path.stem).suffix.lstrip(".") in COMPANIONS}
+    images = [path for path in pictures if path.stem not in beside]
+    if alone := beside.keys() - {f"{path.stem}.{name}" for path in images for name in COMPANIONS}:
+        lost = beside[min(alone)]
+        raise UserError(
+            f"{lost} is called as what lies beside a picture ({', '.join(COMPANIONS)}), but there is no picture "
+            f"{Path(lost.stem).stem}.*; rename it, or put it beside its picture"
+        )
     if not images:
         raise UserError(
             f"data.path: no images in {folder}; expected {', '.join(IMAGE_SUFFIXES)} with a .txt caption beside each"
@@ -97,7 +145,13 @@ def _folder(folder: Path) -> Iterator[Sample]:
         caption = path.with_suffix(".txt")
         if not caption.is_file():
             raise UserError(f"{path} has no caption; write one into {caption.name} beside it (an empty file is fine)")
-        yield Sample(str(path), _decode(path.read_bytes(), str(path)), _text(caption.read_bytes(), str(caption)))
+        found = {name: beside[f"{path.stem}.{name}"] for name in companions if f"{path.stem}.{name}" in beside}
+        yield Sample(
+            str(path),
+            _decode(path.read_bytes(), str(path)),
+            _text(caption.read_bytes(), str(caption)),
+            {name: _decode(other.read_bytes(), str(other)) for name, other in found.items()},
+        )
 
 
 def _shards(path: Path) -> list[Path]:
@@ -111,7 +165,7 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def _webdataset(shards: list[Path]) -> Iterator[Sample]:
+def _webdataset(shards: list[Path], companions: Sequence[str]) -> Iterator[Sample]:
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"data: there is no shard {shard}")
@@ -124,19 +178,30 @@ def _webdataset(shards: list[Path]) -> Iterator[Sample]:
         try:
             for record in dataset:
                 name = f"{record['__key__']} in {shard.name}"
-                suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in record), None)
-                if suffix is None:
+                picture = _member(record)
+                if picture is None:
                     continue
                 if "txt" not in record:
                     raise UserError(f"{name} has no caption; expected a .txt beside the image")
                 found = True
-                yield Sample(name, _decode(record[suffix], name), _text(record["txt"], name))
+                beside = {
+                    companion: _decode(content, f"the {companion} of {name}")
+                    for companion in companions
+                    if (content := _member(record, companion)) is not None
+                }
+                yield Sample(name, _decode(picture, name), _text(record["txt"], name), beside)
         except (tarfile.TarError, EOFError, OSError) as error:
             raise UserError(f"the shard {shard} can't be read ({error}); it may be truncated or no tar file") from error
         if not found:
             raise UserError(
                 f"the shard {shard} holds no images; expected {', '.join(IMAGE_SUFFIXES)} with .txt captions"
             )
+
+
+def _member(record: Mapping[str, bytes], companion: str | None = None) -> bytes | None:
+    """A record's picture, or a companion of it: ``png``, ``mask.png``."""
+    keys = (suffix if companion is None else f"{companion}.{suffix}" for suffix in IMAGE_SUFFIXES)
+    return next((record[key] for key in keys if key in record), None)
 
 
 def _decode(content: bytes, name: str) -> Image.Image:

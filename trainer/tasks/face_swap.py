@@ -19,7 +19,9 @@ from torch import Tensor
 from ...flash_core.denoiser import Conditioning
 from ..config import Section
 from .base import Task
-from .inpainting import inpainting_channels, masked_pictures
+from .figures import Figure, Scene
+from .inpainting import black_and_white, inpainting_channels, masked_pictures, put_back
+from .scores import cosine, distance, psnr, seam
 
 if TYPE_CHECKING:
     from ..teachers.base import Teacher
@@ -51,6 +53,51 @@ class FaceSwap(Task):
     options: FaceSwapOptions
     companions = ("mask", "identity")
     reads_text = False
+    figures = (
+        Figure(
+            "identity",
+            "Identity",
+            "identity",
+            "How near the made face is to the source’s, seen from the target’s own: of the distances of its features to "
+            "both, the own’s share. 1 is the source’s face, 0 the target’s own, 0.5 neither.",
+            higher_is_better=True,
+        ),
+        Figure(
+            "source",
+            "Likeness to the source’s face",
+            "source",
+            "Cosine between the features of the made face and of the source’s.",
+            higher_is_better=True,
+            judged=False,
+        ),
+        Figure(
+            "own",
+            "Likeness to the target’s own face",
+            "own",
+            "Cosine between the features of the made face and of the one that was masked; above the likeness to the "
+            "source, nothing was swapped.",
+            higher_is_better=False,
+            judged=False,
+        ),
+        Figure(
+            "outside",
+            "Preservation of the target",
+            "outside",
+            "PSNR of the model’s picture to the target where nothing was masked, before it is put back; put back, those "
+            "pixels are the target’s own.",
+            higher_is_better=True,
+            unit="dB",
+        ),
+        Figure(
+            "seam",
+            "Seam visibility",
+            "seam",
+            "How much steeper colours change across the mask’s border, in the face put back, than near it in the "
+            "target. 1 is no seam.",
+            higher_is_better=False,
+        ),
+    )
+    demo_captions = ("smiley face", "animal face", "cartoon cat")
 
     def extra_channels(self, latent_channels: int) -> int:
         """The mask and the latents of two pictures."""
@@ -64,6 +111,7 @@ class FaceSwap(Task):
         masks = companions.get("mask")
         if masks is None:
             masks = self.face_masks(len(images), images.shape[-2:], generator).to(images)
+        masks = black_and_white(masks)
         faces = companions.get("identity")
         if faces is None:
             faces = self.identity_pictures(images, generator)
@@ -82,6 +130,44 @@ class FaceSwap(Task):
         latent_channels = (concat.shape[1] - 1) // 2
         concat[:, -latent_channels:] = 0
         return replace(branch, concat=concat)
+
+    def draw_for_evaluation(
+        self, images: Tensor, others: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A real swap: the identity is that of another picture, whatever lies beside the target."""
+        beside = {name: picture for name, picture in companions.items() if name != "identity"}
+        drawn = self.draw(images, beside, generator)
+        return {**drawn, "identity": self.draw(others, {}, generator)["identity"]}
+
+    def finished(self, made: Tensor, scene: Scene) -> Tensor:
+        """The face put back onto its head."""
+        return put_back(made, scene)
+
+    def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
+        """Whose face it is, and what became of the rest."""
+        result = put_back(made, scene)
+        face, source, own = (scene.look(self.faces(images)) for images in (result, scene.others, scene.originals))
+        from_source, from_own = distance(face, source), distance(face, own)
+        return {
+            "identity": from_own / (from_own + from_source).clamp(min=1e-12),
+            "source": cosine(face, source),
+            "own": cosine(face, own),
+            "outside": psnr(made, scene.originals, scene.drawn["mask"] < 0.5),
+            "seam": seam(result, scene.originals, scene.drawn["mask"]),
+        }
+
+    def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The masked target and the source's face."""
+        return {"target": drawn["masked"] / 2 + 0.5, "identity": (drawn["identity"] / 2 + 0.5).clamp(0, 1)}
+
+    def faces(self, images: Tensor) -> Tensor:
+        """The box around the face's place in pictures (B, 3, H, W), filling the frame."""
+        theta = torch.zeros(len(images), 2, 3).to(images)
+        for axis in (0, 1):
+            theta[:, axis, axis] = 2 * self.options.radius[axis]
+            theta[:, axis, 2] = 2 * self.options.centre[axis] - 1
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
 
     def face_masks(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Ellipses (B, 1, H, W) around the faces' place, each a little different."""

@@ -13,7 +13,9 @@ from torch import Tensor
 from ...flash_core.denoiser import Conditioning
 from ..config import Section
 from .base import Task
+from .figures import PERCEPTUAL, Figure, Scene
 from .masks import MaskKind, random_masks
+from .scores import distance, psnr, seam
 
 if TYPE_CHECKING:
     from ..teachers.base import Teacher
@@ -41,6 +43,35 @@ class Inpainting(Task):
     options_class: ClassVar[type[Section]] = InpaintingOptions
     options: InpaintingOptions
     companions = ("mask",)
+    figures = (
+        Figure(
+            "features",
+            "Feature distance of the masked region",
+            "features",
+            "Distance from the original to the feature network, of the result put back into the picture: the two differ "
+            "under the mask alone. Many fillings are right, so the teacher’s own is the yardstick, not 0.",
+            higher_is_better=False,
+        ),
+        PERCEPTUAL,
+        Figure(
+            "seam",
+            "Seam visibility",
+            "seam",
+            "How much steeper colours change across the mask’s border, in the result put back, than near it in the "
+            "original. 1 is no seam.",
+            higher_is_better=False,
+        ),
+        Figure(
+            "outside",
+            "PSNR outside the mask",
+            "outside",
+            "Of the model’s picture before it is put back, to the original where nothing was masked. Put back, those "
+            "pixels are the original’s own, bit by bit; this says how far what surrounds the filling was understood.",
+            higher_is_better=True,
+            unit="dB",
+        ),
+    )
+    many_answers = True
 
     def extra_channels(self, latent_channels: int) -> int:
         """The mask and the masked picture's latents: 5 for latents of 4."""
@@ -52,11 +83,37 @@ class Inpainting(Task):
         if masks is None:
             height, width = images.shape[-2:]
             masks = random_masks(len(images), (height, width), self.options.masks, generator).to(images)
+        masks = black_and_white(masks)
         return {"mask": masks, "masked": masked_pictures(images, masks)}
 
     def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
         """The further channels."""
         return Conditioning(concat=inpainting_channels(drawn["masked"], drawn["mask"], teacher))
+
+    def finished(self, made: Tensor, scene: Scene) -> Tensor:
+        """The result put back: the original's pixels where nothing was masked."""
+        return put_back(made, scene)
+
+    def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
+        """Of the result put back, and of what the model made of the rest."""
+        result, mask = put_back(made, scene), scene.drawn["mask"]
+        found = {
+            "features": distance(scene.look(result), scene.look(scene.originals)),
+            "seam": seam(result, scene.originals, mask),
+            "outside": psnr(made, scene.originals, mask < 0.5),
+        }
+        if scene.perceptual is not None:
+            found["lpips"] = scene.perceptual(result, scene.originals)
+        return found
+
+    def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is left of the picture."""
+        return {"masked": drawn["masked"] / 2 + 0.5}
+
+
+def black_and_white(masks: Tensor) -> Tensor:
+    """Masks of 0 and 1 from those in 0..1, as the stock pipelines make them: a half counts as masked."""
+    return (masks >= 0.5).to(masks)
 
 
 def masked_pictures(images: Tensor, masks: Tensor) -> Tensor:
@@ -74,3 +131,8 @@ def inpainting_channels(masked: Tensor, masks: Tensor, teacher: Teacher) -> Tens
     latents = teacher.encode(masked)
     small = F.interpolate(masks, latents.shape[-2:], mode="nearest")
     return torch.cat([small, latents], dim=1)
+
+
+def put_back(made: Tensor, scene: Scene) -> Tensor:
+    """Made pictures under the mask, the originals elsewhere, in [0, 1]."""
+    return torch.where(scene.drawn["mask"] >= 0.5, made, scene.originals)

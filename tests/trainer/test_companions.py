@@ -1,0 +1,171 @@
+"""Pictures beside pictures: masks, identities and hints, from a folder and from shards to the task."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flash_diffusion.flash_core.denoiser import Conditioning
+from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
+from flash_diffusion.trainer.data.examples import encode_examples
+from flash_diffusion.trainer.data.sources import read_samples, to_mask, to_tensor
+from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.tasks import build_task
+from flash_diffusion.trainer.tasks.base import NoOptions, Task
+from flash_diffusion.trainer.teachers import load_teacher
+from flash_diffusion.trainer.teachers.base import Teacher
+
+SIZE = (96, 64)  # (width, height): what is cut at the sides must be cut alike
+
+
+class Looks(Task):
+    """Keeps what it was given."""
+
+    name = "looks"
+    companions = ("mask", "identity", "hint")
+
+    def __init__(self) -> None:
+        super().__init__(NoOptions())
+        self.seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def extra_channels(self, latent_channels: int) -> int:
+        return 0
+
+    def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        self.seen.append((images, dict(companions)))
+        return {"images": images}
+
+    def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
+        return Conditioning(noise_level=torch.zeros(len(drawn["images"])))
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Path) -> Teacher:
+    return load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
+
+
+def noise(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def write(folder: Path, count: int = 3, beside: tuple[str, ...] = ("mask", "identity", "hint")) -> Path:
+    """Random pictures; the mask and the hint of each hold the picture itself, so that framing can be seen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        picture = noise(index)
+        picture.save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"number {index}")
+        for name in beside:
+            other = {"mask": picture.convert("L"), "hint": picture, "identity": noise(50 + index, (40, 80))}[name]
+            other.save(folder / f"{index}.{name}.png")
+    return folder
+
+
+def shard(path: Path, folder: Path) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.iterdir()):
+            info = tarfile.TarInfo(file.name)
+            info.size = file.stat().st_size
+            tar.addfile(info, io.BytesIO(file.read_bytes()))
+    return path
+
+
+def section(path: Path, **fields: Any) -> DataSection:
+    source = "folder" if path.is_dir() else "webdataset"
+    return DataSection.model_validate({"source": source, "path": path, **fields})
+
+
+@pytest.fixture(params=["folder", "shard"])
+def data(request: pytest.FixtureRequest, tmp_path: Path) -> DataSection:
+    folder = write(tmp_path / "pictures")
+    return section(folder if request.param == "folder" else shard(tmp_path / "a.tar", folder))
+
+
+def test_companions_are_no_samples_and_come_when_asked_for(data: DataSection) -> None:
+    assert [sample.caption for sample in read_samples(data)] == ["number 0", "number 1", "number 2"]
+    assert all(not sample.companions for sample in read_samples(data))
+    for index, sample in enumerate(read_samples(data, ("mask", "identity"))):
+        assert set(sample.companions) == {"mask", "identity"}
+        assert np.array_equal(np.asarray(sample.companions["identity"]), np.asarray(noise(50 + index, (40, 80))))
+
+
+@torch.no_grad()
+def test_what_belongs_to_a_picture_is_framed_as_it_is(data: DataSection, teacher: Teacher) -> None:
+    looks = Looks()
+    examples = encode_examples(data.model_copy(update={"encode_batch": 2}), teacher, looks, variants=2)
+    assert len(examples) == 6
+    images = torch.cat([images for images, _ in looks.seen])
+    beside = {name: torch.cat([other[name] for _, other in looks.seen]) for name in looks.companions}
+    assert images.shape == beside["identity"].shape == (6, 3, 64, 64)
+    assert beside["mask"].shape == (6, 1, 64, 64)
+    assert torch.equal(beside["hint"], images)
+    # ITU-R 601-2's luma, which is what Pillow's grey is.
+    grey = (images * torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdim=True) / 2 + 0.5
+    torch.testing.assert_close(beside["mask"], grey, atol=2 / 255, rtol=0)
+    assert torch.equal(beside["identity"][2], to_tensor(noise(51, (40, 80)), (64, 64)))
+    assert torch.equal(beside["identity"][2], beside["identity"][3])
+
+
+def test_a_mask_is_white_where_it_is_1() -> None:
+    half = Image.new("RGB", (32, 16), "black")
+    half.paste("white", (16, 0, 32, 16))
+    mask = to_mask(half, (16, 32))
+    assert torch.equal(mask[..., :15], torch.zeros(1, 16, 15))
+    assert torch.equal(mask[..., 17:], torch.ones(1, 16, 15))
+
+
+def test_half_of_them_is_an_error_that_names_the_one_without(data: DataSection) -> None:
+    assert data.path is not None
+    folder = data.path if data.source == "folder" else data.path.parent / "pictures"
+    (folder / "1.mask.png").unlink()
+    if data.source == "webdataset":
+        shard(data.path, folder)
+    with pytest.raises(UserError, match=r"1(\.png)?( in a\.tar)? has no mask picture beside it, and .*0"):
+        list(read_samples(data, ("mask",)))
+    assert len(list(read_samples(data, ("identity",)))) == 3
+    (folder / "0.mask.png").unlink()
+    if data.source == "webdataset":
+        shard(data.path, folder)
+    with pytest.raises(UserError, match=r"0(\.png)?( in a\.tar)? has no mask picture beside it, and .*2"):
+        list(read_samples(data, ("mask",)))
+
+
+@pytest.mark.parametrize("name", ["mask", "hint"])
+def test_another_size_is_an_error_that_names_both(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "pictures")
+    noise(9, (20, 10)).save(folder / f"2.{name}.png")
+    with pytest.raises(UserError, match=rf"the {name} beside .*2\.png has 20 x 10 pixels, and the picture 96 x 64"):
+        list(read_samples(section(folder), ("mask", "hint")))
+
+
+def test_a_companion_of_nothing_and_a_broken_one_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "pictures")
+    (folder / "1.identity.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1\.identity\.png is not a readable image"):
+        list(read_samples(section(folder), ("identity",)))
+    noise(0).save(folder / "9.mask.png")
+    with pytest.raises(UserError, match=r"9\.mask\.png .* there is no picture 9\.\*"):
+        list(read_samples(section(folder)))
+
+
+@torch.no_grad()
+def test_inpainting_and_face_swap_take_what_lies_beside(teacher: Teacher) -> None:
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    mask, identity = torch.rand(2, 1, 64, 64), torch.rand(2, 3, 64, 64) * 2 - 1
+    drawn = build_task(TaskSection(name="inpainting")).draw(images, {"mask": mask}, torch.Generator())
+    assert torch.equal(drawn["mask"], (mask >= 0.5).float())
+    assert torch.equal(drawn["masked"], torch.where(mask >= 0.5, 0.0, images))
+    swap = build_task(TaskSection(name="face-swap"))
+    drawn = swap.draw(images, {"mask": mask, "identity": identity}, torch.Generator())
+    assert torch.equal(drawn["mask"], (mask >= 0.5).float())
+    assert torch.equal(drawn["identity"], identity)
