@@ -30,6 +30,7 @@ from ..flash_core.task_adapter import TaskAdapter, read_task_adapter, with_task_
 DEMO = Path(__file__).resolve().parent.parent / "trainer" / "demo"
 TEACHER = DEMO / "teacher"
 SHIPPED_LORAS = DEMO / "lora"
+SHIPPED_ADAPTERS = DEMO / "control"
 TASK_ADAPTERS = DEMO / "tasks"
 TEXT_TO_IMAGE = "text-to-image"
 

@@ -20,6 +20,7 @@ NODES = {
     "FlashCompare",
     "FlashConcatConditioning",
     "FlashDemoModels",
+    "FlashFaceSwapPrepare",
     "FlashInpaintPrepare",
     "FlashInpaintStitch",
     "FlashLoraLoader",
