@@ -88,7 +88,7 @@ def evaluate(
         "environment": environment(generator.device),
         "pictures": {
             "prompts": [samples.prompts[row] for row in shown],
-            "files": {run.name: save_pictures(result.pictures, output, run) for run, result in results.items()},
+            "files": {run.name: save_pictures(result.pictures, output, run.name) for run, result in results.items()},
         },
     }
     (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -180,11 +180,11 @@ def targets(records: Sequence[dict[str, Any]], floor: float) -> list[dict[str, A
     return found
 
 
-def save_pictures(pictures: Tensor, output: Path, run: Run) -> list[str]:
-    """Write (K, 3, H, W) pictures in [0, 1] as lossless WebP; returns their paths inside ``output``."""
+def save_pictures(pictures: Tensor, output: Path, name: str) -> list[str]:
+    """Write a run's pictures (K, 3, H, W) in [0, 1] as lossless WebP; returns their paths inside ``output``."""
     from PIL import Image
 
-    folder = Path("pictures") / run.name.replace(",", "").replace(" ", "-")
+    folder = Path("pictures") / name.replace(",", "").replace(" ", "-")
     (output / folder).mkdir(parents=True, exist_ok=True)
     names = []
     for index, picture in enumerate(pictures):

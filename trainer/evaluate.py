@@ -1,6 +1,7 @@
-"""`flash-diffusion evaluate`: two questions about a student, each with its report.
+"""`flash-diffusion evaluate`: three questions about a student, each with its report.
 
 - How close do its few steps come to its teacher's many? (`comparison.py`; needs no data, and is the default)
+- How well does it inpaint, enlarge, swap faces, follow edges? (`task_comparison.py`; `--task`, or a run's own)
 - What are its FID and CLIP score on COCO, as the papers print them? (`zero_shot.py`; `--protocol`)
 """
 
@@ -22,17 +23,32 @@ from .measure import FEW_STEPS, Evaluation, Options, progress_bar
 from .metrics import frechet_distance
 from .protocols import PROTOCOLS
 from .reference import fingerprint
+from .task_evaluate import (
+    SAMPLES,
+    TEXT_TO_IMAGE,
+    add_task_arguments,
+    check_lora_task,
+    check_teacher,
+    evaluate_task,
+    follow_run,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .config import ModelSection
+    from .tasks.base import Task
     from .teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
 DEMO_REFERENCE = ROOT / REFERENCE
-EPILOG = """With --protocol, FID and CLIP score on COCO instead:
+EPILOG = """With --task, the task's own figures; a run's folder says what it was:
+
+  flash-diffusion evaluate --task inpainting --lora out/inpainting/lora.safetensors --output out/inpainting-report
+  flash-diffusion evaluate --run out/inpainting --output out/inpainting-report
+
+With --protocol, FID and CLIP score on COCO instead:
 
   flash-diffusion evaluate --protocol coco2017-5k --coco /data/coco --family sd15 --teacher /models/sd15 \\
       --lora lora.safetensors --output out/coco --runs student:4 student:2 teacher:25:7.5
@@ -51,7 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", help="diffusers folder, Hub name or single checkpoint (default: the embedded demo)")
     add("--family", default="demo", help="the teacher's model family (default: %(default)s)")
     add("--output", type=Path, default=Path("out/evaluation"), help="folder (default: %(default)s)")
-    add("--samples", type=int, help=f"pictures a run (default: {defaults.samples}; with --protocol: the protocol's)")
+    add(
+        "--samples",
+        type=int,
+        help=f"pictures a run (default: {defaults.samples}; with --task: {SAMPLES}; with --protocol: the protocol's)",
+    )
     add(
         "--prompts",
         type=Path,
@@ -72,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--resolution", type=int, help="of the pictures in pixels (default: the model's own)")
 
+    add_task_arguments(parser)
     group = parser.add_argument_group("comparison with the teacher")
     add = group.add_argument
     add("--features", type=Path, default=FEATURES, help="the feature network (default: the demo's)")
@@ -138,8 +159,12 @@ def run(args: argparse.Namespace) -> int:
     from .report import print_report, write_report
 
     console = Console()
+    follow_run(args)
     check(args)
-    done = compare(args, console) if args.protocol is None else measure_on_coco(args, console)
+    if args.protocol is not None:
+        done = measure_on_coco(args, console)
+    else:
+        done = compare(args, console) if args.task == TEXT_TO_IMAGE else evaluate_task(args, console)
     if done:
         page = write_report(args.output, args.log or (args.lora.with_name("log.jsonl") if args.lora else None))
         print_report(args.output, page, console)
@@ -157,11 +182,30 @@ def check(args: argparse.Namespace) -> None:
     if args.protocol is None:
         if args.coco is not None or args.runs is not None:
             raise UserError("--coco and --runs belong to a --protocol; expected one of " + ", ".join(PROTOCOLS))
+        check_task(args)
         return
+    if args.task != TEXT_TO_IMAGE:
+        raise UserError(f"--protocol measures text-to-image, not --task {args.task}; give one of the two")
     if args.coco is None:
         raise UserError(f"--protocol {args.protocol} needs --coco, the folder of COCO's annotations and pictures")
     if args.lora is None and any(run.role == "student" for run in args.runs or ()):
         raise UserError("--runs names a student, but there is no --lora; expected the LoRA, or teacher runs alone")
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """Raise a :class:`UserError` for options that belong to other tasks."""
+    from .tasks import TASKS
+
+    if args.task not in TASKS:
+        raise UserError(f"--task: there is no task {args.task!r}; expected one of {', '.join(TASKS)}")
+    if args.task != TEXT_TO_IMAGE:
+        taken = {"prompts": args.prompts, "reference": args.reference, "make-reference": args.make_reference or None}
+        where = "text-to-image: a task's captions come with --data, and its reference is made anew"
+    else:
+        taken = {"data": args.data, "task-options": args.task_options or None, "vgg": args.vgg}
+        where = "conditional tasks; name one with --task"
+    if given := [f"--{name}" for name, value in taken.items() if value is not None]:
+        raise UserError(f"{' and '.join(given)}: these are options of {where}")
 
 
 def compare(args: argparse.Namespace, console: Console) -> bool:
@@ -259,19 +303,31 @@ def pick_device(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_generator(args: argparse.Namespace, device: str) -> tuple[Teacher, str, str | None]:
-    """The teacher with the student's LoRA on it, the fingerprint of the teacher's weights, and the student's title."""
+def load_generator(args: argparse.Namespace, device: str, task: Task | None = None) -> tuple[Teacher, str, str | None]:
+    """The teacher with the student's LoRA on it, the fingerprint of the teacher's weights, and the student's title.
+
+    Args:
+        task: what both are evaluated on, where it is not text alone.
+
+    Raises:
+        UserError: the model does not read what the task gives it, or the LoRA is for another task.
+    """
     from ..flash_core.lora import read_lora
     from .teachers import load_teacher
 
     teacher = load_teacher(model_section(args), device, args.resolution)
     folder = Path(args.teacher) if args.teacher else DEMO_TEACHER
+    if task is not None:
+        check_teacher(task, teacher)
     weights = fingerprint(folder) if folder.is_dir() and not args.model else teacher.weights_hash()
     if args.lora is None:
         return teacher, weights, None
     lora = read_lora(args.lora)
+    if task is not None:
+        check_lora_task(lora, args.lora, task.name)
     made_for = lora.metadata.teacher_hash if lora.metadata is not None else ""
-    if made_for and made_for != teacher.weights_hash():
+    trained_for_it = task is None or (lora.metadata is not None and lora.metadata.task == task.name)
+    if trained_for_it and made_for and made_for != teacher.weights_hash():
         logger.warning("%s was distilled from a teacher with other weights than %s.", args.lora, teacher.name)
     teacher.denoiser.load_adapter("student", lora.modules)
     return teacher, weights, lora.metadata.title if lora.metadata is not None else args.lora.stem

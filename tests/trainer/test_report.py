@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
         scores = {"fd": fd, "kid": fd / 100, "paired": index / 10, "prompt_accuracy": 0.5, "diversity": 1.5}
         facts = {"name": run.name, "steps": run.steps, "guidance": run.guidance, "nfe": run.nfe}
         records.append(facts | scores | {"seconds_per_image": run.nfe / 100})
-        files[run.name] = save_pictures(torch.full((2, 3, 8, 8), index / 10), tmp_path, run)
+        files[run.name] = save_pictures(torch.full((2, 3, 8, 8), index / 10), tmp_path, run.name)
     report = {
         "floor": {"fd": 0.2, "kid": 0.002},
         "runs": records,
@@ -135,7 +135,7 @@ def scores(tmp_path: Path) -> Path:
     """A zero-shot evaluation's output."""
     runs = [Run("student", 4), Run("teacher", 25, 7.5), Run("student", 2), Run("teacher", 4)]
     files = {
-        run.label: save_pictures(torch.full((2, 3, 8, 8), index / 4), tmp_path, run) for index, run in enumerate(runs)
+        run.label: save_pictures(torch.full((2, 3, 8, 8), index / 4), tmp_path, run.name) for index, run in enumerate(runs)
     }
     report = {
         "kind": "zero-shot",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning, unconditional_branch
 from ..config import Section
+from .figures import Figure, Scene
 
 if TYPE_CHECKING:
     from ..teachers.base import Teacher
@@ -35,6 +36,12 @@ class Task(ABC):
             task draws.
         dropped: the parts of the conditions that the unconditional branch gets as zeros.
         reads_text: whether captions say what to make; where they don't, every caption is the empty one.
+        gives_hint: whether its conditions are a hint, which a ControlNet or T2I-adapter (``model.control``) reads.
+        figures: what an evaluation measures of each picture, see :meth:`scores`.
+        many_answers: whether many pictures answer the same conditions, so that a set of them is measured as a whole,
+            by its Fréchet distance, too.
+        demo_captions: the demo's general captions that the task is evaluated on; none is all.
+        without: what :meth:`conditions_without` leaves out, in words: "without the hint".
     """
 
     name: ClassVar[str]
@@ -42,6 +49,11 @@ class Task(ABC):
     companions: ClassVar[tuple[str, ...]] = ()
     dropped: ClassVar[tuple[str, ...]] = ()
     reads_text: ClassVar[bool] = True
+    gives_hint: ClassVar[bool] = False
+    figures: ClassVar[tuple[Figure, ...]] = ()
+    many_answers: ClassVar[bool] = False
+    demo_captions: ClassVar[tuple[str, ...]] = ()
+    without: ClassVar[str] = ""
 
     def __init__(self, options: Section) -> None:
         self.options = options
@@ -82,6 +94,38 @@ class Task(ABC):
     def unconditional(self, conditioning: Conditioning, empty: Conditioning) -> Conditioning:
         """What guidance compares with; see :func:`~...flash_core.denoiser.unconditional_branch`."""
         return unconditional_branch(conditioning, empty, self.dropped)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def draw_for_evaluation(
+        self, images: Tensor, others: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The pictures that samples are evaluated with, as :meth:`draw` makes them.
+
+        Args:
+            others: (B, 3, H, W) in [-1, 1], for each sample another picture than its own, for tasks that combine two.
+        """
+        return self.draw(images, companions, generator)
+
+    def finished(self, made: Tensor, scene: Scene) -> Tensor:
+        """What a user gets of a model's pictures (B, 3, H, W) in [0, 1]: the same, unless the task puts them back."""
+        return made
+
+    def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
+        """Every one of ``figures`` by its key, (B,) each; NaN where it means nothing for a picture.
+
+        Args:
+            made: (B, 3, H, W) in [0, 1], as they come from the decoder.
+        """
+        return {}
+
+    def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The drawn pictures that a report shows, by their titles, (B, 3, h, w) in [0, 1]."""
+        return {}
+
+    def conditions_without(self, conditioning: Conditioning) -> Conditioning | None:
+        """The conditions that the task's own figures are compared with, where leaving them out makes sense."""
+        return None
 
 
 class TextToImage(Task):

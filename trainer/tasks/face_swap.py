@@ -58,8 +58,8 @@ class FaceSwap(Task):
             "identity",
             "Identity",
             "identity",
-            "How near the made face is to the source’s, seen from the target’s own: of the distances of its features to "
-            "both, the own’s share. 1 is the source’s face, 0 the target’s own, 0.5 neither.",
+            "How near the made face is to the source’s, seen from the target’s own: of the distances of its features "
+            "to both, the own’s share. 1 is the source’s face, 0 the target’s own, 0.5 neither.",
             higher_is_better=True,
         ),
         Figure(
@@ -83,8 +83,8 @@ class FaceSwap(Task):
             "outside",
             "Preservation of the target",
             "outside",
-            "PSNR of the model’s picture to the target where nothing was masked, before it is put back; put back, those "
-            "pixels are the target’s own.",
+            "PSNR of the model’s picture to the target where nothing was masked, before it is put back; put back, "
+            "those pixels are the target’s own.",
             higher_is_better=True,
             unit="dB",
         ),

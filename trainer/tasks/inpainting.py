@@ -48,8 +48,8 @@ class Inpainting(Task):
             "features",
             "Feature distance of the masked region",
             "features",
-            "Distance from the original to the feature network, of the result put back into the picture: the two differ "
-            "under the mask alone. Many fillings are right, so the teacher’s own is the yardstick, not 0.",
+            "Distance from the original to the feature network, of the result put back into the picture: the two "
+            "differ under the mask alone. Many fillings are right, so the teacher’s own is the yardstick, not 0.",
             higher_is_better=False,
         ),
         PERCEPTUAL,

@@ -16,6 +16,8 @@ from ..config import Section
 from ..errors import UserError
 from .base import Task
 from .degradation import degrade
+from .figures import PERCEPTUAL, Figure, Scene
+from .scores import distance, psnr, reduced
 
 if TYPE_CHECKING:
     from ..teachers.base import Teacher
@@ -58,6 +60,33 @@ class SuperResolution(Task):
     name = "super-resolution"
     options_class: ClassVar[type[Section]] = SuperResolutionOptions
     options: SuperResolutionOptions
+    figures = (
+        Figure(
+            "psnr",
+            "PSNR to the original",
+            "PSNR",
+            "Blur scores well here: detail that is invented in another place counts twice. Read it beside the feature "
+            "distance (arXiv 1711.06077).",
+            higher_is_better=True,
+            unit="dB",
+        ),
+        Figure(
+            "features",
+            "Feature distance to the original",
+            "features",
+            "Distance from the original to the feature network, which sees blur and wrong shapes.",
+            higher_is_better=False,
+        ),
+        PERCEPTUAL,
+        Figure(
+            "consistency",
+            "Consistency with the small picture",
+            "consistent",
+            "PSNR of the result, reduced again, to the original reduced without blur, noise and JPEG.",
+            higher_is_better=True,
+            unit="dB",
+        ),
+    )
 
     def extra_channels(self, latent_channels: int) -> int:
         """The enlarged picture's latents, or the small picture's three colours."""
@@ -88,6 +117,22 @@ class SuperResolution(Task):
                 f"task.options.scale to {teacher.scale_factor}, or reads to 'latent'"
             )
         return Conditioning(concat=small, noise_level=level)
+
+    def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
+        """Against the original, and against it reduced."""
+        originals, scale = scene.originals, self.options.scale
+        found = {
+            "psnr": psnr(made, originals),
+            "features": distance(scene.look(made), scene.look(originals)),
+            "consistency": psnr(reduced(made, scale), reduced(originals, scale)),
+        }
+        if scene.perceptual is not None:
+            found["lpips"] = scene.perceptual(made, originals)
+        return found
+
+    def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The small picture."""
+        return {"small": (drawn["small"] / 2 + 0.5).clamp(0, 1)}
 
 
 def low_resolution_latents(small: Tensor, size: tuple[int, int], teacher: Teacher) -> Tensor:
