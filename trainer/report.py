@@ -1,6 +1,6 @@
 """One self-contained page from an evaluation: `report.json`, its pictures and the training's log become `report.html`.
 
-Which page depends on what was measured: `comparison_report.py` or `zero_shot_report.py`.
+Which page depends on what was measured: `comparison_report.py`, `task_report.py` or `zero_shot_report.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import task_report
 from .comparison_report import comparison_page, summary_table, target_lines
 from .errors import UserError
 from .page import read_log, training_charts
@@ -17,6 +18,13 @@ from .zero_shot_report import notes, scores_table, zero_shot_page
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# Of the kinds of reports: the page, and the table and lines for the terminal. Without a kind it is a comparison.
+PAGES = {"zero-shot": zero_shot_page, "task": task_report.task_page}
+WORDS = {
+    "zero-shot": (scores_table, notes),
+    "task": (task_report.summary_table, task_report.target_lines),
+}
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -46,7 +54,7 @@ def write_report(folder: Path, log: Path | None = None) -> Path:
     """
     report = read_report(folder)
     curves = training_charts(read_log(log)) if log is not None and log.is_file() else []
-    make = zero_shot_page if report.get("kind") == "zero-shot" else comparison_page
+    make = PAGES.get(report.get("kind"), comparison_page)
     path = folder / "report.html"
     path.write_text(make(report, folder, curves), encoding="utf-8")
     return path
@@ -72,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
 def print_report(folder: Path, page: Path, console: Console) -> None:
     """The numbers, what to know about them, and where the page is, in the terminal."""
     report = read_report(folder)
-    zero_shot = report.get("kind") == "zero-shot"
-    console.print(scores_table(report) if zero_shot else summary_table(report))
-    for line in notes(report) if zero_shot else target_lines(report):
+    table, lines = WORDS.get(report.get("kind"), (summary_table, target_lines))
+    console.print(table(report))
+    for line in lines(report):
         console.print(line, highlight=False)
     console.print(f"report  {page}", highlight=False, soft_wrap=True)

@@ -28,12 +28,12 @@ from .measure import FEW_STEPS, FeatureNetwork, Options, environment, progress_b
 from .metrics import frechet_distance
 from .preview import EncodedPrompts
 from .task_samples import Batch, Subjects, batches
+from .tasks.base import Task
 from .tasks.figures import Figure, Scene
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .tasks.base import Task
     from .teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ def compare_on_task(
         "student": student,
         "teacher": teacher.name,
         "many": many,
+        "put_back": type(task).finished is not Task.finished,
         "figures": [asdict(figure) for figure in figures],
         "runs": records,
         "targets": [],
