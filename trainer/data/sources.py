@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import DataSection
 from ..demo.shards import load_pictures
+from ..demo.swaps import swaps
 from ..errors import UserError
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
@@ -66,6 +67,8 @@ def read_samples(data: DataSection, companions: Sequence[str] = ()) -> Iterator[
     """
     if data.source == "demo":
         samples = _demo()
+    elif data.source == "demo-swaps":
+        samples = _demo_swaps(companions)
     else:
         assert data.path is not None  # the recipe was checked
         read = (
@@ -88,6 +91,12 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture (3, H, W) or (1, H, W) in [-1, 1] as one of 8 bits, RGB."""
+    pixels = ((picture.expand(3, -1, -1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
 def to_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """A mask (1, H, W) in 0..1, framed as :func:`to_tensor` frames the picture it belongs to; white is 1."""
     return to_tensor(image.convert("L").convert("RGB"), size)[:1] / 2 + 0.5
@@ -100,6 +109,14 @@ def _demo() -> Iterator[Sample]:
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
         for text in (caption.name, caption.general):
             yield Sample(f"{caption.code} of the demo", image, text)
+
+
+def _demo_swaps(companions: Sequence[str]) -> Iterator[Sample]:
+    """Faces on one another's heads, each with its mask and the face alone."""
+    for swap in swaps():
+        beside = {"mask": swap.mask * 2 - 1, "identity": swap.identity}
+        pictures = {name: to_image(beside[name]) for name in companions if name in beside}
+        yield Sample(swap.name, to_image(swap.image), f"{swap.head} with the face of {swap.face}", pictures)
 
 
 def _checked(samples: Iterator[Sample], companions: Sequence[str]) -> Iterator[Sample]:
