@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .adapter_match import adapter_places, family_of, is_xl_unshuffle
+from .control_lora import BaseControlLora, check_control_lora
 
 LATENT_RATIO = 8  # pixels to a latent position, in every UNet with adapters
 LONGEST_REASON = 240  # characters; a state dict that does not fit says pages
@@ -55,6 +56,9 @@ def load_adapter(path: str, model: ModelPatcher) -> comfy.controlnet.ControlBase
     reason = "it knows no such weights"
     try:
         control = comfy.controlnet.load_controlnet(path, model)
+        if isinstance(control, comfy.controlnet.ControlLora):
+            check_control_lora(control.control_weights)
+            control = BaseControlLora(control.control_weights, control.global_average_pooling)
     except torch.cuda.OutOfMemoryError:
         raise  # a RuntimeError too, but nothing is wrong with the file
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError) as error:
