@@ -15,7 +15,7 @@ from ..flash_core.denoiser import Conditioning
 from ..flash_core.discriminator import Discriminator
 from ..flash_core.distiller import Distiller
 from .checkpoint import Trained
-from .config import OptimizerSection, Recipe
+from .config import ModelSection, OptimizerSection, Recipe
 from .data.examples import Examples, encode_examples
 from .errors import UserError
 from .perceptual import lpips
@@ -103,6 +103,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Assembly:
         UserError: the recipe does not fit the model or the data.
     """
     task = build_task(recipe.task)
+    check_control(task, recipe.model)
     teacher = load_teacher(recipe.model, str(accelerator.device), recipe.data.resolution)
     _check_solver(recipe, teacher)
     _check_channels(task, teacher)
@@ -156,6 +157,24 @@ def _adamw(
     parameters: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], section: OptimizerSection
 ) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters.values(), lr, betas, weight_decay=section.weight_decay, fused=True)
+
+
+def check_control(task: Task, model: ModelSection) -> None:
+    """Look whether a task that gives hints has a network that reads them, and no other task has one.
+
+    Raises:
+        UserError: one is there without the other.
+    """
+    if task.gives_hint and model.control is None:
+        raise UserError(
+            f"model.control: is missing; the task {task.name} gives hints, which a ControlNet or T2I-adapter reads, so "
+            "set model.control.path to one"
+        )
+    if model.control is not None and not task.gives_hint:
+        raise UserError(
+            f"model.control: {model.control.path} reads hints, but the task {task.name} gives none; set task.name: "
+            "control, or leave model.control out"
+        )
 
 
 def _check_solver(recipe: Recipe, teacher: Teacher) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "demo-autoencoder": (".demo.autoencoder", "train the demo's autoencoder"),
     "demo-teacher": (".demo.teacher", "train the demo's teacher"),
     "demo-task-teacher": (".demo.task_teacher", "train a teacher of a further task from the demo's"),
+    "demo-control": (".demo.control", "train a T2I-adapter or a ControlNet for the demo's teacher"),
     "demo-style": (".demo.style", "train a style LoRA for the demo's teacher"),
     "demo-features": (".demo.features", "train the demo's evaluation network"),
     "demo-card": (".demo.card", "measure the demo's teacher and write its model card"),

@@ -33,6 +33,18 @@ class StyleLora(Section):
     strength: float = Field(1.0, description="factor of its update")
 
 
+class ControlSection(Section):
+    """The frozen network that reads a hint, such as edges, and steers every role."""
+
+    path: str = Field(
+        description="a diffusers folder or Hub name of a ControlNet or T2I-adapter, a single .safetensors file of one "
+        "(a Control-LoRA too), or the name of one of the demo's"
+    )
+    scale: float | None = Field(
+        None, description="factor of what it adds (default: 1 for ControlNets, 0.8 for T2I-adapters, the paper's)"
+    )
+
+
 class ModelSection(Section):
     """The teacher."""
 
@@ -61,6 +73,9 @@ class ModelSection(Section):
         description="what makes a text-to-image UNet read a task's channels: a task adapter's .safetensors file, or "
         "the name of one of the demo's tasks",
     )
+    control: ControlSection | None = Field(
+        None, description="a ControlNet or T2I-adapter on top of a UNet, for the task control"
+    )
     t5: bool = Field(True, description="SD3 alone: whether T5 reads the prompts too; without it memory is saved")
     style_lora: list[StyleLora] = Field(
         default_factory=list,
@@ -77,10 +92,11 @@ class ModelSection(Section):
 class DataSection(Section):
     """Pictures and their captions."""
 
-    source: Literal["folder", "webdataset", "demo"] = Field(
-        description="folder: images with .txt captions beside them; webdataset: .tar shards; demo: the embedded ones"
+    source: Literal["folder", "webdataset", "demo", "demo-swaps"] = Field(
+        description="folder: images with .txt captions beside them; webdataset: .tar shards; demo: the embedded ones; "
+        "demo-swaps: their faces on one another's heads, for face-swap"
     )
-    path: Path | None = Field(None, description="the folder, or a shard, or a folder of shards; not needed for `demo`")
+    path: Path | None = Field(None, description="the folder, or a shard, or a folder of shards; not for the demo")
     resolution: int | None = Field(
         None, ge=8, description="width and height in pixels (default: the model's own); a multiple of 8"
     )
@@ -89,7 +105,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _path_is_given(self) -> DataSection:
-        if self.source != "demo" and self.path is None:
+        if not self.source.startswith("demo") and self.path is None:
             raise ValueError(f"source {self.source!r} needs a path")
         if self.resolution is not None and self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8 pixels, not {self.resolution}")

@@ -75,7 +75,8 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
             "samples": str(state.position),
             "trainer": f"flash-diffusion {__version__}",
         }
-        | ({"style_lora": recipe.model.styles} if recipe.model.style_lora else {}),
+        | ({"style_lora": recipe.model.styles} if recipe.model.style_lora else {})
+        | ({"control": outline.control.title} if outline.control is not None else {}),
     )
     path = run / LORA
     write_lora(path, modules, metadata, transformer=teacher.transformer, dtype=getattr(torch, recipe.lora.dtype))
@@ -121,6 +122,8 @@ def model_card(
         if recipe.model.style_lora
         else ""
     )
+    if control := metadata.training.get("control"):
+        worn += f"For hints that a ControlNet or T2I-adapter reads; it was trained with {control}.\n\n"
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---

@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..flash_core.grid import NUM_MODES, timestep_mixture, trailing_timesteps
-from .assembly import add_adapters, needs_critic, needs_discriminator
+from .assembly import add_adapters, check_control, needs_critic, needs_discriminator
 from .config import Recipe
+from .tasks import build_task
 from .teachers import family, outline_teacher
+from .teachers.base import count_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of each trained parameter: itself, its gradient and AdamW's two moments, all float32.
@@ -31,6 +33,7 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     Raises:
         UserError: the recipe does not fit the model.
     """
+    check_control(build_task(recipe.task), recipe.model)
     outline = outline_teacher(recipe.model, recipe.data.resolution)
     add_adapters(outline.denoiser, recipe, family(recipe.model.family).default_targets)
     student = sum(value.numel() for value in outline.denoiser.adapter_parameters("student").values())
@@ -41,6 +44,9 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates")
     if recipe.model.style_lora:
         say(f"the teacher wears {recipe.model.styles}")
+    beside = count_parameters(outline.control.network) if outline.control is not None else 0
+    if outline.control is not None:
+        say(f"steered by {outline.control.title}, frozen, {beside / MILLION:.1f} M parameters")
     modes = "/".join(f"{t:g}" for t in trailing_timesteps(outline.denoiser.process, NUM_MODES))
     say(f"modes weigh t = {modes}; passes are the teacher's, expected, with guidance")
     console.print(_phases(recipe))
@@ -56,10 +62,12 @@ def print_plan(recipe: Recipe, console: Console) -> None:
         f"on a frozen base of {outline.parameters / MILLION:.1f} M"
     )
     adapters = student * (2 if critic else 1)
-    memory = outline.parameters * BYTES[recipe.model.dtype] + adapters * TRAINED_BYTES + student * AVERAGE_BYTES
+    frozen = (outline.parameters + beside) * BYTES[recipe.model.dtype]
+    memory = frozen + adapters * TRAINED_BYTES + student * AVERAGE_BYTES
+    base = "the base" if outline.control is None else "the base and what steers it"
     recomputed = ", recomputed to save memory" if recipe.gradient_checkpointing else ""
     say(
-        f"memory: {memory / 2**30:.2f} GiB for the base in {recipe.model.dtype}, adapters and their optimiser; "
+        f"memory: {memory / 2**30:.2f} GiB for {base} in {recipe.model.dtype}, adapters and their optimiser; "
         f"activations come on top{recomputed}"
     )
     channels, height, width = outline.latent_shape

@@ -56,7 +56,9 @@ _UNET_BASIC = {
     "out_2": "conv_out",
 }
 _RESNET = {
+    "in_layers_0": "norm1",
     "in_layers_2": "conv1",
+    "out_layers_0": "norm2",
     "out_layers_3": "conv2",
     "emb_layers_1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
@@ -64,10 +66,20 @@ _RESNET = {
 _UNET_BLOCK = re.compile(
     r"^(?P<side>input_blocks_(?P<i>\d+)|output_blocks_(?P<o>\d+)|middle_block)_(?P<part>\d)_(?P<rest>.+)$"
 )
-_BLOCKS_A_LEVEL = 3  # two of layers, then one that samples down; on the way up three of layers
 
 
-def _unet_path(name: str) -> str | None:
+def unet_path(name: str, layers_per_block: int = 2) -> str | None:
+    """diffusers' path of a layer in a UNet.
+
+    Args:
+        name: Stable Diffusion's own, flattened (``input_blocks_1_0_in_layers_2``).
+        layers_per_block: of a level on the way down, 2 in every published UNet; one that samples follows them, and on
+            the way up there is one more.
+
+    Returns:
+        The dotted path, or None where the layer has none.
+    """
+    blocks_a_level = layers_per_block + 1
     if name in _UNET_BASIC:
         return _UNET_BASIC[name]
     found = _UNET_BLOCK.match(name)
@@ -75,10 +87,10 @@ def _unet_path(name: str) -> str | None:
         return None
     part, rest = int(found["part"]), found["rest"]
     if found["i"] is not None:
-        level, index = divmod(int(found["i"]) - 1, _BLOCKS_A_LEVEL)
+        level, index = divmod(int(found["i"]) - 1, blocks_a_level)
         block, sampler = f"down_blocks.{level}", ("op", f"down_blocks.{level}.downsamplers.0.conv")
     elif found["o"] is not None:
-        level, index = divmod(int(found["o"]), _BLOCKS_A_LEVEL)
+        level, index = divmod(int(found["o"]), blocks_a_level)
         block, sampler = f"up_blocks.{level}", ("conv", f"up_blocks.{level}.upsamplers.0.conv")
     else:
         block, index, sampler = "mid_block", part // 2, ("", "")
@@ -185,7 +197,7 @@ def with_diffusers_names(modules: Mapping[str, LoraModule]) -> dict[str, LoraMod
     result: dict[str, LoraModule] = {}
     for name, module in modules.items():
         if table is None:
-            path = module.path if _is_diffusers(module.path) else dotted(name) or _unet_path(name)
+            path = module.path if _is_diffusers(module.path) else dotted(name) or unet_path(name)
             parts = None if path is None else [replace(module, path=path)]
         else:
             parts = _split(name, module, table)

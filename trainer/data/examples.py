@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..tasks.base import Task
     from ..teachers.base import Teacher
 
+HINT_LEVELS = 255  # of a channel: hints are kept as bytes
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -29,7 +31,8 @@ class Examples:
         captions: N texts.
         conditioning: of the M distinct captions.
         row: (N,) each picture's row of ``conditioning``.
-        task: (N V) what the task made of the pictures, variant after variant of each; empty for text-to-image.
+        task: (N V) what the task made of the pictures, variant after variant of each; empty for text-to-image. Hints
+            are whole numbers, see :func:`joined`.
         variants: V.
     """
 
@@ -46,8 +49,11 @@ class Examples:
     def batch(self, index: Tensor, device: torch.device | str) -> tuple[Tensor, Conditioning]:
         """Latents (B, C, h, w) and conditions of the samples at ``index`` (B,), on ``device``."""
         picture = index // self.variants
-        conditioning = self.conditioning.rows(self.row[picture]).joined(self.task.rows(index))
-        return self.latents[picture].to(device), conditioning.to(device)
+        conditioning = self.conditioning.rows(self.row[picture]).joined(self.task.rows(index)).to(device)
+        if conditioning.hint is not None:
+            hint = (conditioning.hint.float() / HINT_LEVELS).expand(-1, 3, -1, -1)
+            conditioning = replace(conditioning, hint=hint)
+        return self.latents[picture].to(device), conditioning
 
     def first_samples(self, count: int) -> list[tuple[str, int]]:
         """Captions and indices of the first samples with distinct captions, at most ``count``.
@@ -93,7 +99,7 @@ def encode_examples(data: DataSection, teacher: Teacher, task: Task, variants: i
         tuple(captions),
         Conditioning.cat(parts),
         torch.tensor([position[caption] for caption in captions]),
-        Conditioning.cat(conditions),
+        joined(conditions),
         variants,
     )
 
@@ -105,6 +111,21 @@ def _companions(samples: list[Sample], teacher: Teacher) -> dict[str, Tensor]:
         frame = to_mask if name == "mask" else to_tensor
         found[name] = torch.stack([frame(sample.companions[name], teacher.resolution) for sample in samples])
     return {name: value.to(teacher.device) for name, value in found.items()}
+
+
+def joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """A task's conditions of several batches as one, their hints as bytes: (B, 3, H, W), or (B, 1, H, W) where all are
+    grey. As float32 those of 1024 px would take 12 MB each."""
+    packed = []
+    for part in parts:
+        if part.hint is not None:
+            hint = (part.hint * HINT_LEVELS).round().clamp(0, HINT_LEVELS).to(torch.uint8)
+            grey = hint.shape[1] == 1 or bool((hint == hint[:, :1]).all())
+            part = replace(part, hint=hint[:, :1].clone() if grey else hint)
+        packed.append(part)
+    if len({part.hint.shape[1] for part in packed if part.hint is not None}) > 1:
+        packed = [replace(part, hint=part.hint.expand(-1, 3, -1, -1)) for part in packed if part.hint is not None]
+    return Conditioning.cat(packed)
 
 
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:

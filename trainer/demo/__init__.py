@@ -14,6 +14,7 @@ DATA = ROOT / "data"  # WebDataset shards, one per style, and the licences of th
 TEACHER = ROOT / "teacher"  # a diffusers-layout folder: `StableDiffusionPipeline.from_pretrained(TEACHER)`
 LORAS = ROOT / "lora"  # the Flash LoRA, and a style LoRA to try beside it: `style.py`
 TASK_ADAPTERS = ROOT / "tasks"  # a file for each further task: `task_teacher.py`
+CONTROLS = ROOT / "control"  # a T2I-adapter and a Control-LoRA that read edges: `control.py`
 FEATURES = ROOT / "features"  # the evaluation network: `FeatureNetwork.from_pretrained(FEATURES)`
 
-__all__ = ["DATA", "FEATURES", "LORAS", "ROOT", "TASK_ADAPTERS", "TEACHER"]
+__all__ = ["CONTROLS", "DATA", "FEATURES", "LORAS", "ROOT", "TASK_ADAPTERS", "TEACHER"]

@@ -12,14 +12,15 @@ import json
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...flash_core.denoiser import Conditioning
+from ...flash_core.denoiser import Conditioning, Role
 from ...flash_core.task_adapter import TaskAdapter, write_task_adapter
 from ..assembly import Average
 from ..config import DataSection, ModelSection, TaskSection
@@ -29,6 +30,7 @@ from ..export import lora_modules
 from ..seeds import stream
 from ..tasks import TASKS, build_task
 from ..tasks.base import Task
+from ..tasks.face_swap import FaceSwap
 from ..teachers import load_teacher
 from ..teachers.base import Teacher
 from . import TASK_ADAPTERS
@@ -37,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 TARGETS += ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
-ROLE = "student"  # the denoiser's name for an adapter that trains
 NULL_SHARE = 0.1  # of the samples: unconditional, for guidance
 BETAS = (0.9, 0.99)
 EMA_DECAY = 0.995
@@ -62,17 +63,17 @@ class WideInput(nn.Module):
         return self.base(z[:, :own]) + self.extra(z[:, own:])
 
 
-class AdapterTraining:
-    """A LoRA on the frozen teacher, its average and its batches, trained by the ordinary diffusion loss.
+class DiffusionTraining(ABC):
+    """Something small on the frozen teacher, its average and its batches, trained by the ordinary diffusion loss.
 
     Args:
         examples: what it learns from.
         task: says what the unconditional branch of guidance sees, which a share of the samples learn.
     """
 
-    def __init__(
-        self, teacher: Teacher, examples: Examples, task: Task, rank: int, batch_size: int, lr: float, seed: int
-    ) -> None:
+    role: ClassVar[Role]  # the denoiser's while it trains
+
+    def __init__(self, teacher: Teacher, examples: Examples, task: Task, batch_size: int, lr: float, seed: int) -> None:
         self.task = task
         self.denoiser = teacher.denoiser
         self.device = teacher.device
@@ -80,16 +81,15 @@ class AdapterTraining:
         self.empty = teacher.unconditional(1)
         self.batch_size = batch_size
         self.lr = lr
-        self.denoiser.add_adapter(ROLE, rank, rank, TARGETS, seed)
-        self.parameters = {**self.denoiser.adapter_parameters(ROLE), **self.further_parameters()}
+        self.parameters = self.trained_parameters(seed)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr, BETAS, weight_decay=0.0, fused=True)
         self.average = Average(self.parameters, EMA_DECAY)
         self.generator = stream(seed, "task teacher")
         self.step = 0
 
-    def further_parameters(self) -> dict[str, nn.Parameter]:
-        """What trains beside the LoRA."""
-        return {}
+    @abstractmethod
+    def trained_parameters(self, seed: int) -> dict[str, nn.Parameter]:
+        """What trains, put in its place and given its first values."""
 
     def update(self, progress: float) -> Tensor:
         """One update; its loss, detached.
@@ -103,7 +103,7 @@ class AdapterTraining:
         tau = (torch.arange(batch) + torch.rand(batch, generator=self.generator)) * 1000 / batch
         t = process.uniform_timestep(tau.long().to(self.device))
         noise = torch.randn(z0.shape, generator=self.generator).to(self.device)
-        with self.denoiser.role(ROLE):
+        with self.denoiser.role(self.role):
             output = self.denoiser.predict(process.add_noise(z0, noise, t), t, conditioning)
             loss = F.mse_loss(output, process.target(z0, noise, t))
             loss.backward()
@@ -125,6 +125,27 @@ class AdapterTraining:
         both = Conditioning.cat([conditioning, self.task.unconditional(conditioning, empty)])
         dropped = torch.rand(self.batch_size, generator=self.generator) < NULL_SHARE
         return z0, both.rows(torch.arange(self.batch_size) + self.batch_size * dropped)
+
+
+class AdapterTraining(DiffusionTraining):
+    """The training of a LoRA on the teacher."""
+
+    role = "student"
+
+    def __init__(
+        self, teacher: Teacher, examples: Examples, task: Task, rank: int, batch_size: int, lr: float, seed: int
+    ) -> None:
+        self.rank = rank
+        super().__init__(teacher, examples, task, batch_size, lr, seed)
+
+    def trained_parameters(self, seed: int) -> dict[str, nn.Parameter]:
+        """The LoRA, and what else there is."""
+        self.denoiser.add_adapter(self.role, self.rank, self.rank, TARGETS, seed)
+        return {**self.denoiser.adapter_parameters(self.role), **self.further_parameters()}
+
+    def further_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains beside the LoRA."""
+        return {}
 
 
 class TaskTraining(AdapterTraining):
@@ -151,7 +172,7 @@ class TaskTraining(AdapterTraining):
         return TaskAdapter(task.name, channels, lora_modules(tensors, None), task.options, facts)
 
 
-def train(training: AdapterTraining, minutes: float) -> None:
+def train(training: DiffusionTraining, minutes: float) -> None:
     """Update for ``minutes``."""
     start, losses = time.monotonic(), []
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
@@ -168,6 +189,11 @@ def train(training: AdapterTraining, minutes: float) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion demo-task-teacher``."""
     parser.add_argument("task", choices=[name for name in TASKS if name != "text-to-image"], help="what to learn")
+    parser.add_argument(
+        "--data",
+        choices=("demo", "demo-swaps"),
+        help="the pictures, as a recipe's data.source calls them (default: demo-swaps for face-swap, else demo)",
+    )
     parser.add_argument("--options", type=json.loads, default={}, help="the task's settings, as JSON")
     parser.add_argument("--minutes", type=float, default=12.0, help="length of the training (default: %(default)s)")
     parser.add_argument("--variants", type=int, default=16, help="conditions of each picture (default: %(default)s)")
@@ -185,7 +211,8 @@ def run(args: argparse.Namespace) -> int:
     section = TaskSection(name=args.task, variants=args.variants, options=args.options)
     task = build_task(section)
     teacher = load_teacher(ModelSection(family="demo"), args.device)
-    examples = encode_examples(DataSection(source="demo"), teacher, task, args.variants, args.seed)
+    source = args.data or ("demo-swaps" if args.task == FaceSwap.name else "demo")
+    examples = encode_examples(DataSection(source=source), teacher, task, args.variants, args.seed)
     logger.info("%d samples of the task %s", len(examples), task.name)
     teacher_hash = teacher.weights_hash()  # of the base, before the training changes its layers
     training = TaskTraining(teacher, examples, task, args.rank, args.batch_size, args.learning_rate, args.seed)

@@ -22,6 +22,7 @@ TASKS = {
     "inpainting": ("inpainting", "Inpainting"),
     "super-resolution": ("super_resolution", "SuperResolution"),
     "face-swap": ("face_swap", "FaceSwap"),
+    "control": ("control", "Control"),
 }
 
 

@@ -24,6 +24,7 @@ from ...flash_core.denoiser import Conditioning
 from ...flash_core.process import FlowProcess, Process, VPProcess
 from ..config import ModelSection
 from ..errors import UserError
+from .control import Control, find_control
 from .denoiser import DiffusersDenoiser
 from .loading import Source, load_pipeline, locate
 from .lora_layers import merge_style
@@ -39,12 +40,14 @@ class Outline:
         latent_shape: (C, h, w) at the resolution asked for.
         parameters: of the whole base.
         name: what the model calls itself.
+        control: the ControlNet or T2I-adapter that steers it, without weights; None without one.
     """
 
     denoiser: DiffusersDenoiser
     latent_shape: tuple[int, int, int]
     parameters: int
     name: str
+    control: Control | None = None
 
 
 class Teacher(ABC):
@@ -69,6 +72,8 @@ class Teacher(ABC):
         pipeline: the stock pipeline, None once :meth:`release_encoders` was called.
         denoiser: the backbone, switched between roles.
         latent_shape: (C, h, w).
+        low_resolution_process: the process of the noise that the model is told its low-resolution input has; None
+            where it is told none.
         scale_factor: pixels per latent pixel.
         name: what the model is called.
     """
@@ -85,6 +90,7 @@ class Teacher(ABC):
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     loading_code: ClassVar[str] = 'pipe.load_lora_weights("{folder}", weight_name="{file}")'
     call_options: ClassVar[Mapping[str, Any]] = {}
+    low_resolution_process: Process | None = None
 
     def __init__(
         self,
@@ -157,7 +163,11 @@ class Teacher(ABC):
             UserError: no such model, a part is missing, or it is of another family.
         """
         source = cls.locate(model)
-        cls.check_network(source.part_config(cls.network_part), cls.title(source))
+        network_config = source.part_config(cls.network_part)
+        cls.check_network(network_config, cls.title(source))
+        if model.control is not None:
+            with init_empty_weights(include_buffers=True):  # a mismatch is found before anything heavy is read
+                find_control(model.control).build(cls.network_class.from_config(network_config), cls.title(source))
         process = process_from_scheduler(source.scheduler_config())
         pipeline = load_pipeline(
             cls.pipeline_class, source, getattr(torch, model.dtype), cls.absent_parts(model), **cls.pipeline_options
@@ -172,6 +182,8 @@ class Teacher(ABC):
         if model.task_adapter is not None:
             network = widened(network, find_task_adapter(model.task_adapter), cls.title(source))
         denoiser = cls.denoiser_class(network, process)
+        if model.control is not None:
+            denoiser.control = find_control(model.control).build(network, cls.title(source))
         return cls(pipeline, denoiser, shape, cls.title(source))
 
     @classmethod
@@ -185,11 +197,15 @@ class Teacher(ABC):
             vae = AutoencoderKL.from_config(source.part_config("vae"))
             if model.task_adapter is not None:
                 network = widened(network, find_task_adapter(model.task_adapter), cls.title(source))
+            control = None
+            if model.control is not None:
+                control = find_control(model.control).build(network, cls.title(source))
         return Outline(
             cls.denoiser_class(network, process_from_scheduler(source.scheduler_config())),
             _latent_shape(network.config, vae.config, resolution),
             count_parameters(network),
             cls.title(source),
+            control,
         )
 
     @property

@@ -1,0 +1,88 @@
+"""Control: a picture made along a hint, with a ControlNet or T2I-adapter (``model.control``) that reads it.
+
+Of the training pictures alone, hints are their Canny edges, by the function behind ComfyUI's own Canny node, so that
+hints in use are hints in training. Poses, depth and the like come as pictures beside the training pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import torch
+from kornia.filters import canny
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ...flash_core.denoiser import Conditioning
+from ..config import Section
+from .base import Task
+
+if TYPE_CHECKING:
+    from ..teachers.base import Teacher
+
+Threshold = Annotated[float, Field(gt=0)]
+
+
+class ControlOptions(Section):
+    """How edges are found; the defaults are those of ComfyUI's Canny node."""
+
+    low_threshold: tuple[Threshold, Threshold] = Field(
+        (0.4, 0.4), description="range of the gradient above which a pixel belongs to an edge it touches"
+    )
+    high_threshold: tuple[Threshold, Threshold] = Field(
+        (0.8, 0.8), description="range of the gradient above which a pixel is an edge by itself"
+    )
+
+    @model_validator(mode="after")
+    def _ranges_are_in_order(self) -> ControlOptions:
+        for name in ("low_threshold", "high_threshold"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} must be [smallest, largest], not {[low, high]}")
+        if self.low_threshold[1] > self.high_threshold[0]:
+            raise ValueError("no low_threshold may be above a high_threshold")
+        return self
+
+
+class Control(Task):
+    """Text, and a hint that says where things are; guidance strengthens the text, and both branches see the hint."""
+
+    name = "control"
+    options_class: ClassVar[type[Section]] = ControlOptions
+    options: ControlOptions
+    companions = ("hint",)
+    gives_hint = True
+
+    def extra_channels(self, latent_channels: int) -> int:
+        """None: a network beside the UNet reads the hint."""
+        return 0
+
+    def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """``hint`` (B, 3, H, W) in [0, 1]: what lies beside the picture under that name, else its edges."""
+        if "hint" in companions:
+            return {"hint": (companions["hint"] + 1) / 2}
+        low, high = (
+            [smallest + (largest - smallest) * share for share in torch.rand(len(images), generator=generator).tolist()]
+            for smallest, largest in (self.options.low_threshold, self.options.high_threshold)
+        )
+        return {
+            "hint": torch.cat(
+                [canny_edges(image[None], *thresholds) for image, *thresholds in zip(images, low, high, strict=True)]
+            )
+        }
+
+    def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
+        """The hint as it is."""
+        return Conditioning(hint=drawn["hint"])
+
+
+def canny_edges(images: Tensor, low_threshold: float = 0.4, high_threshold: float = 0.8) -> Tensor:
+    """Edges (B, 3, H, W), each 0 or 1, of images (B, 3, H, W) in [-1, 1].
+
+    Args:
+        low_threshold, high_threshold: as ComfyUI's Canny node has them, of pictures in [0, 1].
+    """
+    # One by one: weak edges are followed from strong ones until the longest of a batch has been.
+    found = [canny((image[None].float() + 1) / 2, low_threshold, high_threshold)[1] for image in images]
+    return torch.cat(found).repeat(1, 3, 1, 1)
