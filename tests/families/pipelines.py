@@ -91,14 +91,13 @@ def _pipeline(family: str, unet: UNet2DConditionModel, vocabulary: Path, fields:
 
 def tiny_vae(scaling_factor: float, **fields: Any) -> AutoencoderKL:
     """An autoencoder of the true shape: 4 levels, 8 pixels a latent pixel."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        scaling_factor=scaling_factor,
-        **{"latent_channels": 4, **fields},
-    )
+    shape = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (8, 8, 8, 8),
+        "latent_channels": 4,
+    }
+    return AutoencoderKL(norm_num_groups=4, scaling_factor=scaling_factor, **{**shape, **fields})
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int, activation: str, projection: int = 16) -> CLIPTextConfig:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,20 +127,6 @@ def test_super_resolution_reads_the_enlarged_pictures_latents(teacher: Teacher) 
     # Smooth pictures lose little: their latents stay near.
     whole = teacher.encode(pictures())
     assert float((conditions.concat - whole).abs().mean() / whole.std()) < 0.5
-
-
-@torch.no_grad()
-def test_the_x4_upscalers_input_is_noised_on_its_own_schedule(teacher: Teacher) -> None:
-    """As diffusers' upscaling pipeline noises it: a DDPM scheduler of scaled-linear betas."""
-    plain = {"blur": [0, 0], "noise": [0, 0], "jpeg": None, "reads": "pixels", "scale": 8}
-    small = task("super-resolution", **plain).conditions(pictures(), teacher, seeded(2)).concat
-    noised = task("super-resolution", **plain, noise_level=[300, 300]).conditions(pictures(), teacher, seeded(2))
-    assert noised.noise_level.tolist() == [300] * 3
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    bar = scheduler.alphas_cumprod[300]
-    noise = (noised.concat - bar.sqrt() * small) / (1 - bar).sqrt()
-    assert abs(float(noise.mean())) < 0.1
-    assert float(noise.std()) == pytest.approx(1, rel=0.1)
 
 
 def test_face_masks_are_the_ellipse_and_stay_near_it() -> None:

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning
-from ...flash_core.process import VPProcess
 from ..config import Section
 from ..errors import UserError
 from .base import Task
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 PIXEL_CHANNELS = 3
 Strength = Annotated[float, Field(ge=0)]
 Quality = Annotated[int, Field(ge=1, le=95)]
+Level = Annotated[int, Field(ge=0, le=999)]
 
 
 class SuperResolutionOptions(Section):
@@ -39,10 +39,10 @@ class SuperResolutionOptions(Section):
     blur: tuple[Strength, Strength] = Field((0.0, 0.5), description="Gaussian blur, in pixels of the small picture")
     noise: tuple[Strength, Strength] = Field((0.0, 0.02), description="Gaussian noise, of a range of [0, 1]")
     jpeg: tuple[Quality, Quality] | None = Field((60, 95), description="JPEG's quality; null for none")
-    noise_level: tuple[int, int] | None = Field(
+    noise_level: tuple[Level, Level] | None = Field(
         None,
         description="for models that are told it (the SD x4 upscaler): low and high of the noise added to the small "
-        "picture, as timesteps of Stable Diffusion's schedule",
+        "picture, as timesteps of the model's own schedule for it",
     )
 
     @model_validator(mode="after")
@@ -93,7 +93,7 @@ class SuperResolution(Task):
         return latent_channels if self.options.reads == "latent" else PIXEL_CHANNELS
 
     def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """``small``, the degraded picture, and ``noise_level`` (B,) where the model is told it."""
+        """``small``, the degraded picture; ``noise_level`` (B,) and its ``noise`` where the model is told it."""
         options = self.options
         small = degrade(images, options.scale, generator, blur=options.blur, noise=options.noise, jpeg=options.jpeg)
         if options.noise_level is None:
@@ -101,12 +101,21 @@ class SuperResolution(Task):
         low, high = options.noise_level
         level = torch.randint(low, high + 1, (len(small),), generator=generator).to(small.device)
         noise = torch.randn(small.shape, generator=generator).to(small)
-        # The upscaler's own schedule for its input: Stable Diffusion's, whatever its denoiser's is.
-        return {"small": VPProcess.from_betas().add_noise(small, noise, level), "noise_level": level}
+        return {"small": small, "noise_level": level, "noise": noise}
 
     def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
         """The small picture in the model's channels."""
         small, level = drawn["small"], drawn.get("noise_level")
+        process = teacher.low_resolution_process
+        if (process is None) != (level is None):
+            told = "a noise level" if level is None else "no noise level"
+            wanted = "[low, high], such as [0, 350]" if level is None else "null"
+            given = self.options.noise_level and list(self.options.noise_level)
+            raise UserError(
+                f"task.options.noise_level: {teacher.name} is told {told} of its input; expected {wanted}, got {given}"
+            )
+        if process is not None and level is not None:
+            small = process.add_noise(small, drawn["noise"], level)
         if self.options.reads == "latent":
             return Conditioning(concat=low_resolution_latents(small, teacher.resolution, teacher), noise_level=level)
         size = teacher.latent_shape[1:]

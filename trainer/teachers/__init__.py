@@ -20,6 +20,7 @@ FAMILIES = {
     "sd15": ("stable_diffusion", "StableDiffusion15"),
     "sd21": ("stable_diffusion", "StableDiffusion21"),
     "sdxl": ("stable_diffusion_xl", "StableDiffusionXL"),
+    "sd_x4": ("upscaler", "Upscaler"),
     "pixart_alpha": ("pixart", "PixArtAlpha"),
     "pixart_sigma": ("pixart", "PixArtSigma"),
     "sd3": ("stable_diffusion_3", "StableDiffusion3"),
