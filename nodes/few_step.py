@@ -158,6 +158,11 @@ def flash_grid(
     """
     if grid not in GRIDS:
         raise ValueError(f"grid is {grid!r}; expected one of {', '.join(GRIDS)}.")
+    if not 0 < denoise <= 1:
+        raise ValueError(
+            f"denoise is {denoise:g}; expected a number above 0 and up to 1. To keep the picture as it is, bypass the "
+            "node."
+        )
     sampling = model.get_model_object("model_sampling")
     process = sampling_process(sampling)
     metadata: FlashMetadata | None = model.get_attachment(METADATA_KEY)
@@ -205,9 +210,15 @@ def sample_flash(
 ) -> Tensor:
     """:func:`~..flash_core.sampler.few_step_sample` with the signature of a k-diffusion sampler.
 
+    A run from the model's last timestep starts from pure noise, everywhere, whatever picture and mask it is given: so
+    the method trains the student at its first timestep (arXiv 2406.02347, section 4.1), and so diffusers' inpainting
+    pipelines start at strength 1. The part that a mask keeps is put in after every step, at that step's noise level,
+    and clean after the last one. ComfyUI's samplers leave alpha times the picture in the first noise, and show the
+    model the noised picture where the mask keeps it. Runs that begin later start from the noised picture.
+
     Args:
         model: ComfyUI's wrapped model, ``(x, sigma, **extra_args) -> z0``.
-        x: the latents at ``sigmas[0]``.
+        x: the latents at ``sigmas[0]``, as ComfyUI noises them.
         sigmas: (n + 1,), descending. Where the last one is above 0 (split sigmas) the result is noised to it.
         extra_args: what ComfyUI passes to the model; its ``seed`` seeds the re-noising.
         callback: ComfyUI's, called after every evaluation; it reports progress and raises where the user interrupts.
@@ -223,6 +234,11 @@ def sample_flash(
     draw = item_noise(model.noise, arguments.get("seed") or 0, x)
     mask, first_noise = arguments.get("denoise_mask"), model.noise
     batch = x.new_ones(x.shape[0])
+    pure = not flow and starts_from_noise(
+        sampling, levels[0], first_noise
+    )  # a flow model's x is nothing but noise there
+    if pure:
+        x = sampling.noise_scaling(sigmas[0], first_noise, torch.zeros_like(x), True)
 
     def fresh() -> Tensor:
         noise = draw()
@@ -234,7 +250,15 @@ def sample_flash(
         return noise * noise_scale
 
     def denoise(z: Tensor, index: int) -> Tensor:
-        return model(z, sigmas[index] * batch, **arguments) if index < steps else z
+        if index == steps:
+            return z
+        if index == 0 and pure and mask is not None:
+            # With this noise ComfyUI's noised picture, which it mixes into z where the mask keeps it, is z itself.
+            model.noise = (z - model.latent_image) / sigmas[0]
+        z0 = model(z, sigmas[index] * batch, **arguments)
+        if index == 0:
+            model.noise = first_noise
+        return z0
 
     def report(index: int, z0: Tensor, z: Tensor) -> None:
         if callback is not None and index < steps:
@@ -252,14 +276,33 @@ def sample_flash(
     )
 
 
+def starts_from_noise(sampling: Any, sigma: float, noise: Tensor) -> bool:
+    """Whether a run begins at the model's last timestep; one without noise (a continued one) does not."""
+    last = float(sampling.sigma_max)
+    return (sigma > last or math.isclose(sigma, last, rel_tol=1e-5)) and bool(noise.any())
+
+
 def masked_noise(fresh: Tensor, first: Tensor, mask: Tensor) -> Tensor:
     """Fresh noise where ``mask`` is 1, the run's first noise where it is 0, a mixture of unit variance between.
 
-    With a hard mask that is what diffusers' inpainting pipelines do.
+    With a hard mask that is what diffusers' inpainting pipelines do. They round soft masks; here grey keeps its share
+    of the picture at every step. Its noise is then a mixture of two independent ones, m fresh + (1 - m) first, whose
+    variance m^2 + (1 - m)^2 is 1 for a hard mask and only 1/2 in the middle: a latent with less noise than its level
+    says, which few steps do not make up for. Hence the division; at 0 and 1 it divides by 1, so a hard mask is the
+    limit of soft ones.
     """
     return (mask * fresh + (1 - mask) * first) / (mask**2 + (1 - mask) ** 2).sqrt()
 
 
 def flash_sampler(stochasticity: float = 1.0) -> comfy.samplers.KSAMPLER:
-    """:func:`sample_flash` as a ComfyUI SAMPLER."""
+    """:func:`sample_flash` as a ComfyUI SAMPLER.
+
+    Raises:
+        ValueError: ``stochasticity`` is outside 0..1, as a number that comes over a link may be.
+    """
+    if not 0 <= stochasticity <= 1:
+        raise ValueError(
+            f"stochasticity is {stochasticity:g}; expected 0 (the noise that the prediction implies) to 1 (fresh "
+            "noise). Correct the number that is connected."
+        )
     return comfy.samplers.KSAMPLER(sample_flash, extra_options={"stochasticity": stochasticity})

@@ -1,9 +1,10 @@
-"""Inpainting with a tiny 9-channel Stable Diffusion UNet (see ``test_inpainting_parity.py``).
+"""Inpainting with tiny Stable Diffusion UNets, of 4 and of 9 channels (see ``test_inpainting_parity.py``).
 
 python inpainting.py COMFYUI ROOT FOLDER
 
-FOLDER holds ``unet.safetensors``, ``unet.json`` (its configuration) and ``given.safetensors``; the results are written
-beside them.
+FOLDER holds for each number of channels a folder with ``FAMILY.safetensors`` and ``FAMILY.json``, and
+``FAMILY.given.safetensors``. Written there are ``results.safetensors``, latents as the network sees them, and
+``timesteps.json``.
 """
 
 from __future__ import annotations
@@ -11,34 +12,87 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from boot import boot
+from sampling_families import SEED, conditioning, load, sample
+
+FAMILIES = ("sd15", "sdxl")
+STEPS = (1, 2, 4)
+DENOISE = (1.0, 0.75)
+EDGE = 1e-4  # how far the almost hard mask is from 0 and 1
+GUIDANCE = 3.0
 
 
 def main(comfyui: Path, root: Path, folder: Path) -> None:
-    """Sample with Flash Sampler's grid and sampler, mask and masked picture given as InpaintModelConditioning does."""
+    """Sample with Flash Sampler; 9-channel models get what InpaintModelConditioning attaches."""
     boot(comfyui, root)
-    import comfy.sample
+    import torch
+    from dropped_in.nodes.few_step import flash_grid
+    from safetensors.torch import load_file, save_file
+
+    torch.set_num_threads(1)
+    results, timesteps = {}, {}
+    with torch.inference_mode():
+        for family in FAMILIES:
+            given = load_file(folder / f"{family}.given.safetensors")
+            ordinary, wide = (load(family, folder / channels) for channels in ("4", "9"))
+            for steps in STEPS:
+                for denoise in DENOISE:
+                    timesteps[f"{steps}, {denoise}"] = list(flash_grid(ordinary, steps, denoise).timesteps)
+                    made = inpaint(ordinary, wide, given, steps, denoise)
+                    results |= {f"{family}, {steps}, {denoise}, {name}": value for name, value in made.items()}
+            results |= {f"{family}, {name}": value for name, value in others(ordinary, given).items()}
+    save_file({name: value.contiguous() for name, value in results.items()}, folder / "results.safetensors")
+    (folder / "timesteps.json").write_text(json.dumps(timesteps))
+
+
+def inpaint(ordinary: Any, wide: Any, given: dict[str, Any], steps: int, denoise: float) -> dict[str, Any]:
+    """Hard masks: the ordinary model, and the 9-channel one without and with the noise mask."""
+    positive = conditioning(given, "positive")
+    picture = {"samples": ordinary.model.process_latent_out(given["picture"].clone())}
+    masked = {**picture, "noise_mask": given["mask"]}
+    channels = {
+        "concat_latent_image": wide.model.process_latent_out(given["masked"].clone()),
+        "concat_mask": given["mask"],
+    }
+    attached = [[tokens, {**entries, **channels}] for tokens, entries in positive]
+    settings = {"steps": steps, "denoise": denoise}
+    return {
+        "4": sample(ordinary, positive, masked, **settings),
+        "9": sample(wide, attached, picture, **settings),
+        "9, masked": sample(wide, attached, masked, **settings),
+    }
+
+
+def others(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """An ordinary model in further ways: guided, with an almost hard mask, from no picture, in core's own nodes."""
     import comfy.samplers
     import torch
-    from dropped_in.nodes.few_step import flash_grid, flash_sampler
-    from safetensors.torch import load_file, save_file
-    from tiny import tiny_model
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+    from dropped_in.nodes.few_step import flash_grid
+    from dropped_in.nodes.sampling import FlashSamplerSelect
 
-    given = load_file(folder / "given.safetensors")
-    results = {}
-    with torch.inference_mode():
-        config = json.loads((folder / "unet.json").read_text())
-        model = tiny_model("sd15", load_file(folder / "unet.safetensors"), config)
-        values = {"concat_latent_image": given["masked"], "concat_mask": given["mask"]}
-        guider = comfy.samplers.CFGGuider(model)
-        guider.inner_set_conds({"positive": [[given["context"], values]]})
-        empty = torch.zeros_like(given["masked"])
-        for steps in (1, 2, 4):
-            noise = comfy.sample.prepare_noise(empty, 3)
-            sigmas = flash_grid(model, steps).sigmas
-            results[str(steps)] = guider.sample(noise, empty, flash_sampler(), sigmas, seed=3)
-    save_file({name: value.contiguous() for name, value in results.items()}, folder / "results.safetensors")
+    positive, negative = conditioning(given, "positive"), conditioning(given, "negative")
+    picture = {"samples": model.model.process_latent_out(given["picture"].clone())}
+    masked = {**picture, "noise_mask": given["mask"]}
+    almost = {**picture, "noise_mask": given["mask"].clamp(EDGE, 1 - EDGE)}
+    soft = {**picture, "noise_mask": given["mask"] * 0.5}
+    everywhere = {**picture, "noise_mask": torch.ones_like(given["mask"])}
+    results = {
+        "guided": sample(model, positive, masked, guidance=GUIDANCE, negative=negative),
+        "almost hard": sample(model, positive, almost),
+        "soft": sample(model, positive, soft),
+        "everywhere": sample(model, positive, everywhere),
+        "a picture": sample(model, positive, picture),
+        "no picture": sample(model, positive, {"samples": torch.zeros_like(given["picture"])}),
+    }
+    flash, euler = FlashSamplerSelect.execute(1.0).args[0], comfy.samplers.sampler_object("euler")
+    for name, sampler, steps in (("SamplerCustom", flash, 4), ("euler in SamplerCustom", euler, 1)):
+        sigmas = flash_grid(model, steps).sigmas
+        made = SamplerCustom.execute(model, True, SEED, 1.0, positive, negative, sampler, sigmas, masked)
+        results[name] = model.model.process_latent_in(made.args[0]["samples"])
+    return results
 
 
 if __name__ == "__main__":
