@@ -26,7 +26,7 @@ BoundingBoxes = io.Custom("BOUNDING_BOX")
 
 # The mark of a swapped picture. ComfyUI writes the graph that made a picture into its file, with every value, whether
 # a node ran or was cached; a node's own entry (extra_pnginfo) would be missing wherever the node was cached. As the
-# only choice of a required input it can't be left out: ComfyUI refuses a graph without it.
+# only choice of a required input it can't be left out.
 NOTICE = "A face is swapped here by Flash Diffusion. Only for pictures that one has the right to change."
 
 
@@ -139,6 +139,8 @@ class FlashFaceSwapPrepare(io.ComfyNode):
         negative: list[Any] | None = None,
     ) -> io.NodeOutput:
         """Crop the target, hide its face, encode what the model reads."""
+        if notice != NOTICE:  # which ComfyUI 0.3.75 does not check itself
+            raise ValueError(f"The notice is {notice!r}; expected {NOTICE!r}. It is the mark of swapped pictures.")
         check_vae(vae, model)
         check_face_swap_model(model)
         if len(source) not in (1, len(target)):
