@@ -106,7 +106,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Assembly:
     check_control(task, recipe.model)
     teacher = load_teacher(recipe.model, str(accelerator.device), recipe.data.resolution)
     _check_solver(recipe, teacher)
-    _check_channels(task, teacher)
+    check_channels(task, teacher)
     with accelerator.autocast():
         examples = encode_examples(recipe.data, teacher, task, recipe.task.variants, recipe.seed)
     denoiser = teacher.denoiser
@@ -185,7 +185,12 @@ def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
         raise UserError(f"method.solver: {teacher.name} is {kind} model; expected {wanted}, got {recipe.method.solver}")
 
 
-def _check_channels(task: Task, teacher: Teacher) -> None:
+def check_channels(task: Task, teacher: Teacher) -> None:
+    """Look whether the network reads the channels that the task gives it.
+
+    Raises:
+        UserError: it reads more or fewer.
+    """
     latent = teacher.latent_shape[0]
     wanted, found = latent + task.extra_channels(latent), teacher.denoiser.network.config["in_channels"]
     if found != wanted:

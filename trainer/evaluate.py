@@ -28,7 +28,6 @@ from .task_evaluate import (
     TEXT_TO_IMAGE,
     add_task_arguments,
     check_lora_task,
-    check_teacher,
     evaluate_task,
     follow_run,
 )
@@ -313,12 +312,13 @@ def load_generator(args: argparse.Namespace, device: str, task: Task | None = No
         UserError: the model does not read what the task gives it, or the LoRA is for another task.
     """
     from ..flash_core.lora import read_lora
+    from .assembly import check_channels
     from .teachers import load_teacher
 
     teacher = load_teacher(model_section(args), device, args.resolution)
     folder = Path(args.teacher) if args.teacher else DEMO_TEACHER
     if task is not None:
-        check_teacher(task, teacher)
+        check_channels(task, teacher)
     weights = fingerprint(folder) if folder.is_dir() and not args.model else teacher.weights_hash()
     if args.lora is None:
         return teacher, weights, None

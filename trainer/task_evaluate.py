@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from ..flash_core.lora import LoraFile
     from .tasks.base import Task
-    from .teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -137,32 +136,18 @@ def check_lora_task(lora: LoraFile, path: Path, task: str) -> None:
     logger.warning("%s was distilled for text-to-image; it is measured on %s without further training.", path, task)
 
 
-def check_teacher(task: Task, teacher: Teacher) -> None:
-    """Look whether the model reads what the task gives it.
-
-    Raises:
-        UserError: it does not.
-    """
-    latent = teacher.latent_shape[0]
-    wanted, found = latent + task.extra_channels(latent), teacher.denoiser.network.config["in_channels"]
-    if found != wanted:
-        raise UserError(
-            f"--task {task.name} wants a model that reads {wanted} channels (latents of {latent} and {wanted - latent} "
-            f"of the task's), but {teacher.name} reads {found}; give its teacher with --teacher, or --model "
-            "task_adapter=FILE"
-        )
-
-
 def evaluate_task(args: argparse.Namespace, console: Any) -> bool:
     """Measure a student on its task; whether there is a report."""
+    from .assembly import check_control
     from .demo.features import FeatureNetwork
-    from .evaluate import load_generator, pick_device
+    from .evaluate import load_generator, model_section, pick_device
     from .measure import Options
     from .reference import fingerprint
     from .task_comparison import compare_on_task
     from .task_samples import read_subjects
 
     task = task_of(args)
+    check_control(task, model_section(args))
     defaults = Options()
     options = Options(
         samples=SAMPLES if args.samples is None else args.samples,

@@ -7,6 +7,7 @@ hints in use are hints in training. Poses, depth and the like come as pictures b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from ...flash_core.denoiser import Conditioning
 from ..config import Section
 from .base import Task
+from .figures import Figure, Scene
+from .scores import edge_agreement
 
 if TYPE_CHECKING:
     from ..teachers.base import Teacher
@@ -53,6 +56,34 @@ class Control(Task):
     options: ControlOptions
     companions = ("hint",)
     gives_hint = True
+    figures = (
+        Figure(
+            "f1",
+            "Edge agreement",
+            "edges F1",
+            "F1 of the result’s edges against the hint’s, found alike, within 2 pixels: 1 is all of them and no "
+            "others. What is drawn without the hint says how much of it is chance.",
+            higher_is_better=True,
+        ),
+        Figure(
+            "precision",
+            "Edges that were asked for",
+            "precision",
+            "Share of the result’s edges that the hint has.",
+            higher_is_better=True,
+            judged=False,
+        ),
+        Figure(
+            "recall",
+            "Edges that were followed",
+            "recall",
+            "Share of the hint’s edges that the result has.",
+            higher_is_better=True,
+            judged=False,
+        ),
+    )
+    many_answers = True
+    without = "without the hint"
 
     def extra_channels(self, latent_channels: int) -> int:
         """None: a network beside the UNet reads the hint."""
@@ -75,6 +106,28 @@ class Control(Task):
     def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
         """The hint as it is."""
         return Conditioning(hint=drawn["hint"])
+
+    def draw_for_evaluation(
+        self, images: Tensor, others: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """``hint``, and ``edges`` where the hint is edges that can be found again: it was drawn here."""
+        drawn = self.draw(images, companions, generator)
+        return drawn if "hint" in companions else {**drawn, "edges": drawn["hint"][:, :1]}
+
+    def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
+        """How well the edges agree; NaN for hints that lay beside the pictures, which may be depth or poses."""
+        if "edges" not in scene.drawn:
+            return {figure.key: torch.full((len(made),), torch.nan) for figure in self.figures}
+        low, high = (sum(limits) / 2 for limits in (self.options.low_threshold, self.options.high_threshold))
+        return edge_agreement(canny_edges(made * 2 - 1, low, high)[:, :1], scene.drawn["edges"])
+
+    def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The hint."""
+        return {"hint": drawn["hint"]}
+
+    def conditions_without(self, conditioning: Conditioning) -> Conditioning | None:
+        """The text alone."""
+        return replace(conditioning, hint=None)
 
 
 def canny_edges(images: Tensor, low_threshold: float = 0.4, high_threshold: float = 0.8) -> Tensor:

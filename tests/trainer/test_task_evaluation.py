@@ -1,0 +1,426 @@
+"""Figures of conditional tasks against values worked by hand, and whole evaluations on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from flash_diffusion.flash_core.lora import read_lora, write_lora
+from flash_diffusion.trainer import bootstrap
+from flash_diffusion.trainer.bootstrap import Estimate
+from flash_diffusion.trainer.cli import main
+from flash_diffusion.trainer.config import TaskSection, parse_recipe
+from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.task_comparison import targets, verdict
+from flash_diffusion.trainer.task_samples import batches, read_subjects
+from flash_diffusion.trainer.tasks import build_task
+from flash_diffusion.trainer.tasks.figures import Figure, Scene
+from flash_diffusion.trainer.tasks.scores import SEAM_FLOOR, cosine, distance, edge_agreement, psnr, reduced, seam
+
+from ..families.adapters import tiny_controlnet
+from ..families.networks import tiny_network
+from ..families.pipelines import save_pipeline
+from .models import tiny_recipe
+from .stand_ins import random_lora
+
+
+def colours(images: Tensor) -> Tensor:
+    """Features that can be worked by hand: the mean colour."""
+    return images.mean((2, 3))
+
+
+def flat(*values: float, size: int = 32) -> Tensor:
+    """Grey pictures (B, 3, size, size)."""
+    return torch.tensor(values).reshape(-1, 1, 1, 1).expand(-1, 3, size, size).clone()
+
+
+def square(size: int = 32, first: int = 8, last: int = 24) -> Tensor:
+    """A mask (1, 1, size, size) with a square hole."""
+    mask = torch.zeros(1, 1, size, size)
+    mask[..., first:last, first:last] = 1
+    return mask
+
+
+def line(size: int = 32, column: int = 10, rows: slice = slice(None)) -> Tensor:
+    """An edge map (1, 1, size, size) with an upright line."""
+    edges = torch.zeros(1, 1, size, size)
+    edges[..., rows, column] = 1
+    return edges
+
+
+def scene(originals: Tensor, others: Tensor | None = None, **drawn: Tensor) -> Scene:
+    return Scene(originals, originals if others is None else others, drawn, colours)
+
+
+def task(name: str, **options: Any) -> Any:
+    return build_task(TaskSection(name=name, options=options))
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_psnr_is_torchmetrics_own_and_ends_at_100_decibels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    made, wanted = (torch.rand(3, 3, 8, 8, generator=generator) for _ in range(2))
+    expected = peak_signal_noise_ratio(made, wanted, 1.0, reduction="none", dim=(1, 2, 3))
+    torch.testing.assert_close(psnr(made, wanted).float(), expected)
+    # A tenth everywhere: -20 log10(0.1).
+    assert psnr(flat(0.6, 0.5), flat(0.5, 0.5)).tolist() == pytest.approx([20, 100], rel=1e-5)
+
+
+def test_psnr_counts_the_pixels_it_is_told_to() -> None:
+    mask = square()
+    made = torch.where(mask > 0, torch.ones(()), flat(0.6))
+    assert float(psnr(made, flat(0.5), 1 - mask)) == pytest.approx(20, rel=1e-5)
+    assert math.isnan(float(psnr(made, flat(0.5), torch.zeros_like(mask))))
+
+
+def test_a_black_square_on_white_has_a_seam_and_a_white_one_has_none() -> None:
+    white, mask = flat(1.0), square()
+    assert float(seam(white, white, mask)) == pytest.approx(1)
+    assert float(seam(torch.where(mask > 0, 0.0, white), white, mask)) == pytest.approx((1 + SEAM_FLOOR) / SEAM_FLOOR)
+    # Half as steep, and in one of three colours.
+    red = torch.where(mask > 0, torch.tensor([0.5, 1, 1]).reshape(1, 3, 1, 1), white)
+    assert float(seam(red, white, mask)) == pytest.approx((0.5 / 3 + SEAM_FLOOR) / SEAM_FLOOR, rel=1e-5)
+
+
+def test_a_seam_is_measured_by_what_is_around_it() -> None:
+    """On a ramp, every step is as steep as every other one; a step of twice that across the border shows."""
+    ramp = (torch.arange(32) / 64).expand(1, 3, 32, 32)
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 16:] = 1
+    # Near the border half the pairs lie along the ramp, in columns, and half beside it, in rows of no change.
+    inside = float(seam(ramp, ramp, mask))
+    shifted = torch.where(mask > 0, ramp + 1 / 64, ramp)
+    twice = float(seam(shifted, ramp, mask))
+    assert (twice * 1.0 - inside) / inside == pytest.approx((1 / 64) / (1 / 64 + SEAM_FLOOR), rel=1e-4)
+    assert math.isnan(float(seam(ramp, ramp, torch.ones(1, 1, 32, 32))))
+
+
+@pytest.mark.parametrize(
+    ("found", "precision", "recall"),
+    [
+        (line(), 1, 1),
+        (line(column=12), 1, 1),  # within the tolerance
+        (line(column=13), 0, 0),
+        (line(rows=slice(0, 16)), 1, 18 / 32),  # half of it, and the tolerance of 2 rows
+        (torch.maximum(line(), line(column=20)), 0.5, 1),
+        (torch.zeros(1, 1, 32, 32), 0, 0),
+    ],
+)
+def test_edges_agree_within_two_pixels(found: Tensor, precision: float, recall: float) -> None:
+    agreement = edge_agreement(found, line())
+    assert float(agreement["precision"]) == pytest.approx(precision)
+    assert float(agreement["recall"]) == pytest.approx(recall)
+    both = precision + recall
+    assert float(agreement["f1"]) == pytest.approx(2 * precision * recall / both if both else 0)
+
+
+def test_edges_that_nobody_asked_for_do_not_count() -> None:
+    agreement = edge_agreement(torch.cat([line(), line()]), torch.cat([torch.zeros(1, 1, 32, 32), line()]))
+    assert torch.isnan(agreement["f1"]).tolist() == [True, False]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(0, 3), st.integers(0, 3))
+def test_edge_agreement_is_symmetric_and_grows_with_the_tolerance(seed: int, less: int, more: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    one, other = ((torch.rand(2, 1, 16, 16, generator=generator) < 0.1).float() for _ in range(2))
+    there, back = edge_agreement(one, other, less), edge_agreement(other, one, less)
+    assert torch.equal(there["precision"], back["recall"])
+    wider = edge_agreement(one, other, less + more)
+    assert bool((wider["f1"] >= there["f1"]).all())
+
+
+def test_distance_and_cosine_by_hand() -> None:
+    left, right = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [-2.0, 0.0]])
+    assert distance(left, right).tolist() == [5, 3]
+    assert cosine(left[1:], right[1:]).tolist() == [-1]
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_perfect_filling_scores_perfectly_and_the_rest_is_put_back() -> None:
+    inpainting, mask = task("inpainting"), square()
+    seen = scene(flat(0.7), mask=mask)
+    perfect = inpainting.scores(flat(0.7), seen)
+    assert {key: float(value) for key, value in perfect.items()} == {"features": 0, "seam": 1, "outside": 100}
+    # Wrong outside of the mask alone: nothing of it is in the result, and it is said.
+    outside = torch.where(mask > 0, flat(0.7), flat(0.8))
+    assert torch.equal(inpainting.finished(outside, seen), flat(0.7))
+    scores = inpainting.scores(outside, seen)
+    assert (float(scores["features"]), float(scores["seam"])) == (0, 1)
+    assert float(scores["outside"]) == pytest.approx(20, rel=1e-4)
+    # Wrong under it: a quarter of the picture, in three colours.
+    inside = torch.where(mask > 0, flat(0.3), flat(0.7))
+    scores = inpainting.scores(inside, seen)
+    assert float(scores["features"]) == pytest.approx(0.4 / 4 * math.sqrt(3), rel=1e-4)
+    assert float(scores["seam"]) == pytest.approx((0.4 + SEAM_FLOOR) / SEAM_FLOOR, rel=1e-4)
+    assert float(scores["outside"]) == 100
+
+
+def test_every_figure_of_a_task_is_measured() -> None:
+    pictures, mask = flat(0.2, 0.4), square().expand(2, -1, -1, -1)
+    with_lpips = replace(
+        scene(pictures, pictures.flip(0), mask=mask, edges=line().expand(2, -1, -1, -1)),
+        perceptual=lambda made, wanted: (made - wanted).abs().mean((1, 2, 3)),
+    )
+    for name in ("inpainting", "super-resolution", "face-swap", "control"):
+        kind = task(name)
+        scores = kind.scores(pictures, with_lpips)
+        assert set(scores) == {figure.key for figure in kind.figures}, name
+        assert all(value.shape == (2,) for value in scores.values()), name
+
+
+def test_detail_that_keeps_the_means_is_consistent_with_the_small_picture() -> None:
+    upscaling = task("super-resolution", scale=4)
+    original = flat(0.5)
+    checks = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 0.2 - 0.1
+    scores = upscaling.scores(original + checks, scene(original))
+    assert float(scores["psnr"]) == pytest.approx(20, rel=1e-4)
+    assert float(scores["consistency"]) == 100
+    assert float(upscaling.scores(flat(0.6), scene(original))["consistency"]) == pytest.approx(20, rel=1e-4)
+    torch.testing.assert_close(reduced(original + checks, 4), flat(0.5, size=8))
+
+
+def test_a_swapped_identity_is_told_from_the_targets_own() -> None:
+    swap = task("face-swap", centre=[0.5, 0.5], radius=[0.25, 0.25])
+    source, target = (torch.tensor(rgb).reshape(1, 3, 1, 1).expand(1, 3, 32, 32) for rgb in ([1.0, 0, 0], [0, 1.0, 0]))
+    seen = scene(target, source, mask=square(first=6, last=26))  # all of the box around the face
+    scores = {key: float(value) for key, value in swap.scores(source, seen).items()}
+    assert scores["identity"] == pytest.approx(1)
+    assert (scores["source"], scores["own"]) == (pytest.approx(1), pytest.approx(0))
+    assert scores["outside"] == pytest.approx(-10 * math.log10(2 / 3))
+    unchanged = {key: float(value) for key, value in swap.scores(target, seen).items()}
+    assert (unchanged["identity"], unchanged["source"], unchanged["own"]) == pytest.approx((0, 0, 1))
+    assert unchanged["outside"] == 100
+    assert unchanged["seam"] == pytest.approx(1)
+    between = swap.scores((source + target) / 2, seen)
+    assert float(between["identity"]) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_faces_are_swapped_with_another_picture_whatever_lies_beside_the_target() -> None:
+    swap, generator = task("face-swap"), torch.Generator().manual_seed(0)
+    images, others, beside = flat(-0.5), flat(0.5), {"identity": flat(-1.0), "mask": square()}
+    drawn = swap.draw_for_evaluation(images, others, beside, generator)
+    assert float(drawn["identity"].mean()) > 0
+    assert torch.equal(drawn["mask"], square())
+    assert float(drawn["masked"].min()) == -0.5
+
+
+# -- samples ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_do_not_depend_on_the_batch_and_sources_are_other_pictures(pictures: Path) -> None:
+    swap = task("face-swap")
+    subjects = read_subjects(str(pictures), swap, 16, 0)
+    assert len(subjects.samples) == 6
+    whole = next(iter(batches(subjects, swap, (64, 64), 16, 3, 16)))
+    parts = list(batches(subjects, swap, (64, 64), 16, 3, 5))
+    for name in ("mask", "identity", "masked"):
+        assert torch.equal(whole.drawn[name], torch.cat([part.drawn[name] for part in parts]))
+    assert whole.seeds == tuple(seed for part in parts for seed in part.seeds)
+    assert len({*whole.seeds, *whole.independent}) == 32
+    assert set(whole.captions) == {""}
+    # Six pictures, in the third turn: no source is its target, and none comes twice to the same.
+    pairs = [(row % 6, hash(whole.others[row].numpy().tobytes())) for row in range(16)]
+    assert len(set(pairs)) == 16
+    assert not any(torch.equal(whole.images[row], whole.others[row]) for row in range(16))
+
+
+def test_the_demos_pictures_have_general_captions_and_a_style_nobody_learnt() -> None:
+    inpainting = task("inpainting")
+    seen, unseen = (read_subjects(name, inpainting, 200, 0) for name in ("demo", "demo:noto"))
+    assert "the teacher learnt from them" in seen.origin
+    assert "no teacher has seen" in unseen.origin
+    captions = {sample.caption for sample in seen.samples}
+    assert "animal face" in captions
+    assert len(captions) < 20 < len(seen.samples)
+    assert {sample.caption for sample in read_subjects("demo", task("face-swap"), 200, 0).samples} == {
+        "smiley face",
+        "animal face",
+        "cartoon cat",
+    }
+    with pytest.raises(UserError, match="No pictures of style 'oil'"):
+        read_subjects("demo:oil", inpainting, 4, 0)
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_intervals_are_those_of_the_mean() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
+    found = bootstrap.mean_of(values)
+    width = 1.96 * float(values.std()) / math.sqrt(400)
+    assert found.value == pytest.approx(float(values.mean()))
+    assert found.low == pytest.approx(found.value - width, abs=0.2 * width)
+    assert found.high == pytest.approx(found.value + width, abs=0.2 * width)
+    assert found == bootstrap.mean_of(values)
+    assert found == replace(bootstrap.mean_of(torch.cat([values, torch.full((3,), torch.nan)])), count=400)
+    assert bootstrap.mean_of(torch.full((3,), torch.nan)) == Estimate(None, None, None, 0)
+    assert bootstrap.of_sets(lambda index: float(values[index].mean()), 400).value == pytest.approx(found.value)
+
+
+def test_targets_are_ratios_and_clear_differences() -> None:
+    lower = Figure("seam", "Seam", "seam", "", higher_is_better=False)
+    higher = Figure("psnr", "PSNR", "PSNR", "", higher_is_better=True)
+    context = Figure("own", "Own", "own", "", higher_is_better=False, judged=False)
+    names = ("student 4 steps", "teacher 32 steps, guided")
+
+    def measured(ours: float, theirs: float, figure: Figure, low: float, high: float) -> list[dict[str, Any]]:
+        estimates = {name: {figure.key: Estimate(value, 0, 0, 9)} for name, value in zip(names, (ours, theirs))}  # noqa: B905
+        difference = Estimate((low + high) / 2, low, high, 9)
+        line = {"figure": figure.key, "run": names[0], "rival": "teacher 4 steps", "verdict": verdict(difference)}
+        return targets([figure], estimates, [line], *names)
+
+    assert [line["met"] for line in measured(1.1, 1.0, lower, 0.1, 0.2)] == [True, True]
+    assert [line["met"] for line in measured(1.2, 1.0, lower, -0.1, 0.2)] == [False, False]
+    assert [line["met"] for line in measured(18, 20, higher, -0.2, -0.1)] == [True, False]
+    found = measured(17, 20, higher, 0.1, 0.2)
+    assert [line["met"] for line in found] == [False, True]
+    assert found[0]["value"] == pytest.approx(0.85)
+    assert measured(0.0, 0.0, lower, 0, 0)[0]["met"]
+    assert measured(1, 1, context, 0.1, 0.2) == []
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+CHANNELS = {"inpainting": 9, "super-resolution": 8, "face-swap": 13, "control": 4}
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA of the tiny model, for text alone."""
+    return random_lora(tiny_model, tmp_path_factory.mktemp("loras") / "text.safetensors")
+
+
+def for_task(lora: Path, name: str, path: Path) -> Path:
+    """The same LoRA, distilled for a task."""
+    file = read_lora(lora)
+    assert file.metadata is not None
+    write_lora(path, file.modules, replace(file.metadata, task=name, teacher_hash="", title=f"Tiny {name}"))
+    return path
+
+
+def wide_model(folder: Path, channels: int) -> Path:
+    """The tiny Stable Diffusion with further input channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fields = {key: value for key, value in tiny_network("sd15").config.items() if not key.startswith("_")}
+        network = UNet2DConditionModel(**{**fields, "in_channels": channels})
+    return save_pipeline("sd15", folder, unet=network.eval())
+
+
+@pytest.mark.parametrize("name", list(CHANNELS))
+def test_an_evaluation_of_each_task(name: str, lora: Path, pictures: Path, tmp_path: Path) -> None:
+    model = wide_model(tmp_path / "model", CHANNELS[name])
+    student = for_task(lora, name, tmp_path / "lora.safetensors")
+    command = ["evaluate", "--task", name, "--family", "sd15", "--teacher", str(model), "--lora", str(student)]
+    command += ["--data", str(pictures), "--samples", "7", "--steps", "4", "--pictures", "2", "--batch-size", "3"]
+    if name == "control":
+        tiny_controlnet(UNet2DConditionModel.from_pretrained(model / "unet")).save_pretrained(tmp_path / "control")
+        command[3:3] = ["--model", f"control={{path: {tmp_path / 'control'}}}"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["task"], report["student"]) == (name, f"Tiny {name}")
+    keys = [figure["key"] for figure in report["figures"]]
+    wanted = [figure.key for figure in task(name).figures if figure.key != "lpips"]
+    assert keys == wanted  # seven samples are too few for a distance of sets
+    assert any("samples are too few" in note for note in report["notes"]) == (name in ("inpainting", "control"))
+    runs = {run["name"]: run for run in report["runs"]}
+    assert [run["nfe"] for run in report["runs"]] == [0, 8, 4, 2, 1, 4, 2, 1, 4] + [8] * (name == "control")
+    assert all(0 < run["figures"][key]["count"] <= 7 for run in runs.values() for key in keys)
+    held = {(target["figure"], target["kind"]) for target in report["targets"]}
+    judged = [figure.key for figure in task(name).figures if figure.judged and figure.key in keys]
+    assert held == {(key, kind) for key in judged for kind in ("within", "better")}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(figure["title"] in page for figure in report["figures"])
+    files = [
+        *report["pictures"]["original"],
+        *(file for drawn in report["pictures"]["drawn"].values() for file in drawn),
+    ]
+    assert page.count("<img") == 2 * (len(report["pictures"]["drawn"]) + 1 + 1 + 3 + 1 + (name == "control"))
+    assert all((tmp_path / "out" / file).is_file() for file in files)
+    # The same again, in other batches.
+    if name != "inpainting":
+        return
+    assert main([*command[:-1], "7", "--output", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    for key in keys:
+        first, second = (line["runs"][2]["figures"][key]["value"] for line in (report, again))
+        assert first == pytest.approx(second, rel=1e-3)
+
+
+def test_distances_of_sets_from_enough_samples(lora: Path, pictures: Path, tmp_path: Path) -> None:
+    model = wide_model(tmp_path / "model", 9)
+    command = ["evaluate", "--task", "inpainting", "--family", "sd15", "--teacher", str(model), "--steps", "1"]
+    command += ["--data", str(pictures), "--samples", "66", "--batch-size", "33", "--guidance", "1"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [figure["key"] for figure in report["figures"]][:2] == ["fd", "fd_originals"]
+    originals, many = report["runs"][:2]
+    assert originals["figures"]["fd_originals"]["value"] == pytest.approx(0, abs=1e-4)
+    assert 0 < many["figures"]["fd"]["value"] < originals["figures"]["fd"]["value"]
+    assert report["targets"] == []  # there is no student
+
+
+def test_a_runs_folder_says_what_it_is(lora: Path, pictures: Path, tmp_path: Path) -> None:
+    model, run = wide_model(tmp_path / "model", 8), tmp_path / "run"
+    run.mkdir()
+    recipe = tiny_recipe(model, pictures, task={"name": "super-resolution", "options": {"scale": 2, "jpeg": None}})
+    (run / "config.yaml").write_text(parse_recipe(recipe).to_yaml())
+    command = ["evaluate", "--run", str(run), "--samples", "2", "--steps", "1", "--output", str(tmp_path / "out")]
+    assert main(command) == 2  # no LoRA yet
+    for_task(lora, "super-resolution", run / "lora.safetensors")
+    assert main(command) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["task"] == "super-resolution"
+    assert (report["origin"]["task_options"]["scale"], report["origin"]["task_options"]["jpeg"]) == (2, None)
+    assert str(pictures) in report["origin"]["data"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--task", "outfit"], ["no task 'outfit'", "inpainting"]),
+        (["--task", "inpainting", "--task-options", '{"holes": 1}'], ["task.options.holes", "masks"]),
+        (["--task", "inpainting", "--prompts", "x.txt"], ["--prompts", "text-to-image"]),
+        (["--data", "demo"], ["--data", "--task"]),
+        (["--task", "inpainting", "--protocol", "coco2017-5k", "--coco", "x"], ["--protocol", "inpainting"]),
+        (["--task", "super-resolution", "--model", "task_adapter=inpainting"], ["made for inpainting"]),
+        (["--task", "inpainting", "--samples", "1"], ["--samples must be at least 2"]),
+        (["--task", "control"], ["model.control", "ControlNet"]),
+        (["--run", "nowhere"], ["config.yaml"]),
+    ],
+)
+def test_options_that_do_not_fit_are_named(
+    options: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--output", str(tmp_path), *options]) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_a_lora_or_a_model_of_another_task_is_refused(
+    tiny_model: Path, lora: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = for_task(lora, "face-swap", tmp_path / "other.safetensors")
+    command = ["evaluate", "--task", "inpainting", "--family", "sd15", "--data", str(pictures), "--samples", "2"]
+    command += ["--output", str(tmp_path / "out"), "--lora"]
+    assert main([*command, str(lora), "--teacher", str(tiny_model)]) == 2
+    assert "wants a model that reads 9 channels" in capsys.readouterr().err
+    assert main([*command, str(other), "--teacher", str(wide_model(tmp_path / "model", 9))]) == 2
+    assert "distilled for face-swap, not for inpainting" in capsys.readouterr().err
