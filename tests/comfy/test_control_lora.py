@@ -1,7 +1,7 @@
 """Control-LoRAs are those that were trained, under a Flash LoRA too: the base model's weights plus their update.
 
 Compared with the whole ControlNet of the same sum, with random weights. The demo's adapters are tried in the formats
-that they ship in.
+that they ship in, as the trainer writes them; there diffusers' ControlNet is the whole one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import T2IAdapter
+from diffusers import T2IAdapter, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..families.adapters import save_weights, tiny_unet
+from flash_diffusion.flash_core.lora import LoraModule
+from flash_diffusion.trainer.teachers.control_lora import expanded, write_control_lora
+
+from ..families.adapters import save_weights, tiny_controlnet, tiny_unet
 from ..families.networks import POOLED_WIDTH, TEXT_WIDTH
 from .client import Client
 
@@ -28,6 +31,7 @@ pytestmark = pytest.mark.comfy
 TOLERANCE = 1e-4  # of the latent's standard deviation
 FAMILIES = ("sd15", "sdxl")
 STRENGTHS = (0.0, 0.5, 1.0)  # of the Flash LoRA
+RANK, SPREAD = 8, 0.05  # of the demo's random Control-LoRA
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +42,7 @@ def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
         network = tiny_unet(family)
         save_weights(network, folder / f"{family}.safetensors")
         (folder / f"{family}.json").write_text(json.dumps(dict(network.config)))
-    torch.manual_seed(3)
-    demo_adapter = T2IAdapter(
-        channels=[64, 128, 128], num_res_blocks=2, downscale_factor=16, adapter_type="full_adapter_xl"
-    )
-    save_weights(demo_adapter, folder / "canny_t2i_adapter.safetensors")
+    save_demo_adapters(folder, root / "trainer" / "demo" / "teacher")
     generator = torch.Generator().manual_seed(9)
     given = {
         "positive": torch.randn(1, 7, TEXT_WIDTH, generator=generator),
@@ -56,6 +56,34 @@ def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
     done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def save_demo_adapters(folder: Path, teacher: Path) -> None:
+    """The demo's two adapters with random weights, and the second one as a whole ControlNet of diffusers."""
+    torch.manual_seed(3)
+    sizes = {"channels": [64, 128, 128, 128], "num_res_blocks": 1, "downscale_factor": 16}
+    adapter = T2IAdapter(in_channels=1, adapter_type="full_adapter_xl", **sizes)
+    save_weights(adapter, folder / "canny_t2i_adapter.safetensors")
+    unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", torch_dtype=torch.float32)
+    parts = ("down_blocks.", "mid_block.")
+    modules = {
+        name: LoraModule(
+            name, SPREAD * torch.randn(RANK, *layer.weight.shape[1:]), SPREAD * torch.randn(len(layer.weight), RANK)
+        )
+        for name, layer in unet.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and name.startswith(parts)
+    }
+    norms = {
+        f"{name}.{part}": value + SPREAD * torch.randn_like(value)
+        for name, layer in unet.named_modules()
+        if isinstance(layer, nn.GroupNorm) and name.startswith(parts)
+        for part, value in layer.state_dict().items()
+    }
+    network = tiny_controlnet(unet, seed=5)
+    own = {name: value for name, value in network.state_dict().items() if name.startswith("controlnet_")}
+    path = folder / "canny_control_lora.safetensors"
+    write_control_lora(path, modules, {**own, **norms}, unet.config["layers_per_block"], {}, torch.float32)
+    save_weights(expanded(load_file(path), unet, path.name), folder / "canny_controlnet.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +120,7 @@ def test_wherever_the_model_lies(results: dict[str, Tensor], said: dict[str, Any
     """Patched in, patched on the fly where memory is short, and some of each; the counts say that it is so."""
     assert relative(results[f"{family}, residuals, {state}"], results[f"{family}, residuals, whole"]) < TOLERANCE
     loaded, fly, half = (said[f"{family}, {name}"] for name in ("loaded", "patched on the fly", "half"))
-    assert loaded > half >= fly
+    assert loaded > half > fly == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,9 +128,7 @@ def test_nothing_is_left_after_a_run(said: dict[str, Any], family: str) -> None:
     assert said[f"{family}, nothing is left"]
 
 
-def test_the_demo_takes_the_formats_that_ship_with_it(results: dict[str, Tensor], said: dict[str, Any]) -> None:
-    made, expected = said["hint channels"]
-    assert made == expected
+def test_the_demo_takes_the_formats_that_ship_with_it(results: dict[str, Tensor]) -> None:
     assert relative(results["demo, ours"], results["demo, whole"]) < TOLERANCE
     assert relative(results["demo, core"], results["demo, whole"]) > 10 * TOLERANCE
     for case in ("demo, ours", "demo, T2I-adapter"):

@@ -2,9 +2,9 @@
 
 python control_lora.py COMFYUI ROOT FOLDER
 
-FOLDER holds tiny UNets (``UNET.safetensors`` and ``UNET.json``), ``canny_t2i_adapter.safetensors`` for the demo, and
-``given.safetensors``. The Control-LoRAs are made here, in Stability's layout. Written there are ``results`` and
-``said.json``.
+FOLDER holds tiny UNets (``UNET.safetensors`` and ``UNET.json``), the demo's adapters (``canny_t2i_adapter``,
+``canny_control_lora`` and, the same as a whole, ``canny_controlnet``), and ``given.safetensors``. The tiny models'
+Control-LoRAs are made here, in Stability's layout. Written there are ``results`` and ``said.json``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor
 RANK = 4
 SPREAD = 0.05  # of an update, beside weights of about the same size
 FLASH_SPREAD = 0.3  # of a Flash LoRA's change, relative to each weight's own deviation
-HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)  # of the hint's way in; the last convolution gives the model's width
 
 
 def main(comfyui: Path, root: Path, folder: Path) -> None:
@@ -42,7 +41,7 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     with torch.inference_mode():
         for family in ("sd15", "sdxl"):
             steer(family, load(family, folder), given, folder, results, said)
-        demo(given, folder, results, said)
+        demo(given, folder, results)
         said |= refused(load("sd15", folder), given, folder)
     save_file({name: value.contiguous() for name, value in results.items()}, folder / "results")
     (folder / "said.json").write_text(json.dumps(said))
@@ -136,7 +135,7 @@ def steer(
     patched = flash_lora(model, 1.0)
     state = residuals(patched, wholes, given, family)
     results[f"{family}, residuals, whole"] = state
-    for name, memory in {"loaded": 0, "patched on the fly": 64, "half": 40_000}.items():
+    for name, memory in {"loaded": 0, "patched on the fly": 64, "half": patched.model_size() * 9 // 10}.items():
         patched.unpatch_model(patched.offload_device)
         patched.load(patched.load_device, lowvram_model_memory=memory, full_load=memory == 0)
         said[f"{family}, {name}"] = len(patched.backup)
@@ -170,7 +169,7 @@ def residuals(patched: Any, control: Any, given: dict[str, Tensor], family: str)
     )
 
 
-def demo(given: dict[str, Tensor], folder: Path, results: dict[str, Tensor], said: dict[str, Any]) -> None:
+def demo(given: dict[str, Tensor], folder: Path, results: dict[str, Tensor]) -> None:
     """The demo with its Flash LoRA under adapters in the formats that ship with it."""
     import comfy.controlnet
     from dropped_in.nodes.demo_models import SHIPPED_LORAS, build_demo
@@ -178,15 +177,6 @@ def demo(given: dict[str, Tensor], folder: Path, results: dict[str, Tensor], sai
     from dropped_in.nodes.lora_patches import apply_lora
 
     model, clip, _ = build_demo()
-    weights, whole = control_lora(model, seed=8)
-    widths = [
-        value.shape[0] for name, value in weights.items() if name.startswith("input_hint_block") and value.ndim > 1
-    ]
-    said["hint channels"] = [widths[:-1], list(HINT_CHANNELS)]
-    save_file(weights, folder / "canny_control_lora.safetensors")
-    network = empty_network(model)
-    network.load_state_dict(whole)
-    full = comfy.controlnet.ControlNet(network, load_device=model.load_device)
     flash, _ = apply_lora(read_lora(SHIPPED_LORAS / "flash_demo.safetensors"), model, 1.0, False)
     positive = clip.encode_from_tokens_scheduled(clip.tokenize("red apple"))
     hint = given["square"].movedim(1, -1)
@@ -196,7 +186,8 @@ def demo(given: dict[str, Tensor], folder: Path, results: dict[str, Tensor], sai
         return sample(flash, steered, (1, 16, 16, 16), 2, 1.0, None)
 
     results["demo, plain"] = sample(flash, positive, (1, 16, 16, 16), 2, 1.0, None)
-    results["demo, whole"] = run(control_net=full)
+    weights = load_file(folder / "canny_control_lora.safetensors")
+    results["demo, whole"] = run("canny_controlnet.safetensors")
     results["demo, core"] = run(control_net=comfy.controlnet.ControlLora(weights))
     results["demo, ours"] = run("canny_control_lora.safetensors")
     results["demo, T2I-adapter"] = run("canny_t2i_adapter.safetensors")
