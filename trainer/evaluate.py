@@ -99,8 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance",
         type=float,
-        default=defaults.guidance,
-        help="the teacher's scale w in uncond + w (cond - uncond) (default: %(default)s)",
+        help="the teacher's scale w in uncond + w (cond - uncond) (default: the middle of the run's, else "
+        f"{defaults.guidance})",
     )
     add(
         "--make-reference",

@@ -30,6 +30,7 @@ from .preview import EncodedPrompts
 from .task_samples import Batch, Subjects, batches
 from .tasks.base import Task
 from .tasks.figures import Figure, Scene
+from .tasks.scores import distance
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +59,14 @@ FRECHET_ORIGINALS = Figure(
     "teacher itself away from them, so a student is not held to it.",
     higher_is_better=False,
     judged=False,
+)
+PAIRED = Figure(
+    "paired",
+    "Feature distance to the teacher’s result",
+    "to teacher",
+    "Mean distance of a result from the one that the teacher makes in many steps of the same conditions and noise: "
+    "what distillation is to lower. 0 is the same picture.",
+    higher_is_better=False,
 )
 
 
@@ -177,6 +186,7 @@ class _Comparison:
         self.options = options
         self.perceptual = perceptual
         self.entries = entries
+        self.many = Run("teacher", options.steps, options.guidance)
         self.seen = {entry.name: Seen() for entry in entries}
         self.independent: list[Tensor] = []
         self.captions: list[str] = []
@@ -187,7 +197,7 @@ class _Comparison:
 
     def run(self, subjects: Subjects, console: Console | None) -> None:
         """Make and measure everything."""
-        options, many = self.options, Run("teacher", self.options.steps, self.options.guidance)
+        options, many = self.options, self.many
         passes = sum(entry.run.nfe for entry in self.entries if entry.run) + self.task.many_answers * many.nfe
         with progress_bar(console) as progress, torch.inference_mode():
             bar = progress.add_task(self.task.name, total=passes * options.samples, unit="passes")
@@ -250,7 +260,7 @@ class _Comparison:
         """What was measured: a distance of sets where there are enough samples, then the task's own."""
         measured = next(iter(self.seen.values())).scores
         own = [figure for figure in self.task.figures if figure.key in measured]
-        return [FRECHET, FRECHET_ORIGINALS, *own] if self._sets_are_large_enough() else own
+        return [*([FRECHET, FRECHET_ORIGINALS] if self._sets_are_large_enough() else []), *own, PAIRED]
 
     def notes(self) -> list[str]:
         """What was not measured, and why."""
@@ -273,6 +283,8 @@ class _Comparison:
 
     def scores(self, name: str, key: str) -> Tensor:
         """A figure of every sample (N,)."""
+        if key == PAIRED.key:
+            return distance(*(torch.cat(self.seen[which].features) for which in (name, self.many.name)))
         return torch.cat(self.seen[name].scores[key])
 
     def set_distance(self, name: str, key: str) -> Callable[[Tensor], float]:
@@ -347,6 +359,7 @@ def targets(
       where higher is. ``value`` is that ratio, None where the teacher's figure is 0.
     - ``better``: it is clearly better than the undistilled teacher with as many passes: the 95 % interval of the mean
       difference on the same samples is above 0. ``value`` is that difference, positive where the student is better.
+      Of the distance to the teacher's results, which is 0 for the teacher itself, this one alone is asked.
     """
     found: list[dict[str, Any]] = []
     rival = Run("teacher", BEST_STEPS).name
@@ -358,9 +371,9 @@ def targets(
         met = ours >= theirs - slack if figure.higher_is_better else ours <= theirs + slack
         limit = {"at_least": 1 - WITHIN} if figure.higher_is_better else {"at_most": 1 + WITHIN}
         value = ours / theirs if theirs else None
-        found.append(
-            {"figure": figure.key, "kind": "within", "run": student, "rival": many, "value": value, **limit, "met": met}
-        )
+        line = {"figure": figure.key, "kind": "within", "run": student, "rival": many}
+        if figure != PAIRED:
+            found.append({**line, "value": value, **limit, "met": met})
         against = next(line for line in comparisons if (line["figure"], line["rival"]) == (figure.key, rival))
         found.append({**against, "kind": "better", "met": against["verdict"] == "better"})
     return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import DataSection, Recipe, TaskSection, parse_recipe
 from .errors import UserError
+from .measure import Options
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,7 @@ def follow_run(args: argparse.Namespace) -> None:
     args.run_recipe = None
     if args.run is None:
         args.task = args.task or TEXT_TO_IMAGE
+        args.guidance = Options().guidance if args.guidance is None else args.guidance
         return
     recipe = args.run_recipe = read_run(args.run)
     if args.lora is None:
@@ -86,6 +88,7 @@ def follow_run(args: argparse.Namespace) -> None:
     args.family, args.teacher = model.pop("family"), args.teacher or model.pop("path", None)
     args.model = [f"{name}={json.dumps(value)}" for name, value in model.items() if name != "path"] + args.model
     args.task = args.task or recipe.task.name
+    args.guidance = sum(recipe.method.guidance) / 2 if args.guidance is None else args.guidance
     if args.task == recipe.task.name and args.task_options is None:
         args.task_options = recipe.task.options
     args.resolution = args.resolution or recipe.data.resolution
@@ -141,14 +144,12 @@ def evaluate_task(args: argparse.Namespace, console: Any) -> bool:
     from .assembly import check_control
     from .demo.features import FeatureNetwork
     from .evaluate import load_generator, model_section, pick_device
-    from .measure import Options
     from .reference import fingerprint
     from .task_comparison import compare_on_task
     from .task_samples import read_subjects
 
     task = task_of(args)
     check_control(task, model_section(args))
-    defaults = Options()
     options = Options(
         samples=SAMPLES if args.samples is None else args.samples,
         times=1,
@@ -157,7 +158,6 @@ def evaluate_task(args: argparse.Namespace, console: Any) -> bool:
         guidance=args.guidance,
         batch_size=args.batch_size,
         pictures=args.pictures,
-        solver=defaults.solver,
     )
     data: str | DataSection = args.data or "demo"
     if args.data is None and args.run_recipe is not None:

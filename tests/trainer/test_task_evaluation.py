@@ -336,7 +336,7 @@ def test_an_evaluation_of_each_task(name: str, lora: Path, pictures: Path, tmp_p
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["task"], report["student"]) == (name, f"Tiny {name}")
     keys = [figure["key"] for figure in report["figures"]]
-    wanted = [figure.key for figure in task(name).figures if figure.key != "lpips"]
+    wanted = [figure.key for figure in task(name).figures if figure.key != "lpips"] + ["paired"]
     assert keys == wanted  # seven samples are too few for a distance of sets
     assert any("samples are too few" in note for note in report["notes"]) == (name in ("inpainting", "control"))
     runs = {run["name"]: run for run in report["runs"]}
@@ -344,7 +344,8 @@ def test_an_evaluation_of_each_task(name: str, lora: Path, pictures: Path, tmp_p
     assert all(0 < run["figures"][key]["count"] <= 7 for run in runs.values() for key in keys)
     held = {(target["figure"], target["kind"]) for target in report["targets"]}
     judged = [figure.key for figure in task(name).figures if figure.judged and figure.key in keys]
-    assert held == {(key, kind) for key in judged for kind in ("within", "better")}
+    assert held == {(key, kind) for key in judged for kind in ("within", "better")} | {("paired", "better")}
+    assert runs["teacher 4 steps, guided"]["figures"]["paired"]["value"] == 0  # which are the many steps here
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(figure["title"] in page for figure in report["figures"])
     files = [
