@@ -24,7 +24,7 @@ from ..flash_core.grid import MAX_FEW_STEPS
 from .few_step import METADATA_KEY, flash_grid, flash_sampler
 from .inputs import seed_input
 from .lora_patches import describe_model
-from .model_facts import check_vae
+from .model_facts import check_prompts, check_vae
 from .sampling import fixed_latent
 from .schema import node_schema, show_text
 
@@ -121,12 +121,8 @@ class FlashCompare(io.ComfyNode):
                 f"teacher_guidance is {teacher_guidance:g}, which compares with a negative prompt, and none is "
                 "connected. Connect a CLIP Text Encode (its text may be empty) to 'negative', or set it to 1."
             )
+        check_prompts(model, positive=positive, negative=negative)
         samples = fixed_latent(model, latent_image)
-        if samples.ndim != 4:
-            raise ValueError(
-                f"This latent has {samples.ndim} dimensions; expected 4, a picture's (a video's has 5). Connect Empty "
-                "Latent Image."
-            )
         bench = Bench(
             positive=positive,
             negative=positive if negative is None else negative,  # at guidance 1 it is not evaluated

@@ -13,7 +13,9 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..flash_core.image import resize, same_shape
-from .model_facts import CONCAT_KEY, check_vae
+from .inputs import check_numbers, check_picture
+from .model_facts import CONCAT_KEY, check_prompts, check_vae
+from .sampling import fixed_latent
 from .schema import node_schema
 
 PARTS = ("mask", "image", "image_2", "latent")
@@ -126,7 +128,8 @@ class FlashConcatConditioning(io.ComfyNode):
         """Build the channels, count them, attach them."""
         offered = {"mask": mask, "image": image, "image_2": image_2, "latent": latent}
         given = {name: value for name, value in offered.items() if value is not None}
-        height, width = latent_image["samples"].shape[-2:]
+        check_prompts(model, positive=positive, negative=negative)
+        height, width = fixed_latent(model, latent_image).shape[-2:]
         channels = {
             name: channels_of(name, given[name], model, vae, images_as, height, width)
             for name in listed_parts(order, given)
@@ -165,6 +168,7 @@ def channels_of(
     scale = getattr(latent_format, "spacial_downscale_ratio", 8)
     if name == "latent":
         samples = value["samples"]
+        check_numbers(name, samples)
         if tuple(samples.shape[-2:]) != (height, width) or samples.shape[1] != latent_format.latent_channels:
             raise ValueError(
                 f"latent is {tuple(samples.shape[1:])}, the latent to sample is "
@@ -172,9 +176,12 @@ def channels_of(
             )
         return latent_format.process_in(samples)
     if name == "mask":
+        check_numbers(name, value)
         masks = value[None] if value.ndim == 2 else value
         fitting = fitted(name, masks, height * scale, width * scale)
         return torch.nn.functional.interpolate(fitting[:, None].round(), (height, width), mode="nearest")
+    check_picture(name, value)
+    check_numbers(name, value)
     picture = value[..., :3]
     if images_as == "pixels":
         return fitted(name, picture, height, width).movedim(-1, 1) * 2 - 1

@@ -234,9 +234,8 @@ def sample_flash(
     draw = item_noise(model.noise, arguments.get("seed") or 0, x)
     mask, first_noise = arguments.get("denoise_mask"), model.noise
     batch = x.new_ones(x.shape[0])
-    pure = not flow and starts_from_noise(
-        sampling, levels[0], first_noise
-    )  # a flow model's x is nothing but noise there
+    # A flow model's x is nothing but noise at its last timestep.
+    pure = not flow and starts_from_noise(sampling, levels[0], first_noise)
     if pure:
         x = sampling.noise_scaling(sigmas[0], first_noise, torch.zeros_like(x), True)
 

@@ -26,7 +26,8 @@ from ..flash_core.image import (
     same_shape,
     working_size,
 )
-from .model_facts import check_vae, native_side
+from .inputs import check_numbers, check_picture
+from .model_facts import check_prompts, check_vae, native_side
 from .schema import advanced, node_schema
 
 Stitch = io.Custom("FLASH_STITCH")
@@ -191,6 +192,11 @@ class FlashInpaintPrepare(io.ComfyNode):
     ) -> io.NodeOutput:
         """Crop, encode and mask; see :func:`plan_crop`."""
         check_vae(vae, model)
+        check_prompts(model, positive=positive, negative=negative)
+        check_picture("image", image)
+        check_numbers("image", image)
+        if mask is not None:
+            check_numbers("mask", mask)
         padding = (pad_left, pad_top, pad_right, pad_bottom)
         side = size or native_side(model)
         plan, pixels, crop_mask = plan_crop(image, mask, padding, side, context, grow, feather)
@@ -263,6 +269,8 @@ class FlashInpaintStitch(io.ComfyNode):
     @classmethod
     def execute(cls, stitch: StitchPlan, image: Tensor) -> io.NodeOutput:
         """Resize the crop to its box and blend it in; several crops of one picture give several pictures."""
+        check_picture("image", image)
+        check_numbers("image", image)
         picture = stitch.picture
         if len(image) % len(picture):
             raise ValueError(

@@ -1,11 +1,13 @@
-"""Inputs that several nodes have, said once: how a few-step run is set up."""
+"""Inputs that several nodes have, said once: how a few-step run is set up, and what no node can work with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from comfy_api.v0_0_2 import io
+from torch import Tensor
 
 from ..flash_core.grid import MAX_FEW_STEPS
 from .few_step import GRIDS
@@ -18,8 +20,9 @@ STEPS_TOOLTIP = (
     "the node when it has run."
 )
 DENOISE_TOOLTIP = (
-    "1 makes a new picture. Below 1 keeps that much of the input latent: the run starts at the nearest timestep the "
-    "model was trained on, so few values differ (with 4 steps: .25, .5, .75, 1)."
+    "1 makes a new picture, from pure noise; a mask still keeps its part. Below 1 keeps that much of the input latent: "
+    "the run starts at the nearest timestep the model was trained on, so few values differ (with 4 steps: .25, .5, "
+    ".75, 1)."
 )
 GRID_TOOLTIP = (
     "Which timesteps are evaluated. trained: those the LoRA was trained on, the best choice. reference: those of the "
@@ -74,6 +77,25 @@ def check_guidance(guidance: float, negative: object | None) -> None:
         raise ValueError(
             f"Guidance is {guidance:g}, which compares with a negative prompt, and none is connected. Connect a "
             "CLIP Text Encode (its text may be empty) to 'negative', or set guidance to 1."
+        )
+
+
+def check_numbers(name: str, values: Tensor) -> None:
+    """Raise where a picture, mask or latent holds NaN or an infinite value, which would spread over all of it."""
+    if not bool(values.sum(dtype=torch.float32).isfinite()):  # a sum needs no memory of the values' size
+        raise ValueError(
+            f"{name} holds values that are no numbers (NaN or infinite); expected finite ones. Look at what makes it: "
+            "often a VAE or a model that overflows in half precision (start ComfyUI with --fp32-vae, or "
+            "--force-fp32)."
+        )
+
+
+def check_picture(name: str, image: Tensor) -> None:
+    """Raise where an IMAGE is not (B, H, W, 3 or 4)."""
+    if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
+        raise ValueError(
+            f"{name} is {tuple(image.shape)}; expected (pictures, height, width, 3 or 4 channels: RGB or RGBA), at "
+            "least one picture. Convert it to RGB."
         )
 
 

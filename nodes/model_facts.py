@@ -1,11 +1,16 @@
-"""What nodes ask of a MODEL and its VAE before they work with them."""
+"""What nodes ask of a MODEL, its VAE and its prompts before they work with them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_base
 import comfy.supported_models
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
+
+from .lora_patches import describe_model
 
 # A conditioning's value that every ComfyUI model joins to the noisy latent as it is; ComfyUI does not resize it.
 CONCAT_KEY = "noise_concat"
@@ -33,3 +38,34 @@ def check_vae(vae: VAE, model: ModelPatcher) -> None:
             f"This VAE makes latents of {vae.latent_channels} channels, the model works on {wanted}. Connect the VAE "
             "that belongs to the model."
         )
+
+
+def text_width(model: ModelPatcher) -> int | None:
+    """The width of the text embeddings that a UNet reads; None where ComfyUI makes something else of them first."""
+    inner = model.model
+    if not isinstance(inner.diffusion_model, UNetModel):
+        return None
+    if type(inner).extra_conds is not comfy.model_base.BaseModel.extra_conds:
+        return None
+    return inner.model_config.unet_config.get("context_dim")
+
+
+def check_prompts(model: ModelPatcher, **prompts: list[Any] | None) -> None:
+    """Raise where a connected prompt, by its input's name, can't be this model's.
+
+    ComfyUI makes grey of an empty list, and fails on another model's text with the shapes of two matrices.
+    """
+    width = text_width(model)
+    for name, prompt in prompts.items():
+        if prompt is not None and not prompt:
+            raise ValueError(
+                f"What is connected to '{name}' holds no prompt: the list is empty. Connect a CLIP Text Encode; its "
+                "text may be empty."
+            )
+        for tokens, _ in prompt or []:
+            if width is not None and tokens is not None and tokens.shape[-1] != width:
+                raise ValueError(
+                    f"What is connected to '{name}' was encoded for another model: its text embeddings are "
+                    f"{tokens.shape[-1]} wide, and the model is {describe_model(model)}. Encode it with the CLIP that "
+                    "belongs to the model."
+                )

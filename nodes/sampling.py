@@ -16,6 +16,7 @@ from comfy_api.v0_0_2 import io
 from .few_step import GridName, flash_grid, flash_sampler
 from .inputs import (
     check_guidance,
+    check_numbers,
     denoise_input,
     grid_inputs,
     guidance_input,
@@ -24,6 +25,7 @@ from .inputs import (
     steps_input,
     stochasticity_input,
 )
+from .model_facts import check_prompts
 from .schema import advanced, node_schema, show_text
 
 PIXART_MINIMUM = 66  # latent height + width from which its position embeddings in ComfyUI do not divide by zero
@@ -35,7 +37,13 @@ def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
     known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
     ratios = {name: latent.get(name) for name in sizes if name in known}
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
-    channels = model.get_model_object("latent_format").latent_channels
+    wanted = model.get_model_object("latent_format")
+    channels, dimensions = wanted.latent_channels, wanted.latent_dimensions + 2
+    if not samples.is_nested and samples.ndim != dimensions:
+        raise ValueError(
+            f"This latent has {samples.ndim} dimensions; expected {dimensions}: a picture's has 4, a video's 5. "
+            "Connect an empty latent of the model's kind, such as Empty Latent Image, or encode with the model's VAE."
+        )
     if isinstance(model.model, comfy.model_base.PixArt):
         height, width = samples.shape[-2:]
         if height % 2 or width % 2 or height + width < PIXART_MINIMUM:
@@ -48,6 +56,10 @@ def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
             f"This latent has {samples.shape[1]} channels, the model works on {channels}. Encode the picture with the "
             "VAE that belongs to this model."
         )
+    if not samples.is_nested:
+        check_numbers("This latent", samples)
+        if "noise_mask" in latent:
+            check_numbers("This latent's noise mask", latent["noise_mask"])
     return samples
 
 
@@ -101,6 +113,7 @@ class FlashSampler(io.ComfyNode):
         import latent_preview  # ComfyUI's; not importable before its server has started
 
         check_guidance(guidance, negative)
+        check_prompts(model, positive=positive, negative=negative)
         samples = fixed_latent(model, latent_image)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         chosen = flash_grid(model, steps, denoise, grid, timesteps)

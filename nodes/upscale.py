@@ -20,6 +20,8 @@ from ..flash_core.image import Tiling, plan_tiles, resize
 from .few_step import GridName, flash_grid, flash_sampler
 from .inputs import (
     check_guidance,
+    check_numbers,
+    check_picture,
     denoise_input,
     grid_inputs,
     guidance_input,
@@ -27,7 +29,7 @@ from .inputs import (
     seed_input,
     steps_input,
 )
-from .model_facts import CONCAT_KEY, check_vae, native_side
+from .model_facts import CONCAT_KEY, check_prompts, check_vae, native_side
 from .schema import advanced, node_schema, show_text
 from .tiled import decode_tiled, encode_tiled, tiled_model
 
@@ -79,7 +81,8 @@ class FlashUpscale(io.ComfyNode):
                 denoise_input(
                     default=0.25,
                     tooltip="Ordinary models: how much is made anew, snapped to the nearest trained timestep (4 steps: "
-                    ".25, .5, .75). Low values keep the picture. Super-resolution models always start from noise.",
+                    ".25, .5, .75). Low values keep the picture, 1 forgets it. Super-resolution models always start "
+                    "from noise.",
                 ),
                 guidance_input(
                     "Classifier-free guidance. Flash models have it built in: leave it at 1. Above 1 a negative prompt "
@@ -146,10 +149,12 @@ class FlashUpscale(io.ComfyNode):
         prompts = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
         check_vae(vae, model)
         check_picture_model(model)
-        check_prompts(prompts, guidance)
+        check_prompts(model, **prompts)
+        check_cuttable(prompts, guidance)
         concat = concat_of(model, vae, prompts)
         chosen = flash_grid(model, steps, denoise if concat is None else 1.0, grid, timesteps)
         tiles, vae_tiles = plan(model, vae, image, scale, tile_size, overlap)
+        check_numbers("image", image)
         check_attached(prompts, tiles)
         pictures = enlarge(image, scale)
         count = len(pictures)
@@ -298,7 +303,7 @@ def check_picture_model(model: ModelPatcher) -> None:
         )
 
 
-def check_prompts(prompts: dict[str, list[Any]], guidance: float) -> None:
+def check_cuttable(prompts: dict[str, list[Any]], guidance: float) -> None:
     """Raise where guidance lacks its negative prompt, or a prompt can't be cut to tiles."""
     check_guidance(guidance, prompts.get("negative"))
     if any("gligen" in entries for prompt in prompts.values() for _, entries in prompt):
@@ -327,9 +332,8 @@ def plan(
     Raises:
         ValueError: the picture has no colours or does not fit into memory, or the tiles are too small.
     """
+    check_picture("image", image)
     count, height, width, channels = image.shape
-    if channels not in (PICTURE_CHANNELS, PICTURE_CHANNELS + 1):
-        raise ValueError(f"This picture has {channels} channels; expected 3 (RGB) or 4 (RGBA). Convert it to RGB.")
     if 0 < tile_size < LEAST_TILE:
         raise ValueError(
             f"tile_size is {tile_size} pixels, in which a model sees nothing. Set at least {LEAST_TILE}, or 0 for the "

@@ -1,0 +1,261 @@
+"""What a user may give a node by mistake, given to each node on the demo (see ``test_bad_inputs.py``).
+
+python bad_inputs.py COMFYUI ROOT FOLDER
+
+FOLDER holds ``sd15.safetensors`` and ``sd15.json``, a tiny model of another family. Written there are ``said.json``,
+what was refused in which words, ``results``, what the rest made with what it should be (", expected"), and
+``schemas.json``: each node's inputs and their types.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from boot import boot
+from safetensors.torch import save_file
+from sampling_families import load
+from torch import Tensor
+
+SIDE = 128  # the demo's pictures, in pixels; an eighth of it in its latents
+LORA = "flash_demo.safetensors"
+NAN = float("nan")
+
+
+class Given:
+    """What the nodes are given where nothing is wrong."""
+
+    def __init__(self, folder: Path) -> None:
+        import folder_paths
+        from dropped_in.nodes.demo_models import SHIPPED_LORAS, TASK_ADAPTERS, build_demo
+        from dropped_in.nodes.loaders import FlashLoraLoader
+
+        folder_paths.add_model_folder_path("loras", str(SHIPPED_LORAS))
+        self.teacher, clip, self.vae = build_demo()
+        self.model = FlashLoraLoader.execute(self.teacher, LORA, 1.0).args[0]
+        self.concat, _, _ = build_demo(adapter=TASK_ADAPTERS / "inpainting.safetensors")
+        self.other = load("sd15", folder)
+        self.prompt = clip.encode_from_tokens_scheduled(clip.tokenize("red apple"))
+        generator = torch.Generator().manual_seed(1)
+        self.image = torch.rand(1, SIDE, SIDE, 3, generator=generator)
+        self.mask = torch.zeros(1, SIDE, SIDE)
+        self.mask[:, 32:96, 48:88] = 1
+        self.latent = self.vae.encode(self.image)
+
+    def plain(self) -> dict[str, Any]:
+        """An empty latent."""
+        return {"samples": torch.zeros_like(self.latent)}
+
+    def masked(self, mask: Tensor) -> dict[str, Any]:
+        """The picture's latent with a noise mask."""
+        return {"samples": self.latent, "noise_mask": mask}
+
+    def transparent(self) -> Tensor:
+        """The picture with an alpha channel that is not 1."""
+        return torch.cat([self.image, self.image[..., :1]], -1)
+
+    def large(self) -> Tensor:
+        """The picture 24 times as wide and high."""
+        return self.image.repeat_interleave(24, 1).repeat_interleave(24, 2)
+
+
+class OtherVAE:
+    """A VAE of another model, as far as it is looked at."""
+
+    latent_channels = 4
+
+
+Case = Callable[[], Tensor] | tuple[Callable[[], Tensor], Callable[[], Tensor]]
+
+
+def sampler_cases(given: Given) -> dict[str, Case]:
+    """Flash Sampler, Flash Scheduler and Flash Sampler Select."""
+    from dropped_in.nodes.sampling import FlashSampler, FlashSamplerSelect, FlashScheduler
+
+    def run(latent: Any = None, **changes: Any) -> Tensor:
+        values = {"model": given.model, "positive": given.prompt, "latent_image": latent or given.plain()}
+        values |= {"seed": 3, "steps": 2, "guidance": 1.0, "denoise": 1.0, **changes}
+        return FlashSampler.execute(**values).args[0]["samples"]
+
+    two = {"samples": given.latent.repeat(2, 1, 1, 1)}
+    three = torch.cat([given.mask, 1 - given.mask, given.mask])[:, None]
+    sampler = "FlashSampler, "
+    return {
+        f"{sampler}mask of another size": (lambda: run(given.masked(torch.ones(1, 1, 33, 60))), run),
+        f"{sampler}empty mask": (lambda: run(given.masked(torch.zeros(1, 1, SIDE, SIDE))), lambda: given.latent),
+        f"{sampler}batch mismatch": (
+            lambda: run({**two, "noise_mask": three}),
+            lambda: run({**two, "noise_mask": three[:2]}),
+        ),
+        f"{sampler}one pixel": lambda: run({"samples": torch.zeros(1, 16, 1, 1)}),
+        f"{sampler}wrong model family": lambda: run(model=given.other),
+        f"{sampler}NaN": lambda: run({"samples": given.latent * NAN}),
+        f"{sampler}NaN: mask": lambda: run(given.masked(given.mask[:, None] * NAN)),
+        f"{sampler}no prompts": lambda: run(positive=[]),
+        f"{sampler}no prompts: negative": lambda: run(negative=[], guidance=2.0),
+        f"{sampler}video latent": lambda: run({"samples": given.latent[:, :, None]}),
+        f"{sampler}latent of another model": lambda: run({"samples": given.latent[:, :4]}),
+        f"{sampler}latent of another model: empty": (lambda: run({"samples": torch.zeros(1, 4, 16, 16)}), run),
+        f"{sampler}denoise 0": lambda: run(denoise=0.0),
+        f"{sampler}stochasticity 2": lambda: run(stochasticity=2.0),
+        "FlashScheduler, denoise 0": lambda: FlashScheduler.execute(given.model, 4, 0.0).args[0],
+        "FlashSamplerSelect, stochasticity 2": lambda: FlashSamplerSelect.execute(2.0).args[0],
+    }
+
+
+def compare_cases(given: Given) -> dict[str, Case]:
+    """Flash Compare; what its grid shows depends on seconds, so only that there is one."""
+    from dropped_in.nodes.compare import FlashCompare
+
+    def run(latent: Any = None, **changes: Any) -> Tensor:
+        values = {"model": given.teacher, "flash_model": given.model, "positive": given.prompt, "vae": given.vae}
+        values |= {"latent_image": latent or given.plain(), "seed": 3, "teacher_steps": 1, "teacher_guidance": 1.0}
+        values |= {"sampler_name": "euler", "scheduler": "simple", "flash_steps": "1", **changes}
+        return FlashCompare.execute(**values).args[0]
+
+    compare = "FlashCompare, "
+    return {
+        f"{compare}empty mask": lambda: run(given.masked(torch.zeros(1, 1, SIDE, SIDE))),
+        f"{compare}batch mismatch": lambda: run(given.masked(torch.ones(3, 1, SIDE, SIDE))),
+        f"{compare}one pixel": lambda: run({"samples": torch.zeros(1, 16, 1, 1)}),
+        f"{compare}wrong model family": lambda: run(positive=[[torch.zeros(1, 7, 768), {}]]),
+        f"{compare}NaN": lambda: run({"samples": given.latent * NAN}),
+        f"{compare}no prompts": lambda: run(positive=[]),
+    }
+
+
+def inpaint_cases(given: Given) -> dict[str, Case]:
+    """Flash Inpaint Prepare and Flash Inpaint Stitch."""
+    from dropped_in.nodes.inpaint import FlashInpaintPrepare, FlashInpaintStitch
+
+    def run(**changes: Any) -> Any:
+        values = {"model": given.model, "vae": given.vae, "positive": given.prompt, "image": given.image}
+        values |= {"mask": given.mask, "size": 0, "context": 1.5, "grow": 0, "feather": 8}
+        values |= {f"pad_{side}": 0 for side in ("left", "top", "right", "bottom")}
+        return FlashInpaintPrepare.execute(**{**values, **changes}).args
+
+    def stitch(image: Tensor) -> Tensor:
+        return FlashInpaintStitch.execute(run()[3], image).args[0]
+
+    spot = torch.zeros(1, 24 * SIDE, 24 * SIDE)
+    spot[:, 1000:1100, 2000:2100] = 1
+    prepare, stitched = "FlashInpaintPrepare, ", "FlashInpaintStitch, "
+    return {
+        f"{prepare}huge": lambda: run(image=given.large(), mask=spot)[4],
+        f"{prepare}wrong model family": lambda: run(positive=[[torch.zeros(1, 7, 768), {}]]),
+        f"{prepare}VAE of another model": lambda: run(model=given.other),
+        f"{prepare}NaN": lambda: run(image=given.image * NAN),
+        f"{prepare}NaN: mask": lambda: run(mask=given.mask * NAN),
+        f"{prepare}no prompts": lambda: run(positive=[]),
+        f"{prepare}no prompts: negative": lambda: run(negative=[]),
+        f"{prepare}one channel": lambda: run(image=given.image[..., :1]),
+        f"{stitched}RGBA": (lambda: stitch(given.transparent()), lambda: stitch(given.image)),
+        f"{stitched}one pixel": (
+            lambda: stitch(given.image[:, :1, :1]),
+            lambda: stitch(given.image[:, :1, :1].expand_as(given.image)),
+        ),
+        f"{stitched}huge": lambda: stitch(given.large()),
+        f"{stitched}NaN": lambda: stitch(given.image * NAN),
+    }
+
+
+def concat_cases(given: Given) -> dict[str, Case]:
+    """Flash Concat Conditioning on the demo's inpainting model, which reads a mask and a picture's latent."""
+    from dropped_in.nodes.conditioning import FlashConcatConditioning
+
+    def run(**changes: Any) -> Tensor:
+        values = {"model": given.concat, "positive": given.prompt, "latent_image": given.plain(), "vae": given.vae}
+        values |= {"order": "mask, image", "images_as": "latent", "mask": given.mask, "image": given.image, **changes}
+        return FlashConcatConditioning.execute(**values).args[0][0][1]["noise_concat"]
+
+    concat = "FlashConcatConditioning, "
+    return {
+        f"{concat}mask of another size": (lambda: run(mask=given.mask[:, ::2, ::2]), run),
+        f"{concat}mask of another size: shape": lambda: run(mask=given.mask[:, :64]),
+        f"{concat}empty mask": (
+            lambda: run(mask=torch.zeros(1, 64, 64))[:, :1],
+            lambda: torch.zeros(1, 1, 16, 16),
+        ),
+        f"{concat}RGBA": (lambda: run(image=given.transparent()), run),
+        f"{concat}one pixel": (
+            lambda: run(image=given.image[:, :1, :1]),
+            lambda: run(image=given.image[:, :1, :1].expand_as(given.image)),
+        ),
+        f"{concat}huge": lambda: run(image=given.large()),
+        f"{concat}VAE of another model": lambda: run(vae=OtherVAE()),
+        f"{concat}NaN": lambda: run(image=given.image * NAN),
+        f"{concat}NaN: mask": lambda: run(mask=given.mask * NAN),
+        f"{concat}NaN: latent": lambda: run(order="mask, latent", image=None, latent={"samples": given.latent * NAN}),
+        f"{concat}no prompts": lambda: run(positive=[]),
+        f"{concat}video latent": lambda: run(latent_image={"samples": given.latent[:, :, None]}),
+        f"{concat}latent of another model": lambda: run(latent_image={"samples": given.latent[:, :4]}),
+    }
+
+
+def upscale_cases(given: Given) -> dict[str, Case]:
+    """Flash Upscale."""
+    from dropped_in.nodes.upscale import FlashUpscale
+
+    def run(**changes: Any) -> Tensor:
+        values = {"model": given.model, "vae": given.vae, "positive": given.prompt, "image": given.image, "scale": 1.0}
+        values |= {"seed": 3, "steps": 4, "denoise": 0.25, "guidance": 1.0, "tile_size": 0, "overlap": 0.25}
+        return FlashUpscale.execute(**{**values, "noise_augmentation": 0.0, **changes}).args[0]
+
+    upscale = "FlashUpscale, "
+    return {
+        f"{upscale}wrong model family": lambda: run(positive=[[torch.zeros(1, 7, 768), {}]]),
+        f"{upscale}NaN": lambda: run(image=given.image * NAN),
+        f"{upscale}no prompts": lambda: run(positive=[]),
+        f"{upscale}no prompts: negative": lambda: run(negative=[]),
+        f"{upscale}denoise 0": lambda: run(denoise=0.0),
+        f"{upscale}one channel": lambda: run(image=given.image[..., :1]),
+    }
+
+
+def lora_cases(given: Given) -> dict[str, Case]:
+    """Flash LoRA Loader and Flash LoRA Stack."""
+    from dropped_in.nodes.loaders import FlashLoraLoader
+    from dropped_in.nodes.lora_stack import FlashLoraStack
+
+    return {
+        "FlashLoraLoader, wrong model family": lambda: FlashLoraLoader.execute(given.other, LORA, 1.0),
+        "FlashLoraStack, wrong model family": lambda: FlashLoraStack.execute(given.other, LORA, 1.0),
+    }
+
+
+def main(comfyui: Path, root: Path, folder: Path) -> None:
+    """Give each node each of them."""
+    boot(comfyui, root)
+    import comfy.utils
+    from dropped_in.nodes import NODES
+
+    torch.set_num_threads(1)
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    said: dict[str, str] = {}
+    results: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        given = Given(folder)
+        for cases in (sampler_cases, compare_cases, inpaint_cases, concat_cases, upscale_cases, lora_cases):
+            for name, case in cases(given).items():
+                call, expected = case if isinstance(case, tuple) else (case, None)
+                try:
+                    results[name] = call()
+                except ValueError as error:
+                    said[name] = str(error)
+                if expected is not None:
+                    results[f"{name}, expected"] = expected()
+    schemas = {
+        schema.node_id: {field.id: field.get_io_type() for field in schema.inputs}
+        for schema in (node.define_schema() for node in NODES)
+    }
+    (folder / "said.json").write_text(json.dumps(said))
+    (folder / "schemas.json").write_text(json.dumps(schemas))
+    save_file({name: value.clone().contiguous() for name, value in results.items()}, folder / "results")
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))

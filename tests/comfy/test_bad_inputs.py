@@ -1,0 +1,263 @@
+"""Every node and what a user may give it by mistake: a clear refusal, or the obvious right result. One table.
+
+Which kinds of mistake a node must be tried with follows from the types of its inputs, so a node that is new, or an
+input that is, fails here until it has its rows. Most rows are tried in one process with ComfyUI
+(``inside/bad_inputs.py``); those that another test tries say which.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..families.networks import tiny_network
+
+pytestmark = pytest.mark.comfy
+
+TESTS = Path(__file__).resolve().parent
+TOLERANCE = 1e-3
+
+# A kind of mistake, and the inputs (by type or by name) of which one is enough that a node must be tried with it.
+KINDS = {
+    "mask of another size": {"MASK", "LATENT"},  # a latent may bring a noise mask
+    "empty mask": {"MASK", "LATENT"},
+    "batch mismatch": {"IMAGE", "MASK", "LATENT"},
+    "RGBA": {"IMAGE"},
+    "one pixel": {"IMAGE", "LATENT"},
+    "huge": {"IMAGE"},
+    "NaN": {"IMAGE", "MASK", "LATENT"},
+    "no prompts": {"CONDITIONING"},
+    "wrong model family": {"MODEL"},
+    "VAE of another model": {"VAE"},
+    "adapter of another base": {"lora_name", "flash_lora", "adapter_name"},
+    "video latent": {"LATENT"},
+    "latent of another model": {"LATENT"},
+    "denoise 0": {"denoise"},
+    "stochasticity 2": {"stochasticity"},
+}
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Another test tries it: ``file.py`` or ``file.py::test``."""
+
+    test: str
+
+
+@dataclass(frozen=True)
+class Moot:
+    """It can't go wrong."""
+
+    why: str
+
+
+RIGHT: list[str] = []  # no refusal: the obvious right result
+NO_NUMBERS = ["no numbers (NaN or infinite)", "--fp32-vae"]
+NO_PROMPT = ["'positive' holds no prompt", "Connect a CLIP Text Encode"]
+NO_NEGATIVE = ["'negative' holds no prompt"]
+OTHER_TEXT = ["encoded for another model", "768 wide", "the Flash demo (attn2 reads 128 channels)", "the CLIP that"]
+OTHER_VAE = ["This VAE makes latents of", "Connect the VAE that belongs to the model"]
+OTHER_LATENT = ["latent has 4 channels, the model works on 16", "VAE that belongs"]
+VIDEO = ["latent has 5 dimensions; expected 4", "Empty Latent Image"]
+NO_DENOISE = ["denoise is 0; expected a number above 0", "bypass"]
+NO_RGB = ["(1, 128, 128, 1)", "RGB or RGBA"]
+STOCHASTICITY = ["stochasticity is 2; expected 0", "to 1"]
+OTHER_BASE = ["does not fit", "It is for flash-demo", "the model is SD15"]
+
+Row = list[str] | Elsewhere | Moot
+TABLE: dict[str, dict[str, Row]] = {
+    "FlashSampler": {
+        "mask of another size": RIGHT,
+        "empty mask": RIGHT,
+        "batch mismatch": RIGHT,
+        "one pixel": RIGHT,
+        "NaN": NO_NUMBERS,
+        "NaN: mask": NO_NUMBERS,
+        "no prompts": NO_PROMPT,
+        "no prompts: negative": NO_NEGATIVE,
+        "wrong model family": ["encoded for another model", "128 wide", "SD15 (attn2 reads 32 channels)"],
+        "video latent": VIDEO,
+        "latent of another model": OTHER_LATENT,
+        "latent of another model: empty": RIGHT,
+        "denoise 0": NO_DENOISE,
+        "stochasticity 2": STOCHASTICITY,
+    },
+    "FlashScheduler": {
+        "wrong model family": Elsewhere("test_sampling_families.py::test_what_cannot_be_sampled_is_refused_in_words"),
+        "denoise 0": NO_DENOISE,
+    },
+    "FlashSamplerSelect": {"stochasticity 2": STOCHASTICITY},
+    "FlashLoraLoader": {
+        "wrong model family": OTHER_BASE,
+        "adapter of another base": Elsewhere("test_nodes.py::test_a_lora_for_another_model_is_refused_by_name"),
+    },
+    "FlashLoraStack": {
+        "wrong model family": OTHER_BASE,
+        "adapter of another base": Elsewhere(
+            "test_lora_stack.py::test_a_lora_for_another_base_is_refused_by_file_and_architectures"
+        ),
+    },
+    "FlashCompare": {
+        "mask of another size": Elsewhere("test_compare.py::test_any_size_and_any_mask"),
+        "empty mask": RIGHT,
+        "batch mismatch": RIGHT,
+        "one pixel": RIGHT,
+        "NaN": NO_NUMBERS,
+        "no prompts": NO_PROMPT,
+        "wrong model family": OTHER_TEXT,
+        "wrong model family: of two": Elsewhere("test_compare.py::test_models_of_different_families_are_refused"),
+        "VAE of another model": Elsewhere("test_compare.py::test_bad_input_is_refused_in_words"),
+        "video latent": Elsewhere("test_compare.py::test_bad_input_is_refused_in_words"),
+        "latent of another model": Elsewhere("test_compare.py::test_bad_input_is_refused_in_words"),
+    },
+    "FlashInpaintPrepare": {
+        "mask of another size": Elsewhere("test_inpaint.py::test_a_smaller_mask_of_the_same_shape_fits"),
+        "mask of another size: shape": Elsewhere("test_inpaint.py::test_bad_input_is_refused_in_words"),
+        "empty mask": Elsewhere("test_inpaint.py::test_bad_input_is_refused_in_words"),
+        "batch mismatch": Elsewhere("test_inpaint.py::test_bad_input_is_refused_in_words"),
+        "RGBA": Elsewhere("test_inpaint.py::test_an_alpha_channel_is_kept"),
+        "one pixel": Elsewhere("test_inpaint.py::test_any_size_of_picture"),
+        "huge": RIGHT,
+        "NaN": NO_NUMBERS,
+        "NaN: mask": NO_NUMBERS,
+        "no prompts": NO_PROMPT,
+        "no prompts: negative": NO_NEGATIVE,
+        "wrong model family": OTHER_TEXT,
+        "VAE of another model": OTHER_VAE,
+        "one channel": NO_RGB,
+    },
+    "FlashInpaintStitch": {
+        "batch mismatch": Elsewhere("test_inpaint.py::test_bad_input_is_refused_in_words"),
+        "RGBA": RIGHT,
+        "one pixel": RIGHT,
+        "huge": RIGHT,
+        "NaN": NO_NUMBERS,
+    },
+    "FlashConcatConditioning": {
+        "mask of another size": RIGHT,
+        "mask of another size: shape": ["mask is 128 x 64", "128 x 128 pixels", "Crop or pad"],
+        "empty mask": RIGHT,
+        "batch mismatch": Elsewhere("test_concat.py::test_wrong_channels_are_refused_in_words"),
+        "RGBA": RIGHT,
+        "one pixel": RIGHT,
+        "huge": RIGHT,
+        "NaN": NO_NUMBERS,
+        "NaN: mask": NO_NUMBERS,
+        "NaN: latent": NO_NUMBERS,
+        "no prompts": NO_PROMPT,
+        "wrong model family": Elsewhere("test_concat.py::test_wrong_channels_are_refused_in_words"),
+        "VAE of another model": OTHER_VAE,
+        "video latent": VIDEO,
+        "latent of another model": OTHER_LATENT,
+    },
+    "FlashUpscale": {
+        "batch mismatch": Elsewhere("test_upscale.py::test_pictures_of_a_batch_are_enlarged_one_by_one"),
+        "RGBA": Elsewhere("test_upscale.py::test_an_alpha_channel_is_enlarged_alongside"),
+        "one pixel": Elsewhere("test_upscale.py::test_any_size_of_picture"),
+        "huge": Elsewhere("test_upscale.py::test_what_cannot_be_is_refused_in_words"),
+        "NaN": NO_NUMBERS,
+        "no prompts": NO_PROMPT,
+        "no prompts: negative": NO_NEGATIVE,
+        "wrong model family": OTHER_TEXT,
+        "VAE of another model": Elsewhere("test_upscale.py::test_bad_input_is_refused_in_words"),
+        "denoise 0": NO_DENOISE,
+        "one channel": NO_RGB,
+    },
+    "FlashAdapterApply": {
+        "batch mismatch": Elsewhere("test_adapters.py::test_it_is_the_same"),
+        "RGBA": Elsewhere("test_adapters.py::test_it_is_the_same"),
+        "one pixel": Elsewhere("test_adapters.py::test_it_is_the_same"),
+        "huge": Elsewhere("test_adapters.py::test_it_is_the_same"),
+        "NaN": Elsewhere("test_adapters.py::test_what_does_not_fit_is_refused_in_words"),
+        "no prompts": Moot("an empty list stays one, which Flash Sampler refuses"),
+        "wrong model family": Elsewhere("test_adapters.py::test_what_does_not_fit_is_refused_in_words"),
+        "adapter of another base": Elsewhere(
+            "test_adapters.py::test_a_published_adapter_of_another_model_is_refused_by_name"
+        ),
+        "VAE of another model": Moot("only ControlNets that read latents look at it, in ComfyUI, while sampling"),
+        "denoise 0": Elsewhere("test_adapters.py::test_what_does_not_fit_is_refused_in_words"),
+    },
+    "FlashDemoModels": {},
+}
+# Nodes whose own test has such a table for all of its inputs.
+OWN_TABLE = {"FlashFaceSwapPrepare": "test_face_swap.py"}
+HERE = [(node, kind) for node, rows in TABLE.items() for kind, row in rows.items() if isinstance(row, list)]
+
+
+@pytest.fixture(scope="module")
+def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the script in ComfyUI's process wrote."""
+    folder = tmp_path_factory.mktemp("bad_inputs")
+    network = tiny_network("sd15")
+    save_file(network.state_dict(), folder / "sd15.safetensors")
+    (folder / "sd15.json").write_text(json.dumps(dict(network.config)))
+    command = [sys.executable, TESTS / "inside" / "bad_inputs.py", runtime.comfyui_folder(), root, folder]
+    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "said.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "results")
+
+
+@pytest.mark.parametrize(("node", "kind"), HERE)
+def test_it_is_refused_in_words_or_the_obvious_right_result(
+    said: dict[str, str], results: dict[str, Tensor], node: str, kind: str
+) -> None:
+    name, words = f"{node}, {kind}", TABLE[node][kind]
+    if words:
+        assert name in said, "it was taken"
+        for part in words:
+            assert part in said[name]
+        return
+    assert name in results, said.get(name, "it was not tried")
+    assert bool(torch.isfinite(results[name]).all())
+    expected = results.get(f"{name}, expected")
+    if expected is not None:
+        assert torch.allclose(results[name], expected, atol=TOLERANCE)
+
+
+def test_a_huge_picture_is_worked_on_at_the_models_size(results: dict[str, Tensor]) -> None:
+    assert results["FlashInpaintPrepare, huge"].shape == (1, 128, 128, 3)
+    assert results["FlashInpaintStitch, huge"].shape == (1, 128, 128, 3)
+    assert results["FlashConcatConditioning, huge"].shape == (1, 17, 16, 16)
+
+
+def test_every_node_has_a_row_for_every_kind_that_its_inputs_allow(folder: Path) -> None:
+    schemas = json.loads((folder / "schemas.json").read_text())
+    assert set(TABLE) | set(OWN_TABLE) == set(schemas)
+    missing = []
+    for node, rows in TABLE.items():
+        inputs = {*schemas[node], *schemas[node].values()}
+        kinds = {kind for kind, needed in KINDS.items() if inputs & needed}
+        missing += [f"{node}: {kind}" for kind in sorted(kinds - set(rows))]
+    assert not missing
+
+
+def test_rows_that_are_tried_elsewhere_are(folder: Path) -> None:
+    tests = [row.test for rows in TABLE.values() for row in rows.values() if isinstance(row, Elsewhere)]
+    for test in [*tests, *OWN_TABLE.values()]:
+        file, _, name = test.partition("::")
+        assert re.search(rf"^def {name or 'test_'}", (TESTS / file).read_text(), re.M), f"there is no {test}"
+
+
+def test_what_was_tried_is_in_the_table(said: dict[str, str], results: dict[str, Tensor]) -> None:
+    tried = {*said, *(name for name in results if not name.endswith(", expected"))}
+    assert tried == {f"{node}, {kind}" for node, kind in HERE}
