@@ -106,6 +106,7 @@ def by_itself(model: Any, sdxl: Any, given: dict[str, Tensor], folder: Path) -> 
     half = torch.nn.functional.interpolate(hint.movedim(-1, 1), scale_factor=0.5).movedim(1, -1)
     results["half the size"] = made(half)
     results["half the size, enlarged"] = made(half.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    results["huge"] = made(hint.repeat_interleave(16, 1).repeat_interleave(16, 2))
     other = given["hint2"].movedim(1, -1)
     results["two hints"] = made(torch.cat([hint, other]), double)
     results["the first for both"] = made(hint, double)
@@ -238,6 +239,7 @@ def refused(models: dict[str, Any], given: dict[str, Tensor], folder: Path) -> d
         "both": (sd15, hint, "sd15_controlnet.safetensors", {"control_net": loaded}),
         "no CONTROL_NET": (sd15, hint, "none", {"control_net": "a text"}),
         "the end before the start": (sd15, hint, "sd15_controlnet.safetensors", {"start_step": 3, "end_step": 2}),
+        "denoise 0": (sd15, hint, "sd15_controlnet.safetensors", {"denoise": 0.0}),
         "beyond the run": (sd15, hint, "sd15_controlnet.safetensors", {"start_step": 5}),
         "beyond a shortened run": (sd15, hint, "sd15_controlnet.safetensors", {"start_step": 3, "denoise": 0.5}),
         "two channels": (sd15, hint[..., :2], "sd15_controlnet.safetensors", {}),
