@@ -214,3 +214,9 @@ def test_the_parts_in_cores_sampler_are_flash_sampler(results: dict[str, Tensor]
     made = make_given(family)["mask"].expand(SHAPE) > 0
     ours, core = results[f"{family}, 1, 1.0, 4"], results[f"{family}, euler in SamplerCustom"]
     assert relative(core[made], ours[made]) > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_noise_to_add_a_noised_latent_is_taken_as_it_is(results: dict[str, Tensor], family: str) -> None:
+    """As core's sampler takes it; with one step it predicts the same."""
+    assert relative(results[f"{family}, continued"], results[f"{family}, euler, continued"]) < TOLERANCE

@@ -88,9 +88,15 @@ def others(model: Any, given: dict[str, Any]) -> dict[str, Any]:
         "no picture": sample(model, positive, {"samples": torch.zeros_like(given["picture"])}),
     }
     flash, euler = FlashSamplerSelect.execute(1.0).args[0], comfy.samplers.sampler_object("euler")
-    for name, sampler, steps in (("SamplerCustom", flash, 4), ("euler in SamplerCustom", euler, 1)):
-        sigmas = flash_grid(model, steps).sigmas
-        made = SamplerCustom.execute(model, True, SEED, 1.0, positive, negative, sampler, sigmas, masked)
+    noised = {"samples": 80 * picture["samples"]}
+    for name, sampler, steps, latent in (
+        ("SamplerCustom", flash, 4, masked),
+        ("euler in SamplerCustom", euler, 1, masked),
+        ("continued", flash, 1, noised),
+        ("euler, continued", euler, 1, noised),
+    ):
+        sigmas, add_noise = flash_grid(model, steps).sigmas, latent is masked
+        made = SamplerCustom.execute(model, add_noise, SEED, 1.0, positive, negative, sampler, sigmas, latent)
         results[name] = model.model.process_latent_in(made.args[0]["samples"])
     return results
 
