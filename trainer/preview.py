@@ -87,7 +87,7 @@ def preview_rows(parts: Assembly, prompts: Sequence[str]) -> EncodedPrompts:
     found = examples.first_samples(len(prompts) or ROWS)
     texts = tuple(prompts or [caption for caption, _ in found])
     index = torch.tensor([found[row % len(found)][1] for row in range(len(texts))])
-    conditioning = teacher.encode_prompts(texts).joined(examples.task.rows(index).to(teacher.device))
+    conditioning = teacher.encode_prompts(texts).joined(examples.task_conditions(index, teacher.device))
     return EncodedPrompts(teacher, parts.task, texts, conditioning)
 
 

@@ -26,7 +26,7 @@ _TOKEN = re.compile(
     | adaln_single | caption_projection
     | text_model | self_attn | q_proj | k_proj | v_proj | out_proj | text_projection  # the text encoders'
     | attentions | resnets | downsamplers | upsamplers | conv1 | conv2 | conv | attn1 | attn2 | attn | ff | net | proj
-    | norm1 | norm2 | norm | linear | emb | encoder | layers | mlp | fc1 | fc2 | \d+
+    | norm1 | norm2 | norm3 | norm | linear | emb | encoder | layers | mlp | fc1 | fc2 | \d+
     )(?=_|$)""",
     re.VERBOSE,
 )

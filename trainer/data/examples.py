@@ -49,11 +49,15 @@ class Examples:
     def batch(self, index: Tensor, device: torch.device | str) -> tuple[Tensor, Conditioning]:
         """Latents (B, C, h, w) and conditions of the samples at ``index`` (B,), on ``device``."""
         picture = index // self.variants
-        conditioning = self.conditioning.rows(self.row[picture]).joined(self.task.rows(index)).to(device)
-        if conditioning.hint is not None:
-            hint = (conditioning.hint.float() / HINT_LEVELS).expand(-1, 3, -1, -1)
-            conditioning = replace(conditioning, hint=hint)
-        return self.latents[picture].to(device), conditioning
+        conditioning = self.conditioning.rows(self.row[picture]).to(device)
+        return self.latents[picture].to(device), conditioning.joined(self.task_conditions(index, device))
+
+    def task_conditions(self, index: Tensor, device: torch.device | str) -> Conditioning:
+        """The task's own conditions of the samples at ``index`` (B,), on ``device``, as networks take them."""
+        conditioning = self.task.rows(index).to(device)
+        if conditioning.hint is None:
+            return conditioning
+        return replace(conditioning, hint=(conditioning.hint.float() / HINT_LEVELS).expand(-1, 3, -1, -1))
 
     def first_samples(self, count: int) -> list[tuple[str, int]]:
         """Captions and indices of the first samples with distinct captions, at most ``count``.

@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 
 UNSEEN_STYLE = "noto"  # what edges are measured on
 NAME_SHARE = 0.25  # of the samples have the picture's own name as caption
-SCALES = (0.6, 1.2)  # of a moved picture
-TURN = 0.35  # radians at most
-SHIFT = 0.25  # of the picture's size at most
+SCALES = (0.75, 1.1)  # of a moved picture
+TURN = 0.2  # radians at most
+SHIFT = 0.12  # in units of half the picture, at most
 ENCODE_BATCH = 50
 FIRST_GAIN = 0.1  # of a new T2I-adapter's input layer: what it adds at first is small beside what is there
 MEASURE_STEPS, MEASURE_GUIDANCE = 16, 3.0
