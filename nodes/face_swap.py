@@ -15,11 +15,13 @@ from torch import Tensor
 from ..flash_core.image import crop, mask_box, resize
 from .conditioning import free_channels
 from .inpaint import MAX_SIDE, Stitch, fitted_mask, plan_crop
-from .model_facts import CONCAT_KEY, check_vae, native_side
+from .inputs import check_numbers, check_picture
+from .model_facts import CONCAT_KEY, check_prompts, check_vae, native_side
 from .schema import node_schema
 
 GREY = 0.5  # what the model sees where the face was, as in training
 MASKED = 0.5  # of a soft mask: what counts as masked, as in training
+FRAMING = 1.6  # a training picture's sides are 1.7 and 1.4 times its face's
 
 # What detectors give in ComfyUI 0.33; 0.3.75 has no node that makes it, so there the sockets stay free.
 BoundingBoxes = io.Custom("BOUNDING_BOX")
@@ -71,12 +73,13 @@ class FlashFaceSwapPrepare(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "context",
-                    default=2.0,
+                    default=FRAMING,
                     min=1.0,
                     max=16.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How much around the face the model sees: the crop's size as a multiple of the face's.",
+                    tooltip="How much around the face the model sees: the crop's size as a multiple of the face's. A "
+                    "large number takes the whole picture.",
                 ),
                 io.Int.Input(
                     "feather",
@@ -143,6 +146,10 @@ class FlashFaceSwapPrepare(io.ComfyNode):
             raise ValueError(f"The notice is {notice!r}; expected {NOTICE!r}. It is the mark of swapped pictures.")
         check_vae(vae, model)
         check_face_swap_model(model)
+        check_prompts(model, positive=positive, negative=negative)
+        for name, picture in (("target", target), ("source", source)):
+            check_picture(name, picture)
+            check_numbers(name, picture)
         if len(source) not in (1, len(target)):
             raise ValueError(
                 f"There are {len(source)} sources for {len(target)} targets. Give one source for all of them, or one "
@@ -204,6 +211,8 @@ def face_mask(name: str, picture: Tensor, mask: Tensor | None, found: object | N
     Raises:
         ValueError: the mask is another picture's, or the detector found no face.
     """
+    if mask is not None:
+        check_numbers(f"{name}_mask", mask)
     if mask is not None and bool((mask >= MASKED).any()):
         try:
             return fitted_mask(mask, picture, padded=False)

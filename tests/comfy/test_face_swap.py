@@ -202,6 +202,13 @@ def test_a_large_picture_keeps_its_size_and_its_bits(results: dict[str, Tensor])
         ("a model of text alone", ["reads 33 channels", "this one reads 0", "Flash Demo Models"]),
         ("an inpainting model", ["reads 33 channels", "this one reads 17"]),
         ("a transformer", ["reads 33 channels", "this one reads 0"]),
+        ("no prompt", ["'positive'", "holds no prompt"]),
+        ("a prompt of another model", ["'positive'", "768 wide"]),
+        ("a broken target", ["target holds values that are no numbers"]),
+        ("a broken source", ["source holds values that are no numbers"]),
+        ("a broken mask", ["target_mask holds values that are no numbers"]),
+        ("a grey source", ["source is (1, 128, 128, 1)", "RGB"]),
+        ("another notice", ["notice", "mark"]),
         ("another VAE", ["latents of 4 channels", "works on 16"]),
     ],
 )

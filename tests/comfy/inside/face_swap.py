@@ -113,6 +113,13 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
             "a model of text alone": {"model": plain, "target_mask": ellipse},
             "an inpainting model": {"model": inpainting_model(demo_models), "target_mask": ellipse},
             "a transformer": {"model": transformer(), "target_mask": ellipse},
+            "no prompt": {"positive": [], "target_mask": ellipse},
+            "a prompt of another model": {"positive": [[torch.zeros(1, 7, 768), {}]], "target_mask": ellipse},
+            "a broken target": {"target": target / 0, "target_mask": ellipse},
+            "a broken source": {"source": source / 0, "target_mask": ellipse},
+            "a broken mask": {"target_mask": ellipse / 0},
+            "a grey source": {"source": source[..., :1], "target_mask": ellipse},
+            "another notice": {"notice": "", "target_mask": ellipse},
             "another VAE": {"vae": OtherVAE(), "target_mask": ellipse},
         }.items():
             try:
