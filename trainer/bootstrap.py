@@ -43,11 +43,12 @@ def mean_of(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), low, high, len(values))
 
 
-def of_sets(measure: Callable[[Tensor], float], count: int) -> Estimate:
-    """A figure of a whole set.
+def set_values(measure: Callable[[Tensor], float], count: int) -> Tensor:
+    """A figure of a whole set of N samples, and of as many drawn from it, again and again: (1 + draws,).
 
-    A set drawn with replacement holds fewer different samples, which raises a Fréchet distance: differences between two
-    runs keep their meaning, and the interval of a single distance lies a little high.
+    Values of several runs go together entry by entry, so that :func:`of_set_values` takes their differences too. A set
+    drawn with replacement holds fewer different samples, which raises a Fréchet distance: differences between two runs
+    keep their meaning, and the interval of a single distance lies a little high.
 
     Args:
         measure: of the samples at an index (N,).
@@ -56,9 +57,14 @@ def of_sets(measure: Callable[[Tensor], float], count: int) -> Estimate:
     import torch
 
     generator = torch.Generator().manual_seed(SEED)
-    drawn = [measure(torch.randint(count, (count,), generator=generator)) for _ in range(RESAMPLES_OF_SETS)]
-    low, high = _interval(torch.tensor(drawn, dtype=torch.float64))
-    return Estimate(measure(torch.arange(count)), low, high, count)
+    drawn = [torch.randint(count, (count,), generator=generator) for _ in range(RESAMPLES_OF_SETS)]
+    return torch.tensor([measure(index) for index in (torch.arange(count), *drawn)], dtype=torch.float64)
+
+
+def of_set_values(values: Tensor, count: int) -> Estimate:
+    """The figure that :func:`set_values` has drawn, or a difference of two, with its interval."""
+    low, high = _interval(values[1:])
+    return Estimate(float(values[0]), low, high, count)
 
 
 def _interval(values: Tensor) -> tuple[float, float]:

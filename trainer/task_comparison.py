@@ -189,6 +189,7 @@ class _Comparison:
         self.many = Run("teacher", options.steps, options.guidance)
         self.seen = {entry.name: Seen() for entry in entries}
         self.independent: list[Tensor] = []
+        self.distances: dict[tuple[str, str], Tensor] = {}
         self.captions: list[str] = []
         self.drawn: dict[str, list[Tensor]] = defaultdict(list)
         self.originals: list[Tensor] = []
@@ -287,16 +288,20 @@ class _Comparison:
             return distance(*(torch.cat(self.seen[which].features) for which in (name, self.many.name)))
         return torch.cat(self.seen[name].scores[key])
 
-    def set_distance(self, name: str, key: str) -> Callable[[Tensor], float]:
-        """A distance of sets, of the samples at an index."""
-        features = torch.cat(self.seen[name].features)
-        reference = self.independent if key == FRECHET.key else self.seen[YARDSTICK].features
-        return lambda index: frechet_distance(features[index], torch.cat(reference)[index])
+    def set_distances(self, name: str, key: str) -> Tensor:
+        """A distance of sets, of all samples and of those that the bootstrap draws; computed once."""
+        if (name, key) not in self.distances:
+            features = torch.cat(self.seen[name].features)
+            reference = torch.cat(self.independent if key == FRECHET.key else self.seen[YARDSTICK].features)
+            self.distances[name, key] = bootstrap.set_values(
+                lambda index: frechet_distance(features[index], reference[index]), len(features)
+            )
+        return self.distances[name, key]
 
     def estimates(self, name: str, figures: Sequence[Figure]) -> dict[str, Estimate]:
         """Every figure of an entry."""
         return {
-            figure.key: bootstrap.of_sets(self.set_distance(name, figure.key), self.options.samples)
+            figure.key: bootstrap.of_set_values(self.set_distances(name, figure.key), self.options.samples)
             if figure in (FRECHET, FRECHET_ORIGINALS)
             else bootstrap.mean_of(self.scores(name, figure.key))
             for figure in figures
@@ -306,8 +311,8 @@ class _Comparison:
         """By how much the student is better than a rival on the same samples, and how sure that is."""
         sign = 1 if figure.higher_is_better else -1
         if figure in (FRECHET, FRECHET_ORIGINALS):
-            ours, theirs = (self.set_distance(name, figure.key) for name in (student, rival))
-            found = bootstrap.of_sets(lambda index: sign * (ours(index) - theirs(index)), self.options.samples)
+            ours, theirs = (self.set_distances(name, figure.key) for name in (student, rival))
+            found = bootstrap.of_set_values(sign * (ours - theirs), self.options.samples)
         else:
             found = bootstrap.mean_of(sign * (self.scores(student, figure.key) - self.scores(rival, figure.key)))
         return {"figure": figure.key, "run": student, "rival": rival, **asdict(found), "verdict": verdict(found)}

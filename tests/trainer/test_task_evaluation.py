@@ -270,7 +270,11 @@ def test_bootstrap_intervals_are_those_of_the_mean() -> None:
     assert found == bootstrap.mean_of(values)
     assert found == replace(bootstrap.mean_of(torch.cat([values, torch.full((3,), torch.nan)])), count=400)
     assert bootstrap.mean_of(torch.full((3,), torch.nan)) == Estimate(None, None, None, 0)
-    assert bootstrap.of_sets(lambda index: float(values[index].mean()), 400).value == pytest.approx(found.value)
+    drawn = bootstrap.set_values(lambda index: float(values[index].mean()), 400)
+    of_set = bootstrap.of_set_values(drawn, 400)
+    assert of_set.value == pytest.approx(found.value)
+    assert of_set.low == pytest.approx(found.low, abs=0.4 * width)
+    assert bootstrap.of_set_values(drawn - drawn, 400) == Estimate(0, 0, 0, 400)
 
 
 def test_targets_are_ratios_and_clear_differences() -> None:
