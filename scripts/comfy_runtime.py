@@ -334,7 +334,7 @@ def serve(
 
 
 def run_workflow(server: Server, prompt: dict[str, dict], output: Path, seconds: float = 600.0) -> list[Path]:
-    """Run an API-format workflow to its end and save its pictures into ``output``.
+    """Run an API-format workflow to its end and save its pictures into ``output``; they come in its nodes' order.
 
     Raises:
         RuntimeProblem: ComfyUI refused the workflow, or a node failed; the message holds what it said.
@@ -351,8 +351,8 @@ def run_workflow(server: Server, prompt: dict[str, dict], output: Path, seconds:
             raise RuntimeProblem(f"node {detail['node_id']} ({detail['node_type']}): {detail['exception_message']}")
     output.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for result in entry["outputs"].values():
-        for image in result.get("images", ()):
+    for node in prompt:
+        for image in entry["outputs"].get(node, {}).get("images", ()):
             picture = output / image["filename"]
             picture.write_bytes(server.get("/view?" + urllib.parse.urlencode(image)))
             pictures.append(picture)

@@ -74,14 +74,13 @@ def demo(results: Results) -> None:
     import comfy.sample
     import comfy.samplers
     from dropped_in.flash_core.image import plan_tiles
-    from dropped_in.nodes.demo_models import SHIPPED_LORAS, build_demo
+    from dropped_in.nodes.demo_models import build_demo
     from dropped_in.nodes.few_step import flash_grid, flash_sampler
     from dropped_in.nodes.loaders import FlashLoraLoader
     from dropped_in.nodes.sampling import FlashSampler
 
     teacher, clip, vae = build_demo()
-    (lora,) = (path.name for path in SHIPPED_LORAS.glob("*.safetensors"))
-    model = FlashLoraLoader.execute(teacher, lora, 1.0).args[0]
+    model = FlashLoraLoader.execute(teacher, "flash_demo.safetensors", 1.0).args[0]
     prompt, empty = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("red apple", ""))
 
     pictures = torch.cat([waves(96, 128), waves(96, 128).flip(1)])
