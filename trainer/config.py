@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -342,8 +343,8 @@ def _section(loc: Sequence[Any]) -> type[Section] | None:
             continue
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
-        if get_origin(annotation) is list:
-            (annotation,) = get_args(annotation)
+        if get_origin(annotation) in (list, Union, UnionType):
+            annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
         if not (isinstance(annotation, type) and issubclass(annotation, Section)):
             return None
         model = annotation

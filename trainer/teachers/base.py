@@ -184,6 +184,7 @@ class Teacher(ABC):
         denoiser = cls.denoiser_class(network, process)
         if model.control is not None:
             denoiser.control = find_control(model.control).build(network, cls.title(source))
+            denoiser.control.check_size(shape)
         return cls(pipeline, denoiser, shape, cls.title(source))
 
     @classmethod
@@ -200,6 +201,7 @@ class Teacher(ABC):
             control = None
             if model.control is not None:
                 control = find_control(model.control).build(network, cls.title(source))
+                control.check_size(_latent_shape(network.config, vae.config, resolution))
         return Outline(
             cls.denoiser_class(network, process_from_scheduler(source.scheduler_config())),
             _latent_shape(network.config, vae.config, resolution),

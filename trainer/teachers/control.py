@@ -61,6 +61,23 @@ class Control:
         """Which network it is and how strong."""
         return f"{self.name} ({WORDS[type(self.network)]}) x {self.scale:g}"
 
+    def check_size(self, latent_shape: tuple[int, int, int]) -> None:
+        """Look whether hints can be read at a size.
+
+        Args:
+            latent_shape: (C, h, w).
+
+        Raises:
+            UserError: they can't.
+        """
+        multiple = self.network.config["downscale_factor"] if isinstance(self.network, T2IAdapter) else LATENT_PIXELS
+        height, width = (LATENT_PIXELS * size for size in latent_shape[1:])
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"data.resolution: {self.title} reads hints whose sizes are multiples of {multiple} pixels, not "
+                f"{width} x {height}; choose such a resolution"
+            )
+
     def __call__(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, added: dict[str, Any]) -> dict[str, Any]:
         """The UNet's arguments for the hint (B, 3, H, W) in [0, 1].
 
