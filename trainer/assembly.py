@@ -160,7 +160,7 @@ def _adamw(
 
 
 def check_control(task: Task, model: ModelSection) -> None:
-    """Look whether a task that gives hints has a network that reads them, and no other task has one.
+    """Look whether a task that gives hints or tokens has a network that reads them, and no other task has one.
 
     Raises:
         UserError: one is there without the other.
@@ -174,6 +174,17 @@ def check_control(task: Task, model: ModelSection) -> None:
         raise UserError(
             f"model.control: {model.control.path} reads hints, but the task {task.name} gives none; set task.name: "
             "control, or leave model.control out"
+        )
+    if task.gives_image_tokens and model.image_adapter is None:
+        raise UserError(
+            f"model.image_adapter: is missing; the task {task.name} shows the model a picture as tokens, which an "
+            "IP-Adapter reads, so set model.image_adapter.path to one"
+        )
+    if model.image_adapter is not None and not task.gives_image_tokens:
+        raise UserError(
+            f"model.image_adapter: {model.image_adapter.path} reads a picture's tokens, but the task {task.name}, as "
+            "its options are, gives none; set task.name: face-swap and task.options.identity: tokens, or leave "
+            "model.image_adapter out"
         )
 
 

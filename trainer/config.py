@@ -46,6 +46,22 @@ class ControlSection(Section):
     )
 
 
+class ImageAdapterSection(Section):
+    """An IP-Adapter: what lets a UNet read a picture as it reads text (arXiv 2308.06721)."""
+
+    path: str = Field(
+        description="the adapter's .safetensors file, or with `weight_name` a folder or Hub name such as owner/name"
+    )
+    weight_name: str | None = Field(
+        None, description="the .safetensors file inside the folder or Hub repository that `path` names"
+    )
+    image_encoder: str = Field(
+        description="the CLIP vision encoder it was trained with: a folder, a Hub name, or a folder inside a Hub "
+        "repository, such as owner/name/folder"
+    )
+    scale: float = Field(1.0, ge=0, description="factor of what it adds to attention, the student's too")
+
+
 class ModelSection(Section):
     """The teacher."""
 
@@ -76,6 +92,9 @@ class ModelSection(Section):
     )
     control: ControlSection | None = Field(
         None, description="a ControlNet or T2I-adapter on top of a UNet, for the task control"
+    )
+    image_adapter: ImageAdapterSection | None = Field(
+        None, description="an IP-Adapter in a UNet, for tasks that show it a picture (face-swap by tokens)"
     )
     t5: bool = Field(True, description="SD3 alone: whether T5 reads the prompts too; without it memory is saved")
     style_lora: list[StyleLora] = Field(

@@ -62,6 +62,11 @@ class Task(ABC):
     def extra_channels(self, latent_channels: int) -> int:
         """How many channels the network reads beside the noisy latent's C."""
 
+    @property
+    def gives_image_tokens(self) -> bool:
+        """Whether its conditions are a picture's tokens, which an IP-Adapter (``model.image_adapter``) reads."""
+        return False
+
     @abstractmethod
     def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """The pictures, by name, that B samples are conditioned on beside their captions, each with B rows.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning
 from ..config import Section
+from ..errors import UserError
 from .base import Task
 from .figures import Figure, Scene
 from .inpainting import black_and_white, inpainting_channels, masked_pictures, put_back
@@ -38,14 +39,20 @@ class FaceSwapOptions(Section):
 
     centre: tuple[Share, Share] = Field((0.5, 0.5), description="of the face, from left and top, as shares of the size")
     radius: tuple[Share, Share] = Field((0.3, 0.35), description="of the face's ellipse, across and down")
+    identity: Literal["channels", "tokens", "both"] = Field(
+        "channels",
+        description="how the model sees the identity picture: as latents in further channels, as tokens that an "
+        "IP-Adapter (model.image_adapter) reads, or both",
+    )
 
 
 class FaceSwap(Task):
     """The masked face of a target, made anew with the identity of another picture.
 
     The channels, in order: the mask at the latent's size, the latents of the target with mid-grey under the mask, the
-    latents of the identity picture, in which the face fills the frame. There is no text, which would say whose face it
-    is; guidance strengthens the identity, whose channels are 0 in the unconditional branch.
+    latents of the identity picture, in which the face fills the frame; or that picture is read by attention, and the
+    channels are an inpainting model's. There is no text, which would say whose face it is; guidance strengthens the
+    identity, which the unconditional branch lacks: its channels are 0, its tokens those of no picture.
     """
 
     name = "face-swap"
@@ -100,8 +107,13 @@ class FaceSwap(Task):
     demo_captions = ("smiley face", "animal face", "cartoon cat")
 
     def extra_channels(self, latent_channels: int) -> int:
-        """The mask and the latents of two pictures."""
-        return 1 + 2 * latent_channels
+        """The mask and the latents of two pictures, or of the target alone where attention reads the other."""
+        return 1 + latent_channels * (1 if self.options.identity == "tokens" else 2)
+
+    @property
+    def gives_image_tokens(self) -> bool:
+        """Whether attention reads the identity."""
+        return self.options.identity != "channels"
 
     def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """``mask`` of the face, ``masked``, what it leaves, and ``identity``, the face itself, changed.
@@ -118,13 +130,25 @@ class FaceSwap(Task):
         return {"mask": masks, "masked": masked_pictures(images, masks), "identity": faces}
 
     def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
-        """The further channels."""
-        masked = inpainting_channels(drawn["masked"], drawn["mask"], teacher)
-        return Conditioning(concat=torch.cat([masked, teacher.encode(drawn["identity"])], dim=1))
+        """The further channels, and the tokens."""
+        concat = inpainting_channels(drawn["masked"], drawn["mask"], teacher)
+        tokens = None
+        if self.gives_image_tokens:
+            if teacher.image_adapter is None:
+                raise UserError(
+                    f"task.options.identity: {self.options.identity!r} needs an IP-Adapter, which {teacher.name} "
+                    "lacks; set model.image_adapter, or identity to 'channels'"
+                )
+            tokens = teacher.image_adapter.tokens(drawn["identity"])
+        if self.options.identity != "tokens":
+            concat = torch.cat([concat, teacher.encode(drawn["identity"])], dim=1)
+        return Conditioning(concat=concat, image_tokens=tokens)
 
     def unconditional(self, conditioning: Conditioning, empty: Conditioning) -> Conditioning:
         """The target without the identity."""
         branch = super().unconditional(conditioning, empty)
+        if self.options.identity == "tokens":
+            return branch
         assert branch.concat is not None
         concat = branch.concat.clone()
         latent_channels = (concat.shape[1] - 1) // 2

@@ -26,6 +26,7 @@ from ..config import ModelSection
 from ..errors import UserError
 from .control import Control, find_control
 from .denoiser import DiffusersDenoiser
+from .image_tokens import ImageAdapter, load_image_adapter, outline_image_adapter
 from .loading import Source, load_pipeline, locate
 from .lora_layers import merge_style
 from .task_adapters import find_task_adapter, widened
@@ -72,6 +73,7 @@ class Teacher(ABC):
         pipeline: the stock pipeline, None once :meth:`release_encoders` was called.
         denoiser: the backbone, switched between roles.
         latent_shape: (C, h, w).
+        image_adapter: makes the tokens that an IP-Adapter in the network reads; None without one.
         low_resolution_process: the process of the noise that the model is told its low-resolution input has; None
             where it is told none.
         scale_factor: pixels per latent pixel.
@@ -90,6 +92,7 @@ class Teacher(ABC):
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     loading_code: ClassVar[str] = 'pipe.load_lora_weights("{folder}", weight_name="{file}")'
     call_options: ClassVar[Mapping[str, Any]] = {}
+    image_adapter: ImageAdapter | None = None
     low_resolution_process: Process | None = None
 
     def __init__(
@@ -181,11 +184,16 @@ class Teacher(ABC):
         shape = _latent_shape(network.config, pipeline.vae.config, resolution)
         if model.task_adapter is not None:
             network = widened(network, find_task_adapter(model.task_adapter), cls.title(source))
+        image_adapter = None
+        if model.image_adapter is not None:
+            image_adapter = load_image_adapter(pipeline, network, model.image_adapter, cls.title(source))
         denoiser = cls.denoiser_class(network, process)
         if model.control is not None:
             denoiser.control = find_control(model.control).build(network, cls.title(source))
             denoiser.control.check_size(shape)
-        return cls(pipeline, denoiser, shape, cls.title(source))
+        teacher = cls(pipeline, denoiser, shape, cls.title(source))
+        teacher.image_adapter = image_adapter
+        return teacher
 
     @classmethod
     def outline(cls, model: ModelSection, resolution: int | None) -> Outline:
@@ -202,6 +210,8 @@ class Teacher(ABC):
             if model.control is not None:
                 control = find_control(model.control).build(network, cls.title(source))
                 control.check_size(_latent_shape(network.config, vae.config, resolution))
+        if model.image_adapter is not None:
+            outline_image_adapter(cls.pipeline_class, network, model.image_adapter, cls.title(source))
         return Outline(
             cls.denoiser_class(network, process_from_scheduler(source.scheduler_config())),
             _latent_shape(network.config, vae.config, resolution),
@@ -244,12 +254,17 @@ class Teacher(ABC):
             return self.text_conditions(prompts)
 
     def unconditional(self, batch: int) -> Conditioning:
-        """What the family's pipeline takes for no prompt, ``batch`` times."""
-        return self._empty.map(lambda value: value.expand(batch, *value.shape[1:]))
+        """What the family's pipeline takes for no prompt, and for no picture where it reads one, ``batch`` times."""
+        empty = self._empty
+        if self.image_adapter is not None:
+            empty = empty.joined(Conditioning(image_tokens=self.image_adapter.absent))
+        return empty.map(lambda value: value.expand(batch, *value.shape[1:]))
 
     def release_encoders(self) -> None:
         """Free the memory of text and image encoders; :meth:`unconditional` and :meth:`decode` still work."""
         self.pipeline = None
+        if self.image_adapter is not None:
+            self.image_adapter.release()
         self.vae.encoder = self.vae.quant_conv = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

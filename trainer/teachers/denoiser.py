@@ -20,6 +20,9 @@ from ...flash_core.process import Process
 from ..errors import UserError
 from .lora_layers import fit_lora
 
+# An IP-Adapter's own layers, some of them called as the UNet's are: it stays as it is, and no file would know them.
+IMAGE_ADAPTER = re.compile(r"\.processor\.|^encoder_hid_proj\.")
+
 
 class DiffusersDenoiser(ABC):
     """A frozen diffusers network with LoRA adapters that roles switch on and off.
@@ -134,13 +137,20 @@ class DiffusersDenoiser(ABC):
         """
         paths = [path for path, module in self.network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         paths = [path.removesuffix(".base_layer") for path in paths if ".lora_" not in path]
+        fixed = [path for path in paths if IMAGE_ADAPTER.search(path)]
+        paths = [path for path in paths if path not in set(fixed)]
         for target in targets:
             if not any(path == target or path.endswith(f".{target}") for path in paths):
                 names = sorted({path.rsplit(".", 1)[-1] for path in paths} - {str(index) for index in range(10)})
                 raise UserError(
                     f"lora.targets: no layer of this model is called {target!r}; layers are called {', '.join(names)}"
                 )
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            target_modules=list(targets),
+            exclude_modules=fixed or None,
+        )
         self._inject(role, config, seed)
 
     def _inject(self, role: Role, config: LoraConfig, seed: int) -> None:

@@ -20,6 +20,7 @@ from ..errors import UserError
 from .base import Teacher
 from .control import Control
 from .denoiser import DiffusersDenoiser
+from .image_tokens import image_embeds
 from .loading import Source
 
 
@@ -48,7 +49,7 @@ class UNetDenoiser(DiffusersDenoiser):
                 raise ValueError("a hint needs a ControlNet or T2I-adapter to read it, and no other residuals beside")
             steered = self.control(z_t, t, conditioning, added)
         if conditioning.image_tokens is not None:
-            added["image_embeds"] = [conditioning.image_tokens]
+            added["image_embeds"] = image_embeds(self.network, conditioning.image_tokens)
         if conditioning.concat is not None:
             z_t = torch.cat([z_t, conditioning.concat], dim=1)
         return self.network(
