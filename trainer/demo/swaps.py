@@ -24,7 +24,8 @@ SEAM = 0.06  # over which the pasted face fades into the head, as a share of the
 MASK_GROWTH = (1.0, 1.12)  # of the mask, relative to what was pasted
 RING = 0.92  # the ellipse's border, where the skin's colour is taken, begins at this share of the radius
 PLAIN = "smiling face with smiling eyes"  # a head with nothing on its border: what plain faces are compared with
-PLAIN_DIFFERENCE = 0.3  # of colours in [-1, 1], for all but a tenth of the border
+PLAIN_DIFFERENCE = 0.3  # of colours in [-1, 1], on the plainer PLAIN_SHARE of the border
+PLAIN_SHARE = 0.7
 SKIN_SPREAD = 0.5  # squared distance of colours over which skin turns into eyes and mouth
 BACKGROUND = 0.85  # colours above are the white around a head
 IDENTITY_REACH = (0.95, 1.2)  # what an identity picture shows, relative to the ellipse
@@ -61,7 +62,7 @@ def swaps(seed: int = 0) -> Iterator[Swap]:
     ring = (distance < 1) & (distance > RING**2)
     border = images[:, :, ring]
     plain = border[[caption.name for caption in captions].index(PLAIN)]
-    difference = (border - plain).abs().mean(1).quantile(0.9, dim=1)
+    difference = (border - plain).abs().mean(1).quantile(PLAIN_SHARE, dim=1)
     faces = [i for i, caption in enumerate(captions) if caption.general == FACES and difference[i] < PLAIN_DIFFERENCE]
     heads = [i for i, caption in enumerate(captions) if caption.general in HEADS]
     pairs = [(head, face) for head in heads for face in faces if head != face]

@@ -194,6 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("demo", "demo-swaps"),
         help="the pictures, as a recipe's data.source calls them (default: demo-swaps for face-swap, else demo)",
     )
+    parser.add_argument("--limit", type=int, help="use the first so many pictures only")
     parser.add_argument("--options", type=json.loads, default={}, help="the task's settings, as JSON")
     parser.add_argument("--minutes", type=float, default=12.0, help="length of the training (default: %(default)s)")
     parser.add_argument("--variants", type=int, default=16, help="conditions of each picture (default: %(default)s)")
@@ -212,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
     task = build_task(section)
     teacher = load_teacher(ModelSection(family="demo"), args.device)
     source = args.data or ("demo-swaps" if args.task == FaceSwap.name else "demo")
-    examples = encode_examples(DataSection(source=source), teacher, task, args.variants, args.seed)
+    examples = encode_examples(DataSection(source=source, limit=args.limit), teacher, task, args.variants, args.seed)
     logger.info("%d samples of the task %s", len(examples), task.name)
     teacher_hash = teacher.weights_hash()  # of the base, before the training changes its layers
     training = TaskTraining(teacher, examples, task, args.rank, args.batch_size, args.learning_rate, args.seed)

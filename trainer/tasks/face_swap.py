@@ -32,6 +32,7 @@ JITTER = 0.06  # of the region's place and size, as a share of the picture
 IDENTITY_ZOOM = (0.85, 1.3)  # of the face in the identity picture, relative to filling it
 IDENTITY_SHIFT = 0.12
 IDENTITY_COLOUR = 0.15  # of brightness and of each colour
+IDENTITY_CONTEXT = 1.1  # what an identity picture shows in use, as a multiple of the face
 
 
 class FaceSwapOptions(Section):
@@ -104,7 +105,7 @@ class FaceSwap(Task):
             higher_is_better=False,
         ),
     )
-    demo_captions = ("smiley face", "animal face", "cartoon cat")
+    demo_captions = ("smiley face",)
 
     def extra_channels(self, latent_channels: int) -> int:
         """The mask and the latents of two pictures, or of the target alone where attention reads the other."""
@@ -158,10 +159,8 @@ class FaceSwap(Task):
     def draw_for_evaluation(
         self, images: Tensor, others: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """A real swap: the identity is that of another picture, whatever lies beside the target."""
-        beside = {name: picture for name, picture in companions.items() if name != "identity"}
-        drawn = self.draw(images, beside, generator)
-        return {**drawn, "identity": self.draw(others, {}, generator)["identity"]}
+        """A real swap: the identity is that of another picture, framed as in use, whatever lies beside the target."""
+        return {**self.draw(images, companions, generator), "identity": self.faces(others, IDENTITY_CONTEXT)}
 
     def finished(self, made: Tensor, scene: Scene) -> Tensor:
         """The face put back onto its head."""
@@ -170,7 +169,8 @@ class FaceSwap(Task):
     def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
         """Whose face it is, and what became of the rest."""
         result = put_back(made, scene)
-        face, source, own = (scene.look(self.faces(images)) for images in (result, scene.others, scene.originals))
+        pictures = (result, scene.others, scene.originals)
+        face, source, own = (scene.look(self.faces(images).clamp(0, 1)) for images in pictures)
         from_source, from_own = distance(face, source), distance(face, own)
         return {
             "identity": from_own / (from_own + from_source).clamp(min=1e-12),
@@ -184,14 +184,18 @@ class FaceSwap(Task):
         """The masked target and the source's face."""
         return {"target": drawn["masked"] / 2 + 0.5, "identity": (drawn["identity"] / 2 + 0.5).clamp(0, 1)}
 
-    def faces(self, images: Tensor) -> Tensor:
-        """The box around the face's place in pictures (B, 3, H, W), filling the frame."""
+    def faces(self, images: Tensor, context: float = 1.0) -> Tensor:
+        """The box around the face's place in pictures (B, 3, H, W), filling the frame.
+
+        Args:
+            context: how much is shown, as a multiple of the face.
+        """
         theta = torch.zeros(len(images), 2, 3).to(images)
         for axis in (0, 1):
-            theta[:, axis, axis] = 2 * self.options.radius[axis]
+            theta[:, axis, axis] = 2 * self.options.radius[axis] * context
             theta[:, axis, 2] = 2 * self.options.centre[axis] - 1
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
+        return F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
 
     def face_masks(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Ellipses (B, 1, H, W) around the faces' place, each a little different."""
