@@ -149,8 +149,8 @@ class FlashAdapterApply(io.ComfyNode):
                 io.Combo.Input(
                     "adapter_name",
                     options=[NO_FILE, *folder_paths.get_filename_list("controlnet")],
-                    tooltip="A .safetensors file from models/controlnet, in diffusers' layout or ComfyUI's, or one that "
-                    "ships with the demo; none where control_net is connected.",
+                    tooltip="A .safetensors file from models/controlnet, in diffusers' layout or ComfyUI's, or one "
+                    "that ships with the demo; none where control_net is connected.",
                 ),
                 io.Float.Input(
                     "strength",

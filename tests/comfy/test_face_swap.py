@@ -27,7 +27,6 @@ from flash_diffusion.trainer.teachers.base import Teacher
 
 from . import prompts
 from .client import Client, Run
-from .runtime import ROOT
 
 pytestmark = pytest.mark.comfy
 
@@ -221,8 +220,6 @@ def test_what_does_not_fit_is_refused_in_words(said: dict[str, str], case: str, 
 # -- the mark in saved files, on the page's server -------------------------------------------------------------------
 
 MARK = "A face is swapped here by Flash Diffusion. Only for pictures that one has the right to change."
-SHIPPED = ROOT / "trainer" / "demo" / "tasks" / "face-swap.safetensors"
-needs_shipped_adapter = pytest.mark.skipif(not SHIPPED.is_file(), reason="the demo's face-swap teacher is not there")
 
 
 def graph(server: Any, seed: int = 3, **settings: Any) -> prompts.Prompt:
@@ -267,7 +264,6 @@ def marks(client: Client, run: Run, node: str) -> list[str]:
     ]
 
 
-@needs_shipped_adapter
 def test_every_saved_picture_carries_the_mark(client: Client, server: Any) -> None:
     """Also where the node was cached: a second run with another seed, a third with another file name alone."""
     first = client.run(graph(server))
@@ -285,7 +281,6 @@ def test_every_saved_picture_carries_the_mark(client: Client, server: Any) -> No
     assert marks(client, third, "whole") == [MARK]
 
 
-@needs_shipped_adapter
 def test_a_graph_without_the_mark_is_refused(client: Client, server: Any) -> None:
     without = graph(server)
     del without["prepare"]["inputs"]["notice"]
