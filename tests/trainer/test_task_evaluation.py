@@ -248,11 +248,8 @@ def test_the_demos_pictures_have_general_captions_and_a_style_nobody_learnt() ->
     captions = {sample.caption for sample in seen.samples}
     assert "animal face" in captions
     assert len(captions) < 20 < len(seen.samples)
-    assert {sample.caption for sample in read_subjects("demo", task("face-swap"), 200, 0).samples} == {
-        "smiley face",
-        "animal face",
-        "cartoon cat",
-    }
+    faces = read_subjects("demo", task("face-swap"), 200, 0).samples
+    assert {sample.caption for sample in faces} == {"smiley face"}
     with pytest.raises(UserError, match="No pictures of style 'oil'"):
         read_subjects("demo:oil", inpainting, 4, 0)
 
