@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...flash_core.lora import LoraModule
 from ...flash_core.lora.names import unet_path
@@ -105,7 +105,7 @@ def expanded(weights: Mapping[str, Tensor], unet: UNet2DConditionModel, file: st
         network = ControlNetModel.from_unet(
             unet, load_weights_from_unet=not first.is_meta, conditioning_channels=hint.shape[1]
         )
-    network.to(first.dtype)
+    nn.Module.to(network, first.dtype)  # diffusers' own warns of modules to keep in float32, of which there are none
     state = network.state_dict()
     for key in weights:
         layer, _, kind = key.rpartition(".")
