@@ -47,7 +47,7 @@ def graphs(server: Any, workflows: list[Path], profile: Path) -> list[Image.Imag
     opened = [json.loads(path.read_text(encoding="utf-8")) for path in workflows]
     for workflow in opened:
         comfy_page.offer_models(server, workflow)
-    with comfy_page.open_page(server, profile, width=2200, height=1300) as page:
+    with comfy_page.open_page(server, profile, width=2700, height=1600) as page:
         pictures = []
         for workflow in opened:
             comfy_page.open_workflow(page, workflow)

@@ -1,7 +1,7 @@
 """The shipped workflows: valid, the same in both formats, listed as templates with what they download, and they run.
 
 The demo's run as they are. The published models' workflows run on tiny stand-ins of the published files, under the same
-names and with the same architectures (see ``stand_ins``), at half the width and height.
+names and with the same architectures (see ``stand_ins``), and make smaller pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -24,7 +25,16 @@ from .stand_ins.files import LORAS, lora_layers, stand_in_network, write_stand_i
 pytestmark = pytest.mark.comfy
 
 NAMES = sorted(path.stem for path in (prompts.ROOT / "workflows").glob("*.json"))
-PUBLISHED = ["flash_pixart", "flash_sd15", "flash_sd3", "flash_sdxl"]
+PUBLISHED = [
+    "flash_pixart",
+    "flash_sd15",
+    "flash_sd15_controlnet",
+    "flash_sd15_inpaint",
+    "flash_sd3",
+    "flash_sdxl",
+    "flash_sdxl_style",
+    "flash_sdxl_t2i_adapter",
+]
 DEMOS = [name for name in NAMES if name not in PUBLISHED]
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 FRONT_END_NODES = {"MarkdownNote", "Note"}
@@ -178,6 +188,26 @@ def test_the_demo_makes_as_many_pictures_as_it_says(client: Client) -> None:
     assert all(picture.size == (128, 128) for picture in pictures)
 
 
+@pytest.mark.parametrize("name", ["flash_demo_controlnet", "flash_demo_t2i_adapter"])
+def test_pictures_along_edges_resemble_the_one_that_has_them(client: Client, name: str) -> None:
+    prompt = api(name)
+    for sampler in nodes_of(prompt, "FlashSampler"):
+        prompt[sampler]["inputs"]["seed"] += 1  # else it is cached, and reports nothing
+    run = client.run(prompt)
+    assert run.succeeded, run.error
+
+    def pictures(node: str) -> np.ndarray:
+        return np.stack([np.asarray(picture, float) for picture in client.images(run, node)])
+
+    canny = node_of(prompt, "Canny")
+    previews = {prompt[node]["inputs"]["images"][0]: node for node in nodes_of(prompt, "PreviewImage")}
+    del previews[canny]
+    original = pictures(previews.pop(prompt[canny]["inputs"]["image"][0]))
+    (without,) = previews.values()
+    along = node_of(prompt, "SaveImage")
+    assert abs(pictures(along) - original).mean() < 0.8 * abs(pictures(without) - original).mean()
+
+
 @pytest.fixture(scope="module")
 def stand_in_server(runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A ComfyUI whose model folders hold the stand-ins."""
@@ -194,22 +224,34 @@ def stand_in_client(stand_in_server) -> Iterator[Client]:
         yield connected
 
 
-def half_size(name: str) -> tuple[dict[str, Any], int]:
-    """A workflow that makes pictures of half its width and height and saves the latent too; the width."""
+def small_size(name: str) -> tuple[dict[str, Any], int]:
+    """A workflow whose pictures have half their width and height, SDXL's a quarter, and that saves its last latent too.
+
+    Returns:
+        It, and the width.
+    """
     prompt = copy.deepcopy(api(name))
     for node in prompt.values():
         for side in ("width", "height"):
             if side in node["inputs"]:
-                node["inputs"][side] //= 2
-    sampler = node_of(prompt, "FlashSampler")
+                node["inputs"][side] //= 4 if "sdxl" in name else 2
+        if "size" in node["inputs"]:  # 0: as the published model was trained
+            node["inputs"]["size"] = 256
+    sampler = nodes_of(prompt, "FlashSampler")[-1]
     prompt["latent"] = prompts.node("SaveLatent", samples=[sampler, 0], filename_prefix="test")
-    return prompt, prompt[node_of(prompt, "LatentImage")]["inputs"]["width"]
+    return prompt, max(node["inputs"].get("width", 0) for node in prompt.values())
+
+
+def loras_of(prompt: dict[str, Any]) -> list[str]:
+    """The LoRA files that a workflow loads, in order."""
+    (loader,) = nodes_of(prompt, "FlashLoraLoader") + nodes_of(prompt, "FlashLoraStack")
+    return [value for value in prompt[loader]["inputs"].values() if str(value).endswith(SUFFIX)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_runs_on_stand_ins_of_the_published_files(stand_in_client: Client, name: str) -> None:
-    prompt, side = half_size(name)
+    prompt, side = small_size(name)
     log = stand_in_client.server.log
     before = len(log.read_text())
     run = assert_the_second_run_is_cached(stand_in_client, prompt)
@@ -219,12 +261,15 @@ def test_it_runs_on_stand_ins_of_the_published_files(stand_in_client: Client, na
     assert gaps == (["unet missing: ['y_embedder.y_embedding']"] if name == "flash_pixart" else [])
 
     (report,) = run.outputs[node_of(prompt, "PreviewAny")]["text"]
-    family, targets, _ = LORAS[prompt[node_of(prompt, "FlashLoraLoader")]["inputs"]["lora_name"]]
-    matched, total = (int(count) for count in re.search(r"matched: (\d+)/(\d+)", report).groups())
-    assert matched == total == len(lora_layers(stand_in_network(family), targets))
+    found = [(int(matched), int(total)) for matched, total in re.findall(r"matched: (\d+)/(\d+)", report)]
+    loaded = [LORAS[file] for file in loras_of(prompt)]
+    layers = [len(lora_layers(stand_in_network(family), targets)) for family, targets, _ in loaded]
+    assert found == [(count, count) for count in layers]
 
     latent = stand_in_client.latent(run, "latent")
-    assert latent.shape == (1, 16 if name == "flash_sd3" else 4, side // 8, side // 8)
+    assert latent.shape[:2] == (1, 16 if name == "flash_sd3" else 4)
+    if not nodes_of(prompt, "InpaintPrepare"):  # else it is that of a crop
+        assert latent.shape[2:] == (side // 8, side // 8)
     assert latent.isfinite().all()
     assert latent.std() > 0.1
     (picture,) = stand_in_client.images(run, node_of(prompt, "SaveImage"))
@@ -232,8 +277,22 @@ def test_it_runs_on_stand_ins_of_the_published_files(stand_in_client: Client, na
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["flash_sd15_controlnet", "flash_sdxl_t2i_adapter"])
+def test_the_published_adapter_steers(stand_in_client: Client, name: str) -> None:
+    prompt, _ = small_size(name)
+    prompt[nodes_of(prompt, "FlashSampler")[-1]]["inputs"]["seed"] = 1  # with the shipped one it may be cached
+    latents = []
+    for strength in (0.0, 1.0):
+        prompt[node_of(prompt, "FlashAdapterApply")]["inputs"]["strength"] = strength
+        run = stand_in_client.run(prompt)
+        assert run.succeeded, run.error
+        latents.append(stand_in_client.latent(run, "latent"))
+    assert (latents[1] - latents[0]).std() > 0.01 * latents[0].std()
+
+
+@pytest.mark.slow
 def test_the_lora_of_another_family_is_refused_in_words(stand_in_client: Client) -> None:
-    prompt, _ = half_size("flash_sd15")
+    prompt, _ = small_size("flash_sd15")
     prompt[node_of(prompt, "FlashLoraLoader")]["inputs"]["lora_name"] = "FlashSDXL.safetensors"
     run = stand_in_client.run(prompt)
     assert run.error is not None

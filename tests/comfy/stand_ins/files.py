@@ -1,7 +1,7 @@
 """Stand-ins of the published files that the workflows load: the same names, layouts and architectures, made tiny.
 
-Base models are written by ``write.py`` in a process with ComfyUI in it, LoRAs here, in the spelling of the published
-file. ``node_pack`` lets ComfyUI's loaders recognise the base models.
+Base models and the ControlNet are written by ``write.py`` in a process with ComfyUI in it, LoRAs and the T2I-adapter
+here, in the spelling of the published file. ``node_pack`` lets ComfyUI's loaders recognise the base models.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...families.adapters import save_weights, tiny_controlnet, tiny_t2i_adapter, tiny_unet
 from ...families.networks import tiny_network
 
 HERE = Path(__file__).resolve().parent
@@ -32,15 +33,21 @@ PEFT = ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
 
 
 def stand_in_network(family: str) -> nn.Module:
-    """The tiny network of a family; SD3's reads text as wide as ComfyUI pads it, and larger pictures."""
-    network = tiny_network(family)
-    if family != "sd3":
-        return network
+    """The tiny network of a family.
+
+    SDXL's has three levels, for its adapters; SD3's reads text as wide as ComfyUI pads it, and larger pictures;
+    ``sd15_inpainting`` is SD 1.5's with the channels of a mask and a masked picture.
+    """
+    if family == "sdxl":
+        return tiny_unet(family)
+    if family not in ("sd3", "sd15_inpainting"):
+        return tiny_network(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return SD3Transformer2DModel.from_config(
-            {**network.config, "joint_attention_dim": 4096, "pos_embed_max_size": 64}
-        )
+        if family == "sd3":
+            config = {**tiny_network(family).config, "joint_attention_dim": 4096, "pos_embed_max_size": 64}
+            return SD3Transformer2DModel.from_config(config)
+        return UNet2DConditionModel.from_config({**tiny_network("sd15").config, "in_channels": 9})
 
 
 def lora_layers(network: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -81,7 +88,10 @@ LORAS = {
     "FlashSDXL.safetensors": ("sdxl", ATTENTION, kohya),
     "flash-pixart.safetensors": ("pixart_alpha", TRANSFORMER, spelt(PEFT)),
     "flash-sd3.safetensors": ("sd3", TRANSFORMER, spelt(PEFT)),
+    "pixel-art-xl.safetensors": ("sdxl", ATTENTION, kohya),
 }
+FAMILIES = [*dict.fromkeys(family for family, _, _ in LORAS.values()), "sd15_inpainting"]
+T2I_ADAPTER = "t2i-adapter-canny-sdxl-1.0.safetensors"
 
 
 def write_stand_ins(base: Path, runtime: ModuleType) -> None:
@@ -92,15 +102,16 @@ def write_stand_ins(base: Path, runtime: ModuleType) -> None:
         runtime: ``scripts/comfy_runtime.py``.
     """
     networks, models = base / "networks", base / "models"
-    for folder in (networks, models / "loras", base / "custom_nodes"):
+    for folder in (networks, models / "loras", models / "controlnet", base / "custom_nodes"):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, (family, targets, spelling) in LORAS.items():
+    for family in FAMILIES:
         network = stand_in_network(family)
-        save_file(
-            {key: value.contiguous() for key, value in network.state_dict().items()}, networks / f"{family}.safetensors"
-        )
+        save_weights(network, networks / f"{family}.safetensors")
         (networks / f"{family}.json").write_text(json.dumps(dict(network.config)))
-        save_file(spelling(lora_layers(network, targets)), models / "loras" / name)
+    for name, (family, targets, spelling) in LORAS.items():
+        save_file(spelling(lora_layers(stand_in_network(family), targets)), models / "loras" / name)
+    save_weights(tiny_t2i_adapter("full_adapter_xl"), models / "controlnet" / T2I_ADAPTER)
+    save_weights(tiny_controlnet(tiny_unet("sd15")), networks / "controlnet.safetensors")
     script = [sys.executable, str(HERE / "write.py")]
     paths = [str(path) for path in (runtime.comfyui_folder(), ROOT, networks, models)]
     subprocess.run([*script, *paths], check=True, env=runtime.environment())

@@ -2,8 +2,8 @@
 
 python write.py COMFYUI ROOT NETWORKS MODELS
 
-NETWORKS holds ``<family>.safetensors`` and ``<family>.json``, a diffusers network's weights and config. Checkpoints are
-written by ComfyUI's own saving, so their layout is the published one.
+NETWORKS holds ``<family>.safetensors`` and ``<family>.json``, a diffusers network's weights and config, and a
+``controlnet.safetensors``. Checkpoints are written by ComfyUI's own saving, so their layout is the published one.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main(comfyui: Path, root: Path, networks: Path, models: Path) -> None:
     import torch
     from comfy.taesd.taesd import TAESD
     from comfy.text_encoders.pixart_t5 import PixArtTokenizer, pixart_te
+    from dropped_in.nodes.adapter_files import controlnet_config, controlnet_weights
     from safetensors.torch import load_file, save_file
     from tiny import tiny_model
 
@@ -60,18 +61,27 @@ def main(comfyui: Path, root: Path, networks: Path, models: Path) -> None:
 
     def checkpoint(family: str, config: type, name: str, channels: int, encoders: dict[str, Any] | None = None) -> None:
         weights = load_file(networks / f"{family}.safetensors")
-        model = tiny_model(family, weights, json.loads((networks / f"{family}.json").read_text()))
+        model = tiny_model(
+            family.removesuffix("_inpainting"), weights, json.loads((networks / f"{family}.json").read_text())
+        )
         clip = text_encoder(config(dict(model.model.model_config.unet_config)).clip_target(encoders))
         comfy.sd.save_checkpoint(
             str(models / "checkpoints" / name), model, clip, comfy.sd.VAE(sd=autoencoder(channels))
         )
 
-    for folder in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
+    for folder in ("checkpoints", "controlnet", "diffusion_models", "text_encoders", "vae"):
         (models / folder).mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         checkpoint("sd15", node_pack.SD15, "v1-5-pruned-emaonly-fp16.safetensors", 4)
+        checkpoint("sd15_inpainting", node_pack.SD15, "sd-v1-5-inpainting.safetensors", 4)
         checkpoint("sdxl", node_pack.SDXL, "sd_xl_base_1.0.safetensors", 4)
         checkpoint("sd3", node_pack.SD3, "sd3_medium_incl_clips.safetensors", 16, dict.fromkeys(SD3_ENCODERS))
+
+        # The ControlNet's names are those of the original repository.
+        control = load_file(networks / "controlnet.safetensors")
+        native = controlnet_weights(control, controlnet_config(control))
+        named = {f"control_model.{name}": value for name, value in native.items()}
+        save_file(named, models / "controlnet/control_v11p_sd15_canny_fp16.safetensors")
 
         # PixArt's files are diffusers' and transformers' own.
         pixart = load_file(networks / "pixart_alpha.safetensors")

@@ -65,7 +65,7 @@ class SDXL(supported_models.SDXL):
     unet_config = {  # noqa: RUF012
         **supported_models.SDXL.unet_config,
         "model_channels": 32,
-        "transformer_depth": [0, 2],
+        "transformer_depth": [0, 0, 1, 1, 2, 2],
         "context_dim": 32,
         "adm_in_channels": 24 + 6 * SDXL_TIME_WIDTH,
     }
