@@ -61,6 +61,11 @@ class ImageAdapterSection(Section):
     )
     scale: float = Field(1.0, ge=0, description="factor of what it adds to attention, the student's too")
 
+    @property
+    def title(self) -> str:
+        """Which adapter it is and how strong."""
+        return f"{Path(self.weight_name or self.path).stem} (IP-Adapter) x {self.scale:g}"
+
 
 class ModelSection(Section):
     """The teacher."""
@@ -335,12 +340,21 @@ def parse_recipe(content: dict[str, Any], where: str = "the recipe") -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors(include_url=False)]
+        lines = explain(error)
         raise UserError(f"{where} has {len(lines)} problem{'s'[: len(lines) > 1]}:\n" + "\n".join(lines)) from error
 
 
+def explain(error: ValidationError, within: Sequence[str] = ()) -> list[str]:
+    """One line per problem: the field, what it wants, what it got.
+
+    Args:
+        within: the fields of a recipe that the checked part is in.
+    """
+    problems = error.errors(include_url=False)
+    return [_explain({**problem, "loc": (*within, *problem["loc"])}) for problem in problems]
+
+
 def _explain(problem: Any) -> str:
-    """One line per problem: the field, what it wants, what it got."""
     field = ".".join(str(part) for part in problem["loc"]) or "the recipe"
     if problem["type"] == "missing":
         return f"  {field}: is missing; expected {_description(problem['loc'])}"

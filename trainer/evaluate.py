@@ -87,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="another field of a recipe's model section, such as dtype=bfloat16 or t5=false; repeatable",
+        help="another field of a recipe's model section, in YAML or JSON, such as dtype=bfloat16 or "
+        "control='{path: FOLDER, scale: 0.8}'; repeatable",
     )
     add("--resolution", type=int, help="of the pictures in pixels (default: the model's own)")
 
@@ -342,23 +343,25 @@ def model_section(args: argparse.Namespace) -> ModelSection:
     import yaml
     from pydantic import ValidationError
 
-    from .config import ModelSection
+    from .config import ModelSection, explain
 
     fields = {"family": args.family, "path": args.teacher}
     for pair in args.model:
         name, found, value = pair.partition("=")
         if not found:
             raise UserError(f"--model: expected KEY=VALUE, got {pair!r}")
-        fields[name] = yaml.safe_load(value)
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--model: the value of {name} is not YAML or JSON: {value!r}; expected a value, or fields such as "
+                "'{path: FOLDER, scale: 0.8}'"
+            ) from error
     try:
         return ModelSection.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"--model: {where}: {first['msg']}; expected a field of a recipe's model section: "
-            + ", ".join(ModelSection.model_fields)
-        ) from error
+        lines = explain(error, within=("model",))
+        raise UserError("--model, as a recipe's model section:\n" + "\n".join(lines)) from error
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -33,6 +33,8 @@ from .export import export_run
 from .journal import Journal, Means
 from .preview import Preview, preview_rows, save_preview
 from .seeds import stream
+from .teachers.base import weights_hash
+from .teachers.control import Control
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +247,9 @@ class Run:
                 self._unconditional,
                 self.accelerator,
                 self.recipe.seed,
-                trajectory_fingerprint(self.recipe, self.state.teacher_hash),
+                trajectory_fingerprint(
+                    self.recipe, self.state.teacher_hash, getattr(self.parts.teacher.denoiser, "control", None)
+                ),
                 advance,
             )
         journal.progress.remove_task(task)
@@ -332,9 +336,20 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
         gradient.copy_(part.view_as(gradient))
 
 
-def trajectory_fingerprint(recipe: Recipe, teacher_hash: str) -> str:
-    """Everything that recorded trajectories depend on."""
-    method = recipe.method
+def trajectory_fingerprint(recipe: Recipe, teacher_hash: str, control: Control | None) -> str:
+    """Everything that recorded trajectories depend on.
+
+    An IP-Adapter's weights are the teacher's; its scale and encoder, and what reads a hint, are counted beside them.
+    Where a recipe has neither, nothing stands for them: recordings of plain models stay what they were.
+    """
+    method, model = recipe.method, recipe.model
+    beside: list[object] = []
+    if model.image_adapter is not None:
+        beside.append((model.image_adapter.image_encoder, model.image_adapter.scale))
+    if control is not None:
+        beside.append((weights_hash(control.network), control.scale))
+    if not model.t5:
+        beside.append("without T5")
     return repr(
         (
             teacher_hash,
@@ -347,5 +362,6 @@ def trajectory_fingerprint(recipe: Recipe, teacher_hash: str) -> str:
             recipe.trajectories.batch,
             recipe.seed,
             recipe.precision,
+            *beside,
         )
     )

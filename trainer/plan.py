@@ -47,6 +47,10 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     beside = count_parameters(outline.control.network) if outline.control is not None else 0
     if outline.control is not None:
         say(f"steered by {outline.control.title}, frozen, {beside / MILLION:.1f} M parameters")
+    if recipe.model.image_adapter is not None:
+        shown = sum(value.numel() for name, value in outline.denoiser.network.named_parameters() if _of_adapter(name))
+        title = recipe.model.image_adapter.title
+        say(f"shown pictures by {title}, frozen, {shown / MILLION:.1f} M parameters of the base")
     modes = "/".join(f"{t:g}" for t in trailing_timesteps(outline.denoiser.process, NUM_MODES))
     say(f"modes weigh t = {modes}; passes are the teacher's, expected, with guidance")
     console.print(_phases(recipe))
@@ -76,6 +80,11 @@ def print_plan(recipe: Recipe, console: Console) -> None:
         say("time: the progress bar tells it once the first updates are measured")
     else:
         say(f"time: at most {recipe.limits.max_minutes:g} minutes; phases and learning rate follow the clock")
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether a UNet's parameter is an IP-Adapter's: its projection, or a key or value for pictures."""
+    return name.startswith("encoder_hid_proj.") or ".to_k_ip." in name or ".to_v_ip." in name
 
 
 def _phases(recipe: Recipe) -> Table:

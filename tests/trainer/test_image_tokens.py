@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from transformers import CLIPVisionModelWithProjection
 
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
+from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import ModelSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.data.sources import to_tensor
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.loop import Run
+from flash_diffusion.trainer.loop import Run, trajectory_fingerprint
 from flash_diffusion.trainer.plan import print_plan
 from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import count_parameters
+from flash_diffusion.trainer.teachers.control import Control
 
+from ..families.adapters import tiny_controlnet, tiny_unet
 from ..families.image_adapters import SIDE, save_image_adapter, save_image_encoder
 from ..families.networks import tiny_network
 from ..families.pipelines import save_pipeline
@@ -197,7 +201,54 @@ def test_the_outline_counts_the_adapter(root: Path, pictures: Path, adapter: str
     assert all(value.is_meta for value in outline.denoiser.network.parameters())
     console = Console(record=True, width=120, file=io.StringIO())
     print_plan(parse_recipe(face_swap(root, pictures, adapter)), console)
-    assert "trains:" in console.export_text()
+    plan = console.export_text()
+    assert "trains:" in plan
+    counted = sum(
+        value.numel()
+        for name, value in teacher.denoiser.network.named_parameters()
+        if "encoder_hid_proj" in name or "_ip." in name
+    )
+    assert f"shown pictures by {adapter} (IP-Adapter) x 0.7, frozen, {counted / 1e6:.1f} M parameters" in plan
+
+
+def test_trajectories_depend_on_what_is_beside_the_base(root: Path, pictures: Path) -> None:
+    def changed(**fields: Any) -> str:
+        content = face_swap(root, pictures)
+        content["model"]["image_adapter"] |= fields
+        return trajectory_fingerprint(parse_recipe(content), "the same", None)
+
+    assert changed() == changed()
+    assert len({changed(), changed(scale=0.5), changed(image_encoder="another")}) == 3
+    content = face_swap(root, pictures)
+    other = {**content, "task": {"name": "face-swap", "options": {"identity": "tokens", "radius": [0.4, 0.4]}}}
+    assert trajectory_fingerprint(parse_recipe(other), "the same", None) != changed()
+    recipe = parse_recipe(tiny_recipe(root / "sd15", pictures))
+    steered = [
+        trajectory_fingerprint(recipe, "the same", Control(tiny_controlnet(tiny_unet("sd15"), seed), scale))
+        for seed, scale in ((0, 1.0), (0, 1.0), (1, 1.0), (0, 0.5))
+    ]
+    assert steered[0] == steered[1]
+    assert len({*steered, trajectory_fingerprint(recipe, "the same", None)}) == 4
+
+
+def test_a_face_swap_by_tokens_is_evaluated_with_the_adapter_named_on_the_command_line(
+    root: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--task", "face-swap", "--task-options", '{"identity": "tokens"}', "--family", "sd15"]
+    command += ["--teacher", str(root / "inpainting"), "--data", str(pictures), "--samples", "2", "--steps", "1"]
+    command += ["--output", str(tmp_path), "--pictures", "1"]
+    adapter = f"path: {root / 'sd15.safetensors'}, image_encoder: {root / 'encoder'}, scale: 0.7"
+    assert main([*command, "--model", f"image_adapter={{{adapter}}}"]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["task"] == "face-swap"
+    for given, words in (
+        ('{"path": "x.safetensors"}', "model.image_adapter.image_encoder: is missing; expected the CLIP vision"),
+        ('{"path": "x", "image_encoder": "y", "scales": 1}', "model.image_adapter.scales: there is no such field"),
+        ("{path: x", "the value of image_adapter is not YAML or JSON"),
+    ):
+        assert main([*command, "--model", f"image_adapter={given}"]) == 2
+        assert words in capsys.readouterr().err
+    assert main([*command, "--model", "control={path: x, strength: 1}"]) == 2
+    assert "model.control.strength: there is no such field; expected one of path, scale" in capsys.readouterr().err
 
 
 def test_the_tokens_outlive_the_encoder(root: Path) -> None:

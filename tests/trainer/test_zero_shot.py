@@ -422,8 +422,8 @@ def test_what_is_no_run_is_refused(text: str, capsys: pytest.CaptureFixture[str]
             "names a student, but there is no --lora",
         ),
         (["--protocol", "coco2017-5k", "--coco", "nowhere"], "there is no nowhere/annotations/captions_val2017.json"),
-        (["--model", "dtype=float9"], "--model: dtype: Input should be"),
-        (["--model", "colour=red"], "expected a field of a recipe's model section: family, path"),
+        (["--model", "dtype=float9"], "model.dtype: input should be"),
+        (["--model", "colour=red"], "model.colour: there is no such field; expected one of family, path"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

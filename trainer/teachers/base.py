@@ -271,12 +271,7 @@ class Teacher(ABC):
 
     def weights_hash(self) -> str:
         """SHA-256 over the base's parameters in the order of their names; a merged style LoRA counts."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.denoiser.network.named_parameters()):
-            if ".lora_" not in name:
-                digest.update(name.replace(".base_layer", "").encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return weights_hash(self.denoiser.network)
 
     @contextmanager
     def _one_warning_of_cut_prompts(self) -> Iterator[None]:
@@ -330,6 +325,16 @@ def process_from_scheduler(config: Mapping[str, Any]) -> Process:
         )
     except ValueError as error:
         raise UserError(f"the model's scheduler configuration can't be used: {error}") from error
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 over a network's parameters in the order of their names, without the LoRAs that are on it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.named_parameters()):
+        if ".lora_" not in name:
+            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def count_parameters(module: nn.Module) -> int:
