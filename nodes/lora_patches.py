@@ -26,6 +26,7 @@ PREFIX = re.compile(
 BASES = {
     "SD15": "sd15",
     "SD20": "sd21",
+    "SD_X4Upscaler": "sd_x4",
     "SDXL": "sdxl",
     "PixArtAlpha": "pixart",
     "PixArtSigma": "pixart-sigma",

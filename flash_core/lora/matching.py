@@ -16,6 +16,8 @@ _UNET_BY_TEXT_WIDTH = {
     1280: ("", "the SDXL refiner"),
     128: ("flash-demo", "the Flash demo"),
 }
+# Of the UNets that read SD 2's text the x4 upscaler's levels are 512 and 1024 channels wide, SD 2's 320, 640 and 1280.
+_SD2_TEXT, _X4_WIDTHS = 1024, (512, 1024)
 # The width of the image stream tells SD3's sizes apart: 64 channels a head, as many blocks as heads.
 _SD3_BY_WIDTH = {1536: "SD3 medium or SD3.5 medium", 2432: "SD3.5 large"}
 
@@ -102,11 +104,14 @@ def _by_layers(file: LoraFile) -> tuple[str, str]:
         joint = any("_attn_to_" in name or "_norm1_" in name or "_ff_context_" in name for name in names)
         attention = any("_attn1_" in name or "_attn2_" in name for name in names)
         return _pixart(file) if attention and not joint else _sd3(file)
-    width = next((int(m.down.shape[1]) for name, m in names.items() if name.endswith("attn2_to_k")), None)
-    if width is None:
+    first = next((module for name, module in names.items() if name.endswith("attn2_to_k")), None)
+    if first is None:
         deep = any("_transformer_blocks_9_" in name for name in names)  # only SDXL stacks ten
         return ("sdxl", "SDXL") if deep else ("", "an unknown model (no cross-attention layer in the file)")
+    width = _width(first)
     base, words = _UNET_BY_TEXT_WIDTH.get(width, ("", "an unknown model"))
+    if width == _SD2_TEXT and first.up.shape[0] in _X4_WIDTHS:
+        base, words = "sd_x4", "the SD x4 upscaler"
     return base, f"{words} (attn2 reads {width} channels)"
 
 

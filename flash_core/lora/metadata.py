@@ -18,6 +18,7 @@ MAX_GRIDS = 64
 ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
     "sd21": "stable-diffusion-v2-768-v",
+    "sd_x4": "stable-diffusion-x4-upscaler",  # ModelSpec lists none for it: its name on the Hub
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd3": "stable-diffusion-v3-medium",
     "sd35": "stable-diffusion-v3.5-medium",
@@ -32,7 +33,7 @@ class FlashMetadata:
     """The facts a sampler needs to set itself up, and where the file comes from.
 
     Attributes:
-        base: the family: ``sd15``, ``sdxl``, ``pixart``, ``sd3``, ``flash-demo`` ...
+        base: the family: ``sd15``, ``sdxl``, ``sd_x4``, ``pixart``, ``sd3``, ``flash-demo`` ...
         task: ``text-to-image``, ``inpainting``, ...
         prediction: what the base predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
         process: ``vp`` or ``flow``.

@@ -18,6 +18,7 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from ..families.published_loras import FACTS, published_network, write_published
+from ..families.single_file import unet_names
 
 pytestmark = pytest.mark.comfy
 
@@ -25,6 +26,19 @@ RANK = 2
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "proj_mlp")
 UNET_TARGETS = (*TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj")
 PUBLISHED = {"sd15": "flash-sd", "sdxl": "flash-sdxl", "sd3": "flash-sd3", "pixart": "flash-pixart"}
+# unet/config.json of stable-diffusion-2-1 and of stable-diffusion-x4-upscaler.
+SD2_SIZES: dict[str, dict[str, Any]] = {
+    "sd21": {"attention_head_dim": (5, 10, 20, 20)},
+    "sd_x4": {
+        "in_channels": 7,
+        "block_out_channels": (256, 512, 512, 1024),
+        "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
+        "up_block_types": (*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
+        "only_cross_attention": (True, True, True, False),
+        "attention_head_dim": 8,
+        "num_class_embeds": 1000,
+    },
+}
 PREFIX = {"sd15": "unet.", "sdxl": "base_model.model.", "sd3": "transformer.", "pixart": "base_model.model."}
 
 
@@ -33,6 +47,9 @@ def diffusers_model(family: str) -> torch.nn.Module:
     if family == "flux":
         with torch.device("meta"):
             return FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+    if family in ("sd21", "sd_x4"):
+        with torch.device("meta"):
+            return UNet2DConditionModel(cross_attention_dim=1024, use_linear_projection=True, **SD2_SIZES[family])
     return published_network(PUBLISHED[family])
 
 
@@ -57,11 +74,12 @@ def answers(
     """What ComfyUI's models say of the LoRAs, and how many layers each LoRA has."""
     folder = tmp_path_factory.mktemp("families")
     requests, totals = {}, {}
-    for family in ("sd15", "sdxl", "sd3", "pixart", "flux"):
+    for family in ("sd15", "sd21", "sd_x4", "sdxl", "sd3", "pixart", "flux"):
         model = diffusers_model(family)
         path = folder / f"{family}.safetensors"
         totals[family] = save_lora(path, model, PREFIX.get(family, "transformer."))
-        shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+        state = unet_names(model) if family == "sd_x4" else model.state_dict()  # ComfyUI detects it by those alone
+        shapes = {key: list(value.shape) for key, value in state.items()}
         requests[family] = {"shapes": shapes, "lora": str(path)}
         if family in PUBLISHED:
             name = PUBLISHED[family]
@@ -70,6 +88,8 @@ def answers(
     requests["sd3 model, sd15 lora"] = {"shapes": requests["sd3"]["shapes"], "lora": requests["sd15"]["lora"]}
     requests["sdxl model, sd15 lora"] = {"shapes": requests["sdxl"]["shapes"], "lora": requests["sd15"]["lora"]}
     requests["sd15 model, sdxl lora"] = {"shapes": requests["sd15"]["shapes"], "lora": requests["sdxl"]["lora"]}
+    requests["sd21 model, sd_x4 lora"] = {"shapes": requests["sd21"]["shapes"], "lora": requests["sd_x4"]["lora"]}
+    requests["sd_x4 model, sd21 lora"] = {"shapes": requests["sd_x4"]["shapes"], "lora": requests["sd21"]["lora"]}
     requests["sd15 model, sd3 lora"] = {"shapes": requests["sd15"]["shapes"], "lora": requests["sd3"]["lora"]}
     (folder / "requests.json").write_text(json.dumps(requests))
     script = Path(__file__).resolve().parent / "inside" / "families.py"
@@ -79,7 +99,7 @@ def answers(
     return json.loads(done.stdout.splitlines()[-1]), totals
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "pixart", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sd_x4", "sdxl", "sd3", "pixart", "flux"])
 def test_every_layer_is_patched(answers, family: str) -> None:
     answer, total = answers[0][family], answers[1][family]
     assert "error" not in answer
@@ -108,6 +128,16 @@ def test_every_layer_of_the_published_files_is_patched_at_its_true_scale(answers
     [
         ("sdxl model, sd15 lora", "SD 1.5 (attn2 reads 768 channels)", "SDXL (attn2 reads 2048 channels)"),
         ("sd15 model, sdxl lora", "SDXL (attn2 reads 2048 channels)", "SD15 (attn2 reads 768 channels)"),
+        (
+            "sd21 model, sd_x4 lora",
+            "the SD x4 upscaler (attn2 reads 1024 channels)",
+            "SD20 (attn2 reads 1024 channels)",
+        ),
+        (
+            "sd_x4 model, sd21 lora",
+            "SD 2 (attn2 reads 1024 channels)",
+            "SD_X4Upscaler (attn2 reads 1024 channels)",
+        ),
         ("sd15 model, sd3 lora", "SD3 medium or SD3.5 medium", "SD15 (attn2 reads 768 channels)"),
         ("sd3 model, sd15 lora", "SD 1.5 (attn2 reads 768 channels)", "SD3 (1536 channels wide)"),
     ],

@@ -27,6 +27,7 @@ from flash_diffusion.flash_core.lora import (
     FlashMetadata,
     LoraError,
     LoraModule,
+    base_of,
     describe_base,
     flat_name,
     match,
@@ -285,6 +286,18 @@ def test_matching_counts_and_names_both_sides(tmp_path: Path) -> None:
     assert match(file, {flat_name(PATH): (8, 2048)}).mismatched == (flat_name(PATH),)
     assert match(file, ["other"]).missing == (flat_name(PATH),)
     assert match(file, ["other"]).total == 1
+
+
+@pytest.mark.parametrize(("outputs", "base"), [(512, "sd_x4"), (1024, "sd_x4"), (320, "sd21"), (1280, "sd21")])
+def test_the_x4_upscaler_is_told_from_sd_2_by_its_widths(outputs: int, base: str, tmp_path: Path) -> None:
+    """Both read 1024 channels of text; the levels are those of the published models' configurations."""
+    tensors = {"lora_down.weight": torch.zeros(4, 1024), "lora_up.weight": torch.zeros(outputs, 4)}
+    save_file(
+        {f"lora_unet_{flat_name(PATH)}.{name}": value for name, value in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    file = read_lora(tmp_path / "x.safetensors")
+    assert base_of(file) == base
+    assert describe_base(file).startswith("the SD x4 upscaler" if base == "sd_x4" else "SD 2 ")
 
 
 @pytest.mark.parametrize(

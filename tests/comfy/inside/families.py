@@ -2,9 +2,9 @@
 
 python families.py COMFYUI ROOT REQUESTS
 
-REQUESTS is a JSON file, {family: {"shapes": {diffusers key: shape}, "lora": path}}; the answer goes to stdout, one JSON
-object {family: {"base", "model", and "error" or "matched", "total", "patches", "scales", "complete", "published"}}. The
-models are built without memory.
+REQUESTS is a JSON file, {family: {"shapes": {key: shape}, "lora": path}} with diffusers' keys or the original ones; the
+answer goes to stdout, one JSON object {family: {"base", "model", and "error" or "matched", "total", "patches",
+"scales", "complete", "published"}}. The models are built without memory.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def main(comfyui: Path, root: Path, requests: Path) -> None:
         converted = comfy.model_detection.convert_diffusers_mmdit(dict(weights), "")
         if converted is not None:
             config = comfy.model_detection.model_config_from_unet(converted, "")
+        elif "input_blocks.0.0.weight" in weights:  # the original names, which ComfyUI's own files have
+            config = comfy.model_detection.model_config_from_unet(weights, "")
         else:
             config = comfy.model_detection.model_config_from_diffusers_unet(weights)
         config.set_inference_dtype(torch.float32, None)
