@@ -67,9 +67,11 @@ PAIRED = Figure(
     "paired",
     "Feature distance to the teacher’s result",
     "to teacher",
-    "Mean distance of a result from the one that the teacher makes in many steps of the same conditions and noise: "
-    "what distillation is to lower. 0 is the same picture.",
+    "Mean distance of a result from the one that the teacher makes in many steps of the same conditions and noise. 0 "
+    "is the same picture. After its first step a student draws fresh noise, which leads to another picture, not to a "
+    "worse one, so it is not held to it.",
     higher_is_better=False,
+    judged=False,
 )
 
 
@@ -363,7 +365,6 @@ def targets(
       where higher is. ``value`` is that ratio, None where the teacher's figure is 0.
     - ``better``: it is clearly better than the undistilled teacher with as many passes: the 95 % interval of the mean
       difference on the same samples is above 0. ``value`` is that difference, positive where the student is better.
-      Of the distance to the teacher's results, which is 0 for the teacher itself, this one alone is asked.
     """
     found: list[dict[str, Any]] = []
     rival = Run("teacher", BEST_STEPS).name
@@ -376,8 +377,7 @@ def targets(
         limit = {"at_least": 1 - WITHIN} if figure.higher_is_better else {"at_most": 1 + WITHIN}
         value = ours / theirs if theirs else None
         line = {"figure": figure.key, "kind": "within", "run": student, "rival": many}
-        if figure != PAIRED:
-            found.append({**line, "value": value, **limit, "met": met})
+        found.append({**line, "value": value, **limit, "met": met})
         against = next(line for line in comparisons if (line["figure"], line["rival"]) == (figure.key, rival))
         found.append({**against, "kind": "better", "met": against["verdict"] == "better"})
     return found
