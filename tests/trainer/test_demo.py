@@ -15,7 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flash_diffusion.trainer.demo import DATA, FEATURES, ROOT, TASK_ADAPTERS, TEACHER, pictures, teacher
+from flash_diffusion.trainer.demo import (
+    CONTROLS,
+    DATA,
+    FEATURES,
+    LORAS,
+    ROOT,
+    TASK_ADAPTERS,
+    TEACHER,
+    pictures,
+    teacher,
+)
 from flash_diffusion.trainer.demo.autoencoder import AutoencoderTraining, held_out
 from flash_diffusion.trainer.demo.features import FeatureNetwork, accuracy, augment
 from flash_diffusion.trainer.demo.patch_pca import PatchPCA, psnr
@@ -107,10 +117,11 @@ class TestPictures:
 
     def test_the_whole_demo_fits_its_budget(self) -> None:
         files = [path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-        tasks = [path for path in files if TASK_ADAPTERS in path.parents]
-        assert sum(path.stat().st_size for path in files if path not in tasks) <= 25_000_000
-        assert tasks
-        assert all(path.stat().st_size <= 2_000_000 for path in tasks)
+        flash = LORAS / "flash_demo.safetensors"
+        further = [path for path in files if path.parent in (TASK_ADAPTERS, CONTROLS, LORAS) and path != flash]
+        assert sum(path.stat().st_size for path in files if path not in further) <= 25_000_000
+        assert {path.parent for path in further} == {TASK_ADAPTERS, CONTROLS, LORAS}
+        assert all(path.stat().st_size <= 2_000_000 for path in further)
 
 
 def same_up_to_sign(first: torch.Tensor, second: torch.Tensor) -> bool:
