@@ -215,7 +215,12 @@ def _switched(pipeline: str, *parts: str) -> str:
 
 def shown(path: str) -> str:
     """A Hub name as it is; of a folder on a disk its name, since where it lies is nobody else's business."""
-    return Path(path).name if Path(path).exists() else path
+    return Path(path).name if is_on_disk(path) else path
+
+
+def is_on_disk(path: str) -> bool:
+    """Whether it names a file or folder, which may lie on another machine than this, and no repository of the Hub."""
+    return Path(path).exists() or path.startswith(("/", ".", "~")) or "\\" in path or path.endswith(".safetensors")
 
 
 def _quoted(text: str) -> str:

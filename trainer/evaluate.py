@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--lora", type=Path, help="the student: a LoRA's .safetensors, or a PEFT folder (default: none)")
     add("--teacher", help="diffusers folder, Hub name or single checkpoint (default: the embedded demo)")
-    add("--family", default="demo", help="the teacher's model family (default: %(default)s)")
+    add("--family", help="the teacher's model family (default: the run's, else demo)")
     add("--output", type=Path, default=Path("out/evaluation"), help="folder (default: %(default)s)")
     add(
         "--samples",
@@ -313,10 +313,14 @@ def load_generator(args: argparse.Namespace, device: str, task: Task | None = No
         UserError: the model does not read what the task gives it, or the LoRA is for another task.
     """
     from ..flash_core.lora import read_lora
-    from .assembly import check_channels
+    from .assembly import check_channels, check_control
+    from .config import TaskSection
+    from .tasks import build_task
     from .teachers import load_teacher
 
-    teacher = load_teacher(model_section(args), device, args.resolution)
+    section = model_section(args)
+    check_control(task or build_task(TaskSection()), section)
+    teacher = load_teacher(section, device, args.resolution)
     folder = Path(args.teacher) if args.teacher else DEMO_TEACHER
     if task is not None:
         check_channels(task, teacher)

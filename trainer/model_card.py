@@ -11,7 +11,7 @@ import yaml
 from ..flash_core.grid import NUM_MODES, trailing_timesteps
 from ..flash_core.lora import FlashMetadata, LoraModule
 from ..flash_core.process import Process
-from .card_usage import Usage, usage
+from .card_usage import Usage, is_on_disk, usage
 from .checkpoint import TrainingState
 from .config import Recipe
 
@@ -22,9 +22,14 @@ NODES = {
     "inpainting": "Flash LoRA Loader, Flash Inpaint Prepare, Flash Sampler, Flash Inpaint Stitch.",
     "super-resolution": "Flash LoRA Loader, then Flash Upscale, which samples tile by tile.",
     "face-swap": "Flash LoRA Loader, Flash Face Swap Prepare, Flash Sampler, Flash Inpaint Stitch.",
-    "inpainting by IP-Adapter": "the LoRA in Flash LoRA Loader, the IP-Adapter in a node pack that has them, Flash "
-    "Inpaint Prepare, Flash Sampler, Flash Inpaint Stitch.",
     "control": "Flash LoRA Loader, Flash Adapter Apply, then Flash Sampler.",
+}
+# Face-swap whose identity an IP-Adapter reads, by its option: ComfyUI's core has no IP-Adapters.
+NODES_BY_IDENTITY = {
+    "tokens": "Flash LoRA Loader, the IP-Adapter in a node pack that has them, Flash Inpaint Prepare, Flash Sampler, "
+    "Flash Inpaint Stitch.",
+    "both": "Flash LoRA Loader, the IP-Adapter in a node pack that has them, Flash Face Swap Prepare, Flash Sampler, "
+    "Flash Inpaint Stitch.",
 }
 RIGHTS = "It is for pictures that one has the right to change: your own, or with the consent of the people they show."
 
@@ -48,7 +53,7 @@ def model_card(
         factors = f"{phase.distillation:g} | {phase.adversarial:g} | {phase.dmd:g}"
         rows.append(f"| {phase.name} | {phase.updates / recipe.updates:.0%} | {modes} | {factors} |")
     low, high = recipe.method.guidance
-    by_tokens = recipe.task.options.get("identity") == "tokens"
+    nodes = NODES_BY_IDENTITY.get(recipe.task.options.get("identity", ""), NODES[metadata.task])
     kind = "" if metadata.task == "text-to-image" else f" Its task is {metadata.task}."
     return f"""---
 {yaml.safe_dump(_head(recipe, metadata), sort_keys=False).strip()}
@@ -61,7 +66,7 @@ A LoRA that makes **{metadata.teacher}** draw in 1 to 4 steps without guidance, 
 {picture}
 ## Use
 
-{_together(recipe, metadata)}ComfyUI: {NODES["inpainting by IP-Adapter" if by_tokens else metadata.task]}
+{_together(recipe, metadata)}ComfyUI: {nodes}
 
 {_diffusers(usage(recipe, run.name, first.rank, process), recipe, metadata)}
 
@@ -97,7 +102,7 @@ def _head(recipe: Recipe, metadata: FlashMetadata) -> dict[str, Any]:
 def hub_name(recipe: Recipe) -> str | None:
     """The base's name on the Hub; None for the demo and for a base on a disk."""
     path = recipe.model.path
-    return None if path is None or Path(path).exists() else path
+    return None if path is None or is_on_disk(path) else path
 
 
 def _together(recipe: Recipe, metadata: FlashMetadata) -> str:

@@ -74,6 +74,7 @@ def follow_run(args: argparse.Namespace) -> None:
     args.run_recipe = None
     if args.run is None:
         args.task = args.task or TEXT_TO_IMAGE
+        args.family = args.family or "demo"
         args.guidance = Options().guidance if args.guidance is None else args.guidance
         return
     recipe = args.run_recipe = read_run(args.run)
@@ -85,8 +86,11 @@ def follow_run(args: argparse.Namespace) -> None:
                 f"`flash-diffusion export {args.run}`"
             )
     model = recipe.model.model_dump(mode="json", exclude_defaults=True)
-    args.family, args.teacher = model.pop("family"), args.teacher or model.pop("path", None)
-    args.model = [f"{name}={json.dumps(value)}" for name, value in model.items() if name != "path"] + args.model
+    args.family = args.family or model["family"]
+    args.teacher = args.teacher or model.get("path")
+    args.model = [
+        f"{name}={json.dumps(value)}" for name, value in model.items() if name not in ("family", "path")
+    ] + args.model
     args.task = args.task or recipe.task.name
     args.guidance = sum(recipe.method.guidance) / 2 if args.guidance is None else args.guidance
     if args.task == recipe.task.name and args.task_options is None:
@@ -141,15 +145,13 @@ def check_lora_task(lora: LoraFile, path: Path, task: str) -> None:
 
 def evaluate_task(args: argparse.Namespace, console: Any) -> bool:
     """Measure a student on its task; whether there is a report."""
-    from .assembly import check_control
     from .demo.features import FeatureNetwork
-    from .evaluate import load_generator, model_section, pick_device
+    from .evaluate import load_generator, pick_device
     from .reference import fingerprint
     from .task_comparison import compare_on_task
     from .task_samples import read_subjects
 
     task = task_of(args)
-    check_control(task, model_section(args))
     options = Options(
         samples=SAMPLES if args.samples is None else args.samples,
         times=1,

@@ -80,7 +80,9 @@ def read_subjects(data: str | DataSection, task: Task, samples: int, seed: int) 
         section = data if isinstance(data, DataSection) else _section(Path(data))
         section = section.model_copy(update={"limit": min(samples, section.limit or samples)})
         read = tuple(read_samples(section, task.companions))
-        found = Subjects(read, f"the first {len(read)} pictures of {section.path}, under their captions")
+        words = "under their captions" if task.reads_text else "without captions"
+        trained = ", which the run was trained on" if isinstance(data, DataSection) else ""
+        found = Subjects(read, f"the first {len(read)} pictures of {section.path or section.source}{trained}, {words}")
     if len(found.samples) < 2:
         raise UserError(f"--data: {data} holds {len(found.samples)} pictures; an evaluation needs at least 2")
     return found

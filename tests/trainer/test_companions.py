@@ -156,6 +156,8 @@ def test_a_companion_of_nothing_and_a_broken_one_are_named(tmp_path: Path) -> No
     noise(0).save(folder / "9.mask.png")
     with pytest.raises(UserError, match=r"9\.mask\.png .* there is no picture 9\.\*"):
         list(read_samples(section(folder)))
+    with pytest.raises(UserError, match=r"9 in a\.tar has a mask picture, but no picture that it lies beside"):
+        list(read_samples(section(shard(tmp_path / "a.tar", folder))))
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.flash_core.lora import LoraModule, read_lora
 from flash_diffusion.trainer.assembly import assemble
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection, parse_recipe
-from flash_diffusion.trainer.data.examples import encode_examples
+from flash_diffusion.trainer.data.examples import encode_examples, joined
 from flash_diffusion.trainer.demo.control import KINDS, ControlTraining, moved, moved_examples
 from flash_diffusion.trainer.demo.shards import Pictures, load_pictures
 from flash_diffusion.trainer.errors import UserError
@@ -228,7 +228,9 @@ def test_hints_are_kornias_edges_and_companions_come_first() -> None:
 
 
 @pytest.mark.parametrize("colours", [1, 3])
-def test_hints_survive_their_storage_as_bytes(folders: dict[str, Path], tmp_path: Path, colours: int) -> None:
+def test_hints_survive_their_storage_as_bytes(
+    folders: dict[str, Path], tmp_path: Path, colours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures, levels = tmp_path / "pictures", torch.randint(0, 256, (3, 64, 64, colours), dtype=torch.uint8)
     pictures.mkdir()
     for index, hint in enumerate(levels):
@@ -238,7 +240,16 @@ def test_hints_survive_their_storage_as_bytes(folders: dict[str, Path], tmp_path
     teacher = load_teacher(section(folders, "sd15", folders["sd15 controlnet"]))
     task = build_task(TaskSection(name="control"))
     data = DataSection(source="folder", path=pictures, encode_batch=2)
-    examples = encode_examples(data, teacher, task, 2)
+    sizes = []
+
+    def watched(parts: list[Conditioning]) -> Conditioning:
+        sizes.extend(part.hint.element_size() for part in parts)
+        return joined(parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{encode_examples.__module__}.joined", watched)
+        examples = encode_examples(data, teacher, task, 2)
+    assert sizes == [1, 1]  # no batch waits in float32 for the last one
     assert examples.task.hint is not None
     assert (examples.task.hint.dtype, examples.task.hint.shape[1]) == (torch.uint8, colours)
     _, conditioning = examples.batch(torch.tensor([5, 0]), "cpu")

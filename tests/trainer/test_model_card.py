@@ -26,7 +26,7 @@ from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.process import VPProcess
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
-from flash_diffusion.trainer.card_usage import usage
+from flash_diffusion.trainer.card_usage import is_on_disk, shown, usage
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.data.sources import to_mask, to_tensor
 from flash_diffusion.trainer.loop import Run
@@ -281,3 +281,17 @@ def test_a_card_without_code_points_to_the_nodes(root: Path, pictures: Path, tmp
     assert "```python" not in card
     assert "no stock pipeline has its base" in card
     assert "Use the ComfyUI nodes." in card
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/home/somebody/models/private", "private"),
+        ("../private", "private"),
+        ("model.safetensors", "model.safetensors"),
+        ("owner/model", "owner/model"),
+    ],
+)
+def test_a_path_of_another_machine_is_not_published(path: str, name: str) -> None:
+    assert shown(path) == name
+    assert is_on_disk(path) == (path != "owner/model")

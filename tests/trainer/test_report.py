@@ -135,7 +135,8 @@ def scores(tmp_path: Path) -> Path:
     """A zero-shot evaluation's output."""
     runs = [Run("student", 4), Run("teacher", 25, 7.5), Run("student", 2), Run("teacher", 4)]
     files = {
-        run.label: save_pictures(torch.full((2, 3, 8, 8), index / 4), tmp_path, run.name) for index, run in enumerate(runs)
+        run.label: save_pictures(torch.full((2, 3, 8, 8), index / 4), tmp_path, run.name)
+        for index, run in enumerate(runs)
     }
     report = {
         "kind": "zero-shot",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from dataclasses import replace
@@ -20,9 +21,11 @@ from flash_diffusion.flash_core.lora import read_lora, write_lora
 from flash_diffusion.trainer import bootstrap
 from flash_diffusion.trainer.bootstrap import Estimate
 from flash_diffusion.trainer.cli import main
-from flash_diffusion.trainer.config import TaskSection, parse_recipe
+from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.evaluate import add_arguments
 from flash_diffusion.trainer.task_comparison import targets, verdict
+from flash_diffusion.trainer.task_evaluate import follow_run
 from flash_diffusion.trainer.task_samples import batches, read_subjects
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.tasks.figures import Figure, Scene
@@ -252,6 +255,33 @@ def test_the_demos_pictures_have_general_captions_and_a_style_nobody_learnt() ->
     assert {sample.caption for sample in faces} == {"smiley face"}
     with pytest.raises(UserError, match="No pictures of style 'oil'"):
         read_subjects("demo:oil", inpainting, 4, 0)
+
+
+def test_a_runs_own_pictures_are_said_to_be_what_it_was_trained_on() -> None:
+    section = DataSection(source="demo-swaps", limit=5)
+    found = read_subjects(section, task("face-swap"), 4, 0)
+    assert found.origin == "the first 4 pictures of demo-swaps, which the run was trained on, without captions"
+
+
+@pytest.mark.parametrize("network", ["control={path: canny_t2i_adapter}", "image_adapter={path: x, image_encoder: y}"])
+def test_text_alone_is_not_evaluated_beside_a_network_that_it_gives_nothing(
+    network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--model", network, "--samples", "2", "--output", str(tmp_path)]
+    assert main(command) != 0
+    assert f"model.{network.partition('=')[0]}" in capsys.readouterr().err
+
+
+def test_options_come_before_the_runs(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "model", tmp_path / "data")
+    (tmp_path / "config.yaml").write_text(json.dumps({**recipe, "model": {"family": "sd15", "path": "there"}}))
+    (tmp_path / "lora.safetensors").touch()
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for options, family in (([], "sd15"), (["--family", "sdxl"], "sdxl")):
+        args = parser.parse_args(["--run", str(tmp_path), *options])
+        follow_run(args)
+        assert (args.family, args.teacher) == (family, "there")
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------

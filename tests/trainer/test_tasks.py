@@ -189,3 +189,19 @@ def test_bad_options_are_named(name: str, options: dict[str, Any], words: list[s
 def test_a_small_picture_that_is_no_latent_is_refused(teacher: Teacher) -> None:
     with pytest.raises(UserError, match="16 x 16 pixels and the latent is 8 x 8"):
         task("super-resolution", reads="pixels").conditions(pictures(), teacher, seeded())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["inpainting", "super-resolution", "face-swap", "control"])
+def test_conditions_are_the_same_under_autocast(teacher: Teacher, name: str) -> None:
+    """Recipes train in bfloat16; what users give a model is not drawn in it."""
+    images = pictures()
+    plain = task(name).conditions(images, teacher, seeded(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = task(name).conditions(images, teacher, seeded(5))
+    for part in ("concat", "hint"):
+        values = getattr(plain, part), getattr(cast, part)
+        assert (values[0] is None) == (values[1] is None)
+        if values[0] is not None:
+            assert values[1].dtype == torch.float32
+            assert torch.equal(*values)

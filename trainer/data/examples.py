@@ -32,7 +32,7 @@ class Examples:
         conditioning: of the M distinct captions.
         row: (N,) each picture's row of ``conditioning``.
         task: (N V) what the task made of the pictures, variant after variant of each; empty for text-to-image. Hints
-            are whole numbers, see :func:`joined`.
+            are whole numbers, see :func:`packed`.
         variants: V.
     """
 
@@ -91,7 +91,7 @@ def encode_examples(data: DataSection, teacher: Teacher, task: Task, variants: i
         captions.extend(sample.caption if task.reads_text else "" for sample in samples)
         beside = {name: value.repeat_interleave(variants, 0) for name, value in _companions(samples, teacher).items()}
         repeated = images.repeat_interleave(variants, 0)
-        conditions.append(task.conditions(repeated, teacher, generator, beside).to("cpu"))
+        conditions.append(packed(task.conditions(repeated, teacher, generator, beside)).to("cpu"))
     distinct = list(dict.fromkeys(captions))
     parts = [
         teacher.encode_prompts(distinct[first : first + data.encode_batch]).to("cpu")
@@ -117,19 +117,23 @@ def _companions(samples: list[Sample], teacher: Teacher) -> dict[str, Tensor]:
     return {name: value.to(teacher.device) for name, value in found.items()}
 
 
+def packed(part: Conditioning) -> Conditioning:
+    """A batch of a task's conditions as it is kept: hints as bytes (B, 3, H, W), or (B, 1, H, W) where all are grey.
+
+    As float32 a hint of 1024 px takes 12 MB, so this is done before the next batch is made.
+    """
+    if part.hint is None:
+        return part
+    hint = (part.hint * HINT_LEVELS).round().clamp(0, HINT_LEVELS).to(torch.uint8)
+    grey = hint.shape[1] == 1 or bool((hint == hint[:, :1]).all())
+    return replace(part, hint=hint[:, :1].clone() if grey else hint)
+
+
 def joined(parts: Sequence[Conditioning]) -> Conditioning:
-    """A task's conditions of several batches as one, their hints as bytes: (B, 3, H, W), or (B, 1, H, W) where all are
-    grey. As float32 those of 1024 px would take 12 MB each."""
-    packed = []
-    for part in parts:
-        if part.hint is not None:
-            hint = (part.hint * HINT_LEVELS).round().clamp(0, HINT_LEVELS).to(torch.uint8)
-            grey = hint.shape[1] == 1 or bool((hint == hint[:, :1]).all())
-            part = replace(part, hint=hint[:, :1].clone() if grey else hint)
-        packed.append(part)
-    if len({part.hint.shape[1] for part in packed if part.hint is not None}) > 1:
-        packed = [replace(part, hint=part.hint.expand(-1, 3, -1, -1)) for part in packed if part.hint is not None]
-    return Conditioning.cat(packed)
+    """:func:`packed` conditions of several batches as one; grey hints become coloured where others are."""
+    if len({part.hint.shape[1] for part in parts if part.hint is not None}) > 1:
+        parts = [replace(part, hint=part.hint.expand(-1, 3, -1, -1)) for part in parts if part.hint is not None]
+    return Conditioning.cat(parts)
 
 
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:

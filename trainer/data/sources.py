@@ -197,6 +197,8 @@ def _webdataset(shards: list[Path], companions: Sequence[str]) -> Iterator[Sampl
                 name = f"{record['__key__']} in {shard.name}"
                 picture = _member(record)
                 if picture is None:
+                    if lost := next((name for name in COMPANIONS if _member(record, name) is not None), None):
+                        raise UserError(f"{name} has a {lost} picture, but no picture that it lies beside; add it")
                     continue
                 if "txt" not in record:
                     raise UserError(f"{name} has no caption; expected a .txt beside the image")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.distiller import Distiller, DistillerSettings
 from ..config import ModelSection, TaskSection
-from ..data.examples import Examples, joined
+from ..data.examples import Examples, joined, packed
 from ..export import lora_modules
 from ..seeds import stream
 from ..tasks import build_task
@@ -165,7 +165,7 @@ def moved_examples(teacher: Teacher, task: Task, pictures: Pictures, variants: i
             images = originals[first : first + ENCODE_BATCH]
             images = images if variant == 0 else moved(images, generator)
             latents.append(teacher.encode(images.to(teacher.device)).cpu())
-            conditions.append(task.conditions(images, teacher, generator))
+            conditions.append(packed(task.conditions(images, teacher, generator)))
             for caption in pictures.captions[first : first + ENCODE_BATCH]:
                 named = float(torch.rand((), generator=generator)) < NAME_SHARE
                 captions.append(caption.name if named else caption.general)

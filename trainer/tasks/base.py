@@ -93,8 +93,12 @@ class Task(ABC):
         generator: torch.Generator,
         companions: Mapping[str, Tensor] | None = None,
     ) -> Conditioning:
-        """The task's own conditions of a batch: drawn and encoded."""
-        return self.encode(self.draw(images, companions or {}, generator), teacher)
+        """The task's own conditions of a batch: drawn and encoded, in full precision whatever autocast is on.
+
+        What is drawn in few bits differs from what users give a model: edges are lost, colours rounded.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            return self.encode(self.draw(images, companions or {}, generator), teacher)
 
     def unconditional(self, conditioning: Conditioning, empty: Conditioning) -> Conditioning:
         """What guidance compares with; see :func:`~...flash_core.denoiser.unconditional_branch`."""

@@ -32,7 +32,6 @@ JITTER = 0.06  # of the region's place and size, as a share of the picture
 IDENTITY_ZOOM = (0.85, 1.3)  # of the face in the identity picture, relative to filling it
 IDENTITY_SHIFT = 0.12
 IDENTITY_COLOUR = 0.15  # of brightness and of each colour
-IDENTITY_CONTEXT = 1.1  # what an identity picture shows in use, as a multiple of the face
 
 
 class FaceSwapOptions(Section):
@@ -160,7 +159,7 @@ class FaceSwap(Task):
         self, images: Tensor, others: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
         """A real swap: the identity is that of another picture, framed as in use, whatever lies beside the target."""
-        return {**self.draw(images, companions, generator), "identity": self.faces(others, IDENTITY_CONTEXT)}
+        return {**self.draw(images, companions, generator), "identity": self.faces(others)}
 
     def finished(self, made: Tensor, scene: Scene) -> Tensor:
         """The face put back onto its head."""
@@ -184,15 +183,11 @@ class FaceSwap(Task):
         """The masked target and the source's face."""
         return {"target": drawn["masked"] / 2 + 0.5, "identity": (drawn["identity"] / 2 + 0.5).clamp(0, 1)}
 
-    def faces(self, images: Tensor, context: float = 1.0) -> Tensor:
-        """The box around the face's place in pictures (B, 3, H, W), filling the frame.
-
-        Args:
-            context: how much is shown, as a multiple of the face.
-        """
+    def faces(self, images: Tensor) -> Tensor:
+        """The box around the face's place in pictures (B, 3, H, W), filling the frame, as the nodes show it."""
         theta = torch.zeros(len(images), 2, 3).to(images)
         for axis in (0, 1):
-            theta[:, axis, axis] = 2 * self.options.radius[axis] * context
+            theta[:, axis, axis] = 2 * self.options.radius[axis]
             theta[:, axis, 2] = 2 * self.options.centre[axis] - 1
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
