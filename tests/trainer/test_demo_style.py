@@ -11,7 +11,7 @@ from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
 from flash_diffusion.trainer.data.examples import encode_examples
 from flash_diffusion.trainer.demo.shards import shard_path
-from flash_diffusion.trainer.demo.task_teacher import ROLE, AdapterTraining
+from flash_diffusion.trainer.demo.task_teacher import AdapterTraining
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher
 
@@ -34,14 +34,14 @@ def test_the_loss_on_the_style_falls() -> None:
     task = build_task(TaskSection())
     examples = encode_examples(data, teacher, task)
     training = AdapterTraining(teacher, examples, task, rank=2, batch_size=4, lr=3e-3, seed=0)
-    assert set(training.parameters) == set(teacher.denoiser.adapter_parameters(ROLE))
+    assert set(training.parameters) == set(teacher.denoiser.adapter_parameters("student"))
 
     def loss() -> float:
         generator = torch.Generator().manual_seed(1)
         z0, conditioning = examples.batch(torch.tensor([0, 1, 0, 1]), "cpu")
         process, t = teacher.denoiser.process, torch.tensor([100, 300, 500, 700])
         noise = torch.randn(z0.shape, generator=generator)
-        with torch.no_grad(), teacher.denoiser.role(ROLE):
+        with torch.no_grad(), teacher.denoiser.role("student"):
             output = teacher.denoiser.predict(process.add_noise(z0, noise, t), t, conditioning)
         return float(torch.nn.functional.mse_loss(output, process.target(z0, noise, t)))
 

@@ -12,7 +12,7 @@ from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.task_adapter import TaskAdapter, write_task_adapter
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.data.examples import encode_examples
-from flash_diffusion.trainer.demo.task_teacher import ROLE, TaskTraining
+from flash_diffusion.trainer.demo.task_teacher import TaskTraining
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.loop import distil
 from flash_diffusion.trainer.tasks import build_task
@@ -44,10 +44,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         base = teacher.denoiser.predict(*asked(teacher, 0))
     training = TaskTraining(teacher, examples, task, rank=2, batch_size=4, lr=1e-3, seed=0)
     channels = training.channels.shape[1]
-    with torch.no_grad(), teacher.denoiser.role(ROLE):
+    with torch.no_grad(), teacher.denoiser.role("student"):
         untrained = teacher.denoiser.predict(*asked(teacher, channels))
     losses = [float(training.update(0.0)) for _ in range(3)]
-    with torch.no_grad(), teacher.denoiser.role(ROLE), training.average.applied():
+    with torch.no_grad(), teacher.denoiser.role("student"), training.average.applied():
         answer = teacher.denoiser.predict(*asked(teacher, channels))
     path = tmp_path_factory.mktemp("tasks") / "inpainting.safetensors"
     write_task_adapter(path, training.adapter(SECTION, {"flash.training.updates": "3"}), torch.float32)
