@@ -13,7 +13,9 @@ from playwright.sync_api import ConsoleMessage, Page, expect
 from ..comfy.runtime import ROOT, load_runtime, load_script
 
 NAME = "flash_demo_text_to_image"
-PUBLISHED = ["flash_pixart", "flash_sd15", "flash_sd3", "flash_sdxl"]
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+PUBLISHED = [name for name in WORKFLOWS if not name.startswith("flash_demo_")]
+DOWNLOADS = ("flash_pixart", "flash_sd15")  # one of several loaders, one of a checkpoint
 ARTIFACTS = ROOT / "out" / "test-artifacts"
 
 comfy_page = load_script("comfy_page")
@@ -105,12 +107,12 @@ def test_the_template_opens_and_runs_in_the_page(page: Page, errors: list[str]) 
 
 
 @pytest.mark.slow
-def test_published_models_are_offered_for_download_and_their_workflows_open(
+def test_published_models_are_offered_for_download_and_every_workflow_opens(
     page: Page, server: Any, errors: list[str]
 ) -> None:
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
     one_a_file = page.get_by_role("button", name=re.compile(r"^Download (\(.*\)|\S+\.safetensors)$"))
-    for name in PUBLISHED[:2]:  # one of several loaders, one of a checkpoint
+    for name in DOWNLOADS:
         comfy_page.load(page, server)  # without what the last workflow left open
         comfy_page.open_workflow(page, workflow_file(name))
         details = page.get_by_text("View details")  # newer pages list the files in a side bar
@@ -123,7 +125,7 @@ def test_published_models_are_offered_for_download_and_their_workflows_open(
     for name in PUBLISHED:
         comfy_page.offer_models(server, workflow_file(name))
     comfy_page.load(page, server)
-    for name in PUBLISHED:
+    for name in WORKFLOWS:
         comfy_page.open_workflow(page, workflow_file(name))
         page.screenshot(path=str(ARTIFACTS / f"{name}.png"))
         assert not page.evaluate("window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
