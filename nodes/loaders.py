@@ -101,8 +101,8 @@ class FlashDemoModels(io.ComfyNode):
                     default=TEXT_TO_IMAGE,
                     optional=True,
                     tooltip="What the model is for. Other tasks are the same model with further input channels: "
-                    "inpainting takes Flash Inpaint Prepare, face-swap Flash Face Swap Prepare, the others Flash "
-                    "Concat Conditioning.",
+                    "inpainting takes Flash Inpaint Prepare, face-swap Flash Face Swap Prepare, super-resolution Flash "
+                    "Upscale.",
                 )
             ],
             outputs=[

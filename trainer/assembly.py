@@ -22,7 +22,7 @@ from .perceptual import lpips
 from .tasks import build_task
 from .tasks.base import Task
 from .teachers import load_teacher
-from .teachers.base import Teacher
+from .teachers.base import Outline, Teacher
 from .teachers.denoiser import DiffusersDenoiser
 
 
@@ -196,7 +196,7 @@ def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
         raise UserError(f"method.solver: {teacher.name} is {kind} model; expected {wanted}, got {recipe.method.solver}")
 
 
-def check_channels(task: Task, teacher: Teacher) -> None:
+def check_channels(task: Task, teacher: Teacher | Outline) -> None:
     """Look whether the network reads the channels that the task gives it.
 
     Raises:

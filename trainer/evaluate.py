@@ -328,8 +328,7 @@ def load_generator(args: argparse.Namespace, device: str, task: Task | None = No
     if args.lora is None:
         return teacher, weights, None
     lora = read_lora(args.lora)
-    if task is not None:
-        check_lora_task(lora, args.lora, task.name)
+    check_lora_task(lora, args.lora, TEXT_TO_IMAGE if task is None else task.name)
     made_for = lora.metadata.teacher_hash if lora.metadata is not None else ""
     trained_for_it = task is None or (lora.metadata is not None and lora.metadata.task == task.name)
     if trained_for_it and made_for and made_for != teacher.weights_hash():

@@ -38,6 +38,8 @@ from .teachers.control import Control
 
 logger = logging.getLogger(__name__)
 
+RECORDING_SHARE = 0.6  # of a limited run's time after loading that trajectories take at most
+
 
 class TrainingDiverged(UserError):
     """A loss or a gradient is not a number."""
@@ -123,6 +125,12 @@ class Run:
             if self.state.update == 0:
                 self.state.training_since = self.elapsed
             self._updates()
+        if self.state.update == 0:
+            raise UserError(
+                f"limits.max_minutes: {self.recipe.limits.max_minutes:g} minutes were over before the first update, "
+                f"after {self.elapsed / 60:.1f}; nothing was learnt. Raise it, or lower trajectories.count; --resume "
+                "keeps what was recorded"
+            )
         self._save_checkpoint()
         self._draw_preview()
         self.journal.close()
@@ -227,6 +235,14 @@ class Run:
         empty = self.parts.teacher.unconditional(len(conditioning))
         return self.parts.task.unconditional(conditioning, empty)
 
+    def _recording_minutes(self) -> float | None:
+        """How long trajectories may take: what the recipe says, and in a limited run a share of what is left of it."""
+        given, limit = self.recipe.trajectories.max_minutes, self.recipe.limits.max_minutes
+        if limit is None:
+            return given
+        left = max(0.0, limit - self.elapsed / 60) * RECORDING_SHARE
+        return left if given is None else min(given, left)
+
     def _record_trajectories(self) -> None:
         section, journal = self.recipe.trajectories, self.journal
         task = journal.progress.add_task("teacher", total=section.count, note="trajectories")
@@ -241,7 +257,7 @@ class Run:
         with self.accelerator.autocast():
             self.bank = record_trajectories(
                 self.output / "trajectories",
-                section,
+                section.model_copy(update={"max_minutes": self._recording_minutes()}),
                 self.parts.distiller,
                 self.parts.examples,
                 self._unconditional,

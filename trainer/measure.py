@@ -110,10 +110,14 @@ class Evaluation:
         self.task = progress.add_task("", total=0, unit="passes")
 
     def shown(self) -> list[int]:
-        """The samples whose pictures the report shows: the first of each of the first prompts, none chosen."""
+        """The samples whose pictures the report shows: the first of each of the first prompts, none chosen.
+
+        Where prompts are fewer than pictures, others follow; two at least, since distances are measured on them.
+        """
         prompts = self.samples.prompts
         first = [row for row, prompt in enumerate(prompts) if prompt not in prompts[:row]]
-        return first[: self.options.pictures]
+        others = [row for row in range(len(prompts)) if row not in first]
+        return [*first, *others][: max(2, self.options.pictures)]
 
     def expect(self, passes: int) -> None:
         """Announce work to the progress bar."""

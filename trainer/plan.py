@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..flash_core.grid import NUM_MODES, timestep_mixture, trailing_timesteps
-from .assembly import add_adapters, check_control, needs_critic, needs_discriminator
+from .assembly import add_adapters, check_channels, check_control, needs_critic, needs_discriminator
 from .config import Recipe
 from .tasks import build_task
 from .teachers import family, outline_teacher
@@ -33,15 +33,19 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     Raises:
         UserError: the recipe does not fit the model.
     """
-    check_control(build_task(recipe.task), recipe.model)
+    task = build_task(recipe.task)
+    check_control(task, recipe.model)
     outline = outline_teacher(recipe.model, recipe.data.resolution)
     add_adapters(outline.denoiser, recipe, family(recipe.model.family).default_targets)
+    check_channels(task, outline)
     student = sum(value.numel() for value in outline.denoiser.adapter_parameters("student").values())
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
     say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates")
+    variants = f", {recipe.task.variants} variants of each picture" if recipe.task.variants > 1 else ""
+    say(f"task: {task.name}{variants}; data: {recipe.data.path or recipe.data.source}")
     if recipe.model.style_lora:
         say(f"the teacher wears {recipe.model.styles}")
     beside = count_parameters(outline.control.network) if outline.control is not None else 0

@@ -298,3 +298,16 @@ def test_the_lora_of_another_family_is_refused_in_words(stand_in_client: Client)
     assert run.error is not None
     assert run.error["node_type"] == "FlashLoraLoader"
     assert "does not fit" in run.error["exception_message"]
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_tasks_lora_is_on_the_model_of_its_task(name: str) -> None:
+    """Read off the graph: from the loader of a LoRA back to the demo's model."""
+    prompt = api(name)
+    for node in prompt.values():
+        file = node["inputs"].get("lora_name", "")
+        if node["class_type"] != "FlashLoraLoader" or not file.startswith("flash_demo_"):
+            continue
+        model = prompt[node["inputs"]["model"][0]]
+        assert model["class_type"] == "FlashDemoModels"
+        assert file == f"flash_demo_{model['inputs']['task'].replace('-', '_')}.safetensors"

@@ -81,6 +81,15 @@ def test_the_plan_needs_no_weights(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_says_the_task_and_whether_the_model_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = said(capsys, "distill", "demo_inpainting", "--dry-run")
+    assert code == 0
+    assert "task: inpainting, 6 variants of each picture; data: demo" in text
+    code, text = said(capsys, "distill", "demo_inpainting", "--dry-run", "--set", "task.name=super-resolution")
+    assert code == 2
+    assert "super-resolution wants a model that reads 32 channels" in text
+
+
 @pytest.mark.parametrize(
     ("teacher_steps", "modes", "wanted"),
     # By hand: from index k a trailing grid of K has K - k evaluations left, two passes each with guidance.

@@ -20,6 +20,7 @@ from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.trainer import checkpoint
 from flash_diffusion.trainer.assembly import Average, assemble, learning_rate_factor
 from flash_diffusion.trainer.config import OptimizerSection, Recipe, parse_recipe
+from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.loop import Run, TrainingDiverged, distil, phase_at
 from flash_diffusion.trainer.seeds import stream
 from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser
@@ -300,3 +301,14 @@ def test_the_average_is_the_formulas() -> None:
     with average.applied():
         assert float(parameter) == pytest.approx(wanted, rel=1e-5)
     assert float(parameter) == live
+
+
+def test_a_clock_that_leaves_no_update_is_an_error_and_recording_keeps_to_it(
+    recipe_content: dict[str, Any], tmp_path: Path
+) -> None:
+    """There are ten minutes of trajectories to record, and no time."""
+    recipe_content |= {"trajectories": {"count": 5000, "batch": 2}, "limits": {"max_minutes": 0.0001}}
+    with pytest.raises(UserError, match=r"limits\.max_minutes: 0\.0001 minutes were over before the first update"):
+        distil(parse_recipe(recipe_content), tmp_path / "run")
+    assert len(list((tmp_path / "run" / "trajectories").glob("*.safetensors"))) == 1
+    assert not (tmp_path / "run" / "lora.safetensors").exists()

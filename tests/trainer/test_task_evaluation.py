@@ -22,6 +22,7 @@ from flash_diffusion.trainer import bootstrap
 from flash_diffusion.trainer.bootstrap import Estimate
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recipe
+from flash_diffusion.trainer.demo import LORAS
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate import add_arguments
 from flash_diffusion.trainer.task_comparison import targets, verdict
@@ -270,6 +271,12 @@ def test_text_alone_is_not_evaluated_beside_a_network_that_it_gives_nothing(
     command = ["evaluate", "--model", network, "--samples", "2", "--output", str(tmp_path)]
     assert main(command) != 0
     assert f"model.{network.partition('=')[0]}" in capsys.readouterr().err
+
+
+def test_a_tasks_lora_is_not_measured_on_text_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = LORAS / "flash_demo_face_swap.safetensors"
+    assert main(["evaluate", "--lora", str(lora), "--samples", "2", "--output", str(tmp_path)]) != 0
+    assert "was distilled for face-swap, not for text-to-image; choose --task face-swap" in capsys.readouterr().err
 
 
 def test_options_come_before_the_runs(tmp_path: Path) -> None:

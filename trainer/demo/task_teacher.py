@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 TARGETS += ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
+WITH_CHANNELS = [name for name in TASKS if name not in ("text-to-image", "control")]
 NULL_SHARE = 0.1  # of the samples: unconditional, for guidance
 BETAS = (0.9, 0.99)
 EMA_DECAY = 0.995
@@ -188,7 +189,7 @@ def train(training: DiffusionTraining, minutes: float) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion demo-task-teacher``."""
-    parser.add_argument("task", choices=[name for name in TASKS if name != "text-to-image"], help="what to learn")
+    parser.add_argument("task", choices=WITH_CHANNELS, help="what to learn; of ControlNets, see demo-control")
     parser.add_argument(
         "--data",
         choices=("demo", "demo-swaps"),
