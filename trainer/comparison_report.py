@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .charts import Line, passes_chart
-from .page import Chart, Column, Columns, Grid, number, render, seconds, share
+from .page import Chart, Column, Columns, Grid, Group, number, render, seconds, share, terminal_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,15 +31,6 @@ def comparison_page(report: dict[str, Any], folder: Path, curves: Sequence[Chart
         curves=curves,
         limit=target_limit,
     )
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that belong together in a table or a grid; ``kind`` is their colour."""
-
-    title: str
-    kind: str
-    runs: tuple[dict[str, Any], ...]
 
 
 def run_groups(report: dict[str, Any]) -> list[Group]:
@@ -75,15 +65,7 @@ def picture_grid(report: dict[str, Any], folder: Path) -> Grid:
 
 def summary_table(report: dict[str, Any]) -> Table:
     """The runs as a table for the terminal."""
-    from rich.table import Table
-
-    # Narrow enough for 80 columns, where a log or a small terminal would break every cell over lines.
-    table = Table(
-        title=f"Distance to the teacher; floor {number(report['floor']['fd'])}",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    table = terminal_table(f"Distance to the teacher; floor {number(report['floor']['fd'])}")
     for title in ("run", "NFE", "FD", "x floor", "KID", "paired", "acc.", "div.", "each"):
         table.add_column(title, justify="left" if title == "run" else "right", no_wrap=True)
     for run in report["runs"]:

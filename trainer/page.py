@@ -20,11 +20,34 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from markupsafe import Markup
+    from rich.table import Table
 
 TEMPLATES = Path(__file__).parent
 PICTURE_SIZE = 256  # px; larger pictures are reduced for the page
 PICTURE_QUALITY = 90  # of WebP
 NO_CURVE = {"update", "phase", "progress", "lr", "images_per_second", "seconds"}  # a log's numbers that are no losses
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that belong together in a table or a grid.
+
+    Attributes:
+        kind: their colour.
+        lines: whether charts draw them.
+    """
+
+    title: str
+    kind: str
+    runs: tuple[dict[str, Any], ...]
+    lines: bool = True
+
+
+def terminal_table(title: str) -> Table:
+    """An empty table for the terminal: narrow, since 80 columns would break every cell over lines."""
+    from rich.table import Table
+
+    return Table(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def render(template: str, **context: Any) -> str:

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .charts import Line, passes_chart
-from .page import Chart, Column, Columns, Grid, number, render, seconds
+from .page import Chart, Column, Columns, Grid, Group, number, render, seconds, terminal_table
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that belong together; ``kind`` is their colour, ``lines`` whether charts draw them."""
-
-    title: str
-    kind: str
-    runs: tuple[dict[str, Any], ...]
-    lines: bool = True
 
 
 def task_page(report: dict[str, Any], folder: Path, curves: Sequence[Chart]) -> str:
@@ -120,14 +109,7 @@ def figure_charts(report: dict[str, Any]) -> list[Chart]:
 
 def summary_table(report: dict[str, Any]) -> Table:
     """The runs as a table for the terminal."""
-    from rich.table import Table
-
-    table = Table(
-        title=f"{report['task']}, {report['settings']['samples']} samples",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    table = terminal_table(f"{report['task']}, {report['settings']['samples']} samples")
     table.add_column("run", no_wrap=True)
     for figure in report["figures"]:
         table.add_column(f"{figure['short']} {'↑' if figure['higher_is_better'] else '↓'}", justify="right")

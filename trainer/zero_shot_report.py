@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .charts import Line, passes_chart
-from .page import Chart, Column, Columns, Grid, number, render, seconds
+from .page import Chart, Column, Columns, Grid, Group, number, render, seconds, terminal_table
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that belong together; ``kind`` is their colour."""
-
-    title: str
-    kind: str
-    runs: tuple[dict[str, Any], ...]
 
 
 def zero_shot_page(report: dict[str, Any], folder: Path, curves: Sequence[Chart]) -> str:
@@ -87,14 +77,9 @@ def score_charts(groups: Sequence[Group]) -> list[Chart]:
 
 def scores_table(report: dict[str, Any]) -> Table:
     """The runs as a table for the terminal."""
-    from rich.table import Table
-
     protocol = report["protocol"]
-    table = Table(
-        title=f"{protocol['name']}: {protocol['captions']} captions, {protocol['references']} pictures of COCO's",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+    table = terminal_table(
+        f"{protocol['name']}: {protocol['captions']} captions, {protocol['references']} pictures of COCO's"
     )
     for title in ("run", "guidance", "NFE", "FID", "CLIP", "each"):
         table.add_column(title, justify="left" if title == "run" else "right", no_wrap=True)

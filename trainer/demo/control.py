@@ -38,7 +38,7 @@ from ..teachers.control import Control
 from ..teachers.control_lora import write_control_lora
 from . import CONTROLS
 from .shards import TEACHER_STYLE, Pictures, load_pictures
-from .task_teacher import TARGETS, DiffusionTraining, train
+from .task_teacher import TARGETS, DiffusionTraining, add_training_arguments, train
 
 logger = logging.getLogger(__name__)
 
@@ -210,14 +210,9 @@ def measure(teacher: Teacher, count: int, seed: int) -> tuple[float, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion demo-control``."""
     parser.add_argument("kind", choices=KINDS, help="what to train")
-    parser.add_argument("--minutes", type=float, default=15.0, help="length of the training (default: %(default)s)")
+    add_training_arguments(parser, minutes=15.0, batch_size=32, learning_rate=1e-3)
     parser.add_argument("--variants", type=int, default=12, help="of each picture, moved (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures an update (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its height (default: %(default)s)")
     parser.add_argument("--measure", type=int, default=32, help="unseen pictures to measure on (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and noise (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="the file (default: the one that ships with the demo)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
 import torch
 
@@ -20,7 +19,7 @@ from ..tasks import build_task
 from ..teachers import load_teacher
 from . import LORAS
 from .shards import TEACHER_STYLE, shard_path
-from .task_teacher import AdapterTraining, train
+from .task_teacher import AdapterTraining, add_training_arguments, train
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +29,9 @@ STYLES = {"noto": "Apache-2.0"}  # and the licence of its pictures, as in `pictu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion demo-style``."""
     parser.add_argument("style", nargs="?", choices=STYLES, default="noto", help="what to learn (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="length of the training (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=6, help="of the LoRA (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures an update (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its height (default: %(default)s)")
+    add_training_arguments(parser, minutes=10.0, batch_size=16, learning_rate=2e-3)
     parser.add_argument("--limit", type=int, help="use the first so many pictures only")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and noise (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="the file (default: the one that ships with the demo)")
 
 
 def run(args: argparse.Namespace) -> int:

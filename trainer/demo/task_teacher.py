@@ -187,6 +187,19 @@ def train(training: DiffusionTraining, minutes: float) -> None:
             losses.clear()
 
 
+def add_training_arguments(
+    parser: argparse.ArgumentParser, *, minutes: float, batch_size: int, learning_rate: float
+) -> None:
+    """The options that all trainings of the demo's small files share, with their defaults."""
+    shown = "(default: %(default)s)"
+    parser.add_argument("--minutes", type=float, default=minutes, help=f"length of the training {shown}")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"pictures an update {shown}")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help=f"at its height {shown}")
+    parser.add_argument("--seed", type=int, default=0, help=f"of weights, conditions and noise {shown}")
+    parser.add_argument("--device", default="cpu", help=f"a torch device {shown}")
+    parser.add_argument("--output", type=Path, help="the file (default: the one that ships with the demo)")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion demo-task-teacher``."""
     parser.add_argument("task", choices=WITH_CHANNELS, help="what to learn; of ControlNets, see demo-control")
@@ -197,14 +210,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, help="use the first so many pictures only")
     parser.add_argument("--options", type=json.loads, default={}, help="the task's settings, as JSON")
-    parser.add_argument("--minutes", type=float, default=12.0, help="length of the training (default: %(default)s)")
     parser.add_argument("--variants", type=int, default=16, help="conditions of each picture (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=12, help="of the LoRA (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures an update (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its height (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, conditions and noise (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="the file (default: the one that ships with the demo)")
+    add_training_arguments(parser, minutes=12.0, batch_size=32, learning_rate=2e-3)
 
 
 def run(args: argparse.Namespace) -> int:
