@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..flash_core.image import crop, mask_box, resize
 from .conditioning import free_channels
-from .inpaint import MAX_SIDE, Stitch, fitted_mask, plan_crop
+from .inpaint import Stitch, context_input, feather_input, fitted_mask, plan_crop, size_input
 from .inputs import check_numbers, check_picture
 from .model_facts import CONCAT_KEY, check_prompts, check_vae, native_side
 from .schema import node_schema
@@ -62,31 +62,10 @@ class FlashFaceSwapPrepare(io.ComfyNode):
                     "target", tooltip="The picture whose face is replaced. One that you have the right to change."
                 ),
                 io.Image.Input("source", tooltip="The picture whose face is put in. Its person must agree."),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=MAX_SIDE,
-                    step=8,
-                    tooltip="The crop is worked on at about size x size pixels in area. 0: the size of the pictures "
-                    "that the model was trained on.",
-                ),
-                io.Float.Input(
-                    "context",
-                    default=FRAMING,
-                    min=1.0,
-                    max=16.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="How much around the face the model sees: the crop's size as a multiple of the face's. A "
-                    "large number takes the whole picture.",
-                ),
-                io.Int.Input(
-                    "feather",
-                    default=8,
-                    min=0,
-                    max=512,
-                    tooltip="Pixels outside the mask over which the new face and the picture fade into each other.",
+                size_input(),
+                context_input("the face", FRAMING),
+                feather_input(
+                    8, "Pixels outside the mask over which the new face and the picture fade into each other."
                 ),
                 io.Combo.Input(
                     "notice",

@@ -94,6 +94,38 @@ def fitted_mask(mask: Tensor | None, picture: Tensor, padded: bool) -> Tensor:
     return resize(mask.to(picture), height, width).clamp(0, 1)
 
 
+def size_input() -> io.Input:
+    """The widget for the size that a crop is worked on."""
+    return io.Int.Input(
+        "size",
+        default=0,
+        min=0,
+        max=MAX_SIDE,
+        step=8,
+        tooltip="The crop is worked on at about size x size pixels in area. 0: the size of the pictures that the model "
+        "was trained on (SD 1.5: 512, SDXL: 1024).",
+    )
+
+
+def context_input(part: str, default: float) -> io.Input:
+    """The widget for how much the model sees around a part of the picture."""
+    return io.Float.Input(
+        "context",
+        default=default,
+        min=1.0,
+        max=16.0,
+        step=0.1,
+        round=0.01,
+        tooltip=f"How much of the picture around {part} the model sees: the crop's size as a multiple of {part}'s. A "
+        "large number takes the whole picture.",
+    )
+
+
+def feather_input(default: int, tooltip: str) -> io.Input:
+    """The widget for how softly a crop is put back."""
+    return io.Int.Input("feather", default=default, min=0, max=512, tooltip=tooltip)
+
+
 class FlashInpaintPrepare(io.ComfyNode):
     """A picture and a mask to what a few-step sampler needs."""
 
@@ -122,35 +154,12 @@ class FlashInpaintPrepare(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Conditioning.Input("positive", tooltip="What to show in the masked part."),
                 io.Image.Input("image", tooltip="The picture, or several. An alpha channel is kept as it is."),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=MAX_SIDE,
-                    step=8,
-                    tooltip="The crop is worked on at about size x size pixels in area. 0: the size of the pictures "
-                    "that the model was trained on (SD 1.5: 512, SDXL: 1024).",
-                ),
-                io.Float.Input(
-                    "context",
-                    default=1.5,
-                    min=1.0,
-                    max=16.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="How much of the picture around the mask the model sees: the crop's size as a multiple of "
-                    "the masked part's. A large number takes the whole picture.",
-                ),
+                size_input(),
+                context_input("the masked part", 1.5),
                 io.Int.Input(
                     "grow", default=4, min=0, max=512, tooltip="Pixels by which the mask grows in every direction."
                 ),
-                io.Int.Input(
-                    "feather",
-                    default=16,
-                    min=0,
-                    max=512,
-                    tooltip="Pixels outside the grown mask over which new and old fade into each other.",
-                ),
+                feather_input(16, "Pixels outside the grown mask over which new and old fade into each other."),
                 *padding,
                 io.Mask.Input(
                     "mask",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +35,7 @@ from ..families.adapters import save_weights, tiny_controlnet, tiny_t2i_adapter,
 from ..families.networks import POOLED_WIDTH, TEXT_WIDTH, tiny_network
 from . import prompts
 from .client import Client
+from .inside_comfyui import relative, run_inside
 
 pytestmark = pytest.mark.comfy
 
@@ -137,9 +136,7 @@ def adapters() -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def folder(
-    runtime: ModuleType, root: Path, adapters: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(runtime: ModuleType, adapters: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files, and what the script in ComfyUI's process wrote beside them."""
     folder = tmp_path_factory.mktemp("adapters")
     for family in ("sd15", "sdxl", "sd3"):
@@ -160,10 +157,7 @@ def folder(
     save_file(original, folder / "original.safetensors")
     spoil(adapters, folder)
     (folder / "cases.json").write_text(json.dumps({name: asdict(case) for name, case in CASES.items()}))
-    script = Path(__file__).resolve().parent / "inside" / "adapters.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, folder]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "adapters.py", folder)
     return folder
 
 
@@ -193,12 +187,6 @@ def results(folder: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "said.json").read_text())
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference in units of the reference's standard deviation."""
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.std())
 
 
 # -- diffusers' side -------------------------------------------------------------------------------------------------

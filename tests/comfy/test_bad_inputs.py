@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..families.networks import tiny_network
+from .inside_comfyui import run_inside
 
 pytestmark = pytest.mark.comfy
 
@@ -195,15 +194,13 @@ HERE = [(node, kind) for node, rows in TABLE.items() for kind, row in rows.items
 
 
 @pytest.fixture(scope="module")
-def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the script in ComfyUI's process wrote."""
     folder = tmp_path_factory.mktemp("bad_inputs")
     network = tiny_network("sd15")
     save_file(network.state_dict(), folder / "sd15.safetensors")
     (folder / "sd15.json").write_text(json.dumps(dict(network.config)))
-    command = [sys.executable, TESTS / "inside" / "bad_inputs.py", runtime.comfyui_folder(), root, folder]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "bad_inputs.py", folder)
     return folder
 
 

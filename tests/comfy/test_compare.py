@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +15,7 @@ from safetensors.torch import save_file
 from ..families.networks import tiny_network
 from . import prompts
 from .client import Client, Run
+from .inside_comfyui import run_inside
 
 pytestmark = pytest.mark.comfy
 
@@ -241,7 +239,7 @@ def test_bad_input_is_refused_in_words(
 
 
 @pytest.fixture(scope="module")
-def inside(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def inside(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script in ComfyUI's process found."""
     folder = tmp_path_factory.mktemp("compare")
     weights, configs = {}, {}
@@ -250,11 +248,7 @@ def inside(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
         weights |= {f"{family}.{name}": value.contiguous() for name, value in network.state_dict().items()}
         configs[family] = dict(network.config)
     save_file(weights, folder / "given.safetensors", metadata={"configs": json.dumps(configs)})
-    script = Path(__file__).resolve().parent / "inside" / "compare.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, folder / "given.safetensors"]
-    command.append(folder / "results.json")
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "compare.py", folder / "given.safetensors", folder / "results.json")
     return json.loads((folder / "results.json").read_text())
 
 

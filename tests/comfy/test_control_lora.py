@@ -7,8 +7,6 @@ that they ship in, as the trainer writes them; there diffusers' ControlNet is th
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +23,7 @@ from flash_diffusion.trainer.teachers.control_lora import expanded, write_contro
 from ..families.adapters import save_weights, tiny_controlnet, tiny_unet
 from ..families.networks import POOLED_WIDTH, TEXT_WIDTH
 from .client import Client
+from .inside_comfyui import relative, run_inside
 
 pytestmark = pytest.mark.comfy
 
@@ -51,10 +50,7 @@ def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
         "square": (torch.rand(1, 3, 128, 128, generator=generator) > 0.8).float(),
     }
     save_file(given, folder / "given.safetensors")
-    script = Path(__file__).resolve().parent / "inside" / "control_lora.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, folder]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "control_lora.py", folder)
     return folder
 
 
@@ -94,12 +90,6 @@ def results(folder: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "said.json").read_text())
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference in units of the reference's standard deviation."""
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.std())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

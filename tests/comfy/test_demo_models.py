@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .inside_comfyui import relative
 from .random_teacher import PROMPTS, save_random_teacher
 
 HERE = Path(__file__).resolve().parent
@@ -46,12 +47,6 @@ def pipeline_and_results(
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, inputs, load_file(outputs)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference in units of the reference's standard deviation."""
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.std())
 
 
 @torch.no_grad()

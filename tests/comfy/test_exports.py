@@ -6,8 +6,6 @@ Both with this extension's loader and with core's, on the same tiny weights of e
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +23,7 @@ from flash_diffusion.trainer.export import lora_modules
 from flash_diffusion.trainer.teachers import family as teacher_of
 
 from ..families.networks import POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network
+from .inside_comfyui import run_inside
 
 pytestmark = pytest.mark.comfy
 
@@ -101,15 +100,12 @@ def prepare(family: str, folder: Path) -> tuple[Tensor, int]:
 
 
 @pytest.fixture(scope="module")
-def cases(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+def cases(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Every family, from one process with ComfyUI in it."""
     folder = tmp_path_factory.mktemp("exports")
     prepared = {family: prepare(family, folder) for family in FAMILIES}
-    script = Path(__file__).resolve().parent / "inside" / "exports.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, folder]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
+    printed = run_inside(runtime, "exports.py", folder)
+    answers = json.loads(printed.splitlines()[-1])
     return {
         family: Case(answers[family], expected, load_file(folder / f"{family}-outputs.safetensors"), total)
         for family, (expected, total) in prepared.items()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +25,7 @@ from flash_diffusion.trainer.teachers.base import Teacher
 
 from . import prompts
 from .client import Client, Run
+from .inside_comfyui import relative, run_inside
 
 pytestmark = pytest.mark.comfy
 
@@ -63,7 +62,7 @@ def make_given() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random face-swap adapter on the demo's base, and what the script in ComfyUI's process wrote beside it."""
     folder = tmp_path_factory.mktemp("face_swap")
     generator = torch.Generator().manual_seed(2)
@@ -75,10 +74,7 @@ def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
     adapter = TaskAdapter("face-swap", draw(64, EXTRA, 3, 3) * 0.05, {"q": module})
     write_task_adapter(folder / "face-swap.safetensors", adapter)
     save_file(make_given(), folder / "given.safetensors")
-    script = Path(__file__).resolve().parent / "inside" / "face_swap.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, folder]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "face_swap.py", folder)
     return folder
 
 
@@ -95,12 +91,6 @@ def said(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def teacher(folder: Path) -> Teacher:
     return load_teacher(ModelSection(family="demo", task_adapter=str(folder / "face-swap.safetensors")))
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference in units of the reference's standard deviation."""
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.std())
 
 
 # -- what training does ----------------------------------------------------------------------------------------------

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,6 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .inside_comfyui import run_inside
+
 pytestmark = pytest.mark.comfy
 
 # shift u / (1 + (shift - 1) u) with shift 3, by hand, at u = 1, 3/4, 1/2, 1/4.
@@ -20,13 +19,10 @@ LEVELS = {1: [1.0], 2: [1.0, 0.75], 4: [1.0, 0.9, 0.75, 0.5]}
 
 
 @pytest.fixture(scope="module")
-def results(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def results(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """What the script in ComfyUI's process wrote."""
     outputs = tmp_path_factory.mktemp("flow") / "outputs.safetensors"
-    script = Path(__file__).resolve().parent / "inside" / "flow.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, outputs]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "flow.py", outputs)
     return load_file(outputs)
 
 

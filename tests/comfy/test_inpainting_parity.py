@@ -8,8 +8,6 @@ on the same timesteps.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from ..families.networks import POOLED_WIDTH, TEXT_WIDTH, tiny_network
 from ..families.pipelines import VAE_SCALES, tiny_vae
+from .inside_comfyui import relative, run_inside
 
 pytestmark = pytest.mark.comfy
 
@@ -78,7 +77,7 @@ def make_given(family: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The networks, and what the script in ComfyUI's process wrote beside them."""
     folder = tmp_path_factory.mktemp("inpainting")
     for channels in CHANNELS:
@@ -89,22 +88,13 @@ def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
             unet = network(family, channels)
             save_file(unet.state_dict(), folder / str(channels) / f"{family}.safetensors")
             (folder / str(channels) / f"{family}.json").write_text(json.dumps(dict(unet.config)))
-    script = Path(__file__).resolve().parent / "inside" / "inpainting.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, folder]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "inpainting.py", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "results.safetensors")
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference in units of the reference's standard deviation."""
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.std())
 
 
 def stock_run(

@@ -6,8 +6,6 @@ Names and shapes come from diffusers' model classes, which hold no memory here (
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..families.published_loras import FACTS, published_network, write_published
 from ..families.single_file import unet_names
+from .inside_comfyui import run_inside
 
 pytestmark = pytest.mark.comfy
 
@@ -69,7 +68,7 @@ def save_lora(path: Path, model: torch.nn.Module, prefix: str) -> int:
 
 @pytest.fixture(scope="module")
 def answers(
-    runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
+    runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """What ComfyUI's models say of the LoRAs, and how many layers each LoRA has."""
     folder = tmp_path_factory.mktemp("families")
@@ -92,11 +91,8 @@ def answers(
     requests["sd_x4 model, sd21 lora"] = {"shapes": requests["sd_x4"]["shapes"], "lora": requests["sd21"]["lora"]}
     requests["sd15 model, sd3 lora"] = {"shapes": requests["sd15"]["shapes"], "lora": requests["sd3"]["lora"]}
     (folder / "requests.json").write_text(json.dumps(requests))
-    script = Path(__file__).resolve().parent / "inside" / "families.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, folder / "requests.json"]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), totals
+    printed = run_inside(runtime, "families.py", folder / "requests.json")
+    return json.loads(printed.splitlines()[-1]), totals
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sd_x4", "sdxl", "sd3", "pixart", "flux"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from flash_diffusion.flash_core.lora import (
 )
 
 from ..families.networks import FAMILIES, tiny_network
+from .inside_comfyui import run_inside
 from .test_model_denoiser import FLUX_GUIDANCE, batch_of, diffusers_output, relative
 
 pytestmark = pytest.mark.comfy
@@ -197,7 +196,7 @@ class Matrix:
 
 
 @pytest.fixture(scope="module")
-def matrix(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+def matrix(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     """One process for all."""
     folder = tmp_path_factory.mktemp("matrix")
     expected: dict[str, dict[str, Tensor]] = {}
@@ -221,10 +220,7 @@ def matrix(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
         layers[family] = len(apart.layers)
         save_file(inputs(family, network, given), folder / f"{family}.given.safetensors")
     write_crosses(folder)
-    script = Path(__file__).resolve().parent / "inside" / "lora_matrix.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, folder, *FAMILIES]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "lora_matrix.py", folder, *FAMILIES)
     return Matrix(
         folder,
         json.loads((folder / "answers.json").read_text()),

@@ -23,6 +23,7 @@ from flash_diffusion.trainer.teachers import load_teacher
 
 from ..families.networks import FAMILIES, POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network
 from .inside.model_denoiser_updates import TERMS, Updates
+from .inside_comfyui import relative
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
@@ -198,11 +199,6 @@ def families(
         )
         for family in FAMILIES
     }
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference in units of the reference's standard deviation."""
-    return float((ours - theirs).abs().max() / theirs.std())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

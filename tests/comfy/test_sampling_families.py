@@ -7,8 +7,6 @@ Flash Sampler runs in a process with ComfyUI (``inside/sampling_families.py``), 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..families.networks import POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network
+from .inside_comfyui import relative, run_inside
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
@@ -72,7 +71,7 @@ def make_given(family: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The networks, and what the script in ComfyUI's process wrote beside them."""
     folder = tmp_path_factory.mktemp("sampling_families")
     for family in FAMILIES:
@@ -82,10 +81,7 @@ def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
         )
         (folder / f"{family}.json").write_text(json.dumps(dict(network.config)))
         save_file(make_given(family), folder / f"{family}.given.safetensors")
-    script = Path(__file__).resolve().parent / "inside" / "sampling_families.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root, folder, *FAMILIES]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "sampling_families.py", folder, *FAMILIES)
     return folder
 
 
@@ -107,13 +103,6 @@ def grids(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def network(family: str) -> nn.Module:
     return tiny_network(family)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference in units of the reference's standard deviation."""
-    assert ours.shape == theirs.shape
-    assert bool(torch.isfinite(theirs).all())
-    return float((ours - theirs).abs().max() / theirs.std())
 
 
 # -- diffusers' side -------------------------------------------------------------------------------------------------

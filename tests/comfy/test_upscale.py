@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from . import prompts
 from .client import Client, Run
+from .inside_comfyui import run_inside
 
 pytestmark = pytest.mark.comfy
 
@@ -61,7 +59,7 @@ def given() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def results(
-    runtime: ModuleType, root: Path, given: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+    runtime: ModuleType, given: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Tensor]:
     """What the script in ComfyUI's process wrote."""
     folder = tmp_path_factory.mktemp("upscale")
@@ -69,11 +67,7 @@ def results(
     weights = {f"x4.{name}": value for name, value in network.state_dict().items()}
     metadata = {"config": json.dumps(dict(network.config))}
     save_file({**weights, **given}, folder / "given.safetensors", metadata=metadata)
-    script = Path(__file__).resolve().parent / "inside" / "upscale.py"
-    command = [sys.executable, script, runtime.comfyui_folder(), root]
-    command += [folder / "given.safetensors", folder / "results.safetensors"]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_inside(runtime, "upscale.py", folder / "given.safetensors", folder / "results.safetensors")
     return load_file(folder / "results.safetensors")
 
 
