@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace) -> None:
     import comfy.utils
     import torch
     from dropped_in.flash_core.lora import read_lora
-    from dropped_in.nodes.lora_patches import apply_lora
+    from dropped_in.nodes.lora.patches import apply_lora
     from safetensors.torch import save_file
 
     meta = torch.device("meta")

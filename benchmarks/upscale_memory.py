@@ -36,8 +36,8 @@ def measure(comfyui: str, side: int) -> dict[str, float]:
 
     boot(Path(comfyui), ROOT)
     import torch
-    from dropped_in.nodes.demo_models import build_demo
-    from dropped_in.nodes.upscale import FlashUpscale
+    from dropped_in.nodes.demo.models import build_demo
+    from dropped_in.nodes.picture.upscale import FlashUpscale
 
     torch.set_num_threads(1)
     with torch.inference_mode():

@@ -5,16 +5,16 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .adapters import FlashAdapterApply
-from .compare import FlashCompare
-from .conditioning import FlashConcatConditioning
-from .demo_models import SHIPPED_ADAPTERS, SHIPPED_LORAS
-from .face_swap import FlashFaceSwapPrepare
-from .inpaint import FlashInpaintPrepare, FlashInpaintStitch
-from .loaders import FlashDemoModels, FlashLoraLoader
-from .lora_stack import FlashLoraStack
-from .sampling import FlashSampler, FlashSamplerSelect, FlashScheduler
-from .upscale import FlashUpscale
+from .control.nodes import FlashAdapterApply
+from .demo.models import SHIPPED_ADAPTERS, SHIPPED_LORAS
+from .lora.loader import FlashDemoModels, FlashLoraLoader
+from .lora.stack import FlashLoraStack
+from .picture.concat import FlashConcatConditioning
+from .picture.face_swap import FlashFaceSwapPrepare
+from .picture.inpaint import FlashInpaintPrepare, FlashInpaintStitch
+from .picture.upscale import FlashUpscale
+from .sampling.compare import FlashCompare
+from .sampling.nodes import FlashSampler, FlashSamplerSelect, FlashScheduler
 
 NODES: list[type[io.ComfyNode]] = [
     FlashDemoModels,

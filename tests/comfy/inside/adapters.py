@@ -52,14 +52,14 @@ def prompt(given: dict[str, Tensor], model: str, name: str) -> list[Any]:
 
 def apply(model: Any, positive: Any, image: Tensor, adapter: str = "none", **settings: Any) -> tuple[Any, Any]:
     """The node's ``execute``."""
-    from dropped_in.nodes.adapters import FlashAdapterApply
+    from dropped_in.nodes.control.nodes import FlashAdapterApply
 
     defaults = {"strength": 1.0, "steps": 4, "start_step": 1, "end_step": 8}
     return FlashAdapterApply.execute(model, positive, image, adapter, **{**defaults, **settings}).args
 
 
 def sample(model: Any, positive: Any, size: tuple[int, ...], steps: int, guidance: float, negative: Any) -> Tensor:
-    from dropped_in.nodes.sampling import FlashSampler
+    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler
 
     latent = {"samples": torch.zeros(size)}
     outcome = FlashSampler.execute(model, positive, latent, SEED, steps, guidance, 1.0, negative=negative)
@@ -181,8 +181,8 @@ def windows(models: dict[str, Any], folder: Path) -> dict[str, Any]:
     """For each model, grid and pair of steps, the evaluations in which ComfyUI asks the adapter."""
     import comfy.controlnet
     from comfy_extras import nodes_model_advanced as core
-    from dropped_in.nodes.adapters import step_window
-    from dropped_in.nodes.few_step import flash_grid
+    from dropped_in.nodes.control.nodes import step_window
+    from dropped_in.nodes.sampling.nodes.few_step import flash_grid
 
     several = {
         "sd15": (models["sd15"], 1.0),
@@ -269,8 +269,8 @@ def published(folder: Path) -> dict[str, Any]:
     from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from comfy.t2i_adapter.adapter import Adapter
-    from dropped_in.nodes.adapter_files import T2IAdapterNetwork
-    from dropped_in.nodes.adapter_match import adapter_places, check_adapter
+    from dropped_in.nodes.control.files import T2IAdapterNetwork
+    from dropped_in.nodes.control.match import adapter_places, check_adapter
 
     def sizes(levels: list[int], depths: list[int], text: int, vector: int | None = None, width: int = 320):
         return {

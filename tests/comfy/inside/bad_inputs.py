@@ -31,8 +31,8 @@ class Given:
 
     def __init__(self, folder: Path) -> None:
         import folder_paths
-        from dropped_in.nodes.demo_models import SHIPPED_LORAS, TASK_ADAPTERS, build_demo
-        from dropped_in.nodes.loaders import FlashLoraLoader
+        from dropped_in.nodes.demo.models import SHIPPED_LORAS, TASK_ADAPTERS, build_demo
+        from dropped_in.nodes.lora.loader import FlashLoraLoader
 
         folder_paths.add_model_folder_path("loras", str(SHIPPED_LORAS))
         self.teacher, clip, self.vae = build_demo()
@@ -74,7 +74,7 @@ Case = Callable[[], Tensor] | tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 def sampler_cases(given: Given) -> dict[str, Case]:
     """Flash Sampler, Flash Scheduler and Flash Sampler Select."""
-    from dropped_in.nodes.sampling import FlashSampler, FlashSamplerSelect, FlashScheduler
+    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler, FlashSamplerSelect, FlashScheduler
 
     def run(latent: Any = None, **changes: Any) -> Tensor:
         values = {"model": given.model, "positive": given.prompt, "latent_image": latent or given.plain()}
@@ -109,7 +109,7 @@ def sampler_cases(given: Given) -> dict[str, Case]:
 
 def compare_cases(given: Given) -> dict[str, Case]:
     """Flash Compare; what its grid shows depends on seconds, so only that there is one."""
-    from dropped_in.nodes.compare import FlashCompare
+    from dropped_in.nodes.sampling.nodes.compare import FlashCompare
 
     def run(latent: Any = None, **changes: Any) -> Tensor:
         values = {"model": given.teacher, "flash_model": given.model, "positive": given.prompt, "vae": given.vae}
@@ -130,7 +130,7 @@ def compare_cases(given: Given) -> dict[str, Case]:
 
 def inpaint_cases(given: Given) -> dict[str, Case]:
     """Flash Inpaint Prepare and Flash Inpaint Stitch."""
-    from dropped_in.nodes.inpaint import FlashInpaintPrepare, FlashInpaintStitch
+    from dropped_in.nodes.picture.inpaint import FlashInpaintPrepare, FlashInpaintStitch
 
     def run(**changes: Any) -> Any:
         values = {"model": given.model, "vae": given.vae, "positive": given.prompt, "image": given.image}
@@ -165,7 +165,7 @@ def inpaint_cases(given: Given) -> dict[str, Case]:
 
 def concat_cases(given: Given) -> dict[str, Case]:
     """Flash Concat Conditioning on the demo's inpainting model, which reads a mask and a picture's latent."""
-    from dropped_in.nodes.conditioning import FlashConcatConditioning
+    from dropped_in.nodes.picture.concat import FlashConcatConditioning
 
     def run(**changes: Any) -> Tensor:
         values = {"model": given.concat, "positive": given.prompt, "latent_image": given.plain(), "vae": given.vae}
@@ -198,7 +198,7 @@ def concat_cases(given: Given) -> dict[str, Case]:
 
 def upscale_cases(given: Given) -> dict[str, Case]:
     """Flash Upscale."""
-    from dropped_in.nodes.upscale import FlashUpscale
+    from dropped_in.nodes.picture.upscale import FlashUpscale
 
     def run(**changes: Any) -> Tensor:
         values = {"model": given.model, "vae": given.vae, "positive": given.prompt, "image": given.image, "scale": 1.0}
@@ -218,8 +218,8 @@ def upscale_cases(given: Given) -> dict[str, Case]:
 
 def lora_cases(given: Given) -> dict[str, Case]:
     """Flash LoRA Loader and Flash LoRA Stack."""
-    from dropped_in.nodes.loaders import FlashLoraLoader
-    from dropped_in.nodes.lora_stack import FlashLoraStack
+    from dropped_in.nodes.lora.loader import FlashLoraLoader
+    from dropped_in.nodes.lora.stack import FlashLoraStack
 
     return {
         "FlashLoraLoader, wrong model family": lambda: FlashLoraLoader.execute(given.other, LORA, 1.0),

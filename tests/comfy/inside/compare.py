@@ -28,7 +28,7 @@ def refusal(function: Any, *arguments: Any) -> str | None:
 
 def timing() -> list[str]:
     """In which order the device is waited for and the work is done."""
-    from dropped_in.nodes import compare
+    from dropped_in.nodes.sampling import compare
 
     events: list[str] = []
     kept, torch.cuda.synchronize = torch.cuda.synchronize, lambda *_: events.append("wait")
@@ -44,7 +44,7 @@ def main() -> None:
     """Run all parts."""
     comfyui, root, given, results = map(Path, sys.argv[1:])
     boot(comfyui, root)
-    from dropped_in.nodes import compare
+    from dropped_in.nodes.sampling import compare
     from tiny import tiny_model
 
     models = {}

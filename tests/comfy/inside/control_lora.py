@@ -172,9 +172,9 @@ def residuals(patched: Any, control: Any, given: dict[str, Tensor], family: str)
 def demo(given: dict[str, Tensor], folder: Path, results: dict[str, Tensor]) -> None:
     """The demo with its Flash LoRA under adapters in the formats that ship with it."""
     import comfy.controlnet
-    from dropped_in.nodes.demo_models import SHIPPED_LORAS, build_demo
-    from dropped_in.nodes.loaders import read_lora
-    from dropped_in.nodes.lora_patches import apply_lora
+    from dropped_in.nodes.demo.models import SHIPPED_LORAS, build_demo
+    from dropped_in.nodes.lora.loader import read_lora
+    from dropped_in.nodes.lora.patches import apply_lora
 
     model, clip, _ = build_demo()
     flash, _ = apply_lora(read_lora(SHIPPED_LORAS / "flash_demo.safetensors"), model, 1.0, False)

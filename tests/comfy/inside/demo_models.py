@@ -17,8 +17,8 @@ def main(comfyui: Path, root: Path, folder: Path, inputs: Path, outputs: Path) -
     boot(comfyui, root)
     import comfy.sample
     import torch
-    from dropped_in.nodes.demo_models import build_demo
-    from dropped_in.nodes.few_step import flash_grid
+    from dropped_in.nodes.demo.models import build_demo
+    from dropped_in.nodes.sampling.nodes.few_step import flash_grid
     from safetensors.torch import load_file, save_file
 
     given = load_file(inputs)

@@ -36,7 +36,7 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     import comfy.utils
     import torch
     from dropped_in.flash_core.lora import read_lora
-    from dropped_in.nodes.lora_patches import apply_lora
+    from dropped_in.nodes.lora.patches import apply_lora
     from safetensors.torch import load_file, save_file
     from tiny import tiny_model
 

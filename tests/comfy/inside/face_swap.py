@@ -20,10 +20,11 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     """The demo's face-swap model as its node loads it, then the cases."""
     boot(comfyui, root)
     import torch
-    from dropped_in.nodes import demo_models, loaders
-    from dropped_in.nodes.face_swap import NOTICE, FlashFaceSwapPrepare
-    from dropped_in.nodes.inpaint import FlashInpaintStitch
-    from dropped_in.nodes.sampling import FlashSampler
+    from dropped_in.nodes.demo import models as demo_models
+    from dropped_in.nodes.lora import loader as loaders
+    from dropped_in.nodes.picture.face_swap import NOTICE, FlashFaceSwapPrepare
+    from dropped_in.nodes.picture.inpaint import FlashInpaintStitch
+    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(1)

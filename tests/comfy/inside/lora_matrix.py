@@ -73,7 +73,7 @@ def forward(model, given):
 def apply(model, path, given, allow_partial=False):
     """The output with the LoRA, and what the loader says of it."""
     from dropped_in.flash_core.lora import LoraError, read_lora
-    from dropped_in.nodes.lora_patches import LoraMismatch, apply_lora
+    from dropped_in.nodes.lora.patches import LoraMismatch, apply_lora
 
     try:
         patched, report = apply_lora(read_lora(path), model, 1.0, allow_partial)

@@ -29,8 +29,8 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     import torch
     from dropped_in.flash_core.denoiser import Conditioning
     from dropped_in.flash_core.lora import LoraFile
-    from dropped_in.nodes.denoiser import ModelDenoiser
-    from dropped_in.nodes.lora_patches import apply_lora
+    from dropped_in.nodes.distil.denoiser import ModelDenoiser
+    from dropped_in.nodes.lora.patches import apply_lora
     from safetensors.torch import load_file
     from tiny import tiny_model
 

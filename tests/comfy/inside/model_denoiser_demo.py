@@ -21,9 +21,9 @@ def main(comfyui: Path, root: Path, folder: Path, count: int) -> None:
     import comfy.sample
     import torch
     from dropped_in.flash_core.lora import FlashMetadata, read_lora, write_lora
-    from dropped_in.nodes.demo_models import build_demo
-    from dropped_in.nodes.denoiser import ModelDenoiser
-    from dropped_in.nodes.lora_patches import apply_lora
+    from dropped_in.nodes.demo.models import build_demo
+    from dropped_in.nodes.distil.denoiser import ModelDenoiser
+    from dropped_in.nodes.lora.patches import apply_lora
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(1)

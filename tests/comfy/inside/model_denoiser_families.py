@@ -50,8 +50,8 @@ def distil(family: str, folder: Path) -> None:
     from dropped_in.flash_core.discriminator import Discriminator
     from dropped_in.flash_core.lora import FlashMetadata, read_lora, write_lora
     from dropped_in.flash_core.process import FlowProcess
-    from dropped_in.nodes.denoiser import ModelDenoiser
-    from dropped_in.nodes.lora_patches import apply_lora
+    from dropped_in.nodes.distil.denoiser import ModelDenoiser
+    from dropped_in.nodes.lora.patches import apply_lora
     from safetensors.torch import load_file, save_file
     from tiny import tiny_model
 

@@ -56,7 +56,7 @@ class Results(dict[str, Tensor]):
 
     def run(self, name: str, *arguments: Any, **settings: Any) -> Tensor:
         """The node's picture, kept under a name."""
-        from dropped_in.nodes.upscale import FlashUpscale
+        from dropped_in.nodes.picture.upscale import FlashUpscale
 
         self[name] = FlashUpscale.execute(*arguments, **{**SETTINGS, **settings}).args[0].clone()
         return self[name]
@@ -74,10 +74,10 @@ def demo(results: Results) -> None:
     import comfy.sample
     import comfy.samplers
     from dropped_in.flash_core.image import plan_tiles
-    from dropped_in.nodes.demo_models import build_demo
-    from dropped_in.nodes.few_step import flash_grid, flash_sampler
-    from dropped_in.nodes.loaders import FlashLoraLoader
-    from dropped_in.nodes.sampling import FlashSampler
+    from dropped_in.nodes.demo.models import build_demo
+    from dropped_in.nodes.lora.loader import FlashLoraLoader
+    from dropped_in.nodes.sampling.nodes.few_step import flash_grid, flash_sampler
+    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler
 
     teacher, clip, vae = build_demo()
     model = FlashLoraLoader.execute(teacher, "flash_demo.safetensors", 1.0).args[0]
@@ -119,8 +119,8 @@ def demo(results: Results) -> None:
 
 def round_trip(results: Results, model: Any, vae: Any) -> None:
     """A picture to its latent and back: in the VAE's tiles, and as a whole."""
-    from dropped_in.nodes.tiled import decode_tiled, encode_tiled
-    from dropped_in.nodes.upscale import plan
+    from dropped_in.nodes.picture.tiled import decode_tiled, encode_tiled
+    from dropped_in.nodes.picture.upscale import plan
 
     picture = waves(576, 576)
     results["vae.whole"] = vae.decode(vae.encode(picture))
@@ -249,8 +249,8 @@ def too_large(results: Results, model: Any, vae: Any, prompt: Any) -> None:
 def areas(results: Results) -> None:
     """An area of a prompt, cut to tiles; and the size that a model is told."""
     from dropped_in.flash_core.image import Box, plan_tiles
-    from dropped_in.nodes.tiled import Cut
-    from dropped_in.nodes.upscale import with_tile_size
+    from dropped_in.nodes.picture.tiled import Cut
+    from dropped_in.nodes.picture.upscale import with_tile_size
 
     cut = Cut(Box(16, 8, 16, 16), (64, 64), 0, 1, {})
     inside, apart = cut.area([10, 40, 20, 4]), cut.area([4, 4, 0, 0])
@@ -267,7 +267,7 @@ def main(comfyui: Path, root: Path, given: Path, outputs: Path) -> None:
     boot(comfyui, root)
     import comfy.utils
     import folder_paths
-    from dropped_in.nodes.demo_models import SHIPPED_LORAS
+    from dropped_in.nodes.demo.models import SHIPPED_LORAS
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     folder_paths.add_model_folder_path("loras", str(SHIPPED_LORAS))

@@ -44,7 +44,7 @@ def main(comfyui: Path, root: Path, networks: Path, models: Path) -> None:
     import torch
     from comfy.taesd.taesd import TAESD
     from comfy.text_encoders.pixart_t5 import PixArtTokenizer, pixart_te
-    from dropped_in.nodes.adapter_files import controlnet_config, controlnet_weights
+    from dropped_in.nodes.control.files import controlnet_config, controlnet_weights
     from safetensors.torch import load_file, save_file
     from tiny import tiny_model
 

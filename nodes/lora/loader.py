@@ -9,11 +9,11 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-from ..flash_core.lora import read_lora
-from .demo_models import TASK_ADAPTERS, TEXT_TO_IMAGE, build_demo, demo_tasks
-from .few_step import METADATA_KEY
-from .lora_patches import apply_lora
-from .schema import advanced, node_schema
+from ...flash_core.lora import read_lora
+from ..demo.models import TASK_ADAPTERS, TEXT_TO_IMAGE, build_demo, demo_tasks
+from ..sampling.few_step import METADATA_KEY
+from ..shared.schema import advanced, node_schema
+from .patches import apply_lora
 
 
 class FlashLoraLoader(io.ComfyNode):

@@ -16,9 +16,9 @@ from comfy.sd import VAE
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..flash_core.image import Tiling, plan_tiles, resize
-from .few_step import GridName, flash_grid, flash_sampler
-from .inputs import (
+from ...flash_core.image import Tiling, plan_tiles, resize
+from ..sampling.few_step import GridName, flash_grid, flash_sampler
+from ..shared.inputs import (
     check_guidance,
     check_numbers,
     check_picture,
@@ -29,8 +29,8 @@ from .inputs import (
     seed_input,
     steps_input,
 )
-from .model_facts import CONCAT_KEY, check_prompts, check_vae, native_side
-from .schema import advanced, node_schema, show_text
+from ..shared.model_facts import CONCAT_KEY, check_prompts, check_vae, native_side
+from ..shared.schema import advanced, node_schema, show_text
 from .tiled import decode_tiled, encode_tiled, tiled_model
 
 MAX_SCALE = 8

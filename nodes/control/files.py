@@ -22,8 +22,8 @@ from comfy.model_patcher import ModelPatcher
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .adapter_match import adapter_places, family_of, is_xl_unshuffle
 from .control_lora import BaseControlLora, check_control_lora
+from .match import adapter_places, family_of, is_xl_unshuffle
 
 LATENT_RATIO = 8  # pixels to a latent position, in every UNet with adapters
 LONGEST_REASON = 240  # characters; a state dict that does not fit says pages

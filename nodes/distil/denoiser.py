@@ -22,13 +22,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..flash_core.denoiser import Conditioning, Role
-from ..flash_core.lora import LoraModule
-from ..flash_core.process import Process
-from .model_conditions import by_token_count, model_arguments, read_conditionings
-from .model_features import Tap, capture, taps
-from .model_lora import ModelAdapters
-from .model_process import model_input, process_of
+from ...flash_core.denoiser import Conditioning, Role
+from ...flash_core.lora import LoraModule
+from ...flash_core.process import Process
+from .adapters import ModelAdapters
+from .conditions import by_token_count, model_arguments, read_conditionings
+from .features import Tap, capture, taps
+from .process import model_input, process_of
 
 # Networks that write into no tensor which their backward pass needs. Others do (Flux adds to its image in place), as do
 # patches, and run under a guard that copies what is overwritten, which costs every operation a little.

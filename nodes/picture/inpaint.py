@@ -13,7 +13,7 @@ from torch import Tensor
 
 import nodes as core_nodes  # ComfyUI's own
 
-from ..flash_core.image import (
+from ...flash_core.image import (
     Box,
     blend_into,
     context_box,
@@ -26,9 +26,9 @@ from ..flash_core.image import (
     same_shape,
     working_size,
 )
-from .inputs import check_numbers, check_picture
-from .model_facts import check_prompts, check_vae, native_side
-from .schema import advanced, node_schema
+from ..shared.inputs import check_numbers, check_picture
+from ..shared.model_facts import check_prompts, check_vae, native_side
+from ..shared.schema import advanced, node_schema
 
 Stitch = io.Custom("FLASH_STITCH")
 

@@ -15,7 +15,7 @@ import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 
-from ..flash_core.lora import LoraFile, LoraModule, LoraReport, MatchReport, describe_base, flat_name, match, report_on
+from ...flash_core.lora import LoraFile, LoraModule, LoraReport, MatchReport, describe_base, flat_name, match, report_on
 
 # What ComfyUI puts before a layer's name.
 PREFIX = re.compile(

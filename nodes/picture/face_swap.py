@@ -12,12 +12,12 @@ from comfy.sd import VAE
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..flash_core.image import crop, mask_box, resize
-from .conditioning import free_channels
+from ...flash_core.image import crop, mask_box, resize
+from ..shared.inputs import check_numbers, check_picture
+from ..shared.model_facts import CONCAT_KEY, check_prompts, check_vae, native_side
+from ..shared.schema import node_schema
+from .concat import free_channels
 from .inpaint import Stitch, context_input, feather_input, fitted_mask, plan_crop, size_input
-from .inputs import check_numbers, check_picture
-from .model_facts import CONCAT_KEY, check_prompts, check_vae, native_side
-from .schema import node_schema
 
 GREY = 0.5  # what the model sees where the face was, as in training
 MASKED = 0.5  # of a soft mask: what counts as masked, as in training

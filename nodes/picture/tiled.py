@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.sd import VAE
 from torch import Tensor
 
-from ..flash_core.image import Box, Tiling, crop, pad_picture
+from ...flash_core.image import Box, Tiling, crop, pad_picture
 
 WRAPPER_KEY = "flash_tiles"
 

@@ -25,9 +25,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..flash_core.task_adapter import TaskAdapter, read_task_adapter, with_task_adapter
+from ...flash_core.task_adapter import TaskAdapter, read_task_adapter, with_task_adapter
 
-DEMO = Path(__file__).resolve().parent.parent / "trainer" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "trainer" / "demo"
 TEACHER = DEMO / "teacher"
 SHIPPED_LORAS = DEMO / "lora"
 SHIPPED_ADAPTERS = DEMO / "control"

@@ -20,13 +20,13 @@ from comfy_api.v0_0_2 import io
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..flash_core.grid import MAX_FEW_STEPS
+from ...flash_core.grid import MAX_FEW_STEPS
+from ..lora.patches import describe_model
+from ..shared.inputs import seed_input
+from ..shared.model_facts import check_prompts, check_vae
+from ..shared.schema import node_schema, show_text
 from .few_step import METADATA_KEY, flash_grid, flash_sampler
-from .inputs import seed_input
-from .lora_patches import describe_model
-from .model_facts import check_prompts, check_vae
-from .sampling import fixed_latent
-from .schema import node_schema, show_text
+from .nodes import fixed_latent
 
 COUNTER_KEY = "flash_compare"
 FLASH_GUIDANCE = 1.0

@@ -9,7 +9,7 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ..flash_core.process import NUM_TIMESTEPS, FlowProcess, Prediction, Process, VPProcess, broadcast
+from ...flash_core.process import NUM_TIMESTEPS, FlowProcess, Prediction, Process, VPProcess, broadcast
 
 # What a model predicts is what its ``calculate_denoised`` undoes; subclasses with another one (LCM, EDM) are others.
 PREDICTIONS: dict[Any, Prediction] = {

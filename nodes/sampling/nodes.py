@@ -13,8 +13,7 @@ import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-from .few_step import GridName, flash_grid, flash_sampler
-from .inputs import (
+from ..shared.inputs import (
     check_guidance,
     check_numbers,
     denoise_input,
@@ -25,8 +24,9 @@ from .inputs import (
     steps_input,
     stochasticity_input,
 )
-from .model_facts import check_prompts
-from .schema import advanced, node_schema, show_text
+from ..shared.model_facts import check_prompts
+from ..shared.schema import advanced, node_schema, show_text
+from .few_step import GridName, flash_grid, flash_sampler
 
 PIXART_MINIMUM = 66  # latent height + width from which its position embeddings in ComfyUI do not divide by zero
 

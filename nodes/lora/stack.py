@@ -17,20 +17,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.v0_0_2 import io
 
-from ..flash_core.lora import LoraError, LoraFile, LoraModule, flat_name, merge, read_lora
-from ..flash_core.lora.matching import same_weight
-from ..flash_core.lora.overlap import (
-    SIZE_LIMIT,
-    Overlap,
-    common_names,
-    cosine,
-    norm,
-    overlap,
-    suggested_strength,
-)
-from .few_step import METADATA_KEY
-from .lora_patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch
-from .schema import advanced, node_schema, show_text
+from ...flash_core.lora import LoraError, LoraFile, LoraModule, flat_name, merge, read_lora
+from ...flash_core.lora.matching import same_weight
+from ...flash_core.lora.overlap import SIZE_LIMIT, Overlap, common_names, cosine, norm, overlap, suggested_strength
+from ..sampling.few_step import METADATA_KEY
+from ..shared.schema import advanced, node_schema, show_text
+from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch
 
 NONE = "none"
 STYLES = 4  # slots; more by connecting one stack to the next

@@ -11,7 +11,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..flash_core.discriminator import feature_depths
+from ...flash_core.discriminator import feature_depths
 
 # Where ComfyUI's transformers keep their blocks, in the order they run.
 STACKS = ("joint_blocks", "double_blocks", "single_blocks", "blocks")

@@ -9,8 +9,8 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..flash_core.grid import MAX_FEW_STEPS
-from .few_step import GRIDS
+from ...flash_core.grid import MAX_FEW_STEPS
+from ..sampling.few_step import GRIDS
 from .schema import advanced
 
 MAX_SEED = 2**64 - 1

@@ -12,11 +12,11 @@ from comfy.sd import VAE
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..flash_core.image import resize, same_shape
-from .inputs import check_numbers, check_picture
-from .model_facts import CONCAT_KEY, check_prompts, check_vae
-from .sampling import fixed_latent
-from .schema import node_schema
+from ...flash_core.image import resize, same_shape
+from ..sampling.nodes import fixed_latent
+from ..shared.inputs import check_numbers, check_picture
+from ..shared.model_facts import CONCAT_KEY, check_prompts, check_vae
+from ..shared.schema import node_schema
 
 PARTS = ("mask", "image", "image_2", "latent")
 

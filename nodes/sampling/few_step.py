@@ -14,7 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..flash_core.grid import (
+from ...flash_core.grid import (
     custom_timesteps,
     describe_timesteps,
     implied_shift,
@@ -22,9 +22,9 @@ from ..flash_core.grid import (
     reference_timesteps,
     snapped_timesteps,
 )
-from ..flash_core.lora import FlashMetadata
-from ..flash_core.process import NUM_TIMESTEPS, FlowProcess, Prediction, VPProcess
-from ..flash_core.sampler import few_step_sample, item_noise
+from ...flash_core.lora import FlashMetadata
+from ...flash_core.process import NUM_TIMESTEPS, FlowProcess, Prediction, VPProcess
+from ...flash_core.sampler import few_step_sample, item_noise
 
 METADATA_KEY = "flash_metadata"  # the ModelPatcher attachment in which a LoRA's metadata travels to the sampler
 

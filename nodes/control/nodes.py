@@ -14,12 +14,12 @@ from comfy.sd import VAE
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..flash_core.grid import MAX_FEW_STEPS
-from .adapter_files import load_adapter
-from .adapter_match import check_adapter
-from .few_step import FlashGrid, GridName, flash_grid
-from .inputs import denoise_input, grid_inputs, steps_input
-from .schema import advanced, node_schema, show_text
+from ...flash_core.grid import MAX_FEW_STEPS
+from ..sampling.few_step import FlashGrid, GridName, flash_grid
+from ..shared.inputs import denoise_input, grid_inputs, steps_input
+from ..shared.schema import advanced, node_schema, show_text
+from .files import load_adapter
+from .match import check_adapter
 
 NO_FILE = "none"
 BISECTIONS = 60  # halvings of 0..1: beyond a float's precision

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..flash_core.denoiser import Role
-from ..flash_core.lora import LoraModule, flat_name
-from .lora_patches import model_layers
+from ...flash_core.denoiser import Role
+from ...flash_core.lora import LoraModule, flat_name
+from ..lora.patches import model_layers
 
 TRANSFORMER_PREFIX = "transformer."  # what ComfyUI puts before a diffusers name of a transformer's layer
 

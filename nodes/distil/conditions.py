@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..flash_core.denoiser import Conditioning
+from ...flash_core.denoiser import Conditioning
 
 # ComfyUI's name of each condition -> the field it travels in. What stands behind "vector" is whatever ComfyUI's models
 # make of the pooled text: for SDXL with the embedded sizes after it.

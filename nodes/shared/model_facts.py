@@ -10,7 +10,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 
-from .lora_patches import describe_model
+from ..lora.patches import describe_model
 
 # A conditioning's value that every ComfyUI model joins to the noisy latent as it is; ComfyUI does not resize it.
 CONCAT_KEY = "noise_concat"

@@ -1,0 +1,1 @@
+"""A ComfyUI MODEL as a Denoiser, which flash_core can distil."""

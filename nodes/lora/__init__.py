@@ -1,0 +1,1 @@
+"""LoRA files into a MODEL."""

@@ -1,0 +1,1 @@
+"""Inpainting, face-swap, further channels and upscaling: nodes that work on pictures."""

@@ -1,0 +1,1 @@
+"""Few-step sampling, and comparing it with many steps."""

@@ -1,0 +1,1 @@
+"""What all nodes share: schemas, inputs, and what a MODEL is."""
