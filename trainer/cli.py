@@ -15,19 +15,19 @@ from .errors import UserError
 
 # name -> (module with add_arguments and run, what it does)
 COMMANDS = {
-    "distill": (".distill", "distil a teacher into a few-step LoRA"),
-    "export": (".export", "write the LoRA of a run's checkpoint"),
-    "evaluate": (".evaluate", "compare a student's few steps with its teacher's many"),
-    "report": (".report", "make the report of an evaluation again"),
-    "lora": (".lora", "look into LoRA files, convert, merge and shrink them"),
-    "demo-data": (".demo.pictures", "rebuild the demo's pictures from their packages"),
-    "demo-autoencoder": (".demo.autoencoder", "train the demo's autoencoder"),
-    "demo-teacher": (".demo.teacher", "train the demo's teacher"),
-    "demo-task-teacher": (".demo.task_teacher", "train a teacher of a further task from the demo's"),
-    "demo-control": (".demo.control", "train a T2I-adapter or a ControlNet for the demo's teacher"),
-    "demo-style": (".demo.style", "train a style LoRA for the demo's teacher"),
-    "demo-features": (".demo.features", "train the demo's evaluation network"),
-    "demo-card": (".demo.card", "measure the demo's teacher and write its model card"),
+    "distill": (".distill.command", "distil a teacher into a few-step LoRA"),
+    "export": (".export.export", "write the LoRA of a run's checkpoint"),
+    "evaluate": (".evaluate.command", "compare a student's few steps with its teacher's many"),
+    "report": (".report.build", "make the report of an evaluation again"),
+    "lora": (".lora_command", "look into LoRA files, convert, merge and shrink them"),
+    "demo-data": (".demo.making.pictures", "rebuild the demo's pictures from their packages"),
+    "demo-autoencoder": (".demo.making.autoencoder", "train the demo's autoencoder"),
+    "demo-teacher": (".demo.making.teacher.teacher", "train the demo's teacher"),
+    "demo-task-teacher": (".demo.making.adapters.task_teacher", "train a teacher of a further task from the demo's"),
+    "demo-control": (".demo.making.adapters.control", "train a T2I-adapter or a ControlNet for the demo's teacher"),
+    "demo-style": (".demo.making.adapters.style", "train a style LoRA for the demo's teacher"),
+    "demo-features": (".demo.making.features", "train the demo's evaluation network"),
+    "demo-card": (".demo.making.card", "measure the demo's teacher and write its model card"),
 }
 
 

@@ -13,7 +13,7 @@ def save_random_teacher(folder: Path) -> None:
     """Write a diffusers ``StableDiffusionPipeline`` of the demo's architecture with random weights, in fp16."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
-    from flash_diffusion.trainer.demo import teacher
+    from flash_diffusion.trainer.demo.making.teacher import teacher
 
     torch.manual_seed(0)
     tokenizer = teacher.train_tokenizer(list(PROMPTS) * 4, folder / "tokenizer")

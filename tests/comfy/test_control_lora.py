@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flash_diffusion.flash_core.lora import LoraModule
-from flash_diffusion.trainer.teachers.control_lora import expanded, write_control_lora
+from flash_diffusion.trainer.teachers.conditions.control_lora import expanded, write_control_lora
 
 from ..families.adapters import save_weights, tiny_controlnet, tiny_unet
 from ..families.networks import POOLED_WIDTH, TEXT_WIDTH

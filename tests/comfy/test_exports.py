@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.lora import FlashMetadata, write_lora
 from flash_diffusion.flash_core.process import FlowProcess, Process, VPProcess
-from flash_diffusion.trainer.export import lora_modules
+from flash_diffusion.trainer.export.export import lora_modules
 from flash_diffusion.trainer.teachers import family as teacher_of
 
 from ..families.networks import POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from flash_diffusion.flash_core.lora import FlashMetadata, write_lora
 from flash_diffusion.trainer.config import ModelSection
-from flash_diffusion.trainer.inception import Inception
+from flash_diffusion.trainer.metrics.inception import Inception
 from flash_diffusion.trainer.teachers import load_teacher
 
 from ..families.pipelines import clip_tokenizer

@@ -13,7 +13,7 @@ import yaml
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.trainer.cli import COMMANDS, main
 from flash_diffusion.trainer.config import Recipe, parse_recipe
-from flash_diffusion.trainer.plan import expected_passes
+from flash_diffusion.trainer.distill.plan import expected_passes
 
 from .conftest import trainer_process
 
@@ -60,7 +60,7 @@ def test_a_file_that_is_no_lora_is_one_message_too(
         read_lora(tmp_path / "absent.safetensors")
         return 0
 
-    monkeypatch.setattr("flash_diffusion.trainer.export.run", refuse)
+    monkeypatch.setattr("flash_diffusion.trainer.export.export.run", refuse)
     code, text = said(capsys, "export", tmp_path)
     assert code == 2
     assert "there is no LoRA file" in text

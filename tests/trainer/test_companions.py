@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
-from flash_diffusion.trainer.data.examples import encode_examples
+from flash_diffusion.trainer.data.encode import encode_examples
 from flash_diffusion.trainer.data.sources import read_samples, to_mask, to_tensor
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.tasks import build_task

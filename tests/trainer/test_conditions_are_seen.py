@@ -14,9 +14,9 @@ from torch import nn
 
 from flash_diffusion.flash_core.denoiser import Conditioning, guided_z0, predict_z0
 from flash_diffusion.flash_core.process import VPProcess
-from flash_diffusion.trainer.teachers.control import Control
-from flash_diffusion.trainer.teachers.stable_diffusion import UNetDenoiser
-from flash_diffusion.trainer.teachers.stable_diffusion_xl import SDXLDenoiser
+from flash_diffusion.trainer.teachers.conditions.control import Control
+from flash_diffusion.trainer.teachers.families.stable_diffusion import UNetDenoiser
+from flash_diffusion.trainer.teachers.families.stable_diffusion_xl import SDXLDenoiser
 
 from ..families.image_adapters import EMBEDDING, save_image_adapter
 from ..families.networks import POOLED_WIDTH, TEXT_WIDTH, tiny_network

@@ -28,19 +28,19 @@ from torch import Tensor
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.flash_core.lora import LoraModule, read_lora
-from flash_diffusion.trainer.assembly import assemble
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection, parse_recipe
-from flash_diffusion.trainer.data.examples import encode_examples, joined
-from flash_diffusion.trainer.demo.control import KINDS, ControlTraining, moved, moved_examples
+from flash_diffusion.trainer.data.encode import encode_examples, joined
+from flash_diffusion.trainer.demo.making.adapters.control import KINDS, ControlTraining, moved, moved_examples
 from flash_diffusion.trainer.demo.shards import Pictures, load_pictures
+from flash_diffusion.trainer.distill.assembly import assemble
+from flash_diffusion.trainer.distill.loop import Run
+from flash_diffusion.trainer.distill.plan import print_plan
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.loop import Run
-from flash_diffusion.trainer.plan import print_plan
 from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
-from flash_diffusion.trainer.teachers.control_lora import diffusers_path, native_path, write_control_lora
+from flash_diffusion.trainer.teachers.conditions.control_lora import diffusers_path, native_path, write_control_lora
 
 from ..families.adapters import save_weights, tiny_controlnet, tiny_t2i_adapter, tiny_unet
 from ..families.pipelines import save_pipeline

@@ -17,7 +17,7 @@ from PIL import Image
 
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
-from flash_diffusion.trainer.data.examples import encode_examples
+from flash_diffusion.trainer.data.encode import encode_examples
 from flash_diffusion.trainer.data.order import Order
 from flash_diffusion.trainer.data.sources import read_samples, to_tensor
 from flash_diffusion.trainer.errors import UserError

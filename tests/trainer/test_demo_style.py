@@ -9,9 +9,9 @@ import torch
 from flash_diffusion.flash_core.lora import base_of, read_lora
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
-from flash_diffusion.trainer.data.examples import encode_examples
+from flash_diffusion.trainer.data.encode import encode_examples
+from flash_diffusion.trainer.demo.making.adapters.task_teacher import AdapterTraining
 from flash_diffusion.trainer.demo.shards import shard_path
-from flash_diffusion.trainer.demo.task_teacher import AdapterTraining
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher
 

@@ -18,14 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
-from flash_diffusion.trainer import metrics
 from flash_diffusion.trainer.cli import main
-from flash_diffusion.trainer.comparison import evaluate, fitting_classes, targets
-from flash_diffusion.trainer.demo.features import FeatureNetwork
+from flash_diffusion.trainer.demo.making.features import FeatureNetwork
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.generate import Run, decode_pictures, default_solver, noise_source, sample_latents
-from flash_diffusion.trainer.measure import Options, few_step_runs
-from flash_diffusion.trainer.reference import Origin, Reference, draw, fingerprint
+from flash_diffusion.trainer.evaluate.generate import (
+    Run,
+    decode_pictures,
+    default_solver,
+    noise_source,
+    sample_latents,
+)
+from flash_diffusion.trainer.evaluate.measure import Options, few_step_runs
+from flash_diffusion.trainer.evaluate.reference import Origin, Reference, draw, fingerprint
+from flash_diffusion.trainer.evaluate.teacher_comparison import evaluate, fitting_classes, targets
+from flash_diffusion.trainer.metrics import distances as metrics
 
 from .models import CAPTIONS
 from .paints import COLOURS, SHAPE, SPREAD, Paints

@@ -26,14 +26,14 @@ from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import ModelSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.data.sources import to_tensor
+from flash_diffusion.trainer.distill.loop import Run, trajectory_fingerprint
+from flash_diffusion.trainer.distill.plan import print_plan
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.loop import Run, trajectory_fingerprint
-from flash_diffusion.trainer.plan import print_plan
 from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import count_parameters
-from flash_diffusion.trainer.teachers.control import Control
+from flash_diffusion.trainer.teachers.conditions.control import Control
 
 from ..families.adapters import tiny_controlnet, tiny_unet
 from ..families.image_adapters import SIDE, save_image_adapter, save_image_encoder

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.inception import URL, load_inception
-from flash_diffusion.trainer.weights import hub_file, read_tensors
+from flash_diffusion.trainer.metrics.inception import URL, load_inception
+from flash_diffusion.trainer.metrics.published_weights import hub_file, read_tensors
 
 from .stand_ins import inception_file
 

@@ -16,11 +16,11 @@ from torch import nn
 from flash_diffusion.flash_core.lora import LoraError, LoraModule, flat_name, read_lora, write_lora
 from flash_diffusion.flash_core.process import VPProcess
 from flash_diffusion.trainer.config import ModelSection, parse_recipe
+from flash_diffusion.trainer.distill.loop import Run
+from flash_diffusion.trainer.distill.plan import print_plan
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.loop import Run
-from flash_diffusion.trainer.plan import print_plan
 from flash_diffusion.trainer.teachers import load_teacher
-from flash_diffusion.trainer.teachers.stable_diffusion import UNetDenoiser
+from flash_diffusion.trainer.teachers.families.stable_diffusion import UNetDenoiser
 
 from ..families.networks import tiny_network
 from ..families.pipelines import save_pipeline

@@ -26,11 +26,11 @@ from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.process import VPProcess
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
-from flash_diffusion.trainer.card_usage import is_on_disk, shown, usage
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.data.sources import to_mask, to_tensor
-from flash_diffusion.trainer.loop import Run
-from flash_diffusion.trainer.model_card import model_card
+from flash_diffusion.trainer.distill.loop import Run
+from flash_diffusion.trainer.export.card_usage import is_on_disk, shown, usage
+from flash_diffusion.trainer.export.model_card import model_card
 from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.tasks.inpainting import black_and_white, masked_pictures

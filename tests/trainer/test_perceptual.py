@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from flash_diffusion.trainer.config import parse_recipe
+from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.loop import distil
-from flash_diffusion.trainer.perceptual import GROUPS, URL, Lpips, lpips
+from flash_diffusion.trainer.metrics.lpips import GROUPS, URL, Lpips, lpips
 
 from ..comfy.runtime import load_runtime
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flash_diffusion.trainer.assembly import assemble
 from flash_diffusion.trainer.config import parse_recipe
-from flash_diffusion.trainer.preview import Preview, preview_rows
+from flash_diffusion.trainer.distill.assembly import assemble
+from flash_diffusion.trainer.distill.preview import Preview, preview_rows
 
 PROMPTS = ["red ball", "green box", "blue cone"]
 

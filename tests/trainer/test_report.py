@@ -12,15 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_diffusion.trainer.charts import Axis, Line, curve_chart, passes_chart, running_mean, thinned
-from flash_diffusion.trainer.comparison import save_pictures, targets
-from flash_diffusion.trainer.comparison_report import run_groups, summary_table, target_limit, target_lines
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.generate import Run
-from flash_diffusion.trainer.measure import few_step_runs
-from flash_diffusion.trainer.page import listed, number, read_log, seconds, share, training_charts
-from flash_diffusion.trainer.report import write_report
-from flash_diffusion.trainer.zero_shot_report import notes, scores_table
+from flash_diffusion.trainer.evaluate.generate import Run
+from flash_diffusion.trainer.evaluate.measure import few_step_runs
+from flash_diffusion.trainer.evaluate.teacher_comparison import save_pictures, targets
+from flash_diffusion.trainer.report.build import write_report
+from flash_diffusion.trainer.report.charts import Axis, Line, curve_chart, passes_chart, running_mean, thinned
+from flash_diffusion.trainer.report.comparison_page import run_groups, summary_table, target_limit, target_lines
+from flash_diffusion.trainer.report.html_page import listed, number, read_log, seconds, share, training_charts
+from flash_diffusion.trainer.report.zero_shot_page import notes, scores_table
 
 PROMPTS = ["a <red> heart", "grapes"]
 FD = {"student 4 steps": 0.24, "student 2 steps": 0.5, "student 1 step": 1.9, "teacher 32 steps, guided": 0.2}

@@ -14,10 +14,10 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flash_diffusion.trainer import checkpoint
 from flash_diffusion.trainer.config import Recipe, parse_recipe
+from flash_diffusion.trainer.distill import checkpoint
+from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.loop import distil
 
 from .conftest import trainer_process
 

@@ -18,16 +18,16 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from flash_diffusion.flash_core.lora import read_lora, write_lora
-from flash_diffusion.trainer import bootstrap
-from flash_diffusion.trainer.bootstrap import Estimate
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recipe
-from flash_diffusion.trainer.demo import LORAS
+from flash_diffusion.trainer.demo.assets import LORAS
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.evaluate import add_arguments
-from flash_diffusion.trainer.task_comparison import targets, verdict
-from flash_diffusion.trainer.task_evaluate import follow_run
-from flash_diffusion.trainer.task_samples import batches, read_subjects
+from flash_diffusion.trainer.evaluate.command import add_arguments
+from flash_diffusion.trainer.evaluate.task_command import follow_run
+from flash_diffusion.trainer.evaluate.task_comparison import targets, verdict
+from flash_diffusion.trainer.evaluate.task_samples import batches, read_subjects
+from flash_diffusion.trainer.metrics import confidence_intervals as bootstrap
+from flash_diffusion.trainer.metrics.confidence_intervals import Estimate
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.tasks.figures import Figure, Scene
 from flash_diffusion.trainer.tasks.scores import SEAM_FLOOR, cosine, distance, edge_agreement, psnr, reduced, seam
@@ -403,7 +403,9 @@ def test_an_evaluation_of_each_task(name: str, lora: Path, pictures: Path, tmp_p
 
 
 def test_distances_of_sets_from_enough_samples(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flash_diffusion.trainer.task_comparison.SAMPLES_A_FEATURE", 1)  # 256 would take minutes
+    monkeypatch.setattr(
+        "flash_diffusion.trainer.evaluate.task_comparison.SAMPLES_A_FEATURE", 1
+    )  # 256 would take minutes
     model = wide_model(tmp_path / "model", 9)
     command = ["evaluate", "--task", "inpainting", "--family", "sd15", "--teacher", str(model), "--steps", "1"]
     command += ["--data", str(pictures), "--samples", "66", "--batch-size", "33", "--guidance", "1"]

@@ -11,14 +11,14 @@ import torch
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.task_adapter import TaskAdapter, write_task_adapter
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection, parse_recipe
-from flash_diffusion.trainer.data.examples import encode_examples
-from flash_diffusion.trainer.demo.task_teacher import TaskTraining
+from flash_diffusion.trainer.data.encode import encode_examples
+from flash_diffusion.trainer.demo.making.adapters.task_teacher import TaskTraining
+from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.loop import distil
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
-from flash_diffusion.trainer.teachers.task_adapters import widened
+from flash_diffusion.trainer.teachers.conditions.task_adapters import widened
 
 from ..families.networks import tiny_network
 

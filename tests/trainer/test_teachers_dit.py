@@ -21,8 +21,8 @@ from flash_diffusion.flash_core.denoiser import Conditioning, guided_z0, predict
 from flash_diffusion.flash_core.distiller import PUBLISHED_PHASES, Distiller, DistillerSettings
 from flash_diffusion.flash_core.grid import trailing_fractions
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
-from flash_diffusion.trainer.assembly import add_adapters, assemble
 from flash_diffusion.trainer.config import ModelSection, parse_recipe
+from flash_diffusion.trainer.distill.assembly import add_adapters, assemble
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.recipes import RECIPES, load_recipe
 from flash_diffusion.trainer.teachers import family as teacher_of
@@ -346,7 +346,7 @@ def test_features_are_the_blocks_image_tokens_as_maps(folder: Callable[..., Path
 def test_a_deep_network_is_read_at_four_depths() -> None:
     from diffusers import SD3Transformer2DModel
 
-    from flash_diffusion.trainer.teachers.stable_diffusion_3 import SD3Denoiser
+    from flash_diffusion.trainer.teachers.families.stable_diffusion_3 import SD3Denoiser
 
     with torch.device("meta"):
         network = SD3Transformer2DModel(num_layers=24, num_attention_heads=2, attention_head_dim=8)

@@ -24,9 +24,9 @@ from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.config import ModelSection, parse_recipe
-from flash_diffusion.trainer.generate import decode_pictures
-from flash_diffusion.trainer.loop import Run, distil
-from flash_diffusion.trainer.plan import print_plan
+from flash_diffusion.trainer.distill.loop import Run, distil
+from flash_diffusion.trainer.distill.plan import print_plan
+from flash_diffusion.trainer.evaluate.generate import decode_pictures
 from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.teachers import load_teacher
 

@@ -31,11 +31,11 @@ from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
-from flash_diffusion.trainer.assembly import assemble
 from flash_diffusion.trainer.config import ModelSection, parse_recipe
+from flash_diffusion.trainer.distill.assembly import assemble
+from flash_diffusion.trainer.distill.loop import Run
+from flash_diffusion.trainer.distill.plan import print_plan
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.loop import Run
-from flash_diffusion.trainer.plan import print_plan
 from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.teachers import family as family_class
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher

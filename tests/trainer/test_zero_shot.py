@@ -25,19 +25,25 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from flash_diffusion.trainer.cli import main
-from flash_diffusion.trainer.clip_score import ClipScorer
-from flash_diffusion.trainer.coco import Caption, read_coco
 from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.evaluate import parse_run
-from flash_diffusion.trainer.framing import for_inception, open_picture, square
-from flash_diffusion.trainer.gallery import Gallery
-from flash_diffusion.trainer.generate import Run
-from flash_diffusion.trainer.measure import progress_bar
-from flash_diffusion.trainer.protocols import PROTOCOLS, Protocol
-from flash_diffusion.trainer.scoring import Networks, measure, reference_moments
+from flash_diffusion.trainer.evaluate.coco.captions import Caption, read_coco
+from flash_diffusion.trainer.evaluate.coco.framing import for_inception, open_picture, square
+from flash_diffusion.trainer.evaluate.coco.picture_folder import Gallery
+from flash_diffusion.trainer.evaluate.coco.protocols import PROTOCOLS, Protocol
+from flash_diffusion.trainer.evaluate.coco.scoring import Networks, measure, reference_moments
+from flash_diffusion.trainer.evaluate.coco.zero_shot import (
+    Settings,
+    lora_hash,
+    make_pictures,
+    origin_of,
+    run_folder,
+)
+from flash_diffusion.trainer.evaluate.command import parse_run
+from flash_diffusion.trainer.evaluate.generate import Run
+from flash_diffusion.trainer.evaluate.measure import progress_bar
+from flash_diffusion.trainer.metrics.clip_score import ClipScorer
 from flash_diffusion.trainer.teachers import load_teacher
-from flash_diffusion.trainer.zero_shot import Settings, lora_hash, make_pictures, origin_of, run_folder
 
 from ..families.pipelines import save_pipeline
 from .conftest import ROOT, trainer_process

@@ -19,7 +19,7 @@ from ...flash_core.distiller import Distiller, Trajectory
 from ..config import TrajectorySection
 from ..errors import UserError
 from ..seeds import stream
-from .examples import Examples
+from .encode import Examples
 from .order import Order
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import DATA
+from .assets import DATA
 
 if TYPE_CHECKING:
     import torch

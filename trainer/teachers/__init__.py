@@ -37,7 +37,7 @@ def family(name: str) -> type[Teacher]:
     if name not in FAMILIES:
         raise UserError(f"model.family: there is no family {name!r}; expected one of {', '.join(FAMILIES)}")
     module, attribute = FAMILIES[name]
-    teacher: type[Teacher] = getattr(import_module(f".{module}", __name__), attribute)
+    teacher: type[Teacher] = getattr(import_module(f".families.{module}", __name__), attribute)
     return teacher
 
 

@@ -24,12 +24,12 @@ from ...flash_core.denoiser import Conditioning
 from ...flash_core.process import FlowProcess, Process, VPProcess
 from ..config import ModelSection
 from ..errors import UserError
-from .control import Control, find_control
+from .conditions.control import Control, find_control
+from .conditions.image_tokens import ImageAdapter, load_image_adapter, outline_image_adapter
+from .conditions.task_adapters import find_task_adapter, widened
 from .denoiser import DiffusersDenoiser
-from .image_tokens import ImageAdapter, load_image_adapter, outline_image_adapter
 from .loading import Source, load_pipeline, locate
 from .lora_layers import merge_style
-from .task_adapters import find_task_adapter, widened
 
 
 @dataclass(frozen=True)

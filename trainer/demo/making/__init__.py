@@ -1,0 +1,1 @@
+"""How the demo's pictures, teacher and adapters were made. Nothing outside imports this room."""

@@ -1,0 +1,1 @@
+"""What trains beside the demo's teacher: task adapters, controls, a style LoRA."""

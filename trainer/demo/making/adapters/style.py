@@ -1,0 +1,62 @@
+"""A style LoRA for the demo: the teacher, which draws one set of emoji, learns to draw another one's.
+
+An ordinary LoRA by the ordinary diffusion loss, as people train them by the thousand: it knows nothing of few steps,
+and is there to be put on top of the Flash LoRA (ComfyUI's Flash LoRA Stack).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+import torch
+
+from .....flash_core.lora import write_lora
+from ....config import DataSection, ModelSection, TaskSection
+from ....data.encode import encode_examples
+from ....export.export import lora_modules
+from ....tasks import build_task
+from ....teachers import load_teacher
+from ...assets import LORAS
+from ...shards import TEACHER_STYLE, shard_path
+from .task_teacher import AdapterTraining, add_training_arguments, train
+
+logger = logging.getLogger(__name__)
+
+STYLES = {"noto": "Apache-2.0"}  # and the licence of its pictures, as in `pictures.py`
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``flash-diffusion demo-style``."""
+    parser.add_argument("style", nargs="?", choices=STYLES, default="noto", help="what to learn (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=6, help="of the LoRA (default: %(default)s)")
+    add_training_arguments(parser, minutes=10.0, batch_size=16, learning_rate=2e-3)
+    parser.add_argument("--limit", type=int, help="use the first so many pictures only")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and write the LoRA."""
+    torch.set_flush_denormal(True)  # moments that fade to denormal numbers slow a CPU down tenfold
+    teacher = load_teacher(ModelSection(family="demo"), args.device)
+    data = DataSection(source="webdataset", path=shard_path(args.style), limit=args.limit)
+    task = build_task(TaskSection())
+    examples = encode_examples(data, teacher, task)
+    logger.info("%d pictures of the style %s; the teacher draws %s", len(examples), args.style, TEACHER_STYLE)
+    teacher_hash = teacher.weights_hash()
+    training = AdapterTraining(teacher, examples, task, args.rank, args.batch_size, args.learning_rate, args.seed)
+    teacher.release_encoders()
+    train(training, args.minutes)
+    path = args.output or LORAS / f"flash_demo_style_{args.style}.safetensors"
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{teacher.base}/lora",
+        "modelspec.title": f"The style {args.style} for the Flash demo",
+        "modelspec.license": STYLES[args.style],
+        "style.teacher_hash": teacher_hash,
+        "style.updates": str(training.step),
+        "style.batch_size": str(args.batch_size),
+    }
+    modules = lora_modules(training.average.tensors, None)
+    write_lora(path, modules, None, transformer=teacher.transformer, dtype=torch.float16, header=header)
+    logger.info("%d updates; the LoRA is at %s (%.2f MB)", training.step, path, path.stat().st_size / 1e6)
+    return 0

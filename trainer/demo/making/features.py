@@ -1,0 +1,201 @@
+"""The demo's measuring instrument: a small network that names the subject of a picture and embeds it in 64 numbers.
+
+Its embedding feeds Frechet and kernel distances, its logits the prompt accuracy. It learns from every style of the
+pack under strong augmentation, so that it measures the drawing and not a few pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..assets import FEATURES, TEACHER
+from ..shards import SIZE, TEACHER_STYLE, Pictures, load_pictures
+from .patch_pca import PatchPCA
+
+logger = logging.getLogger(__name__)
+
+WIDTHS = (32, 64, 96, 128)
+EMBEDDING = 64  # well below the sample counts it is used with, or a covariance would be singular
+
+
+class FeatureNetwork(nn.Module):
+    """A plain convolutional network: (B, 3, H, W) in [0, 1] -> embedding (B, 64), logits (B, classes)."""
+
+    def __init__(self, classes: list[str], general: list[str]) -> None:
+        """`classes` are the subjects' names, in the order of the logits, `general` each one's general caption."""
+        super().__init__()
+        self.classes, self.general = list(classes), list(general)
+        layers: list[nn.Module] = [nn.Conv2d(3, WIDTHS[0], 6, stride=4, padding=1, bias=False)]
+        for previous, width in zip((WIDTHS[0], *WIDTHS[:-1]), WIDTHS, strict=True):
+            stride = 1 if previous == width else 2
+            layers += [
+                nn.BatchNorm2d(previous),
+                nn.ReLU(),
+                nn.Conv2d(previous, width, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+            ]
+        self.body = nn.Sequential(*layers, nn.BatchNorm2d(WIDTHS[-1]), nn.ReLU())
+        self.embed = nn.Linear(WIDTHS[-1], EMBEDDING)
+        self.classify = nn.Linear(EMBEDDING, len(classes))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding (B, 64) and logits (B, classes) of images (B, 3, H, W) in [0, 1]; other sizes are resized."""
+        if images.shape[-2:] != (SIZE, SIZE):
+            images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+        # On a white ground the mean is near 1: centred there, the empty border is zero, like the padding.
+        embedding = self.embed(self.body(2 * (images - 1)).mean((2, 3)))
+        return embedding, self.classify(embedding)
+
+    def save_pretrained(self, folder: Path, **facts: object) -> None:
+        """Write `config.json` (with any `facts`) and `model.safetensors`, in half precision."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict()
+        save_file(
+            {
+                name: (value.half() if value.is_floating_point() else value).contiguous()
+                for name, value in state.items()
+            },
+            folder / "model.safetensors",
+        )
+        config = {"classes": self.classes, "general": self.general, **facts}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path = FEATURES) -> FeatureNetwork:
+        """Read what `save_pretrained` wrote, in single precision, ready to measure (evaluation mode, no gradients)."""
+        from safetensors.torch import load_file
+
+        config = json.loads((folder / "config.json").read_text())
+        network = cls(config["classes"], config["general"])
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        return network.eval().requires_grad_(False)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Move, turn, scale, recolour, soften and disturb each of `images` (B, 3, H, W) in [0, 1] at random."""
+    count = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        drawn = low + (high - low) * torch.rand(count, *shape, generator=generator)
+        return drawn.to(images.device)
+
+    angle, scale = uniform(-0.25, 0.25), uniform(0.85, 1.2)  # radians; above 1 the subject shrinks
+    cosine, sine, shift = angle.cos() * scale, angle.sin() * scale, uniform(-0.12, 0.12, 2)
+    rows = (torch.stack([cosine, -sine, shift[:, 0]], 1), torch.stack([sine, cosine, shift[:, 1]], 1))
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.3, images.flip(-1), images)
+    gray = images.mean(1, keepdim=True)
+    images = gray + (images - gray) * uniform(0.7, 1.3, 1, 1, 1)
+    images = 1 - (1 - images) * uniform(0.8, 1.2, 3, 1, 1)  # the ground stays white
+    factor = int(torch.randint(1, 5, (1,), generator=generator))
+    if factor > 1:
+        soft = F.interpolate(F.avg_pool2d(images, factor), images.shape[-2:], mode="bilinear", align_corners=False)
+        images = torch.lerp(images, soft, uniform(0, 1, 1, 1, 1))
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    return (images + uniform(0, 0.08, 1, 1, 1) * noise).clamp(0, 1)
+
+
+def latent_noise(images: Tensor, generator: torch.Generator, level: float = 0.4) -> Tensor:
+    """Disturb images (B, 3, H, W) as an unfinished diffusion sample is: by noise on their patch-PCA latents."""
+    code = PatchPCA.load()
+    latents = code.encode(images.cpu())
+    noise = torch.randn(latents.shape, generator=generator)
+    amount = level * torch.rand(len(latents), 1, 1, 1, generator=generator)
+    return code.decode(latents + amount * noise).clamp(0, 1).to(images.device)
+
+
+def train(
+    network: FeatureNetwork, pictures: list[Pictures], minutes: float, device: str = "cpu", seed: int = 0
+) -> None:
+    """Classify augmented pictures of all styles for `minutes`, with a cosine learning rate."""
+    images = torch.cat([style.images for style in pictures]).to(device)
+    subjects = {name: i for i, name in enumerate(network.classes)}
+    labels = torch.tensor([subjects[caption.name] for style in pictures for caption in style.captions], device=device)
+    generator = torch.Generator().manual_seed(seed)
+    network.train().to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.05)
+    start, step = time.monotonic(), 0
+    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+        index = torch.randint(len(images), (64,), generator=generator).to(device)
+        batch = images[index] / 255
+        if step % 3 == 0:
+            batch = latent_noise(batch, generator)
+        _, logits = network(augment(batch, generator))
+        loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % 100 == 0:
+            right = (logits.argmax(1) == labels[index]).float().mean()
+            logger.info("features %d  loss %.3f  right %.2f  %3.0f %%", step, loss.item(), right, 100 * progress)
+    network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: FeatureNetwork, images: Tensor, names: list[str]) -> float:
+    """Share of `images` (N, 3, H, W) in [0, 1] whose subject the network names rightly."""
+    found = torch.cat([network(batch)[1].argmax(1) for batch in images.split(32)]).tolist()
+    return sum(network.classes[i] == name for i, name in zip(found, names, strict=True)) / len(names)
+
+
+def report(network: FeatureNetwork, pictures: Pictures, packages: Path | None) -> dict[str, float]:
+    """Accuracy on renditions of the teacher's subjects that it was not trained on.
+
+    Augmentations with a fresh seed, the autoencoder's reconstructions, and, where the npm packages are at hand, a whole
+    style that is not in the pack (Fluent flat).
+    """
+    from diffusers import AutoencoderKL
+
+    network.cpu().eval()
+    images, names = pictures.images / 255, [caption.name for caption in pictures.captions]
+    figures = {"augmented": accuracy(network, augment(images, torch.Generator().manual_seed(1)), names)}
+    vae = AutoencoderKL.from_pretrained(TEACHER / "vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        latents = [vae.encode(2 * batch - 1).latent_dist.mean for batch in images.split(16)]
+        reconstructed = torch.cat([vae.decode(batch).sample for batch in latents])
+    figures["autoencoder"] = accuracy(network, (reconstructed / 2 + 0.5).clamp(0, 1), names)
+    if packages is not None:
+        from .pictures import unseen_style
+
+        flat = {name: image for name, image in unseen_style(packages)}
+        known = [name for name in names if name in flat]
+        figures["unseen_style"] = accuracy(network, torch.stack([flat[name] for name in known]), known)
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `flash-diffusion demo-features`."""
+    parser.add_argument("--minutes", type=float, default=8.0, help="length of the training (default: %(default)s)")
+    parser.add_argument("--packages", type=Path, help="folder with the npm tarballs: measure on an unseen style, too")
+    parser.add_argument("--output", type=Path, default=FEATURES, help="folder to write")
+    parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda, mps (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train the network on every style of the pack, measure it and save it."""
+    torch.manual_seed(0)
+    pictures = [load_pictures(style) for style in (TEACHER_STYLE, "noto")]
+    captions = pictures[0].captions
+    network = FeatureNetwork([caption.name for caption in captions], [caption.general for caption in captions])
+    train(network, pictures, args.minutes, args.device)
+    figures = report(network, pictures[0], args.packages)
+    logger.info("accuracy on %d subjects: %s", len(captions), figures)
+    network.save_pretrained(args.output, accuracy=figures)
+    return 0

@@ -1,0 +1,1 @@
+"""The demo's teacher: its architecture, training and export."""

@@ -1,0 +1,1 @@
+"""`flash-diffusion distill`: the plan of a run, its parts, its loop and its checkpoints."""

@@ -1,0 +1,177 @@
+"""What a killed run continues from: everything that trains and every random state, and nothing that is frozen.
+
+A checkpoint is a folder of safetensors and JSON that appears by one rename, so that it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+TENSORS = "state.safetensors"
+FACTS = "state.json"
+
+
+@dataclass
+class TrainingState:
+    """Where a run is.
+
+    Attributes:
+        update: optimiser updates done.
+        position: samples drawn from the data's order by all processes together.
+        elapsed: seconds of wall time over all sessions of the run.
+        training_since: ``elapsed`` when the updates began, after the trajectories.
+        teacher_hash: identifies the base's weights.
+    """
+
+    update: int = 0
+    position: int = 0
+    elapsed: float = 0.0
+    training_since: float = 0.0
+    teacher_hash: str = ""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What trains, by name: the parts of a checkpoint.
+
+    Attributes:
+        parameters: by part (student, discriminator, critic) and name.
+        optimizers: by part.
+        average: the exponential moving average of the student's parameters.
+    """
+
+    parameters: Mapping[str, Mapping[str, nn.Parameter]]
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    average: Mapping[str, Tensor]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.is_dir() else []
+
+
+def checkpoint_path(run: Path, update: int) -> Path:
+    """Where the checkpoint after ``update`` updates lies."""
+    return run / "checkpoints" / f"{update:08d}"
+
+
+def collect(trained: Trained) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint but the random states, by name."""
+    tensors: dict[str, Tensor] = {}
+    for part, parameters in trained.parameters.items():
+        tensors |= {f"{part}/{name}": value.detach() for name, value in parameters.items()}
+    tensors |= {f"average/{name}": value for name, value in trained.average.items()}
+    for part, optimizer in trained.optimizers.items():
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{part}/{index}/{key}": torch.as_tensor(value) for key, value in moments.items()}
+    return tensors
+
+
+def write_shared(partial: Path, trained: Trained, state: TrainingState, digest: str) -> None:
+    """Write what all processes share into the folder ``partial``."""
+    tensors = {name: value.cpu().contiguous() for name, value in collect(trained).items()}
+    save_file(tensors, partial / TENSORS)
+    (partial / FACTS).write_text(json.dumps({**asdict(state), "recipe": digest}, indent=2) + "\n")
+
+
+def write_random(partial: Path, rank: int, generators: Mapping[str, torch.Generator]) -> None:
+    """Write one process's random states into the folder ``partial``."""
+    states = {f"generator/{name}": generator.get_state() for name, generator in generators.items()}
+    states["torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, partial / f"random-{rank}.safetensors")
+
+
+def publish(partial: Path, final: Path, keep: int) -> None:
+    """Make a written checkpoint appear under its name, durably, and drop the oldest beyond ``keep``."""
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    for old in checkpoints(final.parent.parent)[:-keep]:
+        shutil.rmtree(old)
+
+
+def read_facts(folder: Path) -> tuple[TrainingState, str]:
+    """Where the run was, and the digest of its recipe.
+
+    Raises:
+        UserError: the folder is no checkpoint.
+    """
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        digest = facts.pop("recipe")
+        return TrainingState(**facts), digest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a readable checkpoint ({error}); remove it and resume again") from error
+
+
+def restore_shared(folder: Path, trained: Trained) -> None:
+    """Read what :func:`write_shared` wrote into the live objects.
+
+    Raises:
+        UserError: the checkpoint belongs to other parameters.
+    """
+    tensors = load_file(folder / TENSORS)
+    expected = {(name, value.shape) for name, value in collect(trained).items() if not name.startswith("optimizer/")}
+    present = {(name, value.shape) for name, value in tensors.items() if not name.startswith("optimizer/")}
+    if expected != present:
+        different = sorted({name for name, _ in expected ^ present})
+        raise UserError(
+            f"{folder} does not fit this recipe: {len(different)} tensors differ, such as {different[0]}; resume with "
+            "the recipe the run was started with, or choose another --output"
+        )
+    with torch.no_grad():
+        for part, parameters in trained.parameters.items():
+            for name, value in parameters.items():
+                value.copy_(tensors[f"{part}/{name}"])
+        for name, value in trained.average.items():
+            value.copy_(tensors[f"average/{name}"])
+    for part, optimizer in trained.optimizers.items():
+        moments: dict[int, dict[str, Tensor]] = {}
+        prefix = f"optimizer/{part}/"
+        for name, value in tensors.items():
+            if name.startswith(prefix):
+                index, key = name.removeprefix(prefix).split("/")
+                moments.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def restore_random(folder: Path, rank: int, generators: Mapping[str, torch.Generator]) -> None:
+    """Read one process's random states.
+
+    Raises:
+        UserError: the run had fewer processes.
+    """
+    path = folder / f"random-{rank}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder} has no random state for process {rank}; resume with as many processes as before")
+    states = load_file(path)
+    for name, generator in generators.items():
+        generator.set_state(states[f"generator/{name}"])
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def read_average(folder: Path) -> dict[str, Tensor]:
+    """The averaged student of a checkpoint: what is exported."""
+    return {
+        name.removeprefix("average/"): value
+        for name, value in load_file(folder / TENSORS).items()
+        if name.startswith("average/")
+    }

@@ -1,0 +1,107 @@
+"""``--dry-run``: what a recipe would do and need, from configuration files alone."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ...flash_core.grid import NUM_MODES, timestep_mixture, trailing_timesteps
+from ..config import Recipe
+from ..tasks import build_task
+from ..teachers import family, outline_teacher
+from ..teachers.base import count_parameters
+from .assembly import add_adapters, check_channels, check_control, needs_critic, needs_discriminator
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of each trained parameter: itself, its gradient and AdamW's two moments, all float32.
+TRAINED_BYTES = 16
+AVERAGE_BYTES = 4
+MILLION = 1e6
+
+
+def expected_passes(teacher_steps: int, modes: tuple[float, ...]) -> float:
+    """Forward passes of the teacher for one sample's solution, expected over pi(k); guidance asks it twice a step."""
+    probability = timestep_mixture(teacher_steps, modes)
+    steps = sum(float(value) * (teacher_steps - index) for index, value in enumerate(probability))
+    return 2 * steps
+
+
+def print_plan(recipe: Recipe, console: Console) -> None:
+    """Print the phases, the teacher's work, what trains, memory, and what only a measurement can tell.
+
+    Raises:
+        UserError: the recipe does not fit the model.
+    """
+    task = build_task(recipe.task)
+    check_control(task, recipe.model)
+    outline = outline_teacher(recipe.model, recipe.data.resolution)
+    add_adapters(outline.denoiser, recipe, family(recipe.model.family).default_targets)
+    check_channels(task, outline)
+    student = sum(value.numel() for value in outline.denoiser.adapter_parameters("student").values())
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates")
+    variants = f", {recipe.task.variants} variants of each picture" if recipe.task.variants > 1 else ""
+    say(f"task: {task.name}{variants}; data: {recipe.data.path or recipe.data.source}")
+    if recipe.model.style_lora:
+        say(f"the teacher wears {recipe.model.styles}")
+    beside = count_parameters(outline.control.network) if outline.control is not None else 0
+    if outline.control is not None:
+        say(f"steered by {outline.control.title}, frozen, {beside / MILLION:.1f} M parameters")
+    if recipe.model.image_adapter is not None:
+        shown = sum(value.numel() for name, value in outline.denoiser.network.named_parameters() if _of_adapter(name))
+        title = recipe.model.image_adapter.title
+        say(f"shown pictures by {title}, frozen, {shown / MILLION:.1f} M parameters of the base")
+    modes = "/".join(f"{t:g}" for t in trailing_timesteps(outline.denoiser.process, NUM_MODES))
+    say(f"modes weigh t = {modes}; passes are the teacher's, expected, with guidance")
+    console.print(_phases(recipe))
+    effective = recipe.batch_size * recipe.gradient_accumulation
+    say(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} samples a process")
+    if recorded := recipe.trajectories.count:
+        passes = recorded * 2 * recipe.method.teacher_steps
+        say(f"before: {recorded} teacher trajectories in {passes} passes; training replays them")
+    heads = " and discriminator heads" if needs_discriminator(recipe) else ""
+    critic = " and a critic LoRA of the same size" if needs_critic(recipe) else ""
+    say(
+        f"trains: {student / MILLION:.2f} M parameters, LoRA rank {recipe.lora.rank}{critic}{heads}, "
+        f"on a frozen base of {outline.parameters / MILLION:.1f} M"
+    )
+    adapters = student * (2 if critic else 1)
+    frozen = (outline.parameters + beside) * BYTES[recipe.model.dtype]
+    memory = frozen + adapters * TRAINED_BYTES + student * AVERAGE_BYTES
+    base = "the base" if outline.control is None else "the base and what steers it"
+    recomputed = ", recomputed to save memory" if recipe.gradient_checkpointing else ""
+    say(
+        f"memory: {memory / 2**30:.2f} GiB for {base} in {recipe.model.dtype}, adapters and their optimiser; "
+        f"activations come on top{recomputed}"
+    )
+    channels, height, width = outline.latent_shape
+    say(f"latents: {channels} x {height} x {width} a sample")
+    if recipe.limits.max_minutes is None:
+        say("time: the progress bar tells it once the first updates are measured")
+    else:
+        say(f"time: at most {recipe.limits.max_minutes:g} minutes; phases and learning rate follow the clock")
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether a UNet's parameter is an IP-Adapter's: its projection, or a key or value for pictures."""
+    return name.startswith("encoder_hid_proj.") or ".to_k_ip." in name or ".to_v_ip." in name
+
+
+def _phases(recipe: Recipe) -> Table:
+    table = Table(box=box.SIMPLE)
+    for heading in ("phase", "updates", "modes", "distil", "adversarial", "dmd", "passes"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    for phase in recipe.phases:
+        passes = expected_passes(recipe.method.teacher_steps, phase.modes) * recipe.batch_size
+        table.add_row(
+            phase.name,
+            str(phase.updates),
+            "/".join(f"{weight:g}" for weight in phase.modes),
+            *(f"{weight:g}" if weight else "off" for weight in (phase.distillation, phase.adversarial, phase.dmd)),
+            "replayed" if recipe.trajectories.count else f"{passes:.0f} a batch",
+        )
+    return table

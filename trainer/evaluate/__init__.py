@@ -1,0 +1,1 @@
+"""`flash-diffusion evaluate`: make pictures, measure them, compare them."""

@@ -1,0 +1,1 @@
+"""FID and CLIP score on COCO captions."""

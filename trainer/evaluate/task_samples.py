@@ -1,0 +1,151 @@
+"""What a task is evaluated on: pictures with captions, each with conditions and noise of its own, drawn from one seed.
+
+Conditions are drawn anew, sample by sample, so that neither the number of samples nor the size of batches changes any.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import DataSection
+from ..data.sources import Sample, read_samples, to_mask, to_tensor
+from ..demo.shards import TEACHER_STYLE, load_pictures
+from ..errors import UserError
+from ..seeds import seed_of, stream
+
+if TYPE_CHECKING:
+    from ..tasks.base import Task
+
+DEMO = "demo"  # what --data calls the demo's pictures; demo:noto is another style
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The pictures that samples are drawn from.
+
+    Attributes:
+        samples: in the order in which they are used.
+        origin: what they are, in words, for the report.
+    """
+
+    samples: tuple[Sample, ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples before anything is made of them; pictures are (B, 3, H, W) in [-1, 1], on the CPU.
+
+    Attributes:
+        others: for each sample another picture than its own.
+        drawn: the task's pictures, see ``Task.draw``.
+        seeds: of the noise that every run starts from.
+        independent: of other noise, for the set that runs are measured against.
+    """
+
+    images: Tensor
+    others: Tensor
+    captions: tuple[str, ...]
+    drawn: Mapping[str, Tensor]
+    seeds: tuple[int, ...]
+    independent: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+
+def read_subjects(data: str | DataSection, task: Task, samples: int, seed: int) -> Subjects:
+    """The pictures to evaluate on, at most ``samples`` of them.
+
+    Args:
+        data: ``demo``, ``demo:STYLE``, a folder of pictures with captions, shards, or a recipe's section. The demo's
+            pictures come in an order drawn from ``seed``, others in their own.
+
+    Raises:
+        UserError: there are none, or fewer than two.
+    """
+    if isinstance(data, DataSection) and data.source == "demo":
+        data = DEMO
+    if isinstance(data, str) and (data == DEMO or data.startswith(f"{DEMO}:")):
+        found = _demo(data.partition(":")[2] or TEACHER_STYLE, task, samples, seed)
+    else:
+        section = data if isinstance(data, DataSection) else _section(Path(data))
+        section = section.model_copy(update={"limit": min(samples, section.limit or samples)})
+        read = tuple(read_samples(section, task.companions))
+        words = "under their captions" if task.reads_text else "without captions"
+        trained = ", which the run was trained on" if isinstance(data, DataSection) else ""
+        found = Subjects(read, f"the first {len(read)} pictures of {section.path or section.source}{trained}, {words}")
+    if len(found.samples) < 2:
+        raise UserError(f"--data: {data} holds {len(found.samples)} pictures; an evaluation needs at least 2")
+    return found
+
+
+def batches(
+    subjects: Subjects, task: Task, size: tuple[int, int], samples: int, seed: int, batch_size: int
+) -> Iterator[Batch]:
+    """Draw the samples, ``batch_size`` at a time; where pictures are fewer, they come again with other conditions.
+
+    Args:
+        size: (H, W) of the pictures, in pixels.
+    """
+    for first in range(0, samples, batch_size):
+        yield _batch(subjects, task, size, range(first, min(first + batch_size, samples)), seed)
+
+
+def _batch(subjects: Subjects, task: Task, size: tuple[int, int], rows: range, seed: int) -> Batch:
+    count = len(subjects.samples)
+    images, others, drawn, captions = [], [], [], []
+    for row in rows:
+        turn, place = divmod(row, count)
+        sample = subjects.samples[place]
+        # Another one in every turn, and never the picture itself.
+        other = subjects.samples[(place + 1 + turn % (count - 1)) % count]
+        pair = [to_tensor(each.image, size)[None] for each in (sample, other)]
+        beside = {
+            name: (to_mask if name == "mask" else to_tensor)(picture, size)[None]
+            for name, picture in sample.companions.items()
+        }
+        drawn.append(task.draw_for_evaluation(*pair, beside, stream(seed, "evaluation conditions", row)))
+        images.append(pair[0])
+        others.append(pair[1])
+        captions.append(sample.caption if task.reads_text else "")
+    return Batch(
+        torch.cat(images),
+        torch.cat(others),
+        tuple(captions),
+        {name: torch.cat([each[name] for each in drawn]) for name in drawn[0]},
+        tuple(seed_of(seed, "evaluation noise", row) for row in rows),
+        tuple(seed_of(seed, "independent noise", row) for row in rows),
+    )
+
+
+def _demo(style: str, task: Task, samples: int, seed: int) -> Subjects:
+    """General captions: under its name the teacher knows every picture by heart."""
+    try:
+        pictures = load_pictures(style)
+    except FileNotFoundError as error:
+        raise UserError(f"--data: {error}") from error
+    found = [
+        Sample(f"{caption.code} of {style}", Image.fromarray(picture.permute(1, 2, 0).numpy()), caption.general)
+        for picture, caption in zip(pictures.images, pictures.captions, strict=True)
+        if not task.demo_captions or caption.general in task.demo_captions
+    ]
+    random.Random(f"{seed}").shuffle(found)
+    found = found[:samples]
+    known = "the teacher learnt from them" if style == TEACHER_STYLE else "a style that no teacher has seen"
+    words = "under general captions" if task.reads_text else "without captions"
+    return Subjects(tuple(found), f"{len(found)} of the demo’s pictures ({style}: {known}), {words}")
+
+
+def _section(path: Path) -> DataSection:
+    """A folder of pictures, or shards."""
+    shards = path.is_file() or (path.is_dir() and any(".tar" in "".join(file.suffixes) for file in path.iterdir()))
+    return DataSection(source="webdataset" if shards else "folder", path=path)

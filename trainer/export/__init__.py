@@ -1,0 +1,1 @@
+"""The finished LoRA and its model card."""

@@ -1,0 +1,227 @@
+"""The Python of a model card: how stock diffusers draws a task with the LoRA, or why it can't."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...flash_core.grid import trailing_fractions, trailing_timesteps
+from ...flash_core.process import FlowProcess, Process
+from ..config import Recipe
+from ..tasks import build_task
+from ..teachers import family
+from ..teachers.base import Teacher
+from ..teachers.conditions.control import KINDS, SCALES, find_control
+
+LORA = "lora.safetensors"
+BEST_STEPS = 4
+# What the names of the pipelines for further tasks begin with, by base.
+STEMS = {
+    "sd15": "StableDiffusion",
+    "sd21": "StableDiffusion",
+    "flash-demo": "StableDiffusion",
+    "sdxl": "StableDiffusionXL",
+}
+# SDXL's inpainting pipeline draws at strength 0.9999, and so one step less, unless it is told.
+INPAINTING = ("prompt", "image=image", "mask_image=mask_image", "strength=1.0")
+STOCK_NOISE_LEVEL = 20  # StableDiffusionUpscalePipeline's default
+# What reads a hint: the argument of its pipeline, how that is called, and the argument of the scale.
+NETWORKS = {
+    "ControlNetModel": ("controlnet", "ControlNetPipeline", "controlnet_conditioning_scale"),
+    "T2IAdapter": ("adapter", "AdapterPipeline", "adapter_conditioning_scale"),
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a picture is drawn.
+
+    Attributes:
+        code: Python, given ``pipe``, the base's stock pipeline, and what ``words`` say; empty where there is none.
+        words: what else the code is given; without code, why there is none: "no stock pipeline ...".
+    """
+
+    code: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a task's stock pipeline is, and is called with.
+
+    Attributes:
+        given: what the code is given beside ``pipe``, in words.
+        arguments: of the call, before those that all tasks share.
+        names: to import of ``diffusers``.
+        imports: further lines of imports.
+        loading: lines before the LoRA is loaded.
+        switching: lines after it is.
+        sized: whether it is told height and width; else they follow from its picture.
+        takes_timesteps: whether it takes a list of timesteps; else their number, and the scheduler finds them.
+    """
+
+    given: str = "`prompt`"
+    arguments: tuple[str, ...] = ("prompt",)
+    names: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
+    loading: tuple[str, ...] = ()
+    switching: tuple[str, ...] = ()
+    sized: bool = True
+    takes_timesteps: bool = True
+
+
+class NoStockPipeline(Exception):
+    """Stock diffusers can't draw it; the message says why, as the end of a sentence."""
+
+
+def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> Usage:
+    """Python that draws a picture with stock diffusers.
+
+    Args:
+        folder: where the LoRA is.
+        rank: of the LoRA; its alpha is the same as it is written for transformers.
+    """
+    teacher = family(recipe.model.family)
+    try:
+        drawing = _drawing(recipe, teacher)
+    except NoStockPipeline as reason:
+        return Usage("", str(reason))
+    options = [*drawing.arguments, *(f"{name}={value!r}" for name, value in teacher.call_options.items())]
+    if drawing.sized and recipe.data.resolution is not None:
+        options += [f"height={recipe.data.resolution}", f"width={recipe.data.resolution}"]
+    if isinstance(process, FlowProcess):
+        scheduler, settings = "FlowMatchEulerDiscreteScheduler", ", stochastic_sampling=True"
+        # The scheduler shifts uniform time itself.
+        options.append(f"sigmas={trailing_fractions(BEST_STEPS)}")
+    else:
+        # Of its 100 timesteps the trained ones are some; of its usual 50 they are not, and it would warn.
+        scheduler, settings = "LCMScheduler", ", original_inference_steps=100"
+        if process.prediction != "epsilon":  # a pipeline from a single file may not know
+            settings += f', prediction_type="{process.prediction}"'
+        if float(process.alpha_sigma(torch.tensor([process.timestep(1)]))[0]) == 0:
+            settings += ", rescale_betas_zero_snr=True"
+        grid = ", ".join(f"{t:g}" for t in trailing_timesteps(process, BEST_STEPS))
+        options.append(f"timesteps=[{grid}]" if drawing.takes_timesteps else f"num_inference_steps={BEST_STEPS}")
+    lines = [f"from diffusers import {', '.join(sorted([scheduler, *drawing.names]))}", *drawing.imports, ""]
+    lines += drawing.loading
+    lines.append(teacher.loading_code.format(folder=folder, file=LORA, rank=rank))
+    lines += drawing.switching
+    lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{settings})")
+    lines.append(f"image = pipe({', '.join(options)}, guidance_scale=1.0).images[0]")
+    return Usage("\n".join(lines), drawing.given)
+
+
+def _drawing(recipe: Recipe, teacher: type[Teacher]) -> Drawing:
+    """How a stock pipeline draws the recipe's task.
+
+    Raises:
+        NoStockPipeline: none does.
+    """
+    model, task = recipe.model, build_task(recipe.task)
+    if model.task_adapter is not None:
+        raise NoStockPipeline(
+            f"no stock pipeline has its base: the task adapter {Path(model.task_adapter).stem} gives the model further "
+            "input channels"
+        )
+    if task.name == "text-to-image":
+        return Drawing()
+    if task.name == "super-resolution":
+        return _upscaling(recipe, teacher)
+    if teacher.base not in STEMS:
+        raise NoStockPipeline(f"no stock pipeline of its base does {task.name}")
+    stem = STEMS[teacher.base]
+    if task.name == "inpainting":
+        return Drawing(
+            "`prompt`, `image` and `mask_image` (PIL pictures; what is white in the mask is made anew)",
+            INPAINTING,
+            names=(f"{stem}InpaintPipeline",),
+            loading=(_switched(f"{stem}InpaintPipeline"),),
+        )
+    return _face_swap(recipe, stem) if task.name == "face-swap" else _control(recipe, stem)
+
+
+def _upscaling(recipe: Recipe, teacher: type[Teacher]) -> Drawing:
+    if teacher.base != "sd_x4":
+        raise NoStockPipeline("no stock pipeline gives a UNet the latents of an enlarged picture")
+    low, high = recipe.task.options["noise_level"]
+    level = min(max(STOCK_NOISE_LEVEL, low), high)
+    return Drawing(
+        "`prompt` and `image` (a PIL picture, a quarter of the result in width and height)",
+        ("prompt", "image=image", f"noise_level={level}"),
+        sized=False,
+        takes_timesteps=False,
+    )
+
+
+def _face_swap(recipe: Recipe, stem: str) -> Drawing:
+    section = recipe.model.image_adapter
+    if section is None or recipe.task.options.get("identity") != "tokens":
+        raise NoStockPipeline("no stock pipeline gives a UNet an identity picture as input channels")
+    name = Path(section.weight_name or section.path)
+    if section.weight_name is None:
+        folder, inside = ".", ""
+    else:
+        folder, inside = shown(section.path), name.parent.as_posix().removeprefix(".")
+    owner, _, rest = section.image_encoder.partition("/")
+    repository, _, subfolder = rest.partition("/")
+    encoder = _quoted(shown(section.image_encoder))
+    if subfolder and not Path(section.image_encoder).is_dir():
+        encoder = f"{_quoted(f'{owner}/{repository}')}, subfolder={_quoted(subfolder)}"
+    return Drawing(
+        "`image` and `mask_image` (PIL pictures: the target, and white where its face is), `identity` (a PIL picture "
+        "that the face to be put in fills)",
+        ('""', *INPAINTING[1:], "ip_adapter_image=identity"),
+        names=(f"{stem}InpaintPipeline",),
+        imports=("from transformers import CLIPVisionModelWithProjection",),
+        loading=(
+            f"encoder = CLIPVisionModelWithProjection.from_pretrained({encoder})",
+            _switched(f"{stem}InpaintPipeline", "image_encoder=encoder"),
+            f"file = {_quoted(name.name)}",
+            f"pipe.load_ip_adapter({_quoted(folder)}, subfolder={_quoted(inside)}, weight_name=file, "
+            "image_encoder_folder=None)",
+            f"pipe.set_ip_adapter_scale({section.scale:g})",
+        ),
+    )
+
+
+def _control(recipe: Recipe, stem: str) -> Drawing:
+    assert recipe.model.control is not None  # a recipe without it does not train this task
+    source = find_control(recipe.model.control)
+    if source.file is not None:
+        raise NoStockPipeline(
+            f"stock pipelines read hints by networks in diffusers' folders, not by {source.file.name}"
+        )
+    kind = source.config["_class_name"]
+    part, ending, argument = NETWORKS[kind]
+    scale = SCALES[KINDS[kind]] if source.scale is None else source.scale
+    grey = kind == "T2IAdapter" and source.config.get("in_channels") == 1
+    return Drawing(
+        f"`prompt` and `image` (the hint, a PIL picture{' in mode L' if grey else ''})",
+        ("prompt", "image=image", f"{argument}={scale:g}"),
+        names=(kind, f"{stem}{ending}"),
+        loading=(f"{part} = {kind}.from_pretrained({_quoted(shown(source.folder))}, torch_dtype=pipe.dtype)",),
+        # SD 1.5's T2I-adapter pipeline loads no LoRAs.
+        switching=(_switched(f"{stem}{ending}", f"{part}={part}"),),
+    )
+
+
+def _switched(pipeline: str, *parts: str) -> str:
+    # Without the dtype all parts would be float32 from here on.
+    return f"pipe = {pipeline}.from_pipe({', '.join(['pipe', *parts, 'torch_dtype=pipe.dtype'])})"
+
+
+def shown(path: str) -> str:
+    """A Hub name as it is; of a folder on a disk its name, since where it lies is nobody else's business."""
+    return Path(path).name if is_on_disk(path) else path
+
+
+def is_on_disk(path: str) -> bool:
+    """Whether it names a file or folder, which may lie on another machine than this, and no repository of the Hub."""
+    return Path(path).exists() or path.startswith(("/", ".", "~")) or "\\" in path or path.endswith(".safetensors")
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

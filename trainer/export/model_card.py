@@ -1,0 +1,131 @@
+"""A run's model card: what its LoRA is, how ComfyUI and stock diffusers draw with it, and how it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...flash_core.grid import NUM_MODES, trailing_timesteps
+from ...flash_core.lora import FlashMetadata, LoraModule
+from ...flash_core.process import Process
+from ..config import Recipe
+from ..distill.checkpoint import TrainingState
+from .card_usage import Usage, is_on_disk, usage
+
+# The Hub's tasks: inpainting, super-resolution and the like are kinds of its image-to-image.
+PIPELINE_TAGS = {"inpainting": "image-to-image", "super-resolution": "image-to-image", "face-swap": "image-to-image"}
+NODES = {
+    "text-to-image": "Flash LoRA Loader, then Flash Sampler; or core's LoRA loader with cfg 1.",
+    "inpainting": "Flash LoRA Loader, Flash Inpaint Prepare, Flash Sampler, Flash Inpaint Stitch.",
+    "super-resolution": "Flash LoRA Loader, then Flash Upscale, which samples tile by tile.",
+    "face-swap": "Flash LoRA Loader, Flash Face Swap Prepare, Flash Sampler, Flash Inpaint Stitch.",
+    "control": "Flash LoRA Loader, Flash Adapter Apply, then Flash Sampler.",
+}
+# Face-swap whose identity an IP-Adapter reads, by its option: ComfyUI's core has no IP-Adapters.
+NODES_BY_IDENTITY = {
+    "tokens": "Flash LoRA Loader, the IP-Adapter in a node pack that has them, Flash Inpaint Prepare, Flash Sampler, "
+    "Flash Inpaint Stitch.",
+    "both": "Flash LoRA Loader, the IP-Adapter in a node pack that has them, Flash Face Swap Prepare, Flash Sampler, "
+    "Flash Inpaint Stitch.",
+}
+RIGHTS = "It is for pictures that one has the right to change: your own, or with the consent of the people they show."
+
+
+def model_card(
+    run: Path,
+    recipe: Recipe,
+    modules: Mapping[str, LoraModule],
+    metadata: FlashMetadata,
+    process: Process,
+    state: TrainingState,
+) -> str:
+    """The run's README.md, with what a Hub page wants in its head."""
+    grids = {steps: ", ".join(f"{t:g}" for t in trailing_timesteps(process, steps)) for steps in (1, 2, 4)}
+    previews = sorted((run / "previews").glob("*.webp")) if (run / "previews").is_dir() else []
+    picture = f"![teacher beside student](previews/{previews[-1].name})\n" if previews else ""
+    first = next(iter(modules.values()))
+    rows = []
+    for phase in recipe.phases:
+        modes = ", ".join(f"{beta:g}" for beta in phase.modes)
+        factors = f"{phase.distillation:g} | {phase.adversarial:g} | {phase.dmd:g}"
+        rows.append(f"| {phase.name} | {phase.updates / recipe.updates:.0%} | {modes} | {factors} |")
+    low, high = recipe.method.guidance
+    nodes = NODES_BY_IDENTITY.get(recipe.task.options.get("identity", ""), NODES[metadata.task])
+    kind = "" if metadata.task == "text-to-image" else f" Its task is {metadata.task}."
+    return f"""---
+{yaml.safe_dump(_head(recipe, metadata), sort_keys=False).strip()}
+---
+# {metadata.title}
+
+A LoRA that makes **{metadata.teacher}** draw in 1 to 4 steps without guidance, distilled by Flash Diffusion
+(arXiv 2406.02347).{kind} Rank {first.rank}, alpha {first.scale * first.rank:g}, {len(modules)} layers.
+
+{picture}
+## Use
+
+{_together(recipe, metadata)}ComfyUI: {nodes}
+
+{_diffusers(usage(recipe, run.name, first.rank, process), recipe, metadata)}
+
+| steps | timesteps |
+|---|---|
+{chr(10).join(f"| {steps} | {grid} |" for steps, grid in grids.items())}
+
+## Training
+
+{state.update} updates in {state.elapsed / 60:.1f} minutes, {state.position} samples drawn. The teacher solved
+{recipe.method.teacher_steps} steps ({recipe.method.solver}) at guidance {low:g}..{high:g}. `config.yaml` holds every
+setting, `log.jsonl` the course.
+
+| phase | share of the run | modes at {grids[NUM_MODES]} | distillation | adversarial | dmd |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+def _head(recipe: Recipe, metadata: FlashMetadata) -> dict[str, Any]:
+    tag = PIPELINE_TAGS.get(metadata.task, "text-to-image")
+    tags = ["lora", "flash-diffusion", "few-step", tag]
+    if metadata.task == "control":
+        tags.append("t2i-adapter" if "(T2I-adapter)" in metadata.training.get("control", "") else "controlnet")
+    elif metadata.task != tag:
+        tags.append(metadata.task)
+    head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": tag, "tags": tags}
+    if (base := hub_name(recipe)) is not None:
+        head["base_model"] = base
+    return head
+
+
+def hub_name(recipe: Recipe) -> str | None:
+    """The base's name on the Hub; None for the demo and for a base on a disk."""
+    path = recipe.model.path
+    return None if path is None or is_on_disk(path) else path
+
+
+def _together(recipe: Recipe, metadata: FlashMetadata) -> str:
+    """What the LoRA is used together with, and for."""
+    words = []
+    if recipe.model.style_lora:
+        words.append(f"Together with the style LoRAs that its teacher wore: {recipe.model.styles}.")
+    if control := metadata.training.get("control"):
+        words.append(f"For hints that a ControlNet or T2I-adapter reads; it was trained with {control}.")
+    if adapter := metadata.training.get("image_adapter"):
+        words.append(f"Together with the IP-Adapter that its teacher had: {adapter}.")
+    if metadata.task == "face-swap":
+        words.append(RIGHTS)
+    return "".join(f"{line}\n\n" for line in words)
+
+
+def _diffusers(found: Usage, recipe: Recipe, metadata: FlashMetadata) -> str:
+    if not found.code:
+        return f"diffusers: no code can stand here, since {found.words}. Use the ComfyUI nodes."
+    base = hub_name(recipe)
+    pipe = (
+        f"the stock pipeline of {metadata.teacher}"
+        if base is None
+        else f'`DiffusionPipeline.from_pretrained("{base}")`'
+    )
+    return f"diffusers, given `pipe`, which is {pipe}, and {found.words}:\n\n```python\n{found.code}\n```"

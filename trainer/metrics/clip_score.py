@@ -1,0 +1,84 @@
+"""CLIP score: how well a picture fits its caption, as the cosine of CLIP's embeddings of both (arXiv 2104.08718).
+
+In the papers' tables it is the mean over all pictures, of 1 (torchmetrics' is of 100).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..evaluate.reference import fingerprint
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor
+    from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
+
+# ViT-g/14, which InstaFlow's figures beside the paper's were measured with, and GigaGAN's script.
+DEFAULT = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
+
+
+class ClipScorer:
+    """A CLIP model with its tokenizer and its picture processor.
+
+    Attributes:
+        name: which one it is, in words.
+    """
+
+    def __init__(
+        self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase, processor: CLIPImageProcessor, name: str
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.name = name
+
+    @classmethod
+    def load(cls, source: str, device: torch.device | str) -> ClipScorer:
+        """Load a CLIP in transformers' layout, in float32; its weights must be .safetensors.
+
+        Args:
+            source: a folder, or a Hub name.
+
+        Raises:
+            UserError: it can't be had.
+        """
+        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+        try:
+            model = CLIPModel.from_pretrained(source, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            # By name: the class that transformers would choose needs torchvision, and resizes a little differently.
+            processor = CLIPImageProcessor.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"--clip: {source!r} can't be loaded ({reason}); expected a folder or a Hub name of a CLIP for "
+                "transformers with model.safetensors, tokenizer and preprocessor_config.json"
+            ) from error
+        if Path(source).is_dir():
+            name = f"{Path(source).name} ({fingerprint(Path(source))})"
+        else:
+            name = f"{source} ({str(model.config._commit_hash)[:12]})"
+        return cls(model.to(device), tokenizer, processor, name)
+
+    def __call__(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
+        """The cosines (B,) of B pictures with their captions, float32; captions are cut at CLIP's length."""
+        import torch
+
+        texts = self.tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.model.device)
+        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.model.device)
+        with torch.inference_mode():
+            seen = self.model.get_image_features(pixel_values=pixels)
+            read = self.model.get_text_features(texts["input_ids"], texts["attention_mask"])
+            return torch.nn.functional.cosine_similarity(seen, read).cpu()

@@ -1,0 +1,1 @@
+"""`flash-diffusion report`: an evaluation as a page and as tables."""

@@ -1,0 +1,316 @@
+"""ControlNets and T2I-adapters beside a UNet: frozen networks that read a hint and steer every role alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ControlNetModel, T2IAdapter, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ....flash_core.denoiser import Conditioning
+from ...config import ControlSection
+from ...demo.assets import CONTROLS
+from ...errors import UserError
+from .control_lora import MARK, expanded
+
+KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
+WORDS = {ControlNetModel: "ControlNet", T2IAdapter: "T2I-adapter"}
+# What a recipe's `scale` is unless it says so; T2I-adapters': arXiv 2406.02347, for SDXL and Canny edges.
+SCALES = {ControlNetModel: 1.0, T2IAdapter: 0.8}
+LATENT_PIXELS = 8  # a latent pixel's width
+HUB_SHAPE = 1  # slashes in a Hub name
+# What a ControlNet has in common with the UNet it steers, and what to call it.
+SHARED = {
+    "in_channels": "latent channels",
+    "cross_attention_dim": "width of the text",
+    "block_out_channels": "channels of the levels",
+    "layers_per_block": "layers a level",
+    "addition_embed_type": "further conditions",
+}
+# The keys by which single files are told.
+T2I_KEY = "adapter."
+DIFFUSERS_CONTROLNET = "controlnet_cond_embedding.conv_in.weight"
+NATIVE_CONTROLNET = "zero_convs.0.0.weight"
+NATIVE_PREFIX = "control_model."
+
+
+class Control:
+    """A frozen network that turns a hint into what is added inside the UNet.
+
+    Args:
+        network: a ControlNet, which looks at the noisy latents too, or a T2I-adapter, which reads the hint alone.
+        scale: factor of what is added; the paper's for the SDXL canny adapter is 0.8.
+        name: what it is called.
+    """
+
+    def __init__(
+        self, network: ControlNetModel | T2IAdapter, scale: float | None = None, name: str = "control"
+    ) -> None:
+        self.network: nn.Module = network.requires_grad_(False).eval()
+        self.scale = SCALES[type(network)] if scale is None else scale
+        self.name = name
+
+    @property
+    def title(self) -> str:
+        """Which network it is and how strong."""
+        return f"{self.name} ({WORDS[type(self.network)]}) x {self.scale:g}"
+
+    def check_size(self, latent_shape: tuple[int, int, int]) -> None:
+        """Look whether hints can be read at a size.
+
+        Args:
+            latent_shape: (C, h, w).
+
+        Raises:
+            UserError: they can't.
+        """
+        multiple = self.network.config["downscale_factor"] if isinstance(self.network, T2IAdapter) else LATENT_PIXELS
+        height, width = (LATENT_PIXELS * size for size in latent_shape[1:])
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"data.resolution: {self.title} reads hints whose sizes are multiples of {multiple} pixels, not "
+                f"{width} x {height}; choose such a resolution"
+            )
+
+    def __call__(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, added: dict[str, Any]) -> dict[str, Any]:
+        """The UNet's arguments for the hint (B, 3, H, W) in [0, 1].
+
+        Args:
+            z_t: (B, C, h, w) latents without a task's further channels.
+            added: what the UNet takes beside text, which ControlNets of SDXL take too.
+        """
+        hint = conditioning.hint
+        assert hint is not None
+        if isinstance(self.network, T2IAdapter):
+            if self.network.config["in_channels"] == 1:
+                hint = hint.mean(1, keepdim=True)
+            return {"down_intrablock_additional_residuals": [state * self.scale for state in self.network(hint)]}
+        down, middle = self.network(
+            z_t,
+            t,
+            encoder_hidden_states=conditioning.cross_attention,
+            controlnet_cond=hint,
+            conditioning_scale=self.scale,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+@dataclass(frozen=True)
+class ControlSource:
+    """Where a recipe's ControlNet or T2I-adapter is.
+
+    Attributes:
+        file: a single file, or None for a folder or Hub name.
+        folder: a diffusers folder or Hub name.
+        config: the folder's ``config.json``.
+        scale: the recipe's.
+    """
+
+    file: Path | None
+    folder: str
+    config: Mapping[str, Any]
+    scale: float | None
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.file.stem if self.file is not None else Path(self.folder).name
+
+    def build(self, unet: nn.Module, title: str) -> Control:
+        """The network for a UNet, in its dtype and on its device; without weights where the UNet has none.
+
+        Args:
+            title: what the model is called, for messages.
+
+        Raises:
+            UserError: it is for another model, or incomplete.
+        """
+        if not isinstance(unet, UNet2DConditionModel):
+            raise UserError(
+                f"model.control: {title} is no UNet; ControlNets and T2I-adapters are read for UNets (SD 1.5, SD 2, "
+                "SDXL), so choose such a model, or leave model.control out"
+            )
+        network = self._of_file(unet, title) if self.file is not None else self._of_folder(unet, title)
+        first = next(unet.parameters())
+        if not first.is_meta:
+            nn.Module.to(network, first.device, first.dtype)
+        return Control(network, self.scale, self.name)
+
+    def _of_folder(self, unet: UNet2DConditionModel, title: str) -> ControlNetModel | T2IAdapter:
+        kind = KINDS[self.config["_class_name"]]
+        check = check_controlnet if kind is ControlNetModel else check_t2i_adapter
+        check(self.config, unet.config, self.name, title)
+        first = next(unet.parameters())
+        if first.is_meta:
+            with torch.device("meta"):
+                return kind.from_config(dict(self.config))
+        try:
+            return kind.from_pretrained(
+                self.folder, torch_dtype=first.dtype, use_safetensors=True, variant=self._variant()
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"model.control.path: {self.folder} can't be loaded: {error}") from error
+
+    def _variant(self) -> str | None:
+        """The variant of a folder that has no plain weights: fp16, of ``x.fp16.safetensors``."""
+        names = [path.name.split(".") for path in Path(self.folder).glob("*.safetensors")]
+        return names[0][1] if names and all(len(name) == 3 for name in names) else None
+
+    def _of_file(self, unet: UNet2DConditionModel, title: str) -> ControlNetModel | T2IAdapter:
+        assert self.file is not None
+        weights = _weights(self.file, next(unet.parameters()).device)
+        if any(key.startswith(T2I_KEY) for key in weights):
+            config = _adapter_config(weights, self.file.name)
+            check_t2i_adapter(config, unet.config, self.file.name, title)
+            with torch.device(next(unet.parameters()).device):
+                network: ControlNetModel | T2IAdapter = T2IAdapter(**config)
+        elif DIFFUSERS_CONTROLNET in weights:
+            embedding = weights[DIFFUSERS_CONTROLNET]
+            with torch.device(next(unet.parameters()).device):
+                network = ControlNetModel.from_unet(
+                    unet, load_weights_from_unet=False, conditioning_channels=embedding.shape[1]
+                )
+        else:
+            plain = {key.removeprefix(NATIVE_PREFIX): value for key, value in weights.items()}
+            if MARK in plain or NATIVE_CONTROLNET in plain:
+                return expanded(plain, unet, self.file.name)
+            raise UserError(
+                f"model.control.path: {self.file.name} is no ControlNet, Control-LoRA or T2I-adapter that is known "
+                f"here; its first weights are {', '.join(sorted(weights)[:3])}. Give a diffusers folder or Hub name"
+            )
+        _load(network, weights, self.file.name)
+        return network
+
+
+def find_control(section: ControlSection) -> ControlSource:
+    """The ControlNet or T2I-adapter that a recipe names; of a folder or Hub name the configuration is read.
+
+    Raises:
+        UserError: there is none, or it is no ControlNet or T2I-adapter.
+    """
+    path = Path(section.path)
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(
+            f"model.control.path: {path.name} is a pickle, which can run code when it is loaded, so it is refused; "
+            "give a .safetensors file or a diffusers folder"
+        )
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise UserError(f"model.control.path: there is no file {path}")
+        return ControlSource(path, "", {}, section.scale)
+    if not path.is_dir() and section.path.count("/") != HUB_SHAPE:
+        shipped = {file.stem: file for file in sorted(CONTROLS.glob("*.safetensors"))}
+        if section.path not in shipped:
+            raise UserError(
+                f"model.control.path: there is nothing called {section.path!r}; give a diffusers folder, a Hub name "
+                "such as owner/model, a .safetensors file, or one of the demo's: "
+                f"{', '.join(shipped) or 'none is there; make them with `flash-diffusion demo-control`'}"
+            )
+        return ControlSource(shipped[section.path], "", {}, section.scale)
+    reader = type("Reader", (ConfigMixin,), {"config_name": "config.json"})
+    try:
+        config = reader.load_config(section.path)
+    except OSError as error:
+        raise UserError(f"model.control.path: no config.json can be read from {section.path}: {error}") from error
+    kind = config.get("_class_name")
+    if kind not in KINDS:
+        raise UserError(
+            f"model.control.path: {section.path} is a {kind}; expected one of {', '.join(KINDS)}, by the _class_name "
+            "in its config.json"
+        )
+    return ControlSource(None, section.path, config, section.scale)
+
+
+def check_controlnet(config: Mapping[str, Any], unet: Mapping[str, Any], name: str, title: str) -> None:
+    """Look whether a ControlNet was copied from such a UNet.
+
+    Raises:
+        UserError: it was not; says what differs.
+    """
+    for field, meaning in SHARED.items():
+        ours, theirs = (_comparable(values.get(field)) for values in (config, unet))
+        if ours != theirs:
+            raise UserError(
+                f"model.control.path: {name} is a ControlNet for another model: its {meaning} ({field}) are "
+                f"{ours}, those of {title} are {theirs}; choose the ControlNet that belongs to the model"
+            )
+
+
+def check_t2i_adapter(config: Mapping[str, Any], unet: Mapping[str, Any], name: str, title: str) -> None:
+    """Look whether a T2I-adapter's maps have the places and the sizes that a UNet has for them.
+
+    Raises:
+        UserError: they don't; says what differs.
+    """
+    # A UNet whose first level has no attention takes the first map behind the sampling (SDXL's): half as large.
+    plain_first = not unet["down_block_types"][0].startswith("CrossAttn")
+    wanted_kinds = ("full_adapter_xl",) if plain_first else ("full_adapter", "light_adapter")
+    pixels = LATENT_PIXELS * (2 if plain_first else 1)
+    channels, levels = tuple(config["channels"]), tuple(unet["block_out_channels"])
+    if config["adapter_type"] == "light_adapter":
+        channels += channels[-1:]  # it repeats its last number for one level more
+    if config["adapter_type"] not in wanted_kinds or config["downscale_factor"] != pixels:
+        raise UserError(
+            f"model.control.path: {name} is a T2I-adapter of the kind {config['adapter_type']} at "
+            f"1/{config['downscale_factor']} of the picture's size; {title} takes {' or '.join(wanted_kinds)} at "
+            f"1/{pixels}"
+        )
+    if channels[: len(levels)] != levels or len(channels) > len(levels) + 1:
+        raise UserError(
+            f"model.control.path: {name} is a T2I-adapter for a model with the channels {list(channels)}; {title} has "
+            f"{list(levels)}"
+        )
+
+
+def _comparable(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _adapter_config(weights: Mapping[str, Tensor], file: str) -> dict[str, Any]:
+    """The arguments of diffusers' class, read off the weights of a full adapter."""
+    first, body = weights.get("adapter.conv_in.weight"), "adapter.body."
+    levels = {int(key.split(".")[2]) for key in weights if key.startswith(body)}
+    resnets = {int(key.split(".")[4]) for key in weights if key.startswith(f"{body}0.resnets.")}
+    if first is None or not levels or not resnets:
+        raise UserError(
+            f"model.control.path: {file} is no full T2I-adapter in diffusers' layout; give the diffusers folder it "
+            "comes from"
+        )
+    widths = [weights[f"{body}{level}.resnets.0.block1.weight"].shape[0] for level in sorted(levels)]
+    # 1 or 3 channels of 8 x 8 pixels, or of 16 x 16 for SDXL's kind: the four products differ.
+    pixels = 16 if first.shape[1] in (16**2, 3 * 16**2) else 8
+    return {
+        "in_channels": first.shape[1] // pixels**2,
+        "channels": widths,
+        "num_res_blocks": len(resnets),
+        "downscale_factor": pixels,
+        "adapter_type": "full_adapter_xl" if pixels == 16 else "full_adapter",
+    }
+
+
+def _weights(file: Path, device: torch.device) -> dict[str, Tensor]:
+    """A file's tensors; on the meta device their shapes alone are read."""
+    try:
+        if device.type != "meta":
+            return load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.control.path: {file} is not a readable safetensors file: {error}") from error
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def _load(network: nn.Module, weights: Mapping[str, Tensor], file: str) -> None:
+    """Give a network its weights; of those on the meta device names and shapes are compared."""
+    try:
+        network.load_state_dict(weights, assign=next(network.parameters()).is_meta)
+    except RuntimeError as error:
+        raise UserError(f"model.control.path: {file} does not fit the model: {error}") from error

@@ -1,0 +1,208 @@
+"""IP-Adapters in a UNet (arXiv 2308.06721): a picture is read by cross-attention, beside the text, in every role.
+
+A CLIP vision encoder turns the picture into embeddings, the tokens; the adapter projects them and gives every
+cross-attention a key and a value for them. diffusers loads and runs it; here it stays frozen, and tokens are encoded
+once, before training, as prompts are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import IPAdapterMixin
+from diffusers.models.embeddings import ImageProjection
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection
+
+from ...config import ImageAdapterSection
+from ...errors import UserError
+
+PICTURE, STATES = "the picture's embedding", "the encoder's hidden states"
+# What an adapter reads, by a weight of its projection. Those of other kinds (FaceID) read a face recogniser's output.
+KINDS = {"image_proj.proj.weight": PICTURE, "image_proj.latents": STATES, "image_proj.proj.3.weight": STATES}
+ATTENTION = "ip_adapter."
+
+
+class ImageAdapter:
+    """A frozen IP-Adapter's encoder: pictures in, tokens out.
+
+    Args:
+        pipeline: has the encoder, and the UNet with the adapter inside.
+        name: what the adapter is called.
+
+    Attributes:
+        absent: (1, N, D) the tokens of no picture, which guidance leads away from.
+    """
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        self.pipeline = pipeline
+        self.name = name
+        side = pipeline.image_encoder.config.image_size
+        first = next(pipeline.image_encoder.parameters())
+        # The pipelines' own: zeros for the embedding, the states of a grey picture where those are read.
+        _, absent = self._encoded(torch.zeros(1, 3, side, side, dtype=first.dtype, device=first.device))
+        self.absent = absent
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Tokens (B, N, D), float32, of pictures (B, 3, H, W) in [-1, 1], as the stock pipeline makes them of files."""
+        if self.pipeline is None:
+            raise RuntimeError("the picture encoder was released; encode pictures before release()")
+        pictures = self.pipeline.image_processor.postprocess(images, output_type="pil")
+        found, _ = self._encoded(pictures)
+        return found
+
+    def release(self) -> None:
+        """Free the encoder's memory; ``absent`` stays."""
+        self.pipeline = None
+
+    @torch.no_grad()
+    def _encoded(self, pictures: Any) -> tuple[Tensor, Tensor]:
+        states = reads_states(self.pipeline.unet)
+        found, absent = self.pipeline.encode_image(pictures, self.pipeline.image_encoder.device, 1, states)
+        shape = (len(found), -1, found.shape[-1])
+        return found.reshape(shape).float(), absent.reshape(shape)[:1].float()
+
+
+def reads_states(network: UNet2DConditionModel) -> bool:
+    """Whether the adapter inside reads the encoder's hidden states; else it reads the picture's embedding."""
+    return not isinstance(network.encoder_hid_proj.image_projection_layers[0], ImageProjection)
+
+
+def image_embeds(network: UNet2DConditionModel, tokens: Tensor) -> list[Tensor]:
+    """Tokens (B, N, D) as a UNet with one IP-Adapter takes them: N embeddings, or one picture's N hidden states."""
+    return [tokens[:, None] if reads_states(network) else tokens]
+
+
+def load_image_adapter(pipeline: Any, network: nn.Module, section: ImageAdapterSection, title: str) -> ImageAdapter:
+    """Put an IP-Adapter into a UNet, and its encoder into the pipeline.
+
+    Args:
+        pipeline: a stock pipeline with everything else.
+        network: the UNet that will draw.
+        title: what the model is called, for messages.
+
+    Raises:
+        UserError: no such file or encoder, a pickle, or it is for another model or encoder.
+    """
+    file = _checked(type(pipeline), network, section, title)
+    pipeline.unet = network
+    first = next(network.parameters())
+    encoder = _encoder(section.image_encoder, first.dtype).to(first.device).requires_grad_(False).eval()
+    pipeline.register_modules(image_encoder=encoder)
+    try:
+        pipeline.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise _misfit(file, title, error) from error
+    _check_encoder(pipeline, section, file.name)
+    pipeline.set_ip_adapter_scale(section.scale)
+    return ImageAdapter(pipeline, file.stem)
+
+
+def outline_image_adapter(
+    pipeline: type, network: UNet2DConditionModel, section: ImageAdapterSection, title: str
+) -> None:
+    """Put an IP-Adapter without weights into a UNet without weights.
+
+    Raises:
+        UserError: as :func:`load_image_adapter`, but for the encoder.
+    """
+    file = _checked(pipeline, network, section, title)
+    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    with safe_open(file, framework="pt") as opened:
+        for key in opened.keys():  # noqa: SIM118
+            part, _, name = key.partition(".")
+            if part in parts:
+                parts[part][name] = torch.empty(opened.get_slice(key).get_shape(), device="meta")
+    try:
+        network._load_ip_adapter_weights([parts])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise _misfit(file, title, error) from error
+
+
+def _checked(pipeline: type, network: nn.Module, section: ImageAdapterSection, title: str) -> Path:
+    """The adapter's file, of a kind that works here."""
+    if not issubclass(pipeline, IPAdapterMixin) or not isinstance(network, UNet2DConditionModel):
+        raise UserError(
+            f"model.image_adapter: {title} takes no IP-Adapter; expected a UNet of SD 1.5, SD 2 or SDXL, or no "
+            "model.image_adapter"
+        )
+    file = _file(section)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names: Mapping[str, None] = dict.fromkeys(opened.keys())
+            widths = {name: opened.get_slice(name).get_shape()[-1] for name in names if name.endswith("to_k_ip.weight")}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.image_adapter: {file} is not a readable safetensors file: {error}") from error
+    if not any(name.startswith(ATTENTION) for name in names) or not any(key in names for key in KINDS):
+        raise UserError(
+            f"model.image_adapter: {file.name} is no IP-Adapter that reads {PICTURE} or {STATES}; expected such a "
+            "file, for example ip-adapter_sd15.safetensors (FaceID kinds need a face recogniser and are not read)"
+        )
+    wanted, found = network.config["cross_attention_dim"], set(widths.values())
+    if found != {wanted}:
+        raise UserError(
+            f"model.image_adapter: {file.name} is for a UNet whose attention reads {', '.join(map(str, sorted(found)))}"
+            f" channels, but {title} reads {wanted}; choose the adapter for this model (SD 1.5: 768, SDXL: 2048)"
+        )
+    return file
+
+
+def _file(section: ImageAdapterSection) -> Path:
+    """The adapter's safetensors file, on the disk or from the Hub."""
+    name = section.weight_name or section.path
+    if Path(name).suffix != ".safetensors":
+        raise UserError(
+            f"model.image_adapter: {name} is not a .safetensors file; other files can run code when they are loaded, "
+            "so set path to such a file, or weight_name to one in the folder or Hub repository that path names"
+        )
+    if section.weight_name is None or Path(section.path).is_dir():
+        file = Path(section.path) if section.weight_name is None else Path(section.path) / section.weight_name
+        if not file.is_file():
+            raise UserError(f"model.image_adapter: there is no file {file}")
+        return file
+    try:
+        return Path(hf_hub_download(section.path, section.weight_name))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.image_adapter: {section.path} is no folder, and {section.weight_name} can't be had from the Hub "
+            f"under that name: {error}"
+        ) from error
+
+
+def _encoder(name: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
+    """The picture encoder: a folder, a Hub name, or a folder inside a Hub repository; safetensors alone."""
+    owner, _, rest = name.partition("/")
+    repository, _, inside = rest.partition("/")
+    source, subfolder = (name, "") if Path(name).is_dir() else (f"{owner}/{repository}", inside)
+    try:
+        return CLIPVisionModelWithProjection.from_pretrained(
+            source, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"model.image_adapter.image_encoder: {name} is not the folder or Hub name of a CLIP vision encoder with "
+            f"safetensors weights: {error}"
+        ) from error
+
+
+def _check_encoder(pipeline: Any, section: ImageAdapterSection, name: str) -> None:
+    states, config = reads_states(pipeline.unet), pipeline.image_encoder.config
+    layer = pipeline.unet.encoder_hid_proj.image_projection_layers[0]
+    wanted = next(module.in_features for module in layer.modules() if isinstance(module, nn.Linear))
+    found = config.hidden_size if states else config.projection_dim
+    if wanted != found:
+        raise UserError(
+            f"model.image_adapter.image_encoder: {name} reads {STATES if states else PICTURE} of width {wanted}, but "
+            f"{section.image_encoder} makes them {found} wide; choose the encoder that the adapter was trained with"
+        )
+
+
+def _misfit(file: Path, title: str, error: Exception) -> UserError:
+    return UserError(f"model.image_adapter: {file.name} does not fit the UNet of {title}: {error}")

