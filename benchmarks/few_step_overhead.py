@@ -95,8 +95,8 @@ def measure(options: argparse.Namespace) -> None:
     import comfy.sample
     import comfy.samplers
     import torch
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid
-    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler
+    from dropped_in.nodes.sampling.few_step import flash_grid
+    from dropped_in.nodes.sampling.nodes import FlashSampler
 
     if not options.gpu:
         torch.set_num_threads(1)

@@ -37,7 +37,7 @@ def measure(comfyui: str, style: Path, strengths: list[float]) -> list[dict[str,
     from dropped_in.flash_core.lora.overlap import common_names, overlap
     from dropped_in.nodes.demo.models import SHIPPED_LORAS, build_demo
     from dropped_in.nodes.lora.stack import FlashLoraStack
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid, flash_sampler
+    from dropped_in.nodes.sampling.few_step import flash_grid, flash_sampler
 
     torch.set_num_threads(1)
     for folder in (SHIPPED_LORAS, style.parent):

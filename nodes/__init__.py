@@ -7,7 +7,8 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .control.nodes import FlashAdapterApply
 from .demo.models import SHIPPED_ADAPTERS, SHIPPED_LORAS
-from .lora.loader import FlashDemoModels, FlashLoraLoader
+from .demo.node import FlashDemoModels
+from .lora.loader import FlashLoraLoader
 from .lora.stack import FlashLoraStack
 from .picture.concat import FlashConcatConditioning
 from .picture.face_swap import FlashFaceSwapPrepare

@@ -16,7 +16,7 @@ from .errors import UserError
 # name -> (module with add_arguments and run, what it does)
 COMMANDS = {
     "distill": (".distill.command", "distil a teacher into a few-step LoRA"),
-    "export": (".export.export", "write the LoRA of a run's checkpoint"),
+    "export": (".distill.export_command", "write the LoRA of a run's checkpoint"),
     "evaluate": (".evaluate.command", "compare a student's few steps with its teacher's many"),
     "report": (".report.build", "make the report of an evaluation again"),
     "lora": (".lora_command", "look into LoRA files, convert, merge and shrink them"),

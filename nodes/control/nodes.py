@@ -15,8 +15,8 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
-from ..sampling.few_step import FlashGrid, GridName, flash_grid
-from ..shared.inputs import denoise_input, grid_inputs, steps_input
+from ..sampling.few_step import FlashGrid, flash_grid
+from ..shared.inputs import GridName, denoise_input, grid_inputs, steps_input
 from ..shared.schema import advanced, node_schema, show_text
 from .files import load_adapter
 from .match import check_adapter

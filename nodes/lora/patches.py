@@ -16,23 +16,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 
 from ...flash_core.lora import LoraFile, LoraModule, LoraReport, MatchReport, describe_base, flat_name, match, report_on
+from ..shared.model_facts import describe_model, model_base
 
 # What ComfyUI puts before a layer's name.
 PREFIX = re.compile(
     r"(unet\.)?base_model\.model\.|lora_transformer_|diffusion_model\.|transformer\.|lora_unet_|lycoris_|unet\.|"
 )
 
-# ComfyUI's model configurations by the names that Flash metadata has for their bases.
-BASES = {
-    "SD15": "sd15",
-    "SD20": "sd21",
-    "SD_X4Upscaler": "sd_x4",
-    "SDXL": "sdxl",
-    "PixArtAlpha": "pixart",
-    "PixArtSigma": "pixart-sigma",
-    "Flux": "flux",
-}
-SD35_LARGE_BLOCKS = 38
 
 # A weight, or a slice of a fused one: (weight, (dimension, start, length), ...).
 Target = str | tuple[Any, ...]
@@ -82,28 +72,6 @@ def layer_shape(model: ModelPatcher, target: Target) -> tuple[int, ...] | None:
 
 def _weight(target: Target) -> str:
     return target if isinstance(target, str) else target[0]
-
-
-def model_base(model: ModelPatcher) -> str | None:
-    """The model's base as Flash metadata names it, or None for one that has no name there."""
-    config = model.model.model_config
-    if type(config).__name__ == "SD3":
-        sizes = config.unet_config
-        newer = sizes.get("x_block_self_attn_layers") or sizes.get("depth") == SD35_LARGE_BLOCKS
-        return "sd35" if newer else "sd3"
-    return BASES.get(type(config).__name__)
-
-
-def describe_model(model: ModelPatcher) -> str:
-    """The model's family in words, with the width that tells it from others of its kind."""
-    config = model.model.model_config
-    family = vars(type(config)).get("family", type(config).__name__)
-    sizes = config.unet_config
-    if family == "SD3":
-        family = "SD3.5" if model_base(model) == "sd35" else "SD3"
-        return f"{family} ({sizes.get('depth', 0) * 64} channels wide)"
-    width = sizes.get("context_dim")
-    return f"{family} (attn2 reads {width} channels)" if width else family
 
 
 def fit(file: LoraFile, model: ModelPatcher) -> tuple[MatchReport, dict[str, Target]]:

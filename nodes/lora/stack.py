@@ -20,7 +20,7 @@ from comfy_api.v0_0_2 import io
 from ...flash_core.lora import LoraError, LoraFile, LoraModule, flat_name, merge, read_lora
 from ...flash_core.lora.matching import same_weight
 from ...flash_core.lora.overlap import SIZE_LIMIT, Overlap, common_names, cosine, norm, overlap, suggested_strength
-from ..sampling.few_step import METADATA_KEY
+from ..shared.model_facts import METADATA_KEY
 from ..shared.schema import advanced, node_schema, show_text
 from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch
 

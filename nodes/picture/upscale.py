@@ -17,8 +17,9 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.image import Tiling, plan_tiles, resize
-from ..sampling.few_step import GridName, flash_grid, flash_sampler
+from ..sampling.few_step import flash_grid, flash_sampler
 from ..shared.inputs import (
+    GridName,
     check_guidance,
     check_numbers,
     check_picture,

@@ -21,11 +21,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
-from ..lora.patches import describe_model
 from ..shared.inputs import seed_input
-from ..shared.model_facts import check_prompts, check_vae
+from ..shared.model_facts import METADATA_KEY, check_prompts, check_vae, describe_model
 from ..shared.schema import node_schema, show_text
-from .few_step import METADATA_KEY, flash_grid, flash_sampler
+from .few_step import flash_grid, flash_sampler
 from .nodes import fixed_latent
 
 COUNTER_KEY = "flash_compare"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any
 
 import comfy.model_sampling
 import comfy.samplers
@@ -25,11 +25,8 @@ from ...flash_core.grid import (
 from ...flash_core.lora import FlashMetadata
 from ...flash_core.process import NUM_TIMESTEPS, FlowProcess, Prediction, VPProcess
 from ...flash_core.sampler import few_step_sample, item_noise
-
-METADATA_KEY = "flash_metadata"  # the ModelPatcher attachment in which a LoRA's metadata travels to the sampler
-
-GridName = Literal["trained", "reference", "custom"]
-GRIDS: tuple[GridName, ...] = get_args(GridName)
+from ..shared.inputs import GRIDS, GridName
+from ..shared.model_facts import METADATA_KEY
 
 # ComfyUI's classes for what a network predicts, the more special ones first, and our names for them.
 PREDICTIONS: tuple[tuple[str, Prediction | None], ...] = (

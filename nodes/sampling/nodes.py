@@ -14,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..shared.inputs import (
+    GridName,
     check_guidance,
     check_numbers,
     denoise_input,
@@ -26,7 +27,7 @@ from ..shared.inputs import (
 )
 from ..shared.model_facts import check_prompts
 from ..shared.schema import advanced, node_schema, show_text
-from .few_step import GridName, flash_grid, flash_sampler
+from .few_step import flash_grid, flash_sampler
 
 PIXART_MINIMUM = 66  # latent height + width from which its position embeddings in ComfyUI do not divide by zero
 

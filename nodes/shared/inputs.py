@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
-from ..sampling.few_step import GRIDS
 from .schema import advanced
 
 MAX_SEED = 2**64 - 1
+
+GridName = Literal["trained", "reference", "custom"]
+GRIDS: tuple[GridName, ...] = get_args(GridName)
 
 STEPS_TOOLTIP = (
     "Model evaluations. Each step count has its own trained timesteps (4: t = 999, 749, 499, 249). They are shown on "

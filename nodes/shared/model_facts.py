@@ -10,10 +10,45 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 
-from ..lora.patches import describe_model
-
 # A conditioning's value that every ComfyUI model joins to the noisy latent as it is; ComfyUI does not resize it.
 CONCAT_KEY = "noise_concat"
+METADATA_KEY = "flash_metadata"  # the ModelPatcher attachment in which a LoRA's metadata travels to the sampler
+
+# ComfyUI's model configurations by the names that Flash metadata has for their bases.
+BASES = {
+    "SD15": "sd15",
+    "SD20": "sd21",
+    "SD_X4Upscaler": "sd_x4",
+    "SDXL": "sdxl",
+    "PixArtAlpha": "pixart",
+    "PixArtSigma": "pixart-sigma",
+    "Flux": "flux",
+}
+
+
+SD35_LARGE_BLOCKS = 38
+
+
+def model_base(model: ModelPatcher) -> str | None:
+    """The model's base as Flash metadata names it, or None for one that has no name there."""
+    config = model.model.model_config
+    if type(config).__name__ == "SD3":
+        sizes = config.unet_config
+        newer = sizes.get("x_block_self_attn_layers") or sizes.get("depth") == SD35_LARGE_BLOCKS
+        return "sd35" if newer else "sd3"
+    return BASES.get(type(config).__name__)
+
+
+def describe_model(model: ModelPatcher) -> str:
+    """The model's family in words, with the width that tells it from others of its kind."""
+    config = model.model.model_config
+    family = vars(type(config)).get("family", type(config).__name__)
+    sizes = config.unet_config
+    if family == "SD3":
+        family = "SD3.5" if model_base(model) == "sd35" else "SD3"
+        return f"{family} ({sizes.get('depth', 0) * 64} channels wide)"
+    width = sizes.get("context_dim")
+    return f"{family} (attn2 reads {width} channels)" if width else family
 
 
 def native_side(model: ModelPatcher) -> int:

@@ -60,7 +60,7 @@ def test_a_file_that_is_no_lora_is_one_message_too(
         read_lora(tmp_path / "absent.safetensors")
         return 0
 
-    monkeypatch.setattr("flash_diffusion.trainer.export.export.run", refuse)
+    monkeypatch.setattr("flash_diffusion.trainer.distill.export_command.run", refuse)
     code, text = said(capsys, "export", tmp_path)
     assert code == 2
     assert "there is no LoRA file" in text

@@ -18,11 +18,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from flash_diffusion.trainer.demo.assets import CONTROLS, DATA, FEATURES, LORAS, ROOT, TASK_ADAPTERS, TEACHER
 from flash_diffusion.trainer.demo.making import pictures
 from flash_diffusion.trainer.demo.making.autoencoder import AutoencoderTraining, held_out
-from flash_diffusion.trainer.demo.making.features import FeatureNetwork, accuracy, augment
+from flash_diffusion.trainer.demo.making.features import accuracy, augment
 from flash_diffusion.trainer.demo.making.patch_pca import PatchPCA, psnr
 from flash_diffusion.trainer.demo.making.teacher import teacher
 from flash_diffusion.trainer.demo.making.teacher.training import WARM_UP, Trainer, TrainingSet, schedule
 from flash_diffusion.trainer.demo.shards import TEACHER_STYLE, Caption, Pictures, load_pictures, shard_path, write_shard
+from flash_diffusion.trainer.metrics.feature_network import FeatureNetwork
 
 STYLES = ("fluent3d", "noto")
 

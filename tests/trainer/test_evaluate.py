@@ -19,7 +19,6 @@ from torch import Tensor
 
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.trainer.cli import main
-from flash_diffusion.trainer.demo.making.features import FeatureNetwork
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.generate import (
     Run,
@@ -29,9 +28,11 @@ from flash_diffusion.trainer.evaluate.generate import (
     sample_latents,
 )
 from flash_diffusion.trainer.evaluate.measure import Options, few_step_runs
-from flash_diffusion.trainer.evaluate.reference import Origin, Reference, draw, fingerprint
+from flash_diffusion.trainer.evaluate.reference import Origin, Reference, draw
 from flash_diffusion.trainer.evaluate.teacher_comparison import evaluate, fitting_classes, targets
+from flash_diffusion.trainer.files import fingerprint
 from flash_diffusion.trainer.metrics import distances as metrics
+from flash_diffusion.trainer.metrics.feature_network import FeatureNetwork
 
 from .models import CAPTIONS
 from .paints import COLOURS, SHAPE, SPREAD, Paints

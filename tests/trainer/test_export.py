@@ -15,9 +15,9 @@ from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.config import Recipe, parse_recipe
+from flash_diffusion.trainer.distill.export_command import export_checkpoint
 from flash_diffusion.trainer.distill.loop import Run, distil
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.export.export import export_checkpoint
 from flash_diffusion.trainer.teachers import load_teacher
 
 

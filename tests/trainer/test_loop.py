@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.trainer.config import OptimizerSection, Recipe, parse_recipe
 from flash_diffusion.trainer.distill import checkpoint
-from flash_diffusion.trainer.distill.assembly import Average, assemble, learning_rate_factor
+from flash_diffusion.trainer.distill.assembly import assemble
 from flash_diffusion.trainer.distill.loop import Run, TrainingDiverged, distil, phase_at
+from flash_diffusion.trainer.distill.schedule import Average, learning_rate_factor
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.seeds import stream
 from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser

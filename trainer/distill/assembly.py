@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,48 +12,18 @@ from torch import nn
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.discriminator import Discriminator
 from ...flash_core.distiller import Distiller
-from ..config import ModelSection, OptimizerSection, Recipe
+from ..config import OptimizerSection, Recipe
 from ..data.encode import Examples, encode_examples
 from ..errors import UserError
 from ..metrics.lpips import lpips
 from ..tasks import build_task
 from ..tasks.base import Task
+from ..tasks.requirements import check_channels, check_control
 from ..teachers import load_teacher
-from ..teachers.base import Outline, Teacher
+from ..teachers.base import Teacher
 from ..teachers.denoiser import DiffusersDenoiser
 from .checkpoint import Trained
-
-
-class Average:
-    """The exponential moving average of parameters; young averages forget faster, so that the start fades.
-
-    Args:
-        parameters: what is averaged, by name.
-        decay: of one update, in the long run; 0 follows the parameters.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.parameters = parameters
-        self.decay = decay
-        self.tensors = {name: value.detach().clone() for name, value in parameters.items()}
-
-    @torch.no_grad()
-    def update(self, updates: int) -> None:
-        """Take in the parameters after ``updates`` updates."""
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(list(self.tensors.values()), list(self.parameters.values()), 1 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The parameters hold their average inside the block."""
-        kept = {name: value.data for name, value in self.parameters.items()}
-        for name, value in self.parameters.items():
-            value.data = self.tensors[name]
-        try:
-            yield
-        finally:
-            for name, value in self.parameters.items():
-                value.data = kept[name]
+from .schedule import Average
 
 
 @dataclass(frozen=True)
@@ -140,52 +108,10 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Assembly:
     return Assembly(teacher, task, examples, distiller, Trained(parameters, optimizers, average.tensors), average)
 
 
-def learning_rate_factor(section: OptimizerSection, update: int, progress: float) -> float:
-    """The learning rates as a share of their full value, before the update numbered ``update`` from 0.
-
-    Args:
-        progress: of the whole run, in 0..1.
-    """
-    factor = min(1.0, (update + 1) / section.warmup) if section.warmup else 1.0
-    if section.schedule == "cosine":
-        fallen = max(0.0, progress - section.decay_from) / (1 - section.decay_from)
-        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, fallen)))
-    return factor
-
-
 def _adamw(
     parameters: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], section: OptimizerSection
 ) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters.values(), lr, betas, weight_decay=section.weight_decay, fused=True)
-
-
-def check_control(task: Task, model: ModelSection) -> None:
-    """Look whether a task that gives hints or tokens has a network that reads them, and no other task has one.
-
-    Raises:
-        UserError: one is there without the other.
-    """
-    if task.gives_hint and model.control is None:
-        raise UserError(
-            f"model.control: is missing; the task {task.name} gives hints, which a ControlNet or T2I-adapter reads, so "
-            "set model.control.path to one"
-        )
-    if model.control is not None and not task.gives_hint:
-        raise UserError(
-            f"model.control: {model.control.path} reads hints, but the task {task.name} gives none; set task.name: "
-            "control, or leave model.control out"
-        )
-    if task.gives_image_tokens and model.image_adapter is None:
-        raise UserError(
-            f"model.image_adapter: is missing; the task {task.name} shows the model a picture as tokens, which an "
-            "IP-Adapter reads, so set model.image_adapter.path to one"
-        )
-    if model.image_adapter is not None and not task.gives_image_tokens:
-        raise UserError(
-            f"model.image_adapter: {model.image_adapter.path} reads a picture's tokens, but the task {task.name}, as "
-            "its options are, gives none; set task.name: face-swap and task.options.identity: tokens, or leave "
-            "model.image_adapter out"
-        )
 
 
 def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
@@ -194,22 +120,6 @@ def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
         wanted = "euler" if flow else "dpmpp_2m or ddim"
         kind = "a flow" if flow else "not a flow"
         raise UserError(f"method.solver: {teacher.name} is {kind} model; expected {wanted}, got {recipe.method.solver}")
-
-
-def check_channels(task: Task, teacher: Teacher | Outline) -> None:
-    """Look whether the network reads the channels that the task gives it.
-
-    Raises:
-        UserError: it reads more or fewer.
-    """
-    latent = teacher.latent_shape[0]
-    wanted, found = latent + task.extra_channels(latent), teacher.denoiser.network.config["in_channels"]
-    if found != wanted:
-        raise UserError(
-            f"task.name: {task.name} wants a model that reads {wanted} channels (latents of {latent} and "
-            f"{wanted - latent} of the task's), but {teacher.name} reads {found}; choose the model or the task that "
-            "belongs to the other"
-        )
 
 
 @torch.no_grad()

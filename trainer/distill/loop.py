@@ -27,13 +27,14 @@ from ..data.sources import check_source
 from ..data.trajectories import TrajectoryBank, record_trajectories
 from ..errors import UserError
 from ..export.export import export_run
+from ..export.training_state import TrainingState
 from ..seeds import stream
 from ..teachers.base import weights_hash
 from ..teachers.conditions.control import Control
 from . import checkpoint
-from .assembly import Assembly, assemble, learning_rate_factor, needs_critic
-from .checkpoint import TrainingState
+from .assembly import Assembly, assemble, needs_critic
 from .preview import Preview, preview_rows, save_preview
+from .schedule import learning_rate_factor
 from .training_log import Journal, Means
 
 logger = logging.getLogger(__name__)

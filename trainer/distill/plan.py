@@ -9,9 +9,10 @@ from rich.table import Table
 from ...flash_core.grid import NUM_MODES, timestep_mixture, trailing_timesteps
 from ..config import Recipe
 from ..tasks import build_task
+from ..tasks.requirements import check_channels, check_control
 from ..teachers import family, outline_teacher
 from ..teachers.base import count_parameters
-from .assembly import add_adapters, check_channels, check_control, needs_critic, needs_discriminator
+from .assembly import add_adapters, needs_critic, needs_discriminator
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of each trained parameter: itself, its gradient and AdamW's two moments, all float32.

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from ..demo.assets import FEATURES, ROOT
 from ..demo.assets import TEACHER as DEMO_TEACHER
 from ..errors import UserError
+from ..files import fingerprint
 from ..metrics.clip_score import DEFAULT as DEFAULT_CLIP
 from ..metrics.distances import frechet_distance
 from .coco.protocols import PROTOCOLS
 from .generate import Run
 from .measure import FEW_STEPS, Evaluation, Options, progress_bar
-from .reference import fingerprint
 from .task_command import SAMPLES, TEXT_TO_IMAGE, add_task_arguments, check_lora_task, evaluate_task, follow_run
 from .teacher_comparison import REFERENCE, evaluate, origin_of
 
@@ -203,7 +203,7 @@ def check_task(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace, console: Console) -> bool:
     """The comparison with the teacher; whether there is a report."""
-    from ..demo.making.features import FeatureNetwork as Features
+    from ..metrics.feature_network import FeatureNetwork as Features
 
     defaults = Options()
     options = Options(
@@ -307,8 +307,8 @@ def load_generator(args: argparse.Namespace, device: str, task: Task | None = No
     """
     from ...flash_core.lora import read_lora
     from ..config import TaskSection
-    from ..distill.assembly import check_channels, check_control
     from ..tasks import build_task
+    from ..tasks.requirements import check_channels, check_control
     from ..teachers import load_teacher
 
     section = model_section(args)

@@ -145,9 +145,9 @@ def check_lora_task(lora: LoraFile, path: Path, task: str) -> None:
 
 def evaluate_task(args: argparse.Namespace, console: Any) -> bool:
     """Measure a student on its task; whether there is a report."""
-    from ..demo.making.features import FeatureNetwork
+    from ..files import fingerprint
+    from ..metrics.feature_network import FeatureNetwork
     from .command import load_generator, pick_device
-    from .reference import fingerprint
     from .task_comparison import compare_on_task
     from .task_samples import read_subjects
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..distill.preview import EncodedPrompts
 from ..metrics import confidence_intervals as bootstrap
 from ..metrics.confidence_intervals import Estimate
 from ..metrics.distances import frechet_distance
 from ..tasks.base import Task
 from ..tasks.figures import Figure, Scene
 from ..tasks.scores import distance
+from .encoded_prompts import EncodedPrompts
 from .generate import Run, decode_pictures, sample_latents
 from .measure import FEW_STEPS, FeatureNetwork, Options, environment, progress_bar
 from .task_samples import Batch, Subjects, batches

@@ -13,10 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import fingerprint_texts
 from ..metrics.distances import diversity, frechet_distance, kernel_distance, paired_distance, prompt_accuracy
 from .generate import Generator, Run, default_solver
 from .measure import FEW_STEPS, Evaluation, FeatureNetwork, Measured, Options, environment, progress_bar
-from .reference import Origin, Reference, fingerprint_texts
+from .reference import Origin, Reference
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +48,7 @@ def evaluate(
     """Run everything, write ``report.json`` and ``pictures/`` into ``output``, and return the report.
 
     Args:
-        teacher, features: fingerprints of the weights, see :func:`~.reference.fingerprint`.
+        teacher, features: fingerprints of the weights, see :func:`~..files.fingerprint`.
         student: what the student is called in the report; None evaluates the teacher alone.
         references: reference files to try in turn. Where none fits, all of the teacher's sets are made anew (which
             costs many times the student's) and kept in ``output``, with a message that says why.

@@ -12,8 +12,8 @@ from ...flash_core.grid import NUM_MODES, trailing_timesteps
 from ...flash_core.lora import FlashMetadata, LoraModule
 from ...flash_core.process import Process
 from ..config import Recipe
-from ..distill.checkpoint import TrainingState
 from .card_usage import Usage, is_on_disk, usage
+from .training_state import TrainingState
 
 # The Hub's tasks: inpainting, super-resolution and the like are kinds of its image-to-image.
 PIPELINE_TAGS = {"inpainting": "image-to-image", "super-resolution": "image-to-image", "face-swap": "image-to-image"}

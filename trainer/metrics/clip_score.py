@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..evaluate.reference import fingerprint
+from ..files import fingerprint
 
 if TYPE_CHECKING:
     import torch

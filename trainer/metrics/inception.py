@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .published_weights import file_hash, hub_file, read_tensors
+from ..files import file_hash
+from .published_weights import hub_file, read_tensors
 
 # 95 MB; pytorch-fid publishes the same file as pt_inception-2015-12-05-6726825d.pth.
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from collections.abc import Mapping
@@ -66,12 +65,3 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds something else than tensors by name; expected a network's weights")
     return tensors
-
-
-def file_hash(path: Path) -> str:
-    """The beginning of a file's SHA-256, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]

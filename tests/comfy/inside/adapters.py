@@ -59,7 +59,7 @@ def apply(model: Any, positive: Any, image: Tensor, adapter: str = "none", **set
 
 
 def sample(model: Any, positive: Any, size: tuple[int, ...], steps: int, guidance: float, negative: Any) -> Tensor:
-    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler
+    from dropped_in.nodes.sampling.nodes import FlashSampler
 
     latent = {"samples": torch.zeros(size)}
     outcome = FlashSampler.execute(model, positive, latent, SEED, steps, guidance, 1.0, negative=negative)
@@ -182,7 +182,7 @@ def windows(models: dict[str, Any], folder: Path) -> dict[str, Any]:
     import comfy.controlnet
     from comfy_extras import nodes_model_advanced as core
     from dropped_in.nodes.control.nodes import step_window
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid
+    from dropped_in.nodes.sampling.few_step import flash_grid
 
     several = {
         "sd15": (models["sd15"], 1.0),

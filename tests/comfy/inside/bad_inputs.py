@@ -74,7 +74,7 @@ Case = Callable[[], Tensor] | tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 def sampler_cases(given: Given) -> dict[str, Case]:
     """Flash Sampler, Flash Scheduler and Flash Sampler Select."""
-    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler, FlashSamplerSelect, FlashScheduler
+    from dropped_in.nodes.sampling.nodes import FlashSampler, FlashSamplerSelect, FlashScheduler
 
     def run(latent: Any = None, **changes: Any) -> Tensor:
         values = {"model": given.model, "positive": given.prompt, "latent_image": latent or given.plain()}
@@ -109,7 +109,7 @@ def sampler_cases(given: Given) -> dict[str, Case]:
 
 def compare_cases(given: Given) -> dict[str, Case]:
     """Flash Compare; what its grid shows depends on seconds, so only that there is one."""
-    from dropped_in.nodes.sampling.nodes.compare import FlashCompare
+    from dropped_in.nodes.sampling.compare import FlashCompare
 
     def run(latent: Any = None, **changes: Any) -> Tensor:
         values = {"model": given.teacher, "flash_model": given.model, "positive": given.prompt, "vae": given.vae}

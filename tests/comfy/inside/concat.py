@@ -21,7 +21,7 @@ def main(comfyui: Path, root: Path, adapter: Path, inputs: Path, outputs: Path) 
     import torch
     from dropped_in.nodes.demo.models import build_demo
     from dropped_in.nodes.picture.concat import FlashConcatConditioning
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid, flash_sampler
+    from dropped_in.nodes.sampling.few_step import flash_grid, flash_sampler
     from safetensors.torch import load_file, save_file
 
     given = load_file(inputs)

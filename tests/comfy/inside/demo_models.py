@@ -18,7 +18,7 @@ def main(comfyui: Path, root: Path, folder: Path, inputs: Path, outputs: Path) -
     import comfy.sample
     import torch
     from dropped_in.nodes.demo.models import build_demo
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid
+    from dropped_in.nodes.sampling.few_step import flash_grid
     from safetensors.torch import load_file, save_file
 
     given = load_file(inputs)

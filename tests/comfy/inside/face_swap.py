@@ -21,10 +21,10 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     boot(comfyui, root)
     import torch
     from dropped_in.nodes.demo import models as demo_models
-    from dropped_in.nodes.lora import loader as loaders
+    from dropped_in.nodes.demo import node as demo
     from dropped_in.nodes.picture.face_swap import NOTICE, FlashFaceSwapPrepare
     from dropped_in.nodes.picture.inpaint import FlashInpaintStitch
-    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler
+    from dropped_in.nodes.sampling.nodes import FlashSampler
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(1)
@@ -34,8 +34,8 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     demo_models.TASK_ADAPTERS = loaders.TASK_ADAPTERS = folder
     with torch.inference_mode():
         assert "face-swap" in demo_models.demo_tasks()
-        model, clip, vae = loaders.FlashDemoModels.execute("face-swap").args
-        plain, _, _ = loaders.FlashDemoModels.execute().args
+        model, clip, vae = demo.FlashDemoModels.execute("face-swap").args
+        plain, _, _ = demo.FlashDemoModels.execute().args
         prompt = clip.encode_from_tokens_scheduled(clip.tokenize(""))
         settings = {"size": 0, "context": 16.0, "feather": 0, "notice": NOTICE}
 

@@ -24,7 +24,8 @@ def main(comfyui: Path, root: Path, requests: Path) -> None:
     import comfy.model_patcher
     import torch
     from dropped_in.flash_core.lora import describe_base, read_lora
-    from dropped_in.nodes.lora.patches import LoraMismatch, apply_lora, describe_model
+    from dropped_in.nodes.lora.patches import LoraMismatch, apply_lora
+    from dropped_in.nodes.shared.model_facts import describe_model
 
     meta = torch.device("meta")
     answers = {}

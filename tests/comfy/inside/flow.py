@@ -18,7 +18,7 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
     import comfy.model_sampling
     import comfy.sample
     import torch
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid, flash_sampler
+    from dropped_in.nodes.sampling.few_step import flash_grid, flash_sampler
     from safetensors.torch import save_file
 
     class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):

@@ -28,7 +28,7 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     """Sample with Flash Sampler; 9-channel models get what InpaintModelConditioning attaches."""
     boot(comfyui, root)
     import torch
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid
+    from dropped_in.nodes.sampling.few_step import flash_grid
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(1)
@@ -70,8 +70,8 @@ def others(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     import comfy.samplers
     import torch
     from comfy_extras.nodes_custom_sampler import SamplerCustom
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid
-    from dropped_in.nodes.sampling.nodes.nodes import FlashSamplerSelect
+    from dropped_in.nodes.sampling.few_step import flash_grid
+    from dropped_in.nodes.sampling.nodes import FlashSamplerSelect
 
     positive, negative = conditioning(given, "positive"), conditioning(given, "negative")
     picture = {"samples": model.model.process_latent_out(given["picture"].clone())}

@@ -66,7 +66,7 @@ def conditioning(given, name, rows=slice(0, 1)):
 
 def sample(model, positive, latent, *, seed=SEED, steps=4, guidance=1.0, denoise=1.0, **options):
     """Flash Sampler's own ``execute``; the latent as the network sees it."""
-    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler
+    from dropped_in.nodes.sampling.nodes import FlashSampler
 
     result = FlashSampler.execute(model, positive, latent, seed, steps, guidance, denoise, **options)
     return model.model.process_latent_in(result.args[0]["samples"])
@@ -74,7 +74,7 @@ def sample(model, positive, latent, *, seed=SEED, steps=4, guidance=1.0, denoise
 
 def describe(model, *arguments, metadata=None):
     """A grid, or why there is none."""
-    from dropped_in.nodes.sampling.nodes.few_step import METADATA_KEY, flash_grid
+    from dropped_in.nodes.sampling.few_step import METADATA_KEY, flash_grid
 
     if metadata is not None:
         model = model.clone()
@@ -127,7 +127,7 @@ def features(family, model, given):
     import comfy.sample
     import comfy.samplers
     import torch
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid
+    from dropped_in.nodes.sampling.few_step import flash_grid
 
     positive, negative = conditioning(given, "positive"), conditioning(given, "negative")
     flow = family.startswith("sd3")

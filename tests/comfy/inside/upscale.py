@@ -76,8 +76,8 @@ def demo(results: Results) -> None:
     from dropped_in.flash_core.image import plan_tiles
     from dropped_in.nodes.demo.models import build_demo
     from dropped_in.nodes.lora.loader import FlashLoraLoader
-    from dropped_in.nodes.sampling.nodes.few_step import flash_grid, flash_sampler
-    from dropped_in.nodes.sampling.nodes.nodes import FlashSampler
+    from dropped_in.nodes.sampling.few_step import flash_grid, flash_sampler
+    from dropped_in.nodes.sampling.nodes import FlashSampler
 
     teacher, clip, vae = build_demo()
     model = FlashLoraLoader.execute(teacher, "flash_demo.safetensors", 1.0).args[0]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from ...metrics.feature_network import FeatureNetwork
 from ..assets import FEATURES, TEACHER
 from ..shards import SIZE, TEACHER_STYLE, load_pictures
 from .autoencoder import held_out
-from .features import FeatureNetwork, accuracy
+from .features import accuracy
 from .patch_pca import PatchPCA, psnr
 from .teacher.teacher import TRAINING_FILE
 from .teacher.training import v_loss

@@ -7,7 +7,6 @@ pack under strong augmentation, so that it measures the drawing and not a few pi
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import time
@@ -15,73 +14,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...metrics.feature_network import FeatureNetwork
 from ..assets import FEATURES, TEACHER
-from ..shards import SIZE, TEACHER_STYLE, Pictures, load_pictures
+from ..shards import TEACHER_STYLE, Pictures, load_pictures
 from .patch_pca import PatchPCA
 
 logger = logging.getLogger(__name__)
-
-WIDTHS = (32, 64, 96, 128)
-EMBEDDING = 64  # well below the sample counts it is used with, or a covariance would be singular
-
-
-class FeatureNetwork(nn.Module):
-    """A plain convolutional network: (B, 3, H, W) in [0, 1] -> embedding (B, 64), logits (B, classes)."""
-
-    def __init__(self, classes: list[str], general: list[str]) -> None:
-        """`classes` are the subjects' names, in the order of the logits, `general` each one's general caption."""
-        super().__init__()
-        self.classes, self.general = list(classes), list(general)
-        layers: list[nn.Module] = [nn.Conv2d(3, WIDTHS[0], 6, stride=4, padding=1, bias=False)]
-        for previous, width in zip((WIDTHS[0], *WIDTHS[:-1]), WIDTHS, strict=True):
-            stride = 1 if previous == width else 2
-            layers += [
-                nn.BatchNorm2d(previous),
-                nn.ReLU(),
-                nn.Conv2d(previous, width, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-                nn.Conv2d(width, width, 3, padding=1, bias=False),
-            ]
-        self.body = nn.Sequential(*layers, nn.BatchNorm2d(WIDTHS[-1]), nn.ReLU())
-        self.embed = nn.Linear(WIDTHS[-1], EMBEDDING)
-        self.classify = nn.Linear(EMBEDDING, len(classes))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedding (B, 64) and logits (B, classes) of images (B, 3, H, W) in [0, 1]; other sizes are resized."""
-        if images.shape[-2:] != (SIZE, SIZE):
-            images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-        # On a white ground the mean is near 1: centred there, the empty border is zero, like the padding.
-        embedding = self.embed(self.body(2 * (images - 1)).mean((2, 3)))
-        return embedding, self.classify(embedding)
-
-    def save_pretrained(self, folder: Path, **facts: object) -> None:
-        """Write `config.json` (with any `facts`) and `model.safetensors`, in half precision."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict()
-        save_file(
-            {
-                name: (value.half() if value.is_floating_point() else value).contiguous()
-                for name, value in state.items()
-            },
-            folder / "model.safetensors",
-        )
-        config = {"classes": self.classes, "general": self.general, **facts}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: Path = FEATURES) -> FeatureNetwork:
-        """Read what `save_pretrained` wrote, in single precision, ready to measure (evaluation mode, no gradients)."""
-        from safetensors.torch import load_file
-
-        config = json.loads((folder / "config.json").read_text())
-        network = cls(config["classes"], config["general"])
-        network.load_state_dict(load_file(folder / "model.safetensors"))
-        return network.eval().requires_grad_(False)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ...files import fingerprint_texts
 from ...metrics.distances import Moments
 from ..generate import Run
-from ..reference import fingerprint_texts
 from .captions import Caption, Coco
 from .framing import WORDS, for_inception, open_picture, square
 from .picture_folder import Gallery

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ....flash_core.grid import trailing_timesteps
 from ...errors import UserError
+from ...files import file_hash, fingerprint_texts
 from ...metrics.inception import PUBLISHED
-from ...metrics.published_weights import file_hash
 from ...seeds import seed_of
 from ..generate import Generator, Run, decode_pictures, default_solver, sample_latents
 from ..measure import environment, progress_bar
-from ..reference import fingerprint_texts
 from .captions import Caption, Coco
 from .framing import WORDS, open_picture, square
 from .picture_folder import Gallery

@@ -24,7 +24,7 @@ from .....flash_core.denoiser import Conditioning, Role
 from .....flash_core.task_adapter import TaskAdapter, write_task_adapter
 from ....config import DataSection, ModelSection, TaskSection
 from ....data.encode import Examples, encode_examples
-from ....distill.assembly import Average
+from ....distill.schedule import Average
 from ....errors import UserError
 from ....export.export import lora_modules
 from ....seeds import stream
