@@ -31,7 +31,7 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     given = load_file(folder / "given.safetensors")
     target, source, ellipse = given["target"], given["source"], given["ellipse"]
     # The adapter of this test in place of the shipped ones; the node needs nothing but its file.
-    demo_models.TASK_ADAPTERS = loaders.TASK_ADAPTERS = folder
+    demo_models.TASK_ADAPTERS = demo.TASK_ADAPTERS = folder
     with torch.inference_mode():
         assert "face-swap" in demo_models.demo_tasks()
         model, clip, vae = demo.FlashDemoModels.execute("face-swap").args
