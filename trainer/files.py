@@ -1,19 +1,87 @@
-"""Files: hashes that tell whether two are the same."""
+"""Write files and folders whole or not at all, and hash them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def fingerprint(folder: Path) -> str:
-    """A hash of a model's weights, configurations and vocabularies, 16 hexadecimal digits.
+def partial_path(path: Path) -> Path:
+    """Return the hidden name beside ``path`` that its content has until it is complete."""
+    return path.with_name(f".{path.name}.partial")
 
-    Files are told by their path inside the folder. Of the folder's own files, cards and notes on the training do not
-    count, only weights and ``config.json``; of a configuration, neither the layout nor what begins with an underscore
-    (which library wrote it, and where).
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a hidden file beside ``path``, then rename the hidden file to ``path``.
+
+    After a failure or a crash ``path`` still holds its old content. Missing folders are made. The file gets the
+    permissions of any new file (0666 without the umask's bits), even where the writer makes it private.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        permissions = _new_file_permissions(partial)
+        write(partial)
+        _settle(partial, permissions)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a hidden folder beside ``folder``, then rename the hidden folder to ``folder``.
+
+    After a failure ``folder`` still holds its old content.
+    """
+    partial = partial_path(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        publish_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_folder(partial: Path, folder: Path) -> None:
+    """Flush the complete folder ``partial`` to disk and rename it to ``folder``, which is removed first."""
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    permissions = _new_file_permissions(partial / ".permissions")
+    for path in files:
+        _settle(path, permissions)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _new_file_permissions(path: Path) -> int:
+    """Return the permissions that the system gives a new file at ``path``; no file is left there."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    permissions = path.stat().st_mode
+    path.unlink()
+    return permissions
+
+
+def _settle(path: Path, permissions: int) -> None:
+    """Give a written file its permissions (safetensors makes files private) and flush it to disk."""
+    path.chmod(permissions)
+    with path.open("rb+") as file:  # Windows flushes only files that are open for writing
+        os.fsync(file.fileno())
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash of a model's weights, configurations and vocabularies: 16 hexadecimal digits.
+
+    A file is known by its path inside the folder. Directly in the folder only weights and ``config.json`` count, not
+    cards or notes on the training. In a configuration, neither the layout nor keys that begin with an underscore count
+    (the library that wrote the file, and where).
+
+    Raises:
+        FileNotFoundError: the folder holds no ``.safetensors`` file.
     """
     weights = {*folder.rglob("*.safetensors")}
     if not weights:
@@ -28,21 +96,23 @@ def fingerprint(folder: Path) -> str:
                 content = {key: value for key, value in content.items() if not key.startswith("_")}
             digest.update(json.dumps(content, sort_keys=True).encode())
             continue
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        _add_file(digest, path)
     return digest.hexdigest()[:16]
 
 
 def fingerprint_texts(texts: Sequence[str]) -> str:
-    """A hash of a list of texts in its order, 16 hexadecimal digits."""
+    """Return a hash of a list of texts in its order: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
 def file_hash(path: Path) -> str:
-    """The beginning of a file's SHA-256, 16 hexadecimal digits."""
+    """Return the first 16 hexadecimal digits of a file's SHA-256."""
     digest = hashlib.sha256()
+    _add_file(digest, path)
+    return digest.hexdigest()[:16]
+
+
+def _add_file(digest: hashlib._Hash, path: Path) -> None:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()[:16]

@@ -1,0 +1,97 @@
+"""Convert pictures between tensors and Pillow, lay them on white, arrange them in grids, embed them in pages.
+
+A tensor picture is (3, H, W): "unit" in [0, 1], "signed" in [-1, 1], or uint8.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GAP = 4  # pixels between pictures of a grid
+HEADER = 18  # pixels for a column's title
+FONT_SIZE = 12  # pixels
+
+
+def picture_from_unit(image: Tensor) -> Image.Image:
+    """Return a picture (3, H, W) or (1, H, W) in [0, 1] as RGB with 8 bits a channel."""
+    return picture_from_bytes((image * 255).round().clamp(0, 255).byte())
+
+
+def picture_from_signed(image: Tensor) -> Image.Image:
+    """Return a picture (3, H, W) or (1, H, W) in [-1, 1] as RGB with 8 bits a channel."""
+    return picture_from_bytes(((image + 1) * 127.5).round().clamp(0, 255).byte())
+
+
+def picture_from_bytes(image: Tensor) -> Image.Image:
+    """Return a picture (3, H, W) or (1, H, W), uint8, as RGB."""
+    return Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())
+
+
+def picture_bytes(picture: Image.Image) -> Tensor:
+    """Return an RGB picture as (3, H, W) uint8. Divide by 255 for [0, 1]."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def picture_signed(picture: Image.Image) -> Tensor:
+    """Return an RGB picture as (3, H, W) float32 in [-1, 1]."""
+    return picture_bytes(picture).float() / 127.5 - 1
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """Return a picture as RGB, with white where the picture is transparent."""
+    if picture.mode not in ("RGBA", "LA", "PA", "P"):
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def titled_grid(columns: Mapping[str, Tensor]) -> Image.Image:
+    """Return a grid with one titled column for each entry: pictures (R, 3, H, W) in [0, 1]."""
+    rows, _, height, width = next(iter(columns.values())).shape
+    size = (len(columns) * (width + GAP) - GAP, HEADER + rows * (height + GAP) - GAP)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(size=FONT_SIZE)
+    for column, (title, pictures) in enumerate(columns.items()):
+        left = column * (width + GAP)
+        draw.text((left + 2, 1), title, fill="black", font=font)
+        for row, picture in enumerate(pictures):
+            grid.paste(picture_from_unit(picture), (left, HEADER + row * (height + GAP)))
+    return grid
+
+
+def tile_grid(pictures: Tensor | Sequence[Tensor], columns: int, tile: int) -> Image.Image:
+    """Return pictures (N, 3, H, W) in [0, 1] side by side, row by row, each resized to ``tile`` x ``tile`` pixels."""
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * tile, rows * tile), "white")
+    for index, image in enumerate(pictures):
+        picture = picture_from_unit(image).resize((tile, tile), Image.Resampling.LANCZOS)
+        sheet.paste(picture, (index % columns * tile, index // columns * tile))
+    return sheet
+
+
+def data_uri(path: Path, size: int, quality: int) -> str:
+    """Return a picture file as a ``data:`` URI, a WebP file that a page can hold.
+
+    Args:
+        path: the picture file.
+        size: longest side in pixels; a larger picture is reduced.
+        quality: of the WebP file, 0 to 100.
+    """
+    with Image.open(path) as picture:
+        picture.thumbnail((size, size))
+        stream = io.BytesIO()
+        picture.convert("RGB").save(stream, "WEBP", quality=quality, method=6)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
