@@ -21,7 +21,7 @@ from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.generate import (
-    Run,
+    SamplingSetting,
     decode_pictures,
     default_solver,
     noise_source,
@@ -149,8 +149,18 @@ def test_metrics_refuse_what_means_nothing() -> None:
 
 
 @pytest.mark.parametrize("process", [FlowProcess(), VPProcess.from_betas(prediction="v_prediction")])
-@pytest.mark.parametrize("run", [Run("teacher", 8, 3.0), Run("teacher", 4), Run("student", 4), Run("student", 1)])
-def test_a_seed_is_one_picture_in_any_batch_and_costs_what_it_says(run: Run, process: VPProcess | FlowProcess) -> None:
+@pytest.mark.parametrize(
+    "run",
+    [
+        SamplingSetting("teacher", 8, 3.0),
+        SamplingSetting("teacher", 4),
+        SamplingSetting("student", 4),
+        SamplingSetting("student", 1),
+    ],
+)
+def test_a_seed_is_one_picture_in_any_batch_and_costs_what_it_says(
+    run: SamplingSetting, process: VPProcess | FlowProcess
+) -> None:
     model = Paints(0.2, process)
     prompts, seeds = ["red", "blue", "green"], [7, 8, 9]
     together = sample_latents(model, run, prompts, seeds)
@@ -171,24 +181,29 @@ def test_the_student_renoises_with_fresh_noise_on_the_trailing_grid() -> None:
         z = (1 - sigma) * z0 + sigma * torch.randn(*SHAPE, generator=generator)
         gain = (1 - sigma) * SPREAD**2 / ((1 - sigma) ** 2 * SPREAD**2 + sigma**2)
         z0 = mean + gain * (z - (1 - sigma) * mean)
-    torch.testing.assert_close(sample_latents(model, Run("student", 4), ["red"], [3])[0], z0)
+    torch.testing.assert_close(sample_latents(model, SamplingSetting("student", 4), ["red"], [3])[0], z0)
 
 
 def test_the_teacher_solves_its_ode_with_guidance() -> None:
     # Without guidance the flow carries noise eps to mean + SPREAD eps, whatever the mean.
     model = Paints()
     noise = noise_source([1, 2], SHAPE, "cpu")()
-    latents = sample_latents(model, Run("teacher", 400), ["red", "red"], [1, 2])
+    latents = sample_latents(model, SamplingSetting("teacher", 400), ["red", "red"], [1, 2])
     expected = torch.tensor(COLOURS["red"])[:, None, None] + SPREAD * noise
     torch.testing.assert_close(latents, expected, rtol=0, atol=0.02)
-    guided = sample_latents(model, Run("teacher", 400, 2.0), ["red", "red"], [1, 2])
+    guided = sample_latents(model, SamplingSetting("teacher", 400, 2.0), ["red", "red"], [1, 2])
     assert (guided - latents)[:, 0].mean() > 0.1  # away from grey, toward more red
     assert default_solver(model.process) == "euler"
     assert default_solver(VPProcess.from_betas()) == "dpmpp_2m"
 
 
 def test_names_and_passes_of_runs() -> None:
-    runs = [Run("teacher", 32, 2.5), *few_step_runs(2.5), Run("student", 4), Run("student", 1)]
+    runs = [
+        SamplingSetting("teacher", 32, 2.5),
+        *few_step_runs(2.5),
+        SamplingSetting("student", 4),
+        SamplingSetting("student", 1),
+    ]
     assert {run.name: run.nfe for run in runs} == {
         "teacher 32 steps, guided": 64,
         "teacher 4 steps, guided": 8, "teacher 2 steps, guided": 4, "teacher 1 step, guided": 2,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.evaluate.generate import Run
+from flash_diffusion.trainer.evaluate.generate import SamplingSetting
 from flash_diffusion.trainer.evaluate.measure import few_step_runs
 from flash_diffusion.trainer.evaluate.teacher_comparison import save_pictures, targets
 from flash_diffusion.trainer.report.build import write_report
@@ -29,7 +29,11 @@ FD = {"student 4 steps": 0.24, "student 2 steps": 0.5, "student 1 step": 1.9, "t
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An evaluation's output: figures worked by hand, pictures of one colour each."""
-    runs = [Run("teacher", 32, 3.0), *(Run("student", steps) for steps in (4, 2, 1)), *few_step_runs(3.0)]
+    runs = [
+        SamplingSetting("teacher", 32, 3.0),
+        *(SamplingSetting("student", steps) for steps in (4, 2, 1)),
+        *few_step_runs(3.0),
+    ]
     records, files = [], {}
     for index, run in enumerate(runs):
         fd = FD.get(run.name, 8.0 / run.steps)
@@ -133,7 +137,12 @@ def test_a_folder_without_an_evaluation(tmp_path: Path) -> None:
 @pytest.fixture
 def scores(tmp_path: Path) -> Path:
     """A zero-shot evaluation's output."""
-    runs = [Run("student", 4), Run("teacher", 25, 7.5), Run("student", 2), Run("teacher", 4)]
+    runs = [
+        SamplingSetting("student", 4),
+        SamplingSetting("teacher", 25, 7.5),
+        SamplingSetting("student", 2),
+        SamplingSetting("teacher", 4),
+    ]
     files = {
         run.label: save_pictures(torch.full((2, 3, 8, 8), index / 4), tmp_path, run.name)
         for index, run in enumerate(runs)

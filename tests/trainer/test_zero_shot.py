@@ -29,8 +29,8 @@ from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.coco.captions import Caption, read_coco
 from flash_diffusion.trainer.evaluate.coco.framing import for_inception, open_picture, square
-from flash_diffusion.trainer.evaluate.coco.picture_folder import Gallery
-from flash_diffusion.trainer.evaluate.coco.protocols import PROTOCOLS, Protocol
+from flash_diffusion.trainer.evaluate.coco.picture_folder import PictureFolder
+from flash_diffusion.trainer.evaluate.coco.protocols import PROTOCOLS, CocoProtocol
 from flash_diffusion.trainer.evaluate.coco.scoring import Networks, measure, reference_moments
 from flash_diffusion.trainer.evaluate.coco.zero_shot import (
     Settings,
@@ -40,7 +40,7 @@ from flash_diffusion.trainer.evaluate.coco.zero_shot import (
     run_folder,
 )
 from flash_diffusion.trainer.evaluate.command import parse_run
-from flash_diffusion.trainer.evaluate.generate import Run
+from flash_diffusion.trainer.evaluate.generate import SamplingSetting
 from flash_diffusion.trainer.evaluate.measure import progress_bar
 from flash_diffusion.trainer.metrics.clip_score import ClipScorer
 from flash_diffusion.trainer.teachers import load_teacher
@@ -50,7 +50,9 @@ from .conftest import ROOT, trainer_process
 from .paints import COLOURS, Paints
 from .stand_ins import CAPTIONS, coco_folder, inception_file, random_lora, tiny_clip
 
-SMALL = Protocol("small", "annotations/captions_val2017.json", "val2017", samples=12, size=32, caption_prefix="See ")
+SMALL = CocoProtocol(
+    "small", "annotations/captions_val2017.json", "val2017", samples=12, size=32, caption_prefix="See "
+)
 FLAT = [Caption(10 * index + 3, text) for index, text in enumerate([*COLOURS, *COLOURS])]
 
 
@@ -190,14 +192,14 @@ def test_an_unreadable_picture_names_its_file(tmp_path: Path) -> None:
 def make(
     folder: Path,
     captions: list[Caption] = FLAT,
-    run: Run = Run("student", 2),  # noqa: B008
+    run: SamplingSetting = SamplingSetting("student", 2),  # noqa: B008
     process: int = 0,
     processes: int = 1,
     model: Paints | None = None,
     batch_size: int = 3,
 ) -> Paints:
     model = model or Paints(0.2)
-    gallery = Gallery(folder, {"run": run.name}, process)
+    gallery = PictureFolder(folder, {"run": run.name}, process)
     settings = Settings((run,), batch_size=batch_size)
     state = SimpleNamespace(process_index=process, num_processes=processes)
     with progress_bar(None) as progress:
@@ -216,7 +218,7 @@ def test_processes_share_the_work_and_change_nothing(tmp_path: Path) -> None:
     assert len(contents(tmp_path / "alone")) == len(FLAT) == 8
     assert sum(model.passes for model in together) == alone.passes == 2 * len(FLAT)
     assert {model.passes for model in together} == {2 * 5, 2 * 3}  # batches 0 and 2, and batch 1
-    assert Gallery(tmp_path / "together", {"run": "student 2 steps"}).seconds_per_picture() is not None
+    assert PictureFolder(tmp_path / "together", {"run": "student 2 steps"}).seconds_per_picture() is not None
 
 
 def test_pictures_depend_on_their_caption_and_seed_alone(tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_finished_pictures_are_kept_and_partial_files_never_count(tmp_path: Path
     make(tmp_path / "whole")
     make(tmp_path / "broken")
     for caption in FLAT[4:]:
-        path = Gallery(tmp_path / "broken", {"run": "student 2 steps"}).path(caption.number)
+        path = PictureFolder(tmp_path / "broken", {"run": "student 2 steps"}).path(caption.number)
         path.with_name(path.name + ".0.part").write_bytes(path.read_bytes()[:20])  # what a kill leaves
         path.unlink()
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "broken").glob("*.png")}
@@ -246,13 +248,13 @@ def test_finished_pictures_are_kept_and_partial_files_never_count(tmp_path: Path
 
 
 def test_pictures_of_something_else_are_refused(tmp_path: Path) -> None:
-    Gallery(tmp_path / "a", {"steps": 4, "teacher": "x"})
+    PictureFolder(tmp_path / "a", {"steps": 4, "teacher": "x"})
     with pytest.raises(UserError, match="steps is 4 there and 2 now; choose another --output"):
-        Gallery(tmp_path / "a", {"steps": 2, "teacher": "x"}, process=1)
+        PictureFolder(tmp_path / "a", {"steps": 2, "teacher": "x"}, process=1)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "000000000001.png").touch()
     with pytest.raises(UserError, match="without made_from.json"):
-        Gallery(tmp_path / "b", {"steps": 2})
+        PictureFolder(tmp_path / "b", {"steps": 2})
 
 
 def test_a_diverged_model_is_named(tmp_path: Path) -> None:
@@ -263,8 +265,8 @@ def test_a_diverged_model_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "sd35"])
 def test_every_family_makes_pictures(family: str, tmp_path: Path) -> None:
     teacher = load_teacher(ModelSection(family=family, path=str(save_pipeline(family, tmp_path / "model"))))
-    gallery = Gallery(tmp_path / "pictures", {})
-    run = Run("teacher", 2, 3.0)
+    gallery = PictureFolder(tmp_path / "pictures", {})
+    run = SamplingSetting("teacher", 2, 3.0)
     state = SimpleNamespace(process_index=0, num_processes=1)
     with progress_bar(None) as progress:
         make_pictures(teacher, run, FLAT[:2], gallery, SMALL, Settings((run,)), state, progress)  # type: ignore[arg-type]
@@ -278,9 +280,9 @@ def test_every_family_makes_pictures(family: str, tmp_path: Path) -> None:
 
 def test_half_precision_changes_a_picture_a_little(tiny_model: Path, tmp_path: Path) -> None:
     teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
-    run, made = Run("teacher", 2), []
+    run, made = SamplingSetting("teacher", 2), []
     for precision in ("no", "bf16"):
-        gallery, settings = Gallery(tmp_path / precision, {}), Settings((run,), precision=precision)  # type: ignore[arg-type]
+        gallery, settings = PictureFolder(tmp_path / precision, {}), Settings((run,), precision=precision)  # type: ignore[arg-type]
         state = SimpleNamespace(process_index=0, num_processes=1)
         with progress_bar(None) as progress:
             make_pictures(teacher, run, FLAT[:1], gallery, SMALL, settings, state, progress)  # type: ignore[arg-type]
@@ -290,11 +292,11 @@ def test_half_precision_changes_a_picture_a_little(tiny_model: Path, tmp_path: P
 
 def test_runs_of_several_scales_are_kept_apart(tmp_path: Path) -> None:
     runs = [
-        Run("teacher", 25, 7.5),
-        Run("teacher", 25, 3.0),
-        Run("teacher", 25),
-        Run("student", 1),
-        Run("student", 1, 2.0),
+        SamplingSetting("teacher", 25, 7.5),
+        SamplingSetting("teacher", 25, 3.0),
+        SamplingSetting("teacher", 25),
+        SamplingSetting("student", 1),
+        SamplingSetting("student", 1, 2.0),
     ]
     assert [run_folder(tmp_path, run).name for run in runs] == [
         *("teacher-25-steps-guidance-7.5", "teacher-25-steps-guidance-3", "teacher-25-steps"),
@@ -307,14 +309,14 @@ def test_runs_of_several_scales_are_kept_apart(tmp_path: Path) -> None:
 
 def test_scores_are_torchmetrics_on_the_same_pictures(coco: Path, clip: Path, tmp_path: Path) -> None:
     found = read_coco(coco, SMALL)
-    gallery = Gallery(tmp_path / "pictures", {})
+    gallery = PictureFolder(tmp_path / "pictures", {})
     random = np.random.default_rng(3)
     for caption in found.captions:
         gallery.save(caption.number, Image.fromarray(random.integers(0, 200, (32, 32, 3), dtype=np.uint8)))
     networks = Networks(Eye(), "eye", ClipScorer.load(str(clip), "cpu"))
     with progress_bar(None) as progress:
         reference = reference_moments(found, SMALL, networks, tmp_path / "coco.safetensors", progress)
-        record = measure(gallery, Run("student", 4), found.captions, reference, SMALL, networks, progress)
+        record = measure(gallery, SamplingSetting("student", 4), found.captions, reference, SMALL, networks, progress)
 
     def view(paths: list[Path]) -> Tensor:
         return torch.stack([for_inception(square(Image.open(path).convert("RGB"), 32)) for path in paths])
@@ -377,7 +379,13 @@ def test_missing_pictures_are_no_score(coco: Path, tmp_path: Path) -> None:
         reference = reference_moments(found, SMALL, networks, tmp_path / "coco.safetensors", progress)
         with pytest.raises(UserError, match="lacks 12 of 12 pictures; run the command again"):
             measure(
-                Gallery(tmp_path / "none", {}), Run("student", 4), found.captions, reference, SMALL, networks, progress
+                PictureFolder(tmp_path / "none", {}),
+                SamplingSetting("student", 4),
+                found.captions,
+                reference,
+                SMALL,
+                networks,
+                progress,
             )
 
 
@@ -400,12 +408,12 @@ def test_a_loras_hash_follows_its_weights_and_its_alpha(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "run"),
     [
-        ("student:4", Run("student", 4)),
-        ("teacher:25:7.5", Run("teacher", 25, 7.5)),
-        ("teacher:4:1", Run("teacher", 4)),
+        ("student:4", SamplingSetting("student", 4)),
+        ("teacher:25:7.5", SamplingSetting("teacher", 25, 7.5)),
+        ("teacher:4:1", SamplingSetting("teacher", 4)),
     ],
 )
-def test_runs_are_read(text: str, run: Run) -> None:
+def test_runs_are_read(text: str, run: SamplingSetting) -> None:
     assert parse_run(text) == run
 
 

@@ -11,8 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..config import Recipe
-from ..evaluate.encoded_prompts import EncodedPrompts
-from ..evaluate.generate import Run, decode_pictures, sample_latents
+from ..evaluate.generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents
 from ..seeds import seed_of
 
 if TYPE_CHECKING:
@@ -56,13 +55,13 @@ class Preview:
         method, section = self.recipe.method, self.recipe.preview
         if self.teacher_pictures is None:
             guidance = sum(method.guidance) / 2 if section.guidance is None else section.guidance
-            self.teacher_pictures = self._pictures(Run("teacher", method.teacher_steps, guidance))
+            self.teacher_pictures = self._pictures(SamplingSetting("teacher", method.teacher_steps, guidance))
         columns = {f"teacher {method.teacher_steps}": self.teacher_pictures}
         for steps in sorted(section.steps, reverse=True):
-            columns[f"student {steps}"] = self._pictures(Run("student", steps))
+            columns[f"student {steps}"] = self._pictures(SamplingSetting("student", steps))
         return picture_grid(columns)
 
-    def _pictures(self, run: Run) -> Tensor:
+    def _pictures(self, run: SamplingSetting) -> Tensor:
         """All rows, in batches no larger than training's; a large picture fills a decoder's memory by itself."""
         solver = self.recipe.method.solver if run.role == "teacher" else None
         size = self.recipe.batch_size

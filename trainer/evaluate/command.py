@@ -20,7 +20,7 @@ from ..files import fingerprint
 from ..metrics.clip_score import DEFAULT as DEFAULT_CLIP
 from ..metrics.distances import frechet_distance
 from .coco.protocols import PROTOCOLS
-from .generate import Run
+from .generate import SamplingSetting
 from .measure import FEW_STEPS, Evaluation, Options, progress_bar
 from .task_command import SAMPLES, TEXT_TO_IMAGE, add_task_arguments, check_lora_task, evaluate_task, follow_run
 from .teacher_comparison import REFERENCE, evaluate, origin_of
@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_run(text: str) -> Run:
+def parse_run(text: str) -> SamplingSetting:
     """A run from ``student:4`` or ``teacher:25:7.5``."""
     role, *numbers = text.split(":")
     try:
@@ -142,7 +142,7 @@ def parse_run(text: str) -> Run:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no run; expected student:STEPS or teacher:STEPS:GUIDANCE, steps and guidance at least 1"
         ) from None
-    return Run("student" if role == "student" else "teacher", steps, guidance)
+    return SamplingSetting("student" if role == "student" else "teacher", steps, guidance)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -253,7 +253,11 @@ def measure_on_coco(args: argparse.Namespace, console: Console) -> bool:
     protocol = PROTOCOLS[args.protocol]
     prompts = read_prompts(args.prompts) if args.prompts else None
     coco = read_coco(args.coco, protocol, args.samples, prompts)
-    usual = [Run("student", steps) for steps in FEW_STEPS] if args.lora else [Run("teacher", args.steps, args.guidance)]
+    usual = (
+        [SamplingSetting("student", steps) for steps in FEW_STEPS]
+        if args.lora
+        else [SamplingSetting("teacher", args.steps, args.guidance)]
+    )
     settings = Settings(
         runs=tuple(dict.fromkeys(args.runs or usual)),
         seed=args.seed,

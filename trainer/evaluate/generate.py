@@ -1,9 +1,9 @@
-"""Pictures from a teacher or its student, each from its own seed: the same picture whatever the batch it is made in."""
+"""Make pictures with a teacher or its student. Each picture has its own seed, so it is the same in any batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from ...flash_core.denoiser import Conditioning, Denoiser
     from ...flash_core.process import Process
     from ...flash_core.solvers import Solver
+    from ..tasks.base import Task
+    from ..teachers.base import Teacher
+    from ..teachers.denoiser import DiffusersDenoiser
 
 
-class Generator(Protocol):
-    """A text-to-image model as it is evaluated: a denoiser between a text encoder and a decoder."""
+class PictureMaker(Protocol):
+    """A text-to-image model under evaluation: text encoder, denoiser, decoder."""
 
     @property
     def denoiser(self) -> Denoiser:
@@ -25,7 +28,7 @@ class Generator(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where latents go."""
+        """The device of the latents."""
         ...
 
     @property
@@ -34,21 +37,27 @@ class Generator(Protocol):
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditions of B prompts."""
+        """Return the conditioning of B prompts."""
         ...
 
     def unconditional(self, batch: int) -> Conditioning:
-        """The condition that guidance leads away from, B times."""
+        """Return the unconditional conditioning of guidance, ``batch`` times."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1]."""
+        """Decode latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1]."""
         ...
 
 
 @dataclass(frozen=True)
-class Run:
-    """One way to make pictures: who, in how many steps, with how much guidance (1 is none)."""
+class SamplingSetting:
+    """One way to make pictures.
+
+    Attributes:
+        role: who predicts.
+        steps: at least 1.
+        guidance: w in ``uncond + w (cond - uncond)``; 1 = no guidance.
+    """
 
     role: Literal["teacher", "student"]
     steps: int
@@ -56,32 +65,83 @@ class Run:
 
     @property
     def name(self) -> str:
-        """``teacher 4 steps, guided``; what tables and reports call it."""
+        """``teacher 4 steps, guided``: the name in tables and reports."""
         return f"{self.role} {self.steps} step{'s' * (self.steps > 1)}{', guided' * (self.guidance != 1)}"
 
     @property
     def label(self) -> str:
-        """``teacher 25 steps, guidance 7.5``; where runs of several scales stand side by side."""
+        """``teacher 25 steps, guidance 7.5``: the name where runs with several scales stand side by side."""
         return f"{self.role} {self.steps} step{'s' * (self.steps > 1)}" + (
             f", guidance {self.guidance:g}" if self.guidance != 1 else ""
         )
 
     @property
     def nfe(self) -> int:
-        """Forward passes of the network a picture: guidance asks it twice a step, in one batch or not."""
+        """Forward passes of the network per picture: steps, or 2 x steps with guidance."""
         return self.steps * (1 if self.guidance == 1 else 2)
 
 
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """A :class:`PictureMaker` with prompts that were encoded before the text encoders were freed.
+
+    Attributes:
+        conditioning: of all the prompts, with the conditions of the task.
+    """
+
+    teacher: Teacher
+    task: Task
+    prompts: tuple[str, ...]
+    conditioning: Conditioning
+
+    @property
+    def denoiser(self) -> DiffusersDenoiser:
+        """The backbone."""
+        return self.teacher.denoiser
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the latents."""
+        return self.teacher.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent."""
+        return self.teacher.latent_shape
+
+    def unconditional(self, batch: int) -> Conditioning:
+        """Return the unconditional conditioning of all the prompts."""
+        assert batch == len(self.prompts)
+        return self.task.unconditional(self.conditioning, self.teacher.unconditional(batch))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1]."""
+        return self.teacher.decode(latents)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the conditioning of all the prompts; no other prompts can be asked for."""
+        assert tuple(prompts) == self.prompts
+        return self.conditioning
+
+    def part(self, first: int, count: int) -> EncodedPrompts:
+        """Return at most ``count`` prompts from position ``first`` on."""
+        import torch
+
+        prompts = self.prompts[first : first + count]
+        index = torch.arange(first, first + len(prompts))
+        return replace(self, prompts=prompts, conditioning=self.conditioning.rows(index))
+
+
 def default_solver(process: Process) -> Solver:
-    """Euler on a flow's straight paths, DPM-Solver++(2M) otherwise, as in training."""
+    """Return Euler for flow models, DPM-Solver++(2M) for others, as in training."""
     return "euler" if process.prediction == "flow" else "dpmpp_2m"
 
 
 def noise_source(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Callable[[], Tensor]:
-    """A source of noise (B, *shape), one generator a sample.
+    """Return a function that draws noise (B, *shape), with one generator per sample.
 
-    Drawn on the CPU, so that a seed means the same noise on every device. The CPU's generator reads the low 32 bits of
-    a seed only.
+    Noise is drawn on the CPU, so a seed gives the same noise on every device. The CPU's generator reads only the low
+    32 bits of a seed.
     """
     import torch
 
@@ -90,12 +150,16 @@ def noise_source(seeds: Sequence[int], shape: Sequence[int], device: torch.devic
 
 
 def sample_latents(
-    generator: Generator, run: Run, prompts: Sequence[str], seeds: Sequence[int], solver: Solver | None = None
+    maker: PictureMaker,
+    setting: SamplingSetting,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    solver: Solver | None = None,
 ) -> Tensor:
-    """Latents (B, C, h, w) of B prompts, from pure noise.
+    """Sample latents (B, C, h, w) for B prompts, from pure noise.
 
-    The student takes the few-step sampler, fresh noise after each prediction; the teacher solves its ODE. Both begin
-    at the same noise for the same seed.
+    The student uses the few-step sampler (fresh noise after each prediction). The teacher solves its ODE. For one seed
+    both start from the same noise.
 
     Args:
         solver: the teacher's; default :func:`default_solver`.
@@ -107,22 +171,22 @@ def sample_latents(
     from ...flash_core.sampler import few_step_sample
     from ...flash_core.solvers import solve
 
-    denoiser = generator.denoiser
+    denoiser = maker.denoiser
     process = denoiser.process
-    timesteps = trailing_timesteps(process, run.steps)
-    noise = noise_source(seeds, generator.latent_shape, generator.device)
-    conditioning = generator.encode_prompts(prompts)
-    unconditional = None if run.guidance == 1 else generator.unconditional(len(prompts))
+    timesteps = trailing_timesteps(process, setting.steps)
+    noise = noise_source(seeds, maker.latent_shape, maker.device)
+    conditioning = maker.encode_prompts(prompts)
+    unconditional = None if setting.guidance == 1 else maker.unconditional(len(prompts))
 
     def z0(z: Tensor, t: Tensor) -> Tensor:
         if unconditional is None:
             return predict_z0(denoiser, z, t, conditioning)
-        guidance = torch.full((len(z),), run.guidance, device=z.device)
+        guidance = torch.full((len(z),), setting.guidance, device=z.device)
         return guided_z0(denoiser, z, t, conditioning, unconditional, guidance)
 
-    with torch.inference_mode(), denoiser.role(run.role):
-        if run.role == "teacher":
-            # Everybody starts at the first step, so that the solver always asks for the whole batch.
+    with torch.inference_mode(), denoiser.role(setting.role):
+        if setting.role == "teacher":
+            # All samples start at the first timestep, so the solver always asks for the whole batch.
             return solve(
                 lambda z, t, _: z0(z, t), process, noise(), timesteps, solver=solver or default_solver(process)
             )
@@ -136,9 +200,9 @@ def sample_latents(
         )
 
 
-def decode_pictures(generator: Generator, latents: Tensor) -> Tensor:
-    """Latents to pictures (B, 3, H, W) in [0, 1], on the CPU."""
+def decode_pictures(maker: PictureMaker, latents: Tensor) -> Tensor:
+    """Decode latents to pictures (B, 3, H, W) in [0, 1], on the CPU."""
     import torch
 
     with torch.inference_mode():
-        return (generator.decode(latents).float() / 2 + 0.5).clamp(0, 1).cpu()
+        return (maker.decode(latents).float() / 2 + 0.5).clamp(0, 1).cpu()

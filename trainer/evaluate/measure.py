@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..metrics.distances import paired_distance
-from .generate import Generator, Run, decode_pictures, sample_latents
+from .generate import PictureMaker, SamplingSetting, decode_pictures, sample_latents
 from .reference import Draw, FeatureSet, Origin, Reference, draw
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ class Measured:
     seconds_per_image: float
 
 
-def few_step_runs(guidance: float) -> list[Run]:
+def few_step_runs(guidance: float) -> list[SamplingSetting]:
     """The undistilled teacher in as few steps as the student, with guidance and without."""
-    return [Run("teacher", steps, scale) for scale in (guidance, 1.0) for steps in FEW_STEPS]
+    return [SamplingSetting("teacher", steps, scale) for scale in (guidance, 1.0) for steps in FEW_STEPS]
 
 
 class Evaluation:
@@ -88,7 +88,7 @@ class Evaluation:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: PictureMaker,
         network: FeatureNetwork,
         prompts: Sequence[str],
         options: Options,
@@ -101,7 +101,7 @@ class Evaluation:
         self.generator = generator
         self.network = network
         self.options = options
-        self.many = Run("teacher", options.steps, options.guidance)
+        self.many = SamplingSetting("teacher", options.steps, options.guidance)
         self.teacher_runs = list(dict.fromkeys([self.many, *few_step_runs(options.guidance)]))
         seed, samples = options.seed, options.samples
         self.independent = draw(prompts, samples, seed, 0, options.times)
@@ -124,7 +124,9 @@ class Evaluation:
         task = self.progress.tasks[self.task]
         self.progress.update(self.task, total=(task.total or 0) + passes)
 
-    def measure(self, run: Run, samples: Draw, shown: Sequence[int] = (), name: str | None = None) -> Measured:
+    def measure(
+        self, run: SamplingSetting, samples: Draw, shown: Sequence[int] = (), name: str | None = None
+    ) -> Measured:
         """Generate ``samples``, look at all of them, keep the pictures at ``shown``.
 
         The time counts text encoder, network and decoder, not the metrics.
@@ -155,7 +157,9 @@ class Evaluation:
     def warm_up(self) -> None:
         """Make one picture untimed: a first call allocates memory and loads kernels."""
         one = self.samples.rows([0])
-        decode_pictures(self.generator, sample_latents(self.generator, Run("teacher", 1), one.prompts, one.seeds))
+        decode_pictures(
+            self.generator, sample_latents(self.generator, SamplingSetting("teacher", 1), one.prompts, one.seeds)
+        )
 
     def make_reference(self, origin: Origin) -> Reference:
         """All of the teacher's sets, at the full price."""
@@ -167,7 +171,9 @@ class Evaluation:
         second = made.pop(self.many)
         return Reference(origin, first, second, {run.name: features for run, features in made.items()})
 
-    def not_reproduced(self, reference: Reference, live: Mapping[Run, Measured], rows: Sequence[int]) -> str | None:
+    def not_reproduced(
+        self, reference: Reference, live: Mapping[SamplingSetting, Measured], rows: Sequence[int]
+    ) -> str | None:
         """Why stored sets are not what this machine makes, in words, or None.
 
         Args:
@@ -182,7 +188,7 @@ class Evaluation:
                 return f"{run.name} made again lies {off:.3g} from the stored set, whose spread is {spread:.3g}"
         return None
 
-    def stored(self, reference: Reference, run: Run) -> FeatureSet | None:
+    def stored(self, reference: Reference, run: SamplingSetting) -> FeatureSet | None:
         """What a reference holds of one of the teacher's runs."""
         return reference.second if run == self.many else reference.few.get(run.name)
 

@@ -26,8 +26,7 @@ from ..metrics.distances import frechet_distance
 from ..tasks.base import Task
 from ..tasks.figures import Figure, Scene
 from ..tasks.scores import distance
-from .encoded_prompts import EncodedPrompts
-from .generate import Run, decode_pictures, sample_latents
+from .generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents
 from .measure import FEW_STEPS, FeatureNetwork, Options, environment, progress_bar
 from .task_samples import Batch, Subjects, batches
 from .teacher_comparison import save_pictures
@@ -86,7 +85,7 @@ class Entry:
     """
 
     name: str
-    run: Run | None
+    run: SamplingSetting | None
     conditioned: bool = True
 
 
@@ -106,12 +105,12 @@ def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
     The teacher's rivals of the student: as few steps without guidance, which cost as many passes; as few steps with
     guidance, which cost twice as many; and half of them with guidance, as many again.
     """
-    many = Run("teacher", options.steps, options.guidance)
+    many = SamplingSetting("teacher", options.steps, options.guidance)
     runs = [many]
     if student:
-        runs += [Run("student", steps) for steps in FEW_STEPS]
-    runs += [Run("teacher", steps) for steps in FEW_STEPS]
-    runs += [Run("teacher", steps, options.guidance) for steps in (BEST_STEPS, BEST_STEPS // 2)]
+        runs += [SamplingSetting("student", steps) for steps in FEW_STEPS]
+    runs += [SamplingSetting("teacher", steps) for steps in FEW_STEPS]
+    runs += [SamplingSetting("teacher", steps, options.guidance) for steps in (BEST_STEPS, BEST_STEPS // 2)]
     entries = [Entry(YARDSTICK, None), *(Entry(run.name, run) for run in dict.fromkeys(runs))]
     if task.without:
         entries.append(Entry(f"{many.name}, {task.without}", many, conditioned=False))
@@ -164,7 +163,7 @@ def compare_on_task(
         "pictures": comparison.save(output),
     }
     if student is not None:
-        held = Run("student", BEST_STEPS).name
+        held = SamplingSetting("student", BEST_STEPS).name
         rivals = [entry.name for entry in entries[2:] if entry.run is not None and entry.run.role == "teacher"]
         report["comparisons"] = [comparison.difference(figure, held, rival) for rival in rivals for figure in figures]
         report["targets"] = targets(figures, estimates, report["comparisons"], held, many)
@@ -191,7 +190,7 @@ class _Comparison:
         self.options = options
         self.perceptual = perceptual
         self.entries = entries
-        self.many = Run("teacher", options.steps, options.guidance)
+        self.many = SamplingSetting("teacher", options.steps, options.guidance)
         blank = torch.ones(1, 3, *teacher.resolution)
         self.enough = SAMPLES_A_FEATURE * self._look(blank).shape[1]  # samples for a distance of sets
         self.measures_sets = task.many_answers and options.samples >= self.enough
@@ -215,7 +214,7 @@ class _Comparison:
             ):
                 rows, scene = self._encode(batch)
                 if not self.captions:  # a first call allocates memory and loads kernels
-                    sample_latents(rows, Run("teacher", 1), rows.prompts, batch.seeds)
+                    sample_latents(rows, SamplingSetting("teacher", 1), rows.prompts, batch.seeds)
                 for entry in self.entries:
                     self._answer(entry, rows, scene, batch)
                     progress.advance(bar, entry.run.nfe * len(batch) if entry.run else 0)
@@ -367,7 +366,7 @@ def targets(
       difference on the same samples is above 0. ``value`` is that difference, positive where the student is better.
     """
     found: list[dict[str, Any]] = []
-    rival = Run("teacher", BEST_STEPS).name
+    rival = SamplingSetting("teacher", BEST_STEPS).name
     for figure in figures:
         ours, theirs = estimates[student][figure.key].value, estimates[many][figure.key].value
         if not figure.judged or ours is None or theirs is None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import fingerprint_texts
 from ..metrics.distances import diversity, frechet_distance, kernel_distance, paired_distance, prompt_accuracy
-from .generate import Generator, Run, default_solver
+from .generate import PictureMaker, SamplingSetting, default_solver
 from .measure import FEW_STEPS, Evaluation, FeatureNetwork, Measured, Options, environment, progress_bar
 from .reference import Origin, Reference
 
@@ -33,7 +33,7 @@ CLOSER_LIMIT = 5.0
 
 
 def evaluate(
-    generator: Generator,
+    generator: PictureMaker,
     network: FeatureNetwork,
     prompts: Sequence[str],
     options: Options,
@@ -57,7 +57,7 @@ def evaluate(
     with progress_bar(console) as progress:
         evaluation = Evaluation(generator, network, prompts, options, progress)
         many, samples, shown = evaluation.many, evaluation.samples, evaluation.shown()
-        student_runs = [Run("student", steps) for steps in FEW_STEPS] if student is not None else []
+        student_runs = [SamplingSetting("student", steps) for steps in FEW_STEPS] if student is not None else []
         evaluation.expect(sum(run.nfe for run in evaluation.teacher_runs) * len(shown))
         evaluation.expect(sum(run.nfe for run in student_runs) * len(samples))
         evaluation.warm_up()
@@ -96,7 +96,7 @@ def evaluate(
     return report
 
 
-def origin_of(generator: Generator, prompts: Sequence[str], options: Options, teacher: str, features: str) -> Origin:
+def origin_of(generator: PictureMaker, prompts: Sequence[str], options: Options, teacher: str, features: str) -> Origin:
     """What a reference for this evaluation is made of."""
     return Origin(
         teacher=teacher,
@@ -131,7 +131,11 @@ def fitting_classes(network: FeatureNetwork, prompt: str) -> set[int]:
 
 
 def record(
-    run: Run, result: Measured, reference: Reference, prompts: Sequence[str], classes: Sequence[Collection[int]]
+    run: SamplingSetting,
+    result: Measured,
+    reference: Reference,
+    prompts: Sequence[str],
+    classes: Sequence[Collection[int]],
 ) -> dict[str, Any]:
     """A run's line in the report; distances are in units of the feature network."""
     features = result.set.features
@@ -160,13 +164,13 @@ def targets(records: Sequence[dict[str, Any]], floor: float) -> list[dict[str, A
     fd = {line["name"]: line["fd"] for line in records}
     found = []
     for steps, limit in FLOOR_LIMITS.items():
-        student = Run("student", steps).name
+        student = SamplingSetting("student", steps).name
         value = fd[student] / floor
         found.append(
             {"run": student, "measure": "times the floor", "value": value, "at_most": limit, "met": value <= limit}
         )
     for steps in FLOOR_LIMITS:
-        student, rival = Run("student", steps).name, Run("teacher", steps).name
+        student, rival = SamplingSetting("student", steps).name, SamplingSetting("teacher", steps).name
         value = fd[rival] / fd[student]
         found.append(
             {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
-from .protocols import Protocol
+from .protocols import CocoProtocol
 
 DRAW_SEED = 0  # of which pictures' captions are taken, and in which order; not of the noise
 
@@ -44,7 +44,7 @@ class Coco:
 
 
 def read_coco(
-    folder: Path, protocol: Protocol, samples: int | None = None, captions: Sequence[str] | None = None
+    folder: Path, protocol: CocoProtocol, samples: int | None = None, captions: Sequence[str] | None = None
 ) -> Coco:
     """Read the captions and find every picture.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ORIGIN = "made_from.json"
 
 
-class Gallery:
+class PictureFolder:
     """The pictures of one run.
 
     Args:

@@ -1,6 +1,6 @@
 """The public protocols that few-step models are compared by: which captions, which pictures, which sizes.
 
-Everything that changes a figure and is not the model's is a field of :class:`Protocol`, goes into the report, and is
+Everything that changes a figure and is not the model's is a field of :class:`CocoProtocol`, goes into the report, and is
 said in words in ``docs/evaluation.md``, with what is known of the papers' own choices and what is not.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Protocol:
+class CocoProtocol:
     """Zero-shot evaluation on COCO.
 
     Attributes:
@@ -34,9 +34,9 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         # FID-5k beside InstaFlow's and progressive distillation's (arXiv 2309.06380, section 5): all of val2017.
-        Protocol("coco2017-5k", "annotations/captions_val2017.json", "val2017", samples=5_000, size=512),
+        CocoProtocol("coco2017-5k", "annotations/captions_val2017.json", "val2017", samples=5_000, size=512),
         # FID-30k as GigaGAN's evaluation script has it (arXiv 2303.05511), which DMD took over (arXiv 2311.18828).
-        Protocol(
+        CocoProtocol(
             "coco2014-30k",
             "annotations/captions_val2014.json",
             "val2014",

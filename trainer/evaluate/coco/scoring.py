@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ...errors import UserError
 from ...files import fingerprint_texts
 from ...metrics.distances import Moments
-from ..generate import Run
+from ..generate import SamplingSetting
 from .captions import Caption, Coco
 from .framing import WORDS, for_inception, open_picture, square
-from .picture_folder import Gallery
-from .protocols import Protocol
+from .picture_folder import PictureFolder
+from .protocols import CocoProtocol
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,9 @@ def load_networks(inception: Path | None, clip: str | None) -> Networks:
     return Networks(network, digest, ClipScorer.load(clip, "cpu") if clip is not None else None)
 
 
-def reference_moments(coco: Coco, protocol: Protocol, networks: Networks, stored: Path, progress: Progress) -> Moments:
+def reference_moments(
+    coco: Coco, protocol: CocoProtocol, networks: Networks, stored: Path, progress: Progress
+) -> Moments:
     """The moments of COCO's own pictures; kept in the file ``stored``, which later evaluations take them from."""
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -111,11 +113,11 @@ def reference_moments(coco: Coco, protocol: Protocol, networks: Networks, stored
 
 
 def measure(
-    gallery: Gallery,
-    run: Run,
+    gallery: PictureFolder,
+    run: SamplingSetting,
     captions: Sequence[Caption],
     reference: Moments,
-    protocol: Protocol,
+    protocol: CocoProtocol,
     networks: Networks,
     progress: Progress,
 ) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from ...errors import UserError
 from ...files import file_hash, fingerprint_texts
 from ...metrics.inception import PUBLISHED
 from ...seeds import seed_of
-from ..generate import Generator, Run, decode_pictures, default_solver, sample_latents
+from ..generate import PictureMaker, SamplingSetting, decode_pictures, default_solver, sample_latents
 from ..measure import environment, progress_bar
 from .captions import Caption, Coco
 from .framing import WORDS, open_picture, square
-from .picture_folder import Gallery
-from .protocols import Protocol
+from .picture_folder import PictureFolder
+from .protocols import CocoProtocol
 from .scoring import load_networks, measure, reference_moments
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Settings:
         pictures: how many captions the report shows.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[SamplingSetting, ...]
     seed: int = 0
     batch_size: int = 8
     precision: Precision = "no"
@@ -83,7 +83,7 @@ class Sources:
 
 def zero_shot(
     coco: Coco,
-    protocol: Protocol,
+    protocol: CocoProtocol,
     settings: Settings,
     sources: Sources,
     output: Path,
@@ -123,13 +123,13 @@ def zero_shot(
 
 def _all_pictures(
     coco: Coco,
-    protocol: Protocol,
+    protocol: CocoProtocol,
     settings: Settings,
     sources: Sources,
     output: Path,
     state: PartialState,
     progress: Progress,
-) -> tuple[list[Gallery], dict[str, Any]]:
+) -> tuple[list[PictureFolder], dict[str, Any]]:
     """Every run's pictures, and the report's facts on the model, whose memory is free again afterwards."""
     generator, teacher, student = sources.generator()
     weights = {
@@ -138,7 +138,9 @@ def _all_pictures(
         "captions": file_hash(sources.captions),
     }
     galleries = [
-        Gallery(run_folder(output, run), origin_of(generator, run, protocol, settings, weights), state.process_index)
+        PictureFolder(
+            run_folder(output, run), origin_of(generator, run, protocol, settings, weights), state.process_index
+        )
         for run in settings.runs
     ]
     state.wait_for_everyone()  # nobody writes pictures before the first process has said what they are
@@ -164,13 +166,17 @@ def lora_hash(path: Path | None) -> str | None:
     return fingerprint_texts([file_hash(file) for file in files if file.is_file()])
 
 
-def run_folder(output: Path, run: Run) -> Path:
+def run_folder(output: Path, run: SamplingSetting) -> Path:
     """Where a run's pictures are."""
     return output / "pictures" / run.label.replace(",", "").replace(" ", "-")
 
 
 def origin_of(
-    generator: Generator, run: Run, protocol: Protocol, settings: Settings, weights: Mapping[str, str | None]
+    generator: PictureMaker,
+    run: SamplingSetting,
+    protocol: CocoProtocol,
+    settings: Settings,
+    weights: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """Everything that decides what a run's pictures look like, but for the captions, which go by their numbers.
 
@@ -190,11 +196,11 @@ def origin_of(
 
 
 def make_pictures(
-    generator: Generator,
-    run: Run,
+    generator: PictureMaker,
+    run: SamplingSetting,
     captions: Sequence[Caption],
-    gallery: Gallery,
-    protocol: Protocol,
+    gallery: PictureFolder,
+    protocol: CocoProtocol,
     settings: Settings,
     state: PartialState,
     progress: Progress,
@@ -248,10 +254,10 @@ def _to_picture(image: Tensor) -> Image.Image:
 def write_zero_shot(
     output: Path,
     coco: Coco,
-    protocol: Protocol,
+    protocol: CocoProtocol,
     settings: Settings,
     runs: Sequence[dict[str, Any]],
-    galleries: Sequence[Gallery],
+    galleries: Sequence[PictureFolder],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write ``report.json``, and COCO's pictures of the shown captions, into ``output``; returns the report.
@@ -261,12 +267,12 @@ def write_zero_shot(
     """
     shown = coco.captions[: settings.pictures]
 
-    def files(gallery: Gallery) -> list[str]:
+    def files(gallery: PictureFolder) -> list[str]:
         return [gallery.path(caption.number).relative_to(output).as_posix() for caption in shown]
 
     originals: list[str] = []
     if all(caption.picture for caption in shown):
-        gallery = Gallery(output / "pictures" / "coco", {"size": protocol.size, "protocol": protocol.name})
+        gallery = PictureFolder(output / "pictures" / "coco", {"size": protocol.size, "protocol": protocol.name})
         for caption in shown:
             gallery.save(caption.number, square(open_picture(caption.picture), protocol.size))
         originals = files(gallery)
