@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import torch
 import webdataset
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -23,6 +21,7 @@ from ..config import DataSection
 from ..demo.shards import load_pictures
 from ..demo.swaps import swaps
 from ..errors import UserError
+from ..pictures import on_white, picture_from_bytes, picture_from_signed, picture_signed
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -88,13 +87,7 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
         image = image.resize(fitted, Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     image = image.crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture (3, H, W) or (1, H, W) in [-1, 1] as one of 8 bits, RGB."""
-    pixels = ((picture.expand(3, -1, -1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return picture_signed(image)
 
 
 def to_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -106,7 +99,7 @@ def _demo() -> Iterator[Sample]:
     """Every picture under its name ("fox") and under the caption it shares ("animal face"): the teacher knows both."""
     pictures = load_pictures()
     for picture, caption in zip(pictures.images, pictures.captions, strict=True):
-        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        image = picture_from_bytes(picture)
         for text in (caption.name, caption.general):
             yield Sample(f"{caption.code} of the demo", image, text)
 
@@ -115,8 +108,8 @@ def _demo_swaps(companions: Sequence[str]) -> Iterator[Sample]:
     """Faces on one another's heads, each with its mask and the face alone."""
     for swap in swaps():
         beside = {"mask": swap.mask * 2 - 1, "identity": swap.identity}
-        pictures = {name: to_image(beside[name]) for name in companions if name in beside}
-        yield Sample(swap.name, to_image(swap.image), f"{swap.head} with the face of {swap.face}", pictures)
+        pictures = {name: picture_from_signed(beside[name]) for name in companions if name in beside}
+        yield Sample(swap.name, picture_from_signed(swap.image), f"{swap.head} with the face of {swap.face}", pictures)
 
 
 def _checked(samples: Iterator[Sample], companions: Sequence[str]) -> Iterator[Sample]:
@@ -226,10 +219,7 @@ def _member(record: Mapping[str, bytes], companion: str | None = None) -> bytes 
 def _decode(content: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
-        if image.mode in ("RGBA", "LA", "PA", "P"):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return on_white(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} is not a readable image ({error}); remove or replace it") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ...flash_core.denoiser import Conditioning
 from ...flash_core.distiller import Distiller, Trajectory
 from ..config import TrajectorySection
 from ..errors import UserError
+from ..files import write_whole
 from ..seeds import stream
 from .encode import Examples
 from .order import Order
@@ -128,9 +128,7 @@ def _write(path: Path, trajectory: Trajectory, sample: Tensor, fingerprint: str)
         "guidance": trajectory.guidance.cpu(),
         "sample": sample,
     }
-    temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
-    os.replace(temporary, path)
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata={"fingerprint": fingerprint}))
 
 
 def _read(folder: Path, fingerprint: str) -> TrajectoryBank:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,10 +85,11 @@ def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
     Raises:
         FileNotFoundError: there is no shard of that style.
     """
-    import numpy as np
     import torch
     import webdataset
     from PIL import Image
+
+    from ..pictures import picture_bytes
 
     path = shard_path(style, folder)
     if not path.is_file():
@@ -100,16 +100,6 @@ def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
         )
     images, captions = [], []
     for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
-        picture = Image.open(io.BytesIO(sample["webp"])).convert("RGB")
-        images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        images.append(picture_bytes(Image.open(io.BytesIO(sample["webp"])).convert("RGB")))
         captions.append(Caption(**json.loads(sample["json"])))
     return Pictures(torch.stack(images), captions)
-
-
-def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a new folder beside `folder`, then put it in its place."""
-    fresh = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    write(fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)

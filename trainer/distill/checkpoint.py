@@ -6,7 +6,6 @@ A checkpoint is a folder of safetensors and JSON that appears by one rename, so 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..export.training_state import TrainingState
+from ..files import publish_folder
 
 TENSORS = "state.safetensors"
 FACTS = "state.json"
@@ -79,11 +79,7 @@ def write_random(partial: Path, rank: int, generators: Mapping[str, torch.Genera
 
 def publish(partial: Path, final: Path, keep: int) -> None:
     """Make a written checkpoint appear under its name, durably, and drop the oldest beyond ``keep``."""
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    publish_folder(partial, final)
     for old in checkpoints(final.parent.parent)[:-keep]:
         shutil.rmtree(old)
 

@@ -28,6 +28,7 @@ from ..data.trajectories import TrajectoryBank, record_trajectories
 from ..errors import UserError
 from ..export.export import export_run
 from ..export.training_state import TrainingState
+from ..files import partial_path
 from ..seeds import stream
 from ..teachers.base import weights_hash
 from ..teachers.conditions.control import Control
@@ -311,7 +312,7 @@ class Run:
         if self.good_checkpoint == final:
             return
         self.state.elapsed = self.elapsed
-        partial = final.with_name(f".{final.name}.partial")
+        partial = partial_path(final)
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

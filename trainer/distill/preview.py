@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ..config import Recipe
 from ..evaluate.generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents
+from ..files import write_whole
+from ..pictures import titled_grid
 from ..seeds import seed_of
 
 if TYPE_CHECKING:
     from .assembly import Assembly
 
 ROWS = 6  # prompts, where the recipe names none
-GAP = 4  # pixels between pictures
-HEADER = 18  # pixels for the column's title
 
 
 def preview_rows(parts: Assembly, prompts: Sequence[str]) -> EncodedPrompts:
@@ -59,7 +59,7 @@ class Preview:
         columns = {f"teacher {method.teacher_steps}": self.teacher_pictures}
         for steps in sorted(section.steps, reverse=True):
             columns[f"student {steps}"] = self._pictures(SamplingSetting("student", steps))
-        return picture_grid(columns)
+        return titled_grid(columns)
 
     def _pictures(self, run: SamplingSetting) -> Tensor:
         """All rows, in batches no larger than training's; a large picture fills a decoder's memory by itself."""
@@ -73,25 +73,8 @@ class Preview:
         return torch.cat(pictures)
 
 
-def picture_grid(columns: dict[str, Tensor]) -> Image.Image:
-    """A grid with a titled column for each entry, pictures (R, 3, H, W) in [0, 1]."""
-    rows, _, height, width = next(iter(columns.values())).shape
-    size = (len(columns) * (width + GAP) - GAP, HEADER + rows * (height + GAP) - GAP)
-    grid = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(grid)
-    font = ImageFont.load_default(size=12)
-    for column, (title, pictures) in enumerate(columns.items()):
-        left = column * (width + GAP)
-        draw.text((left + 2, 1), title, fill="black", font=font)
-        for row, picture in enumerate(pictures):
-            pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-            grid.paste(Image.fromarray(pixels), (left, HEADER + row * (height + GAP)))
-    return grid
-
-
 def save_preview(grid: Image.Image, output: Path, update: int) -> Path:
     """Write a grid into the run's folder."""
     path = output / "previews" / f"{update:08d}.webp"
-    path.parent.mkdir(exist_ok=True)
-    grid.save(path, quality=92)
+    write_whole(path, lambda partial: grid.save(partial, "WEBP", quality=92))
     return path

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ...files import replace_folder
 from ..assets import DATA, TEACHER
-from ..shards import TEACHER_STYLE, load_pictures, replace_folder
+from ..shards import TEACHER_STYLE, load_pictures
 from .patch_pca import LATENT_CHANNELS, PATCH, PCA_FILE, PatchPCA, psnr
 
 if TYPE_CHECKING:

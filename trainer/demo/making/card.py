@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 
 from ...metrics.feature_network import FeatureNetwork
+from ...pictures import tile_grid
 from ..assets import FEATURES, TEACHER
 from ..shards import SIZE, TEACHER_STYLE, load_pictures
 from .autoencoder import held_out
@@ -54,17 +54,6 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: float,
     return torch.cat(drawn)
 
 
-def grid(images: Tensor, columns: int = GRID_COLUMNS, tile: int = GRID_TILE) -> Image.Image:
-    """Images (N, 3, H, W) in [0, 1] side by side, row by row."""
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * tile, rows * tile), "white")
-    for i, image in enumerate(images):
-        picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
-        picture = picture.resize((tile, tile), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (i % columns * tile, i // columns * tile))
-    return sheet
-
-
 @torch.no_grad()
 def reconstruct(pipeline: StableDiffusionPipeline, images: Tensor) -> Tensor:
     """What the autoencoder makes of images (N, 3, H, W) in [0, 1]."""
@@ -85,7 +74,7 @@ def write_card(teacher: Path = TEACHER, features: Path = FEATURES) -> dict[str, 
     code = PatchPCA.load()
 
     drawn = draw(pipeline, names, GUIDANCE)
-    grid(drawn).save(teacher / "grid.webp", quality=85, method=6)
+    tile_grid(drawn, GRID_COLUMNS, GRID_TILE).save(teacher / "grid.webp", quality=85, method=6)
     config = json.loads((features / "config.json").read_text())
     training = json.loads((teacher / TRAINING_FILE).read_text())
     millions = {

@@ -99,21 +99,21 @@ def _normalised(code: str) -> str:
     return code.lower().replace("-fe0f", "")
 
 
-def on_white(data: bytes) -> Image.Image:
+def decode_on_white(data: bytes) -> Image.Image:
     """Decode a picture with transparency and lay it on white, as (SIZE, SIZE) RGB."""
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(data)).convert("RGBA")
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    white.alpha_composite(picture)
-    return white.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    from ...pictures import on_white
+
+    picture = on_white(Image.open(io.BytesIO(data)).convert("RGBA"))
+    return picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def fluent3d(packages: Path) -> Callable[[str], Image.Image]:
     """Microsoft Fluent 3D, 256 px WebP: a function from code to picture."""
     package = Package(packages, "@lobehub/fluent-emoji-3d")
     files = {_normalised(Path(name).stem): name for name in package.names() if name.endswith(".webp")}
-    return lambda code: on_white(package.read(files[code]))
+    return lambda code: decode_on_white(package.read(files[code]))
 
 
 def iconify(packages: Path, name: str) -> Callable[[str], Image.Image]:
@@ -134,7 +134,7 @@ def iconify(packages: Path, name: str) -> Callable[[str], Image.Image]:
             f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
         )
         # Rendered at twice the size and reduced: resvg's own antialiasing is coarser than Lanczos.
-        return on_white(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIZE)))
+        return decode_on_white(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIZE)))
 
     return render
 
@@ -149,8 +149,7 @@ STYLES: dict[str, Callable[[Path], Callable[[str], Image.Image]]] = {"fluent3d":
 
 def unseen_style(packages: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and pictures (3, H, W) in [0, 1] of the subjects in Fluent flat, a style nothing here learns from."""
-    import numpy as np
-    import torch
+    from ...pictures import picture_bytes
 
     render = iconify(packages, "@iconify-json/fluent-emoji-flat")
     for caption in captions("fluent3d"):
@@ -158,7 +157,7 @@ def unseen_style(packages: Path) -> Iterator[tuple[str, Tensor]]:
             picture = render(caption.code)
         except KeyError:  # this style draws fewer emoji
             continue
-        yield caption.name, torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+        yield caption.name, picture_bytes(picture) / 255
 
 
 def captions(style: str) -> list[Caption]:

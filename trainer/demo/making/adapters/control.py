@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
@@ -27,6 +26,7 @@ from .....flash_core.distiller import Distiller, DistillerSettings
 from ....config import ModelSection, TaskSection
 from ....data.encode import Examples, joined, packed
 from ....export.export import lora_modules
+from ....files import write_whole
 from ....seeds import stream
 from ....tasks import build_task
 from ....tasks.base import Task
@@ -101,11 +101,8 @@ class AdapterOfHints(ControlTraining):
 
     def write(self, path: Path, header: dict[str, str]) -> None:
         """In diffusers' layout."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
         tensors = {name: value.cpu().half().contiguous() for name, value in self.average.tensors.items()}
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
+        write_whole(path, lambda partial: save_file(tensors, partial, metadata=header))
 
 
 class ControlLora(ControlTraining):

@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
+from ....files import replace_folder
 from ...assets import ROOT, TEACHER
-from ...shards import Pictures, load_pictures, replace_folder
+from ...shards import Pictures, load_pictures
 
 if TYPE_CHECKING:
     from .training import Trainer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ....files import write_whole
 from ..patch_pca import PatchPCA
 from .teacher import TRAINING_FILE, build_scheduler, tokenize
 
@@ -135,14 +135,9 @@ class Trainer:
             for key, state in self.optimizer.state[value].items():
                 tensors[f"optimizer.{key}.{name}"] = state
         tensors["generator"] = self.generator.get_state()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        save_file(
-            {name: value.contiguous() for name, value in tensors.items()},
-            temporary,
-            {"step": str(self.step), "earlier_steps": str(self.earlier_steps), "seconds": str(self.seconds)},
-        )
-        os.replace(temporary, path)
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        facts = {"step": str(self.step), "earlier_steps": str(self.earlier_steps), "seconds": str(self.seconds)}
+        write_whole(path, lambda partial: save_file(tensors, partial, facts))
 
     def load(self, path: Path) -> None:
         """Continue exactly where `save` left off."""
