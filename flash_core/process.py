@@ -1,7 +1,7 @@
-"""How noise enters a latent: variance-preserving (epsilon, v, sample) and flow, behind one interface.
+"""Noise processes: variance-preserving (epsilon, v, sample) and flow, behind one interface.
 
-Every process says ``z_t = alpha_t z0 + sigma_t eps`` and how a network's output at ``(z_t, t)`` tells ``z0``. Nothing
-here depends on a solver's grid: noise levels are those of the *true* timestep, on the grid or off it.
+Every process defines ``z_t = alpha_t z0 + sigma_t eps`` and how a network's output at ``(z_t, t)`` gives ``z0``. A
+process knows no solver: its noise level at ``t`` is the same on a solver's grid and off it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample", "flow"]
+ProcessKind: TypeAlias = Literal["vp", "flow"]
 BetaSchedule: TypeAlias = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 NUM_TIMESTEPS = 1000
+LCM_TIMESTEPS = 50  # original_inference_steps of diffusers' LCMScheduler
 
 # The boundary scaling of consistency models as Flash Diffusion uses it: sigma_data^2 = .25, timesteps scaled by 10.
 BOUNDARY_SIGMA_DATA_SQUARED = 0.25
@@ -24,11 +26,25 @@ BOUNDARY_TIMESTEP_SCALING = 10.0
 
 
 class Process(Protocol):
-    """What the method needs to know about a diffusion process. ``t`` is what the network is told, in 0..1000."""
+    """A diffusion process. ``t`` is the timestep that the network gets, in 0..1000."""
+
+    @property
+    def kind(self) -> ProcessKind:
+        """``vp`` or ``flow``, as Flash metadata writes it."""
+        ...
 
     @property
     def prediction(self) -> Prediction:
         """What the network predicts."""
+        ...
+
+    @property
+    def timesteps_in_words(self) -> str:
+        """The timesteps of this process, for an error message."""
+        ...
+
+    def is_timestep(self, t: float) -> bool:
+        """Return whether the network can be evaluated at ``t`` and ``z_t`` has noise there."""
         ...
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,8 +55,16 @@ class Process(Protocol):
         """The timestep at ``fraction`` of the trailing schedule, in (0, 1]; 1 is pure noise."""
         ...
 
+    def fraction(self, t: float) -> float:
+        """The fraction of the trailing schedule at which ``t`` lies: the inverse of :meth:`timestep`."""
+        ...
+
     def uniform_timestep(self, tau: Tensor) -> Tensor:
         """Map uniform time ``tau`` in 0..999 (an integer tensor) to this process's timesteps, of the same shape."""
+        ...
+
+    def reference_timesteps(self, steps: int) -> list[float]:
+        """The timesteps of diffusers' few-step scheduler for this process, from noise to image."""
         ...
 
     def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -52,11 +76,11 @@ class Process(Protocol):
         ...
 
     def output_from_z0(self, z_t: Tensor, z0: Tensor, t: Tensor) -> Tensor:
-        """The inverse of :meth:`z0_from_output`; undefined where ``sigma_t`` is 0."""
+        """The output that implies ``z0``: the inverse of :meth:`z0_from_output`; undefined where ``sigma_t`` is 0."""
         ...
 
     def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should output at ``add_noise(z0, noise, t)``; defined at every t, unlike the above."""
+        """The output that the network should give at ``add_noise(z0, noise, t)``; defined at every ``t``."""
         ...
 
     def boundary_scaling(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +124,8 @@ class VPProcess:
 
     Args:
         alphas_cumprod: (T,), decreasing, in [0, 1]; read it from the teacher's scheduler.
-        prediction: what the network predicts. Epsilon says nothing about z0 where alpha is 0, so it is refused for a
-            schedule with zero terminal SNR.
+        prediction: what the network predicts. Where alpha is 0, epsilon holds no information about z0; so a schedule
+            with zero terminal SNR raises an error with epsilon.
     """
 
     alphas_cumprod: Tensor
@@ -133,14 +157,28 @@ class VPProcess:
         return cls(cumulative_alphas(schedule, beta_start, beta_end, zero_terminal_snr, num_timesteps), prediction)
 
     @property
+    def kind(self) -> ProcessKind:
+        """``vp``."""
+        return "vp"
+
+    @property
     def num_timesteps(self) -> int:
         """T, the number of discrete timesteps."""
         return len(self.alphas_cumprod)
 
+    @property
+    def timesteps_in_words(self) -> str:
+        """Whole numbers of 0 to T - 1."""
+        return f"whole numbers of 0 to {self.num_timesteps - 1}"
+
+    def is_timestep(self, t: float) -> bool:
+        """Return whether ``t`` is a whole number of 0 to T - 1."""
+        return t in range(self.num_timesteps)
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``sqrt(alphas_cumprod[t])`` and ``sqrt(1 - alphas_cumprod[t])``; ``t`` is rounded to the nearest index."""
         if t.device not in self._tables:
-            # Kept for good, so made as ordinary tensors even where the first caller only samples.
+            # Later calls reuse the tables: make ordinary tensors even if the first caller is in inference mode.
             with torch.inference_mode(False):
                 bar = self.alphas_cumprod.double().cpu()
                 self._tables[t.device] = (bar.sqrt().float().to(t.device), (1 - bar).sqrt().float().to(t.device))
@@ -152,9 +190,25 @@ class VPProcess:
         """``round(T fraction) - 1``: the trailing convention, 999 for 1 and 749 for .75 (ties to even, as numpy)."""
         return float(max(round(self.num_timesteps * fraction) - 1, 0))
 
+    def fraction(self, t: float) -> float:
+        """``(t + 1) / T``."""
+        return (t + 1) / self.num_timesteps
+
     def uniform_timestep(self, tau: Tensor) -> Tensor:
         """``tau`` itself, at the scale of this process's T."""
         return tau if self.num_timesteps == NUM_TIMESTEPS else (tau * self.num_timesteps) // NUM_TIMESTEPS
+
+    def reference_timesteps(self, steps: int) -> list[float]:
+        """``LCMScheduler``: evenly from a table of 50 timesteps (4 steps: 999, 759, 499, 259).
+
+        Raises:
+            ValueError: ``steps`` is not in 1..50.
+        """
+        if not 1 <= steps <= LCM_TIMESTEPS:
+            raise ValueError(f"the reference grid has 1 to {LCM_TIMESTEPS} steps, got {steps}")
+        spacing = self.num_timesteps // LCM_TIMESTEPS
+        table = [float(spacing * index - 1) for index in range(LCM_TIMESTEPS, 0, -1)]
+        return [table[LCM_TIMESTEPS * index // steps] for index in range(steps)]
 
     def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``alpha_t z0 + sigma_t noise``."""
@@ -199,7 +253,7 @@ class VPProcess:
 class FlowProcess:
     """Rectified flow, ``z_s = (1 - s) z0 + s eps`` with velocity ``eps - z0``: SD3, SD3.5, Flux.
 
-    Timesteps are ``1000 s``, what the network is told. ``shift`` bends uniform time toward noise:
+    Timesteps are ``1000 s``, as the network gets them. ``shift`` moves uniform time toward noise:
     ``s = shift u / (1 + (shift - 1) u)`` (Esser et al., arXiv 2403.03206, eq. 23).
     """
 
@@ -212,6 +266,20 @@ class FlowProcess:
         if self.shift <= 0:
             raise ValueError(f"shift must be positive, got {self.shift}")
 
+    @property
+    def kind(self) -> ProcessKind:
+        """``flow``."""
+        return "flow"
+
+    @property
+    def timesteps_in_words(self) -> str:
+        """Numbers above 0 and up to 1000."""
+        return f"numbers above 0 and up to {NUM_TIMESTEPS} (the noise level times {NUM_TIMESTEPS})"
+
+    def is_timestep(self, t: float) -> bool:
+        """Return whether ``t`` is above 0 and at most 1000."""
+        return 0 < t <= NUM_TIMESTEPS
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(1 - s, s)`` with ``s = t / 1000``."""
         sigma = t.float() / NUM_TIMESTEPS
@@ -221,10 +289,24 @@ class FlowProcess:
         """``1000 s`` at uniform time ``fraction``."""
         return NUM_TIMESTEPS * self.shift * fraction / (1 + (self.shift - 1) * fraction)
 
+    def fraction(self, t: float) -> float:
+        """``s / (shift - (shift - 1) s)`` with ``s = t / 1000``."""
+        sigma = t / NUM_TIMESTEPS
+        return sigma / (self.shift - (self.shift - 1) * sigma)
+
     def uniform_timestep(self, tau: Tensor) -> Tensor:
         """The same fraction of the shifted schedule."""
         fraction = tau.double() / NUM_TIMESTEPS
         return (NUM_TIMESTEPS * self.shift * fraction / (1 + (self.shift - 1) * fraction)).float()
+
+    def reference_timesteps(self, steps: int) -> list[float]:
+        """``FlowMatchEulerDiscreteScheduler``: evenly between its noise levels, then shifted once more.
+
+        With shift 3, 4 steps are 1000, 858, 602, 9.
+        """
+        last = self.timestep(1 / NUM_TIMESTEPS) / NUM_TIMESTEPS
+        evenly = [1 - (1 - last) * index / max(steps - 1, 1) for index in range(steps)]
+        return [self.timestep(fraction) for fraction in evenly]
 
     def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``(1 - s) z0 + s noise``."""
@@ -240,7 +322,7 @@ class FlowProcess:
         return (z_t - z0) / broadcast(self.alpha_sigma(t)[1], z_t)
 
     def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity ``noise - z0``, the same at every t."""
+        """The velocity ``noise - z0``, the same at every ``t``."""
         return noise - z0
 
     def boundary_scaling(self, t: Tensor) -> tuple[Tensor, Tensor]:

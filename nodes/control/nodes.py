@@ -15,7 +15,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
-from ..sampling.few_step import FlashGrid, flash_grid
+from ..sampling.few_step import FlashGrid, flash_grid, listed
 from ..shared.inputs import GridName, denoise_input, grid_inputs, steps_input
 from ..shared.schema import advanced, node_schema, show_text
 from .files import load_adapter
@@ -249,7 +249,7 @@ class FlashAdapterApply(io.ComfyNode):
         if control.latent_format is not None and vae is None:
             raise ValueError(f"{name} reads its hint as a latent. Connect the model's VAE to vae.")
         last = min(end_step, len(chosen.timesteps))
-        steered = ", ".join(f"{round(t, 1):g}" for t in chosen.timesteps[start_step - 1 : last])
+        steered = listed(chosen.timesteps[start_step - 1 : last])
         show_text(
             cls, f"{kind}: steps {start_step} to {last} of {len(chosen.timesteps)} (t = {steered}), x {strength:g}"
         )

@@ -1,7 +1,7 @@
 """A ComfyUI MODEL as a :class:`~..flash_core.denoiser.Denoiser`: what the trainer distils can be distilled in a graph.
 
 The MODEL is taken as it is, with its LoRAs, hooks and wrappers: all of that is the teacher. Latents and outputs are in
-the method's convention, ``z_t = alpha_t z0 + sigma_t eps``, and never in ComfyUI's (see :mod:`.model_process`): the
+the method's convention, ``z_t = alpha_t z0 + sigma_t eps``, and never in ComfyUI's (see :func:`model_input`): the
 model is called through ``BaseModel.apply_model``, so that its patches work, and what its network returned is caught on
 the way, before ComfyUI makes a denoised latent of it. Catching it loses no digits where the noise is small, and holds
 where there is none; patches that rewrite the denoised latent itself are not seen.
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from ...flash_core.denoiser import Conditioning, Role
 from ...flash_core.lora import LoraModule
-from ...flash_core.process import Process
+from ...flash_core.process import NUM_TIMESTEPS, Process, broadcast
+from ..shared.process import process_of
 from .adapters import ModelAdapters
 from .conditions import by_token_count, model_arguments, read_conditionings
 from .features import Tap, capture, taps
-from .process import model_input, process_of
 
 # Networks that write into no tensor which their backward pass needs. Others do (Flux adds to its image in place), as do
 # patches, and run under a guard that copies what is overwritten, which costs every operation a little.
@@ -58,7 +58,7 @@ class ModelDenoiser:
         self.patcher = model
         self.device: torch.device = model.load_device
         self._sampling = model.get_model_object("model_sampling")
-        self._process = process_of(self._sampling)
+        self._process = process_of(self._sampling, to_distil=True)
         self._adapters = ModelAdapters(model, self.device)
         self._options: dict[str, Any] | None = None  # ComfyUI's model options, inside the context
         self._stack = ExitStack()
@@ -133,7 +133,7 @@ class ModelDenoiser:
     def conditions(
         self, positive: list[Any], negative: list[Any], latent_shape: tuple[int, ...]
     ) -> tuple[Conditioning, Conditioning]:
-        """Two CONDITIONINGs as conditions that can be batched; see :func:`~.model_conditions.read_conditionings`.
+        """Two CONDITIONINGs as conditions that can be batched; see :func:`~.conditions.read_conditionings`.
 
         Args:
             latent_shape: (C, h, w) of the latents that will be denoised.
@@ -237,6 +237,22 @@ class ModelDenoiser:
                 "its blocks in its own way: remove it before distilling."
             )
         return [outputs[0].float(), *states]
+
+
+def model_input(sampling: Any, process: Process, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The latent and sigma that ``BaseModel.apply_model`` takes for ``z_t = alpha_t z0 + sigma_t eps`` at ``t``.
+
+    ComfyUI's variance-preserving models take ``x = z0 + sigma eps`` with ``sigma = sigma_t / alpha_t`` and scale it
+    back to ``z_t`` before the network sees it; its flow models take ``z_t`` and ``sigma = t / 1000``.
+
+    Returns:
+        ``(x, sigma)``, (B, C, h, w) and (B,).
+    """
+    if process.kind == "flow":
+        return z_t, t.float() / NUM_TIMESTEPS
+    index = t.round().long() if t.is_floating_point() else t.long()
+    sigma = sampling.sigmas.to(z_t.device)[index]
+    return z_t * broadcast(torch.sqrt(1 + sigma**2), z_t), sigma
 
 
 def make_trainable_through(model: nn.Module) -> None:

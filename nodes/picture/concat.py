@@ -13,8 +13,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.image import resize, same_shape
-from ..sampling.nodes import fixed_latent
-from ..shared.inputs import check_numbers, check_picture
+from ..shared.inputs import check_numbers, check_picture, fixed_latent
 from ..shared.model_facts import CONCAT_KEY, check_prompts, check_vae
 from ..shared.schema import node_schema
 

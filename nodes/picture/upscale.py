@@ -30,8 +30,8 @@ from ..shared.inputs import (
     seed_input,
     steps_input,
 )
-from ..shared.model_facts import CONCAT_KEY, check_prompts, check_vae, native_side
-from ..shared.schema import advanced, node_schema, show_text
+from ..shared.model_facts import CONCAT_KEY, check_makes_pictures, check_prompts, check_vae, native_side
+from ..shared.schema import advanced, count, node_schema, show_text
 from .tiled import decode_tiled, encode_tiled, tiled_model
 
 MAX_SCALE = 8
@@ -149,7 +149,7 @@ class FlashUpscale(io.ComfyNode):
         """Enlarge, encode, sample and decode; every part tile by tile and picture by picture."""
         prompts = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
         check_vae(vae, model)
-        check_picture_model(model)
+        check_makes_pictures(model, "Flash Upscale")
         check_prompts(model, **prompts)
         check_cuttable(prompts, guidance)
         concat = concat_of(model, vae, prompts)
@@ -158,17 +158,17 @@ class FlashUpscale(io.ComfyNode):
         check_numbers("image", image)
         check_attached(prompts, tiles)
         pictures = enlarge(image, scale)
-        count = len(pictures)
+        batch = len(pictures)
         show_text(cls, f"{chosen.text}, {describe(tiles, vae, pictures)}")
 
         passes = len(vae_tiles) * (1 if concat is not None and concat.holds == "picture" else 2)
-        progress = Progress(model, count * (passes + len(tiles) * len(chosen.timesteps)), tiles)
-        latents = torch.zeros(count, vae.latent_channels, tiles.height, tiles.width)
+        progress = Progress(model, batch * (passes + len(tiles) * len(chosen.timesteps)), tiles)
+        latents = torch.zeros(batch, vae.latent_channels, tiles.height, tiles.width)
         if concat is None or concat.holds == "latent":
             for latent, picture in zip(latents, pictures, strict=True):
                 encode_tiled(vae, picture[None, ..., :3], vae_tiles, latent[None], progress.tile)
         noise = comfy.sample.prepare_noise(latents, seed)
-        for index in range(count):
+        for index in range(batch):
             one = slice(index, index + 1)
             conds, start = prompts, latents[one]
             if concat is not None:
@@ -179,7 +179,7 @@ class FlashUpscale(io.ComfyNode):
                 start = torch.zeros_like(start)
             if len(tiles) > 1:
                 conds = {name: with_tile_size(prompt, tiles) for name, prompt in conds.items()}
-            guider = comfy.samplers.CFGGuider(tiled_model(model, tiles, progress.tile, index, count))
+            guider = comfy.samplers.CFGGuider(tiled_model(model, tiles, progress.tile, index, batch))
             guider.inner_set_conds(conds)
             guider.set_cfg(guidance)
             latents[one] = guider.sample(
@@ -294,16 +294,6 @@ def concat_of(model: ModelPatcher, vae: VAE, prompts: dict[str, list[Any]]) -> C
     return concat
 
 
-def check_picture_model(model: ModelPatcher) -> None:
-    """Raise where the model does not make pictures."""
-    dimensions = model.get_model_object("latent_format").latent_dimensions
-    if dimensions != 2:
-        raise ValueError(
-            f"This model's latents have {dimensions} dimensions; expected 2, a picture's. Flash Upscale works with "
-            "models that make pictures, such as SD 1.5, SDXL, PixArt, SD3 and Flux, not with video or audio models."
-        )
-
-
 def check_cuttable(prompts: dict[str, list[Any]], guidance: float) -> None:
     """Raise where guidance lacks its negative prompt, or a prompt can't be cut to tiles."""
     check_guidance(guidance, prompts.get("negative"))
@@ -334,20 +324,20 @@ def plan(
         ValueError: the picture has no colours or does not fit into memory, or the tiles are too small.
     """
     check_picture("image", image)
-    count, height, width, channels = image.shape
+    pictures, height, width, channels = image.shape
     if 0 < tile_size < LEAST_TILE:
         raise ValueError(
             f"tile_size is {tile_size} pixels, in which a model sees nothing. Set at least {LEAST_TILE}, or 0 for the "
             "size that the model was trained on."
         )
     height, width = target_size(height, width, scale)
-    needed = count * height * width * channels * torch.float32.itemsize * SPARE
+    needed = pictures * height * width * channels * torch.float32.itemsize * SPARE
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
     if needed > free:
         raise ValueError(
-            f"Enlarged {scale:g} times, {count} picture{'s' if count > 1 else ''} of {width} x {height} pixels "
-            f"need{'' if count > 1 else 's'} {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free. "
-            "Lower scale, or enlarge fewer pictures at once."
+            f"{count(pictures, 'picture')} of {width} x {height} pixels (enlarged {scale:g} times) would take "
+            f"{needed / 2**30:.1f} GiB of memory, but only {free / 2**30:.1f} GiB are free. Lower scale, or enlarge "
+            "fewer pictures at once."
         )
     ratio = vae.spacial_compression_encode()
     side = tile_size or native_side(model)

@@ -11,30 +11,22 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.sd import VAE
 from comfy_api.v0_0_2 import io
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
-from ..shared.inputs import seed_input
-from ..shared.model_facts import METADATA_KEY, check_prompts, check_vae, describe_model
-from ..shared.schema import node_schema, show_text
-from .few_step import flash_grid, flash_sampler
-from .nodes import fixed_latent
+from ..shared.inputs import check_guidance, fixed_latent, seed_input
+from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_prompts, check_vae, describe_model
+from ..shared.schema import count, node_schema, show_text
+from .contact_sheet import draw_grid
+from .few_step import flash_grid, flash_sampler, listed
 
 COUNTER_KEY = "flash_compare"
 FLASH_GUIDANCE = 1.0
-
-# The grid, in pixels.
-GAP = 4
-LEAST_COLUMN = 120  # below, a label would need a line a word
-LABEL_SIZES = (11, 40)  # smallest and largest font
-LETTERS = 22  # that fit into a line of a label, about
 
 
 class FlashCompare(io.ComfyNode):
@@ -115,11 +107,7 @@ class FlashCompare(io.ComfyNode):
         counts = parse_steps(flash_steps)
         check_models(model, flash_model)
         check_vae(vae, model)
-        if teacher_guidance > 1 and negative is None:
-            raise ValueError(
-                f"teacher_guidance is {teacher_guidance:g}, which compares with a negative prompt, and none is "
-                "connected. Connect a CLIP Text Encode (its text may be empty) to 'negative', or set it to 1."
-            )
+        check_guidance(teacher_guidance, negative, name="teacher_guidance")
         check_prompts(model, positive=positive, negative=negative)
         samples = fixed_latent(model, latent_image)
         bench = Bench(
@@ -239,7 +227,7 @@ class Bench:
         counted = Counted(model)
         chosen = flash_grid(model, steps)
         latents, seconds = timed(model.load_device, lambda: self._custom(counted.model, chosen.sigmas, FLASH_GUIDANCE))
-        sampler = f"t = {', '.join(f'{round(t, 1):g}' for t in chosen.timesteps)}"
+        sampler = f"t = {listed(chosen.timesteps)}"
         return Run("Flash", steps, sampler, FLASH_GUIDANCE, counted.rows / len(self.latent), seconds, latents)
 
     def _custom(self, model: ModelPatcher, sigmas: Tensor, guidance: float) -> Tensor:
@@ -330,12 +318,7 @@ def check_models(model: ModelPatcher, flash_model: ModelPatcher) -> None:
             f"The models are of different families: 'model' is {families[0]}, 'flash_model' is {families[1]}. Connect "
             "one checkpoint to both, to 'flash_model' through Flash LoRA Loader."
         )
-    dimensions = model.get_model_object("latent_format").latent_dimensions
-    if dimensions != 2:
-        raise ValueError(
-            f"This model's latents have {dimensions} dimensions; expected 2, a picture's. Flash Compare draws a grid "
-            "of pictures, not of video or audio."
-        )
+    check_makes_pictures(model, "Flash Compare")
 
 
 def notes(model: ModelPatcher, flash_model: ModelPatcher, seed: int) -> list[str]:
@@ -383,49 +366,3 @@ def table(runs: Sequence[Run], pictures: Tensor, model: ModelPatcher, remarks: S
             *remarks,
         ]
     )
-
-
-def draw_grid(pictures: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
-    """Columns of pictures under their labels, which stand on white, so that they are readable whatever is shown.
-
-    Args:
-        pictures: a (B, H, W, 3) in 0..1 for each column.
-
-    Returns:
-        (1, height, width, 3) in 0..1.
-    """
-    batch, height, width = pictures[0].shape[:3]
-    column = max(width, LEAST_COLUMN)
-    font = ImageFont.load_default(min(max(column // LETTERS, LABEL_SIZES[0]), LABEL_SIZES[1]))
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    wrapped = [wrap(label, lambda text: measure.textlength(text, font) <= column) for label in labels]
-    top = 2 * GAP + round(max(measure.multiline_textbbox((0, 0), text, font)[3] for text in wrapped))
-    sheet = Image.new("RGB", (GAP + len(labels) * (column + GAP), top + batch * (height + GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (images, text) in enumerate(zip(pictures, wrapped, strict=True)):
-        left = GAP + index * (column + GAP)
-        draw.multiline_text((left, GAP), text, "black", font)
-        for row, image in enumerate(images):
-            values = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-            sheet.paste(Image.fromarray(values), (left + (column - width) // 2, top + row * (height + GAP)))
-    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]
-
-
-def wrap(text: str, fits: Callable[[str], bool]) -> str:
-    """Lines broken at spaces until each fits; a word that does not is left whole."""
-    lines = []
-    for line in text.split("\n"):
-        current = ""
-        for word in line.split(" "):
-            longer = f"{current} {word}".strip()
-            if current and not fits(longer):
-                lines.append(current)
-                longer = word
-            current = longer
-        lines.append(current)
-    return "\n".join(lines)
-
-
-def count(number: int, noun: str) -> str:
-    """``1 step``, ``2 steps``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

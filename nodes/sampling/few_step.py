@@ -14,64 +14,27 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...flash_core.families import name_of
 from ...flash_core.grid import (
     custom_timesteps,
-    describe_timesteps,
     implied_shift,
-    is_timestep,
     reference_timesteps,
     snapped_timesteps,
 )
 from ...flash_core.lora import FlashMetadata
-from ...flash_core.process import NUM_TIMESTEPS, FlowProcess, Prediction, VPProcess
+from ...flash_core.process import NUM_TIMESTEPS, FlowProcess, Process
 from ...flash_core.sampler import few_step_sample, item_noise
 from ..shared.inputs import GRIDS, GridName
 from ..shared.model_facts import METADATA_KEY
+from ..shared.process import process_of
+from ..shared.schema import count
 
-# ComfyUI's classes for what a network predicts, the more special ones first, and our names for them.
-PREDICTIONS: tuple[tuple[str, Prediction | None], ...] = (
-    ("IMG_TO_IMG_FLOW", None),
-    ("IMG_TO_IMG", None),
-    ("EDM", None),
-    ("X0", "sample"),
-    ("V_PREDICTION", "v_prediction"),
-    ("EPS", "epsilon"),
-    ("CONST", "flow"),
-)
 SAMPLING_NODE = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}  # names in ModelSamplingDiscrete
 
 
 def in_words(prediction: str) -> str:
     """What a network predicts, as a user reads it."""
     return {"v_prediction": "v", "sample": "the clean latent", "flow": "a velocity (flow)"}.get(prediction, prediction)
-
-
-def sampling_process(sampling: Any) -> VPProcess | FlowProcess:
-    """The diffusion process that a ComfyUI ``model_sampling`` samples, whichever node put it there.
-
-    More models can be sampled than distilled (:func:`~.model_process.process_of`): those that a node has set to ``lcm``
-    or to an epsilon schedule with zero terminal SNR, and flow models that scale their noise.
-
-    Raises:
-        ValueError: it has neither discrete timesteps nor flow sampling.
-    """
-    prediction = next(
-        (ours for name, ours in PREDICTIONS if isinstance(sampling, getattr(comfy.model_sampling, name, ()))), None
-    )
-    discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and not isinstance(
-        sampling, (comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.ModelSamplingDiscreteEDM)
-    )
-    if prediction == "flow":
-        half = float(sampling.percent_to_sigma(0.5))  # shift / (1 + shift): SD3's shift, or Flux' as exp(mu)
-        return FlowProcess(half / (1 - half))
-    if prediction is None or not discrete:
-        raise ValueError(
-            f"This model samples with {', '.join(base.__name__ for base in type(sampling).__bases__)}, which has no "
-            "trained timesteps. Flash LoRAs exist for models with 1000 timesteps (SD 1.5, SDXL, PixArt) and flow "
-            "models (SD3, Flux): load one of those, and remove a ModelSamplingContinuousEDM node if there is one."
-        )
-    sigmas = sampling.sigma(torch.arange(sampling.num_timesteps)).double()
-    return VPProcess(1 / (1 + sigmas**2), prediction)
 
 
 def sigma_of_timestep(sampling: Any, timestep: float) -> float:
@@ -93,30 +56,30 @@ def sigma_of_timestep(sampling: Any, timestep: float) -> float:
     return float(sigma)
 
 
-def check_prediction(metadata: FlashMetadata, process: VPProcess | FlowProcess) -> None:
+def check_prediction(metadata: FlashMetadata, process: Process) -> None:
     """Raise ValueError where a LoRA was trained on a model that predicts something else than this one."""
     if metadata.prediction == process.prediction:
         return
     advice = "Load the checkpoint that the LoRA was made for"
-    if metadata.prediction in SAMPLING_NODE and isinstance(process, VPProcess):
+    if metadata.prediction in SAMPLING_NODE and process.kind == "vp":
         advice += (
             ", or, where this is it and ComfyUI took it for another kind, put a ModelSamplingDiscrete node set to "
             f"'{SAMPLING_NODE[metadata.prediction]}' before this one"
         )
     raise ValueError(
         f"The Flash LoRA was trained on a model that predicts {in_words(metadata.prediction)} (base "
-        f"{metadata.base}); this model predicts {in_words(process.prediction)}. {advice}."
+        f"{name_of(metadata.base)}); this model predicts {in_words(process.prediction)}. {advice}."
     )
 
 
-def check_timesteps(trained: Mapping[int, Sequence[float]], process: VPProcess | FlowProcess) -> None:
+def check_timesteps(trained: Mapping[int, Sequence[float]], process: Process) -> None:
     """Raise ValueError where the timesteps that a LoRA's header lists are none of this process."""
     for steps, timesteps in trained.items():
         descending = all(before > after for before, after in pairwise(timesteps))
-        if not timesteps or not descending or not all(is_timestep(process, t) for t in timesteps):
+        if not timesteps or not descending or not all(process.is_timestep(t) for t in timesteps):
             raise ValueError(
                 f"The Flash LoRA's header lists the timesteps {list(timesteps)} for {steps} steps; expected "
-                f"{describe_timesteps(process)}, descending. Correct the file's header, or set grid to 'reference' or "
+                f"{process.timesteps_in_words}, descending. Correct the file's header, or set grid to 'reference' or "
                 "'custom'."
             )
 
@@ -161,7 +124,7 @@ def flash_grid(
             "node."
         )
     sampling = model.get_model_object("model_sampling")
-    process = sampling_process(sampling)
+    process = process_of(sampling)
     metadata: FlashMetadata | None = model.get_attachment(METADATA_KEY)
     trained: Mapping[int, Sequence[float]] = {}
     if metadata is not None:
@@ -179,7 +142,7 @@ def flash_grid(
     else:
         facts.append(f"predicts {in_words(process.prediction)}")
     if trained and steps not in trained:
-        facts.append(f"the LoRA was trained for {', '.join(str(count) for count in sorted(trained))} steps")
+        facts.append(f"the LoRA was trained for {', '.join(map(str, sorted(trained)))} steps")
     if grid == "custom":
         chosen = custom_timesteps(process, timesteps, denoise)
     elif grid == "reference":
@@ -187,12 +150,17 @@ def flash_grid(
         chosen = reference_timesteps(process, steps, denoise, dynamic_shift=dynamic)
     else:
         chosen = snapped_timesteps(process, steps, denoise, trained)
-    evaluations = f"{len(chosen)} evaluation{'s' if len(chosen) > 1 else ''}"
+    facts.insert(0, count(len(chosen), "evaluation"))
     return FlashGrid(
         timesteps=tuple(chosen),
         sigmas=torch.tensor([*(sigma_of_timestep(sampling, t) for t in chosen), 0.0]),
-        text=f"t = {', '.join(f'{round(t, 1):g}' for t in chosen)}\n({', '.join([evaluations, *facts])})",
+        text=f"t = {listed(chosen)}\n({', '.join(facts)})",
     )
+
+
+def listed(timesteps: Sequence[float]) -> str:
+    """``999, 749, 499, 249``, with at most one decimal."""
+    return ", ".join(f"{round(t, 1):g}" for t in timesteps)
 
 
 @torch.no_grad()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
-import comfy.model_base
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -16,8 +14,8 @@ from comfy_api.v0_0_2 import io
 from ..shared.inputs import (
     GridName,
     check_guidance,
-    check_numbers,
     denoise_input,
+    fixed_latent,
     grid_inputs,
     guidance_input,
     negative_input,
@@ -28,40 +26,6 @@ from ..shared.inputs import (
 from ..shared.model_facts import check_prompts
 from ..shared.schema import advanced, node_schema, show_text
 from .few_step import flash_grid, flash_sampler
-
-PIXART_MINIMUM = 66  # latent height + width from which its position embeddings in ComfyUI do not divide by zero
-
-
-def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
-    """The latent's samples, with an empty latent brought to the model's channels as ComfyUI's own samplers do."""
-    sizes = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # spelt so by newer ComfyUI, which alone sets them
-    known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
-    ratios = {name: latent.get(name) for name in sizes if name in known}
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
-    wanted = model.get_model_object("latent_format")
-    channels, dimensions = wanted.latent_channels, wanted.latent_dimensions + 2
-    if not samples.is_nested and samples.ndim != dimensions:
-        raise ValueError(
-            f"This latent has {samples.ndim} dimensions; expected {dimensions}: a picture's has 4, a video's 5. "
-            "Connect an empty latent of the model's kind, such as Empty Latent Image, or encode with the model's VAE."
-        )
-    if isinstance(model.model, comfy.model_base.PixArt):
-        height, width = samples.shape[-2:]
-        if height % 2 or width % 2 or height + width < PIXART_MINIMUM:
-            raise ValueError(
-                f"This latent is for a picture of {8 * width} x {8 * height} pixels. ComfyUI's PixArt works on sides "
-                "that are multiples of 16, and from 264 on. Choose such a size, at best one near the model's own."
-            )
-    if not samples.is_nested and samples.shape[1] != channels:
-        raise ValueError(
-            f"This latent has {samples.shape[1]} channels, the model works on {channels}. Encode the picture with the "
-            "VAE that belongs to this model."
-        )
-    if not samples.is_nested:
-        check_numbers("This latent", samples)
-        if "noise_mask" in latent:
-            check_numbers("This latent's noise mask", latent["noise_mask"])
-    return samples
 
 
 class FlashSampler(io.ComfyNode):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import comfy.model_base
+import comfy.sample
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
@@ -13,6 +17,7 @@ from ...flash_core.grid import MAX_FEW_STEPS
 from .schema import advanced
 
 MAX_SEED = 2**64 - 1
+PIXART_MINIMUM = 66  # latent height + width from which its position embeddings in ComfyUI do not divide by zero
 
 GridName = Literal["trained", "reference", "custom"]
 GRIDS: tuple[GridName, ...] = get_args(GridName)
@@ -73,12 +78,16 @@ def negative_input() -> io.Input:
     )
 
 
-def check_guidance(guidance: float, negative: object | None) -> None:
-    """Raise where guidance lacks the negative prompt that it compares with."""
+def check_guidance(guidance: float, negative: object | None, name: str = "guidance") -> None:
+    """Raise ValueError where guidance is above 1 and no negative prompt is connected.
+
+    Args:
+        name: of the input. Default: ``guidance``.
+    """
     if guidance > 1 and negative is None:
         raise ValueError(
-            f"Guidance is {guidance:g}, which compares with a negative prompt, and none is connected. Connect a "
-            "CLIP Text Encode (its text may be empty) to 'negative', or set guidance to 1."
+            f"{name} is {guidance:g}. Above 1 it needs a negative prompt, but 'negative' is not connected. Connect a "
+            f"CLIP Text Encode (its text may be empty) to 'negative', or set {name} to 1."
         )
 
 
@@ -99,6 +108,38 @@ def check_picture(name: str, image: Tensor) -> None:
             f"{name} is {tuple(image.shape)}; expected (pictures, height, width, 3 or 4 channels: RGB or RGBA), at "
             "least one picture. Convert it to RGB."
         )
+
+
+def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
+    """The latent's samples, with an empty latent brought to the model's channels as ComfyUI's own samplers do."""
+    sizes = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # spelt so by newer ComfyUI, which alone sets them
+    known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
+    ratios = {name: latent.get(name) for name in sizes if name in known}
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
+    wanted = model.get_model_object("latent_format")
+    channels, dimensions = wanted.latent_channels, wanted.latent_dimensions + 2
+    if not samples.is_nested and samples.ndim != dimensions:
+        raise ValueError(
+            f"This latent has {samples.ndim} dimensions; expected {dimensions}: a picture's has 4, a video's 5. "
+            "Connect an empty latent of the model's kind, such as Empty Latent Image, or encode with the model's VAE."
+        )
+    if isinstance(model.model, comfy.model_base.PixArt):
+        height, width = samples.shape[-2:]
+        if height % 2 or width % 2 or height + width < PIXART_MINIMUM:
+            raise ValueError(
+                f"This latent is for a picture of {8 * width} x {8 * height} pixels. ComfyUI's PixArt works on sides "
+                "that are multiples of 16, and from 264 on. Choose such a size, at best one near the model's own."
+            )
+    if not samples.is_nested and samples.shape[1] != channels:
+        raise ValueError(
+            f"This latent has {samples.shape[1]} channels, the model works on {channels}. Encode the picture with the "
+            "VAE that belongs to this model."
+        )
+    if not samples.is_nested:
+        check_numbers("This latent", samples)
+        if "noise_mask" in latent:
+            check_numbers("This latent's noise mask", latent["noise_mask"])
+    return samples
 
 
 def grid_inputs() -> list[io.Input]:

@@ -5,64 +5,62 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_base
-import comfy.supported_models
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
+
+from ...flash_core.families import Family, family_of, of_comfy_class, of_transformer_width
 
 # A conditioning's value that every ComfyUI model joins to the noisy latent as it is; ComfyUI does not resize it.
 CONCAT_KEY = "noise_concat"
 METADATA_KEY = "flash_metadata"  # the ModelPatcher attachment in which a LoRA's metadata travels to the sampler
 
-# ComfyUI's model configurations by the names that Flash metadata has for their bases.
-BASES = {
-    "SD15": "sd15",
-    "SD20": "sd21",
-    "SD_X4Upscaler": "sd_x4",
-    "SDXL": "sdxl",
-    "PixArtAlpha": "pixart",
-    "PixArtSigma": "pixart-sigma",
-    "Flux": "flux",
-}
+CHANNELS_PER_BLOCK = 64  # of SD3's transformers: the image stream is as many times 64 channels wide as they have blocks
 
 
-SD35_LARGE_BLOCKS = 38
+def model_family(model: ModelPatcher) -> Family | None:
+    """Return the model's family by the class of its ComfyUI configuration, or None for a class that has none."""
+    config = model.model.model_config
+    family = of_comfy_class([type(config).__name__])
+    if family is not None and family.key == "sd3":  # ComfyUI has one class for SD3 and SD3.5
+        by_width = of_transformer_width(config.unet_config.get("depth", 0) * CHANNELS_PER_BLOCK)
+        if config.unet_config.get("x_block_self_attn_layers") or (by_width and family not in by_width):
+            return family_of("sd35")
+    return family
 
 
 def model_base(model: ModelPatcher) -> str | None:
-    """The model's base as Flash metadata names it, or None for one that has no name there."""
-    config = model.model.model_config
-    if type(config).__name__ == "SD3":
-        sizes = config.unet_config
-        newer = sizes.get("x_block_self_attn_layers") or sizes.get("depth") == SD35_LARGE_BLOCKS
-        return "sd35" if newer else "sd3"
-    return BASES.get(type(config).__name__)
+    """Return the key of the model's family, or None for a model of no known family."""
+    family = model_family(model)
+    return None if family is None else family.key
+
+
+def family_name(model: ModelPatcher) -> str:
+    """Return the name of the model's family; for a model of no known family, its class in ComfyUI."""
+    family = model_family(model)
+    return type(model.model.model_config).__name__ if family is None else family.name
 
 
 def describe_model(model: ModelPatcher) -> str:
-    """The model's family in words, with the width that tells it from others of its kind."""
+    """Return the family's name with the width that tells the family: "SD 1.5 (attn2 reads 768 channels)"."""
     config = model.model.model_config
-    family = vars(type(config)).get("family", type(config).__name__)
-    sizes = config.unet_config
-    if family == "SD3":
-        family = "SD3.5" if model_base(model) == "sd35" else "SD3"
-        return f"{family} ({sizes.get('depth', 0) * 64} channels wide)"
-    width = sizes.get("context_dim")
-    return f"{family} (attn2 reads {width} channels)" if width else family
+    family = model_family(model)
+    if family is not None and family.sizes:
+        width = config.unet_config.get("depth", 0) * CHANNELS_PER_BLOCK
+        return f"{family.sized(width)} ({width} channels wide)"
+    width = config.unet_config.get("context_dim")
+    name = family_name(model)
+    return f"{name} (attn2 reads {width} channels)" if width else name
 
 
 def native_side(model: ModelPatcher) -> int:
-    """The side of the square pictures that a model was trained on, in pixels."""
-    config = model.model.model_config
-    # Asked of the class: newer ComfyUI's configurations answer any attribute, with a warning in the log.
-    known = getattr(type(config), "native_side", None)
-    if known is not None:
-        return int(known)
-    if isinstance(config, comfy.supported_models.SD15):
-        return 512
-    if isinstance(config, comfy.supported_models.SD20):
-        return 768 if model.model.model_type == comfy.model_base.ModelType.V_PREDICTION else 512
-    return 1024
+    """Return the side in pixels of the square pictures that the model was trained on; 1024 for an unknown family."""
+    # ComfyUI's classes for variants of a family derive from the family's own.
+    family = of_comfy_class(kind.__name__ for kind in type(model.model.model_config).__mro__)
+    if family is None:
+        return 1024
+    predicts_v = model.model.model_type == comfy.model_base.ModelType.V_PREDICTION
+    return family.native_side if predicts_v or not family.epsilon_side else family.epsilon_side
 
 
 def check_vae(vae: VAE, model: ModelPatcher) -> None:
@@ -72,6 +70,17 @@ def check_vae(vae: VAE, model: ModelPatcher) -> None:
         raise ValueError(
             f"This VAE makes latents of {vae.latent_channels} channels, the model works on {wanted}. Connect the VAE "
             "that belongs to the model."
+        )
+
+
+def check_makes_pictures(model: ModelPatcher, node: str) -> None:
+    """Raise ValueError where the model makes video or audio; ``node`` is the name of the node that asks."""
+    dimensions = model.get_model_object("latent_format").latent_dimensions
+    if dimensions != 2:
+        raise ValueError(
+            f"This model's latents have {dimensions} dimensions; expected 2, a picture's. {node} works with models "
+            "that make pictures, such as SD 1.5, SDXL, PixArt, SD3 and Flux, not with video or audio models. Load "
+            "such a model."
         )
 
 

@@ -38,3 +38,8 @@ def show_text(node: type[io.ComfyNode], text: str) -> None:
     running = getattr(server.PromptServer, "instance", None) if server is not None else None
     if identity is not None and running is not None:
         running.send_progress_text(text, identity)
+
+
+def count(number: int, noun: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

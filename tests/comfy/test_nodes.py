@@ -224,7 +224,7 @@ def test_image_to_image_keeps_more_of_the_picture_the_lower_denoise_is(client: C
 def test_guidance_needs_and_uses_a_negative_prompt(client: Client, lora: str) -> None:
     alone = client.run(prompts.latents(lora, seed=15, guidance=2.0))
     assert alone.error is not None
-    assert "Guidance is 2" in alone.error["exception_message"]
+    assert "guidance is 2" in alone.error["exception_message"]
     assert "negative" in alone.error["exception_message"]
     prompt = prompts.latents(lora, seed=15, guidance=2.0)
     prompt["negative"] = prompts.node("CLIPTextEncode", clip=[prompts.MODELS, 1], text="")

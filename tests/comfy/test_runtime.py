@@ -23,7 +23,7 @@ def test_it_runs_a_workflow_and_saves_its_pictures(runtime: ModuleType, server, 
 
 def test_it_names_the_node_that_failed(runtime: ModuleType, server, tmp_path: Path) -> None:
     prompt = prompts.latents(None, seed=1, guidance=3.0)
-    with pytest.raises(runtime.RuntimeProblem, match=r"\(FlashSampler\): Guidance is 3"):
+    with pytest.raises(runtime.RuntimeProblem, match=r"\(FlashSampler\): guidance is 3"):
         runtime.run_workflow(server, prompt, tmp_path)
 
 

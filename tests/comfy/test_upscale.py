@@ -330,7 +330,7 @@ def with_a_model_without_trained_timesteps(prompt: prompts.Prompt) -> None:
     ("spoil", "words"),
     [
         (with_small_tiles, ["tile_size is 8", "at least 64"]),
-        (with_guidance_and_no_negative, ["Guidance is 3", "negative"]),
+        (with_guidance_and_no_negative, ["guidance is 3", "negative"]),
         (with_another_vae, ["latents of 3 channels", "Connect the VAE"]),
         (with_a_model_without_trained_timesteps, ["no trained timesteps"]),
     ],

@@ -15,7 +15,6 @@ from flash_diffusion.flash_core.distiller import PUBLISHED_PHASES
 from flash_diffusion.flash_core.grid import (
     MAX_FEW_STEPS,
     custom_timesteps,
-    fraction_of,
     implied_shift,
     reference_timesteps,
     snapped_fractions,
@@ -235,8 +234,8 @@ fractions = st.floats(1e-3, 1)
 def test_fraction_of_a_trailing_timestep(steps: int, shift: float) -> None:
     for fraction in trailing_fractions(steps):
         flow = FlowProcess(shift)
-        assert fraction_of(flow, flow.timestep(fraction)) == pytest.approx(fraction)
-        assert fraction_of(VP, VP.timestep(fraction)) == pytest.approx(fraction, abs=6e-4)
+        assert flow.fraction(flow.timestep(fraction)) == pytest.approx(fraction)
+        assert VP.fraction(VP.timestep(fraction)) == pytest.approx(fraction, abs=6e-4)
 
 
 @pytest.mark.parametrize("process", [VP, FLOW], ids=["vp", "flow"])
@@ -354,8 +353,8 @@ def test_custom_timesteps_by_hand(process, text: str, denoise: float, timesteps:
 @pytest.mark.parametrize(
     ("process", "text", "message"),
     [
-        (VP, "", "none are given. Write whole numbers of 0 to 999"),
-        (VP, "  ", "none are given"),
+        (VP, "", "is empty. Write whole numbers of 0 to 999"),
+        (VP, "  ", "The list of custom timesteps is empty"),
         (VP, "999, 749,", "'' is no timestep of this model"),
         (VP, "999 749", "'999 749' is no timestep"),
         (VP, "1000, 500", "'1000' is no timestep of this model. Write whole numbers of 0 to 999"),
@@ -364,7 +363,7 @@ def test_custom_timesteps_by_hand(process, text: str, denoise: float, timesteps:
         (VP, "nan", "'nan' is no timestep"),
         (VP, "inf, 3", "'inf' is no timestep"),
         (VP, "999, many", "'many' is no timestep"),
-        (VP, "249, 499", "must descend, from noise to image; in '249, 499', 499 comes after 249"),
+        (VP, "249, 499", "must descend, from noise to image. In '249, 499', 499 comes after 249"),
         (VP, "999, 999", "999 comes after 999"),
         (FLOW, "1000, 0", "'0' is no timestep of this model. Write numbers above 0 and up to 1000"),
         (FLOW, "1001", "'1001' is no timestep"),
