@@ -6,20 +6,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from ..families import name_of, of_text_width, of_transformer_width
 from .weights import LoraFile, LoraModule
-
-# The width that the first cross-attention reads (the text encoder's) tells UNet families apart.
-_UNET_BY_TEXT_WIDTH = {
-    768: ("sd15", "SD 1.5"),
-    1024: ("sd21", "SD 2"),
-    2048: ("sdxl", "SDXL"),
-    1280: ("", "the SDXL refiner"),
-    128: ("flash-demo", "the Flash demo"),
-}
-# Of the UNets that read SD 2's text the x4 upscaler's levels are 512 and 1024 channels wide, SD 2's 320, 640 and 1280.
-_SD2_TEXT, _X4_WIDTHS = 1024, (512, 1024)
-# The width of the image stream tells SD3's sizes apart: 64 channels a head, as many blocks as heads.
-_SD3_BY_WIDTH = {1536: "SD3 medium or SD3.5 medium", 2432: "SD3.5 large"}
 
 
 @dataclass(frozen=True)
@@ -83,9 +71,9 @@ def base_of(file: LoraFile) -> str | None:
 def describe_base(file: LoraFile) -> str:
     """The base a LoRA was made for, in words: from what it says or is known to be, else from its layers."""
     if file.published is not None and file.metadata is not None:
-        return f"{file.metadata.base} (it is {file.published} by its layers and their shapes)"
+        return f"{name_of(file.metadata.base)} (it is {file.published} by its layers and their shapes)"
     if file.metadata is not None:
-        return f"{file.metadata.base} (by its own metadata)"
+        return f"{name_of(file.metadata.base)} (by its own metadata)"
     return _by_layers(file)[1]
 
 
@@ -93,7 +81,7 @@ def _by_layers(file: LoraFile) -> tuple[str, str]:
     """The base's key, empty where in doubt, and its description."""
     names = file.modules
     if any(name.startswith(("single_transformer_blocks_", "single_blocks_", "double_blocks_")) for name in names):
-        return "flux", "Flux"
+        return "flux", name_of("flux")
     if any(name.startswith("joint_blocks_") or "_add_k_proj" in name for name in names):
         return _sd3(file)
     if any(name.startswith("blocks_") and name.endswith(("_attn_qkv", "_q_linear", "_kv_linear")) for name in names):
@@ -107,22 +95,23 @@ def _by_layers(file: LoraFile) -> tuple[str, str]:
     first = next((module for name, module in names.items() if name.endswith("attn2_to_k")), None)
     if first is None:
         deep = any("_transformer_blocks_9_" in name for name in names)  # only SDXL stacks ten
-        return ("sdxl", "SDXL") if deep else ("", "an unknown model (no cross-attention layer in the file)")
+        return ("sdxl", name_of("sdxl")) if deep else ("", "an unknown model (no cross-attention layer in the file)")
     width = _width(first)
-    base, words = _UNET_BY_TEXT_WIDTH.get(width, ("", "an unknown model"))
-    if width == _SD2_TEXT and first.up.shape[0] in _X4_WIDTHS:
-        base, words = "sd_x4", "the SD x4 upscaler"
-    return base, f"{words} (attn2 reads {width} channels)"
+    family = of_text_width(width, channels=first.up.shape[0])
+    key, name = ("", "an unknown model") if family is None else (family.key, family.name)
+    return key, f"{name} (attn2 reads {width} channels)"
 
 
 def _sd3(file: LoraFile) -> tuple[str, str]:
     if any("_attn2_" in name for name in file.modules):
-        return "sd35", "SD3.5 medium (its first blocks have a second attention)"
+        return "sd35", f"{name_of('sd35')} medium (its first blocks have a second attention)"
+    unknown = f"a transformer like {name_of('sd3')}"
     width = next((_width(module) for name, module in file.modules.items() if "_attn_" in name), None)
     if width is None:
-        return "", "a transformer like SD3"
-    words = _SD3_BY_WIDTH.get(width, "a transformer like SD3")
-    return ("sd35" if words == "SD3.5 large" else ""), f"{words} ({width} channels wide)"
+        return "", unknown
+    found = of_transformer_width(width)
+    words = " or ".join(family.sized(width) for family in found) or unknown
+    return (found[0].key if len(found) == 1 else ""), f"{words} ({width} channels wide)"
 
 
 def _width(module: LoraModule) -> int:
@@ -131,5 +120,5 @@ def _width(module: LoraModule) -> int:
 
 def _pixart(file: LoraFile) -> tuple[str, str]:
     if any("resolution_embedder" in name or "csize_embedder" in name for name in file.modules):
-        return "pixart", "PixArt-alpha at 1024 pixels (it embeds the picture's size)"
-    return "", "PixArt (alpha and Sigma have the same layers)"
+        return "pixart", f"{name_of('pixart')} at 1024 pixels (it embeds the picture's size)"
+    return "", f"{name_of('pixart')} or {name_of('pixart-sigma')} (both have the same layers)"

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..families import family_of
 from ..process import NUM_TIMESTEPS
 
 FORMAT_VERSION = "1"
@@ -14,26 +15,13 @@ PREFIX = "flash."
 TRAINING_PREFIX = "flash.training."
 MAX_GRIDS = 64
 
-# modelspec.architecture of each base, as the public ModelSpec names them.
-ARCHITECTURES = {
-    "sd15": "stable-diffusion-v1",
-    "sd21": "stable-diffusion-v2-768-v",
-    "sd_x4": "stable-diffusion-x4-upscaler",  # ModelSpec lists none for it: its name on the Hub
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sd3": "stable-diffusion-v3-medium",
-    "sd35": "stable-diffusion-v3.5-medium",
-    "pixart": "pixart-alpha",
-    "pixart-sigma": "pixart-sigma",
-    "flux": "flux-1-dev",
-}
-
 
 @dataclass(frozen=True)
 class FlashMetadata:
     """The facts a sampler needs to set itself up, and where the file comes from.
 
     Attributes:
-        base: the family: ``sd15``, ``sdxl``, ``sd_x4``, ``pixart``, ``sd3``, ``flash-demo`` ...
+        base: the key of the family in :data:`~..families.FAMILIES`: ``sd15``, ``sdxl``, ``flash-demo`` ...
         task: ``text-to-image``, ``inpainting``, ...
         prediction: what the base predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
         process: ``vp`` or ``flow``.
@@ -61,9 +49,10 @@ class FlashMetadata:
 
     def to_header(self) -> dict[str, str]:
         """The header's strings."""
+        family = family_of(self.base)
         header = {
             "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": f"{ARCHITECTURES.get(self.base, self.base)}/lora",
+            "modelspec.architecture": f"{self.base if family is None else family.architecture}/lora",
             "modelspec.implementation": "diffusers",
             "modelspec.title": self.title,
             "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(

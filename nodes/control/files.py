@@ -22,8 +22,9 @@ from comfy.model_patcher import ModelPatcher
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..shared.model_facts import family_name
 from .control_lora import BaseControlLora, check_control_lora
-from .match import adapter_places, family_of, is_xl_unshuffle
+from .match import adapter_places, is_xl_unshuffle
 
 LATENT_RATIO = 8  # pixels to a latent position, in every UNet with adapters
 LONGEST_REASON = 240  # characters; a state dict that does not fit says pages
@@ -198,8 +199,8 @@ def unet_of(model: ModelPatcher, name: str, kind: str) -> UNetModel:
     unet = model.get_model_object("diffusion_model")
     if not isinstance(unet, UNetModel):
         raise ValueError(
-            f"{name} is a {kind} for a UNet (SD 1.5, SD 2, SDXL); the model is {family_of(model)}, a transformer. Load "
-            "the checkpoint that the adapter was made for."
+            f"{name} is a {kind} for a UNet (SD 1.5, SD 2, SDXL); the model is {family_name(model)}, a transformer. "
+            "Load the checkpoint that the adapter was made for."
         )
     return unet
 

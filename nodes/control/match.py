@@ -19,19 +19,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-# ComfyUI's configurations as users know them; others by their own name.
-FAMILIES = {
-    "SD15": "SD 1.5",
-    "SD20": "SD 2",
-    "SDXL": "SDXL",
-    "SDXLRefiner": "the SDXL refiner",
-    "SD3": "SD3",
-    "PixArtAlpha": "PixArt-alpha",
-    "PixArtSigma": "PixArt-sigma",
-    "HunyuanDiT": "Hunyuan DiT",
-    "QwenImage": "Qwen Image",
-}
-TEXT_WIDTHS = {768: "SD 1.5", 1024: "SD 2", 1280: "the SDXL refiner", 2048: "SDXL"}
+from ...flash_core.families import name_of, of_comfy_class, of_text_width, of_vector_width
+from ..shared.model_facts import family_name
+
 PUBLISHED_MAPS = (320, 640, 1280, 1280)  # channels of the T2I-adapters of SD 1 and 2 and of SDXL
 XL_UNSHUFFLED = (256, 768)  # 16 x 16 pixels of 1 or 3 channels; the other kind unshuffles 8 x 8
 
@@ -108,13 +98,8 @@ class ControlledUNet:
         """The published family of these sizes, or "another model"."""
         if self.channels[0] != PUBLISHED_MAPS[0]:
             return "another model"
-        return "SDXL" if self.vector == 2816 else TEXT_WIDTHS.get(self.text or 0, "another model")
-
-
-def family_of(model: ModelPatcher) -> str:
-    """The model's family as users know it."""
-    kind = type(model.model.model_config)  # newer ComfyUI's instances have every attribute, most of them None
-    return getattr(kind, "family", FAMILIES.get(kind.__name__, kind.__name__))
+        family = of_vector_width(self.vector or 0) or of_text_width(self.text or 0, self.channels[-1])
+        return "another model" if family is None else family.name
 
 
 def unet_side(unet: UNetModel, config: Mapping[str, Any]) -> ControlledUNet:
@@ -180,8 +165,8 @@ def check_adapter(control: Any, model: ModelPatcher, name: str) -> str:
 
 def _refusal(name: str, kind: str, made_for: str, it: str, model: ModelPatcher, the_model: str) -> ValueError:
     return ValueError(
-        f"{name} is a {kind} for {made_for} ({it}); the model is {family_of(model)} ({the_model}). Load the checkpoint "
-        f"that it was made for, or a {kind} made for {family_of(model)}."
+        f"{name} is a {kind} for {made_for} ({it}); the model is {family_name(model)} ({the_model}). Load the "
+        f"checkpoint that it was made for, or a {kind} made for {family_name(model)}."
     )
 
 
@@ -193,7 +178,7 @@ def _check_t2i(network: nn.Module, model: ModelPatcher, name: str) -> None:
     xl = network.xl
     scales = [2, 2, 4, 4] if xl else [2**level for level in range(len(channels))]
     made = list(zip(channels, scales, strict=False))
-    made_for = "another model" if channels != PUBLISHED_MAPS else "SDXL" if xl else "SD 1.5"
+    made_for = "another model" if channels != PUBLISHED_MAPS else name_of("sdxl" if xl else "sd15")
     if not isinstance(unet, UNetModel):
         raise _refusal(name, "T2I-adapter", made_for, _maps(made), model, "a transformer")
     places = adapter_places(unet)
@@ -231,7 +216,8 @@ def _check_transformer_control(network: nn.Module, wanted: str, model: ModelPatc
     kind = getattr(comfy.model_base, wanted)
     own, made = _width(model.get_model_object("diffusion_model")), _width(network)
     if not isinstance(model.model, kind) or (own is not None and made is not None and own != made):
-        label = FAMILIES.get(wanted, wanted)
+        family = of_comfy_class([wanted])
+        label = wanted if family is None else family.name
         raise _refusal(name, "ControlNet", label, f"a transformer of width {made}", model, f"of width {own}")
 
 

@@ -89,8 +89,6 @@ class DemoModelConfig(comfy.supported_models_base.BASE):
     unet_extra_config: dict[str, Any] = {}  # noqa: RUF012  ComfyUI's own convention; the heads are in unet_config
     supported_inference_dtypes = [DTYPE]  # noqa: RUF012
     memory_usage_factor = 1.0
-    family = "the Flash demo"
-    native_side = 128  # pixels; for nodes that choose a working size
 
     def __init__(
         self,

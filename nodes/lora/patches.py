@@ -15,6 +15,7 @@ import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 
+from ...flash_core.families import name_of
 from ...flash_core.lora import LoraFile, LoraModule, LoraReport, MatchReport, describe_base, flat_name, match, report_on
 from ..shared.model_facts import describe_model, model_base
 
@@ -126,7 +127,10 @@ def _notes(file: LoraFile, model: ModelPatcher) -> tuple[str, ...]:
     base = model_base(model)
     if made_for is None or base is None or made_for == base:
         return ()
-    return (f"WARNING: made for {made_for}, while the model is {base}; its layers fit, the pictures may suffer",)
+    return (
+        f"WARNING: made for {name_of(made_for)}, while the model is {name_of(base)}; its layers fit, the pictures may "
+        "suffer",
+    )
 
 
 def _refusal(file: LoraFile, model: ModelPatcher, report: LoraReport) -> str:

@@ -71,7 +71,7 @@ VIDEO = ["latent has 5 dimensions; expected 4", "Empty Latent Image"]
 NO_DENOISE = ["denoise is 0; expected a number above 0", "bypass"]
 NO_RGB = ["(1, 128, 128, 1)", "RGB or RGBA"]
 STOCHASTICITY = ["stochasticity is 2; expected 0", "to 1"]
-OTHER_BASE = ["does not fit", "It is for flash-demo", "the model is SD15"]
+OTHER_BASE = ["does not fit", "It is for the Flash demo", "the model is SD 1.5"]
 
 Row = list[str] | Elsewhere | Moot
 TABLE: dict[str, dict[str, Row]] = {
@@ -84,7 +84,7 @@ TABLE: dict[str, dict[str, Row]] = {
         "NaN: mask": NO_NUMBERS,
         "no prompts": NO_PROMPT,
         "no prompts: negative": NO_NEGATIVE,
-        "wrong model family": ["encoded for another model", "128 wide", "SD15 (attn2 reads 32 channels)"],
+        "wrong model family": ["encoded for another model", "128 wide", "SD 1.5 (attn2 reads 32 channels)"],
         "video latent": VIDEO,
         "latent of another model": OTHER_LATENT,
         "latent of another model: empty": RIGHT,

@@ -253,7 +253,7 @@ def inside(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def test_models_of_different_families_are_refused(inside: dict[str, Any]) -> None:
-    assert "'model' is SD15" in inside["families"]
+    assert "'model' is SD 1.5" in inside["families"]
     assert "'flash_model' is SDXL" in inside["families"]
     assert inside["clone"] is None
 

@@ -123,19 +123,19 @@ def test_every_layer_of_the_published_files_is_patched_at_its_true_scale(answers
     ("case", "lora", "model"),
     [
         ("sdxl model, sd15 lora", "SD 1.5 (attn2 reads 768 channels)", "SDXL (attn2 reads 2048 channels)"),
-        ("sd15 model, sdxl lora", "SDXL (attn2 reads 2048 channels)", "SD15 (attn2 reads 768 channels)"),
+        ("sd15 model, sdxl lora", "SDXL (attn2 reads 2048 channels)", "SD 1.5 (attn2 reads 768 channels)"),
         (
             "sd21 model, sd_x4 lora",
             "the SD x4 upscaler (attn2 reads 1024 channels)",
-            "SD20 (attn2 reads 1024 channels)",
+            "SD 2 (attn2 reads 1024 channels)",
         ),
         (
             "sd_x4 model, sd21 lora",
             "SD 2 (attn2 reads 1024 channels)",
-            "SD_X4Upscaler (attn2 reads 1024 channels)",
+            "the SD x4 upscaler (attn2 reads 1024 channels)",
         ),
-        ("sd15 model, sd3 lora", "SD3 medium or SD3.5 medium", "SD15 (attn2 reads 768 channels)"),
-        ("sd3 model, sd15 lora", "SD 1.5 (attn2 reads 768 channels)", "SD3 (1536 channels wide)"),
+        ("sd15 model, sd3 lora", "SD3 medium or SD3.5 medium", "SD 1.5 (attn2 reads 768 channels)"),
+        ("sd3 model, sd15 lora", "SD 1.5 (attn2 reads 768 channels)", "SD3 medium (1536 channels wide)"),
     ],
 )
 def test_another_family_is_refused_with_both_names(answers, case: str, lora: str, model: str) -> None:

@@ -335,12 +335,12 @@ def test_text_encoder_layers_are_told_of(matrix: Matrix) -> None:
 @pytest.mark.parametrize(
     ("name", "lora", "model"),
     [
-        ("sdxl on sd15", "an unknown model (attn2 reads 32 channels)", "SD15 (attn2 reads 32 channels)"),
+        ("sdxl on sd15", "an unknown model (attn2 reads 32 channels)", "SD 1.5 (attn2 reads 32 channels)"),
         ("sd15 on sdxl", "an unknown model (attn2 reads 32 channels)", "SDXL (attn2 reads 32 channels)"),
         ("flux on sd3", "Flux", "SD3 (128 channels wide)"),
         ("sd3 on sd35", "a transformer like SD3 (128 channels wide)", "SD3.5 (128 channels wide)"),
         ("sd35 on sd3", "SD3.5 medium", "SD3 (128 channels wide)"),
-        ("alpha on sigma", "PixArt-alpha at 1024 pixels", "PixArtSigma"),
+        ("alpha on sigma", "PixArt-alpha at 1024 pixels", "PixArt-Sigma"),
         ("a part of sd15 on flux", "an unknown model", "Flux"),
     ],
 )
@@ -371,7 +371,7 @@ def test_a_part_is_loaded_where_it_is_allowed(matrix: Matrix, name: str, left_ou
 def test_pixart_sigmas_layers_are_all_in_alpha(matrix: Matrix) -> None:
     assert matrix.answers["sigma on alpha"]["complete"]
     (note,) = matrix.answers["sigma's layers said to be alpha's"]["notes"]
-    assert note.startswith("WARNING: made for pixart, while the model is pixart-sigma")
+    assert note.startswith("WARNING: made for PixArt-alpha, while the model is PixArt-Sigma")
 
 
 def test_what_is_not_for_the_denoiser_is_never_loaded_silently(matrix: Matrix) -> None:

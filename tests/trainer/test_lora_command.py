@@ -91,7 +91,7 @@ def test_info(capsys: pytest.CaptureFixture[str], lora: Path) -> None:
     assert answer["flash"]["timesteps"] == {"4": [999.0, 749.0, 499.0, 249.0]}
     assert main(["lora", "info", str(lora)]) == 0
     text = capsys.readouterr().out
-    assert "made for: sd15" in text
+    assert "made for: SD 1.5" in text
     assert "license: mit" in text
 
 
@@ -215,7 +215,7 @@ def test_loras_of_different_bases_are_not_merged(
     write_lora(tmp_path / "sd21.safetensors", layers("sd21"), other)
     write_lora(tmp_path / "sd3.safetensors", layers("sd3"), None, transformer=True)
     words = complaint(capsys, "merge", lora, tmp_path / "sd21.safetensors", tmp_path / "out.safetensors")
-    assert "lora.safetensors is for sd15 (by its own metadata), sd21.safetensors for sd21" in words
+    assert "lora.safetensors is for SD 1.5 (by its own metadata), sd21.safetensors for SD 2" in words
     words = complaint(capsys, "merge", lora, tmp_path / "sd3.safetensors", tmp_path / "out.safetensors")
     assert "only LoRAs of one base can be merged" in words
     assert not (tmp_path / "out.safetensors").exists()

@@ -18,13 +18,6 @@ from ..teachers.conditions.control import KINDS, SCALES, find_control
 
 LORA = "lora.safetensors"
 BEST_STEPS = 4
-# What the names of the pipelines for further tasks begin with, by base.
-STEMS = {
-    "sd15": "StableDiffusion",
-    "sd21": "StableDiffusion",
-    "flash-demo": "StableDiffusion",
-    "sdxl": "StableDiffusionXL",
-}
 # SDXL's inpainting pipeline draws at strength 0.9999, and so one step less, unless it is told.
 INPAINTING = ("prompt", "image=image", "mask_image=mask_image", "strength=1.0")
 STOCK_NOISE_LEVEL = 20  # StableDiffusionUpscalePipeline's default
@@ -130,9 +123,9 @@ def _drawing(recipe: Recipe, teacher: type[Teacher]) -> Drawing:
         return Drawing()
     if task.name == "super-resolution":
         return _upscaling(recipe, teacher)
-    if teacher.base not in STEMS:
+    stem = teacher.task_pipelines
+    if not stem:
         raise NoStockPipeline(f"no stock pipeline of its base does {task.name}")
-    stem = STEMS[teacher.base]
     if task.name == "inpainting":
         return Drawing(
             "`prompt`, `image` and `mask_image` (PIL pictures; what is white in the mask is made anew)",

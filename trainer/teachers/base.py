@@ -55,7 +55,7 @@ class Teacher(ABC):
     """A diffusion model with everything around its denoiser.
 
     Class attributes:
-        base: what a LoRA's metadata calls the base.
+        base: the family's key in :data:`flash_core.families.FAMILIES`, as LoRA metadata has it.
         pipeline_class: the family's stock pipeline, which loads and which encodes prompts.
         network_class: the class of its denoising network.
         network_part: what the pipeline calls that network: ``unet`` or ``transformer``.
@@ -68,6 +68,8 @@ class Teacher(ABC):
         loading_code: how diffusers loads the LoRA, for the model card; ``{folder}``, ``{file}`` and ``{rank}`` are
             filled in.
         call_options: what the model card passes to the pipeline beside prompt and grid.
+        task_pipelines: how the names of diffusers' pipelines for further tasks begin: "StableDiffusion" of
+            StableDiffusionInpaintPipeline; empty where a family has none.
 
     Attributes:
         pipeline: the stock pipeline, None once :meth:`release_encoders` was called.
@@ -92,6 +94,7 @@ class Teacher(ABC):
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     loading_code: ClassVar[str] = 'pipe.load_lora_weights("{folder}", weight_name="{file}")'
     call_options: ClassVar[Mapping[str, Any]] = {}
+    task_pipelines: ClassVar[str] = ""
     image_adapter: ImageAdapter | None = None
     low_resolution_process: Process | None = None
 

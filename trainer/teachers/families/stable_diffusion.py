@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ....flash_core.denoiser import Conditioning
+from ....flash_core.families import name_of
 from ...config import ModelSection
 from ...demo.assets import TEACHER
 from ...errors import UserError
@@ -83,6 +84,7 @@ class StableDiffusion(Teacher):
     denoiser_class: ClassVar[type[DiffusersDenoiser]] = UNetDenoiser
     unused_parts = ("safety_checker", "feature_extractor", "image_encoder")
     pipeline_options: ClassVar[Mapping[str, Any]] = {"requires_safety_checker": False}
+    task_pipelines = "StableDiffusion"
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:
@@ -121,8 +123,8 @@ class Demo(StableDiffusion):
 
     @classmethod
     def title(cls, source: Source) -> str:
-        """The same wherever it lies."""
-        return "the Flash demo"
+        """Return the demo's name, wherever its folder lies."""
+        return name_of(cls.base)
 
     @classmethod
     def locate(cls, model: ModelSection) -> Source:

@@ -40,6 +40,7 @@ class StableDiffusionXL(Teacher):
     denoiser_class = SDXLDenoiser
     default_config = "stabilityai/stable-diffusion-xl-base-1.0"
     unused_parts = ("feature_extractor", "image_encoder")
+    task_pipelines = "StableDiffusionXL"
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:

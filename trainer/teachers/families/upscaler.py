@@ -24,6 +24,7 @@ class Upscaler(StableDiffusion):
     default_config = "stabilityai/stable-diffusion-x4-upscaler"
     unused_parts = ("safety_checker", "feature_extractor", "watermarker")
     pipeline_options: ClassVar[Mapping[str, Any]] = {}
+    task_pipelines = ""
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:
