@@ -45,6 +45,7 @@ def main() -> None:
     comfyui, root, given, results = map(Path, sys.argv[1:])
     boot(comfyui, root)
     from dropped_in.nodes.sampling import compare
+    from dropped_in.nodes.sampling.contact_sheet import GAP, LEAST_COLUMN, draw_grid
     from tiny import tiny_model
 
     models = {}
@@ -68,22 +69,18 @@ def main() -> None:
         "white": (1, 512, 512, 1.0),
     }.items():
         pictures = [torch.full((batch, height, width, 3), colour) for _ in range(3)]
-        grid = compare.draw_grid(
-            pictures, ["teacher, 30 steps\nguidance 7\n60 NFE, 12.34 s", "Flash", "Flash, 4 steps"]
-        )
-        top = grid.shape[1] - batch * (height + compare.GAP)
-        column = max(width, compare.LEAST_COLUMN)
-        labels = [
-            grid[0, :top, (left := compare.GAP + index * (column + compare.GAP)) : left + column] for index in range(3)
-        ]
-        gaps = [grid[0, :top, index * (column + compare.GAP) :][:, : compare.GAP] for index in range(4)]
+        grid = draw_grid(pictures, ["teacher, 30 steps\nguidance 7\n60 NFE, 12.34 s", "Flash", "Flash, 4 steps"])
+        top = grid.shape[1] - batch * (height + GAP)
+        column = max(width, LEAST_COLUMN)
+        labels = [grid[0, :top, (left := GAP + index * (column + GAP)) : left + column] for index in range(3)]
+        gaps = [grid[0, :top, index * (column + GAP) :][:, :GAP] for index in range(4)]
         grids[name] = {
             "shape": list(grid.shape),
             "top": top,
             "darkest": [float(label.min()) for label in labels],
             "ink": [float((label < 0.5).float().mean()) for label in labels],
             "gaps": min(float(gap.min()) for gap in gaps),
-            "last_row": float(grid[0, -compare.GAP - 1, compare.GAP + (column - 1) // 2].mean()),
+            "last_row": float(grid[0, -GAP - 1, GAP + (column - 1) // 2].mean()),
         }
     results.write_text(json.dumps({**found, "grids": grids}))
 
