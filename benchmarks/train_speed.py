@@ -31,7 +31,7 @@ from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.trainer.config import Recipe
 from flash_diffusion.trainer.distill.assembly import add_adapters
 from flash_diffusion.trainer.distill.plan import AVERAGE_BYTES, BYTES, TRAINED_BYTES
-from flash_diffusion.trainer.distill.schedule import Average
+from flash_diffusion.trainer.distill.schedule import WeightAverage
 from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.teachers import family as family_class
 from flash_diffusion.trainer.teachers.base import count_parameters, process_from_scheduler
@@ -174,7 +174,7 @@ class Bench:
         self.discriminator = Discriminator([feature.shape[1] for feature in features]).to(device)
         self.distiller = Distiller(self.denoiser, self.recipe.method.settings(), discriminator=self.discriminator)
         student = self.denoiser.adapter_parameters("student")
-        self.average = Average(student, self.recipe.ema)
+        self.average = WeightAverage(student, self.recipe.ema)
         section = self.recipe.optimizer
         self.optimizers = [
             torch.optim.AdamW(student.values(), section.lr, fused=True),

@@ -81,7 +81,7 @@ def read_task_adapter(path: str | os.PathLike[str]) -> TaskAdapter:
     if header.get(VERSION_KEY) != VERSION or CHANNELS_KEY not in container.shapes:
         raise LoraError(
             f"{container.path.name} is not a task adapter of version {VERSION}; expected a file that "
-            "`flash-diffusion demo-task-teacher` wrote"
+            "`flash-diffusion demo task-teacher` wrote"
         )
     tensors = {key: value.float() for key, value in container.tensors(container.shapes).items()}
     channels = tensors.pop(CHANNELS_KEY)

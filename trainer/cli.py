@@ -1,6 +1,7 @@
 """The command line: ``flash-diffusion`` when installed, ``python -m trainer`` in a clone.
 
-Sub-commands live beside what they run, as ``add_arguments(parser)`` and ``run(args)``, and are imported when asked for.
+A command's module has ``add_arguments(parser)`` and ``run(args)``. The module is imported only when its command is
+used, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -8,52 +9,72 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 
 from .errors import UserError
 
-# name -> (module with add_arguments and run, what it does)
-COMMANDS = {
-    "distill": (".distill.command", "distil a teacher into a few-step LoRA"),
-    "export": (".distill.export_command", "write the LoRA of a run's checkpoint"),
-    "evaluate": (".evaluate.command", "compare a student's few steps with its teacher's many"),
-    "report": (".report.build", "make the report of an evaluation again"),
-    "lora": (".lora_command", "look into LoRA files, convert, merge and shrink them"),
-    "demo-data": (".demo.making.pictures", "rebuild the demo's pictures from their packages"),
-    "demo-autoencoder": (".demo.making.autoencoder", "train the demo's autoencoder"),
-    "demo-teacher": (".demo.making.teacher.teacher", "train the demo's teacher"),
-    "demo-task-teacher": (".demo.making.adapters.task_teacher", "train a teacher of a further task from the demo's"),
-    "demo-control": (".demo.making.adapters.control", "train a T2I-adapter or a ControlNet for the demo's teacher"),
-    "demo-style": (".demo.making.adapters.style", "train a style LoRA for the demo's teacher"),
-    "demo-features": (".demo.making.features", "train the demo's evaluation network"),
-    "demo-card": (".demo.making.card", "measure the demo's teacher and write its model card"),
+PROGRAM = "flash-diffusion"
+# Libraries that log every file they open and every request they make at level INFO.
+CHATTY_LIBRARIES = ("httpx", "huggingface_hub", "PIL", "torch", "diffusers", "transformers", "accelerate")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the module that runs it, or the commands below it.
+
+    Attributes:
+        summary: one line of help.
+        module: relative name of the module with ``add_arguments`` and ``run``.
+        commands: name -> command below this one.
+    """
+
+    summary: str
+    module: str = ""
+    commands: Mapping[str, Command] | None = None
+
+
+DEMO_COMMANDS = {
+    "data": Command("build the picture shards from the published emoji packages", ".demo.making.emoji_packages"),
+    "autoencoder": Command("train the autoencoder", ".demo.making.autoencoder"),
+    "teacher": Command("train the teacher (text encoder and UNet)", ".demo.making.teacher.command"),
+    "features": Command("train the network that measures pictures", ".demo.making.features"),
+    "card": Command("measure the teacher and write its model card", ".demo.making.teacher.card"),
+    "task-teacher": Command(
+        "train a task adapter, which makes the teacher one of another task", ".demo.making.adapters.task_teacher"
+    ),
+    "control": Command("train a T2I-adapter or a ControlNet for the teacher", ".demo.making.adapters.control"),
+    "style": Command("train a style LoRA for the teacher", ".demo.making.adapters.style"),
 }
+COMMANDS = {
+    "distill": Command("distil a teacher into a few-step LoRA", ".distill.command"),
+    "export": Command("write the LoRA of a run's checkpoint", ".distill.export_command"),
+    "evaluate": Command("compare the student's few steps with the teacher's many", ".evaluate.command"),
+    "report": Command("write the HTML report of an evaluation again", ".report.build"),
+    "lora": Command("inspect, convert, merge and shrink LoRA files", ".lora_command"),
+    "demo": Command("make the files of the embedded demo again", commands=DEMO_COMMANDS),
+}
+RENAMED = {f"demo-{name}": ("demo", name) for name in DEMO_COMMANDS}  # names of version 0.1; to be removed after 0.2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    """Run a command and return its exit code: 0, 2 for an error that the user can correct, 130 when interrupted."""
+    arguments = _with_new_names(list(sys.argv[1:] if argv is None else argv))
     parser = argparse.ArgumentParser(
-        prog="flash-diffusion", description="Distil any conditional diffusion model into a few-step LoRA."
+        prog=PROGRAM, description="Distil a conditional diffusion model into a LoRA that draws in 1 to 4 steps."
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command, (module, summary) in COMMANDS.items():
-        sub = commands.add_parser(command, help=summary, description=summary[:1].upper() + summary[1:] + ".")
-        if command == name:  # the others' modules are heavy: a name and a line are enough for them
-            import_module(module, __package__).add_arguments(sub)
+    _add_commands(parser, COMMANDS, arguments)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Libraries chat at this level about every file they open and every request they make.
-    for library in ("httpx", "huggingface_hub", "PIL", "torch", "diffusers", "transformers", "accelerate"):
+    for library in CHATTY_LIBRARIES:
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        return int(import_module(COMMANDS[args.command][0], __package__).run(args))
+        return int(import_module(args.module, __package__).run(args))
     except (UserError, FileNotFoundError) as error:
         return complain(error)
     except ValueError as error:
-        from ..flash_core.lora import LoraError  # brings torch, which the command that raised it has loaded
+        from ..flash_core.lora import LoraError  # imports torch, which the command that raised it has loaded
 
         if isinstance(error, LoraError):
             return complain(error)
@@ -62,7 +83,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _with_new_names(arguments: list[str]) -> list[str]:
+    """Replace a command's old name by its new name, and tell the user."""
+    if not arguments or arguments[0] not in RENAMED:
+        return arguments
+    old, new = arguments[0], RENAMED[arguments[0]]
+    sys.stderr.write(
+        f"{PROGRAM}: `{PROGRAM} {old}` is now `{PROGRAM} {' '.join(new)}`; the old name stops working in the next "
+        "version\n"
+    )
+    return [*new, *arguments[1:]]
+
+
+def _add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Command], arguments: Sequence[str]) -> None:
+    """Add sub-commands. Only the command that ``arguments`` name gets its options, because its module is imported."""
+    position = next((index for index, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    chosen = next(iter(arguments[position:]), None)
+    added = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in commands.items():
+        description = command.summary[:1].upper() + command.summary[1:] + "."
+        sub = added.add_parser(name, help=command.summary, description=description)
+        if name != chosen:
+            continue
+        if command.commands is not None:
+            _add_commands(sub, command.commands, arguments[position + 1 :])
+            continue
+        sub.set_defaults(module=command.module)
+        import_module(command.module, __package__).add_arguments(sub)
+
+
 def complain(error: Exception) -> int:
-    """Say what the user can put right, without a traceback."""
-    sys.stderr.write(f"flash-diffusion: {error}\n")
+    """Print an error that the user can correct, without a traceback."""
+    sys.stderr.write(f"{PROGRAM}: {error}\n")
     return 2

@@ -50,7 +50,7 @@ def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str,
     if not path.is_file():
         raise FileNotFoundError(
             f"The demo's teacher is incomplete: {path} is missing. Reinstall this extension, or train the teacher with "
-            "`flash-diffusion demo-teacher`."
+            "`flash-diffusion demo teacher`."
         )
     return json.loads(path.read_text(encoding="utf-8"))
 

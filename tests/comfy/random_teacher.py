@@ -13,10 +13,10 @@ def save_random_teacher(folder: Path) -> None:
     """Write a diffusers ``StableDiffusionPipeline`` of the demo's architecture with random weights, in fp16."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
-    from flash_diffusion.trainer.demo.making.teacher import teacher
+    from flash_diffusion.trainer.demo.making.teacher import architecture
 
     torch.manual_seed(0)
-    tokenizer = teacher.train_tokenizer(list(PROMPTS) * 4, folder / "tokenizer")
+    tokenizer = architecture.train_tokenizer(list(PROMPTS) * 4, folder / "tokenizer")
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=8,
@@ -25,7 +25,7 @@ def save_random_teacher(folder: Path) -> None:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=teacher.TEXT_WIDTH,
+        cross_attention_dim=architecture.TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=32,
     )
@@ -42,9 +42,9 @@ def save_random_teacher(folder: Path) -> None:
     pipeline = StableDiffusionPipeline(
         vae=vae,
         unet=unet,
-        text_encoder=teacher.build_text_encoder(tokenizer),
+        text_encoder=architecture.build_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        scheduler=teacher.build_scheduler(),
+        scheduler=architecture.build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

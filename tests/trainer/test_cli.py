@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 import yaml
 
 from flash_diffusion.flash_core.lora import read_lora
-from flash_diffusion.trainer.cli import COMMANDS, main
+from flash_diffusion.trainer.cli import COMMANDS, DEMO_COMMANDS, RENAMED, Command, main
 from flash_diffusion.trainer.config import Recipe, parse_recipe
 from flash_diffusion.trainer.distill.plan import expected_passes
 
-from .conftest import trainer_process
+from .conftest import ROOT
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
@@ -25,24 +26,40 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
     return code, captured.out + captured.err
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
-    fastest = float("inf")
-    for _ in range(3):  # the machine may be busy
-        started = time.monotonic()
-        process = trainer_process("--help")
-        text = process.communicate(timeout=60)[0]
-        fastest = min(fastest, time.monotonic() - started)
-        assert process.returncode == 0
-    assert all(command in text for command in COMMANDS)
-    assert fastest < 1
+@pytest.mark.parametrize(("arguments", "commands"), [([], COMMANDS), (["demo"], DEMO_COMMANDS)])
+def test_help_lists_the_commands_and_imports_nothing_heavy(arguments: list[str], commands: dict[str, Command]) -> None:
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "trainer", *arguments, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(f"\n    {command}" in process.stdout for command in commands)
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in process.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "numpy", "PIL", "diffusers", "transformers", "pydantic", "rich", "yaml"}
 
 
-def test_every_commands_help_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("distill", "export"):
-        with pytest.raises(SystemExit) as end:
-            main([command, "--help"])
-        assert end.value.code == 0
-        assert len(capsys.readouterr().out) > 200
+@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), *(("demo", name) for name in DEMO_COMMANDS)])
+def test_every_command_explains_its_options(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text) > 200
+    text.encode("cp1252")  # the terminals of Windows
+
+
+def test_an_old_command_name_works_and_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["demo-data", "--help"])
+    assert end.value.code == 0
+    output = capsys.readouterr()
+    assert "usage: flash-diffusion demo data" in output.out
+    assert output.err.count("\n") == 1
+    assert "`flash-diffusion demo-data` is now `flash-diffusion demo data`" in output.err
+    assert len(RENAMED) == len(DEMO_COMMANDS) == 8
 
 
 def test_a_users_mistake_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str], recipe_file: Path) -> None:

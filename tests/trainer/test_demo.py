@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flash_diffusion.trainer.demo.assets import CONTROLS, DATA, FEATURES, LORAS, ROOT, TASK_ADAPTERS, TEACHER
-from flash_diffusion.trainer.demo.making import pictures
+from flash_diffusion.trainer.demo.making import emoji_packages
 from flash_diffusion.trainer.demo.making.autoencoder import AutoencoderTraining, held_out
 from flash_diffusion.trainer.demo.making.features import accuracy, augment
 from flash_diffusion.trainer.demo.making.patch_pca import PatchPCA, psnr
-from flash_diffusion.trainer.demo.making.teacher import teacher
+from flash_diffusion.trainer.demo.making.teacher import command
 from flash_diffusion.trainer.demo.making.teacher.training import WARM_UP, Trainer, TrainingSet, schedule
 from flash_diffusion.trainer.demo.shards import TEACHER_STYLE, Caption, Pictures, load_pictures, shard_path, write_shard
 from flash_diffusion.trainer.metrics.feature_network import FeatureNetwork
@@ -50,7 +50,7 @@ class TestPictures:
             names = [caption.name for caption in loaded.captions]
             assert len(set(names)) == len(names) == len(loaded)
             assert all(name == name.lower() and name for name in names)
-            assert {caption.license for caption in loaded.captions} == {pictures.LICENSES[style]}
+            assert {caption.license for caption in loaded.captions} == {emoji_packages.LICENSES[style]}
             assert (DATA / f"LICENSE.{style}.txt").read_text().strip()
             codes[style] = [caption.code for caption in loaded.captions]
         assert codes["fluent3d"] == codes["noto"]
@@ -84,7 +84,7 @@ class TestPictures:
         assert (loaded.images[0].float().mean((1, 2)) - torch.tensor([255.0, 0, 0])).abs().max() < 4
 
     def test_an_unknown_style_says_which_there_are(self) -> None:
-        with pytest.raises(FileNotFoundError, match=r"'crayon'.*fluent3d, noto.*demo-data"):
+        with pytest.raises(FileNotFoundError, match=r"'crayon'.*fluent3d, noto.*demo data"):
             load_pictures("crayon")
 
     def test_a_package_reads_alike_as_tarball_and_as_folder(self, tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ class TestPictures:
         with tarfile.open(tmp_path / "packed" / "lobehub-fluent-emoji-3d-1.1.0.tgz", "w:gz") as tar:
             tar.add(asset, "package/assets/2764-fe0f.webp")
         for folder in ("unpacked", "packed"):
-            drawn = pictures.fluent3d(tmp_path / folder)("2764")
+            drawn = emoji_packages.fluent3d(tmp_path / folder)("2764")
             assert drawn.size == (128, 128)
             assert drawn.getpixel((64, 16)) == (255, 255, 255)  # transparent becomes white
             assert drawn.getpixel((64, 112)) == (0, 0, 255)
 
     def test_a_missing_package_names_the_command_that_fetches_it(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="npm pack @iconify-json/noto"):
-            pictures.iconify(tmp_path, "@iconify-json/noto")
+            emoji_packages.iconify(tmp_path, "@iconify-json/noto")
 
     def test_the_whole_demo_fits_its_budget(self) -> None:
         files = [path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
@@ -295,7 +295,7 @@ class TestTraining:
         assert [second.update(0.5) for _ in range(3)] == losses[3:]
         for name, value in whole.parameters.items():
             assert torch.equal(value, second.parameters[name]), name
-            assert torch.equal(whole.average[name], second.average[name]), name
+            assert torch.equal(whole.average.tensors[name], second.average.tensors[name]), name
 
     def test_timesteps_are_stratified_and_captions_are_mixed(self) -> None:
         trainer = self.trainer()
@@ -316,22 +316,22 @@ class TestTraining:
 
     def test_resuming_from_nothing_says_what_to_do(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"no teacher in .*--output.*without --resume"):
-            teacher.shipped(tmp_path)
+            command.shipped(tmp_path)
 
     def test_the_command_trains_exports_and_resumes(self, tmp_path: Path) -> None:
         parser = argparse.ArgumentParser()
-        teacher.add_arguments(parser)
+        command.add_arguments(parser)
         common = ["--output", str(tmp_path / "teacher"), "--batch-size", "2"]
         checkpoint = tmp_path / "checkpoint.safetensors"
-        assert teacher.run(parser.parse_args([*common, "--steps", "2", "--checkpoint", str(checkpoint)])) == 0
+        assert command.run(parser.parse_args([*common, "--steps", "2", "--checkpoint", str(checkpoint)])) == 0
         assert json.loads((tmp_path / "teacher" / "training.json").read_text())["updates"] == 2
         assert (
-            teacher.run(parser.parse_args([*common, "--steps", "3", "--checkpoint", str(checkpoint), "--resume"])) == 0
+            command.run(parser.parse_args([*common, "--steps", "3", "--checkpoint", str(checkpoint), "--resume"])) == 0
         )
         assert json.loads((tmp_path / "teacher" / "training.json").read_text())["updates"] == 3
         # Without a checkpoint it goes on from the exported weights.
         elsewhere = str(tmp_path / "other.safetensors")
-        assert teacher.run(parser.parse_args([*common, "--steps", "1", "--checkpoint", elsewhere, "--resume"])) == 0
+        assert command.run(parser.parse_args([*common, "--steps", "1", "--checkpoint", elsewhere, "--resume"])) == 0
         assert json.loads((tmp_path / "teacher" / "training.json").read_text())["updates"] == 4
         assert str(tmp_path) not in (tmp_path / "teacher" / "unet" / "config.json").read_text()
         assert (tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors").is_file()

@@ -10,7 +10,7 @@ from flash_diffusion.flash_core.lora import base_of, read_lora
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
 from flash_diffusion.trainer.data.encode import encode_examples
-from flash_diffusion.trainer.demo.making.adapters.task_teacher import AdapterTraining
+from flash_diffusion.trainer.demo.making.adapters.training import AdapterTraining
 from flash_diffusion.trainer.demo.shards import shard_path
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher
@@ -19,7 +19,7 @@ from flash_diffusion.trainer.teachers import load_teacher
 def test_the_command_writes_an_ordinary_lora_for_the_demo(tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
     options = ["--minutes", "0.02", "--rank", "2", "--batch-size", "2", "--limit", "3", "--output", str(path)]
-    assert main(["demo-style", "noto", *options]) == 0
+    assert main(["demo", "style", "noto", *options]) == 0
     lora = read_lora(path)
     assert lora.metadata is None  # no Flash LoRA
     assert base_of(lora) == "flash-demo"

@@ -21,7 +21,7 @@ from flash_diffusion.trainer.config import OptimizerSection, Recipe, parse_recip
 from flash_diffusion.trainer.distill import checkpoint
 from flash_diffusion.trainer.distill.assembly import assemble
 from flash_diffusion.trainer.distill.loop import Run, TrainingDiverged, distil, phase_at
-from flash_diffusion.trainer.distill.schedule import Average, learning_rate_factor
+from flash_diffusion.trainer.distill.schedule import WeightAverage, learning_rate_factor
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.seeds import stream
 from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser
@@ -289,7 +289,7 @@ def test_learning_rates() -> None:
 
 def test_the_average_is_the_formulas() -> None:
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
-    average = Average({"x": parameter}, 0.9)
+    average = WeightAverage({"x": parameter}, 0.9)
     wanted = 1.0
     for update in range(30):
         with torch.no_grad():

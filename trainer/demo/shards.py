@@ -96,7 +96,7 @@ def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
         present = sorted(p.name.split("-")[0] for p in folder.glob("*-000000.tar.gz"))
         raise FileNotFoundError(
             f"No pictures of style {style!r} in {folder} (there: {', '.join(present) or 'none'}). "
-            "Choose one of those, or build the shards with `flash-diffusion demo-data`."
+            "Choose one of those, or build the shards with `flash-diffusion demo data`."
         )
     images, captions = [], []
     for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):

@@ -23,7 +23,7 @@ from ..teachers import load_teacher
 from ..teachers.base import Teacher
 from ..teachers.denoiser import DiffusersDenoiser
 from .checkpoint import Trained
-from .schedule import Average
+from .schedule import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Assembly:
     examples: Examples
     distiller: Distiller
     trained: Trained
-    average: Average
+    average: WeightAverage
 
 
 def needs_discriminator(recipe: Recipe) -> bool:
@@ -104,7 +104,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Assembly:
     if needs_critic(recipe):
         parameters["critic"] = denoiser.adapter_parameters("critic")
         optimizers["critic"] = _adamw(parameters["critic"], section.critic_lr, section.betas, section)
-    average = Average(parameters["student"], recipe.ema)
+    average = WeightAverage(parameters["student"], recipe.ema)
     return Assembly(teacher, task, examples, distiller, Trained(parameters, optimizers, average.tensors), average)
 
 

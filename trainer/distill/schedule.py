@@ -1,4 +1,4 @@
-"""How a run changes over time: the learning rate's schedule and the average of the weights."""
+"""The learning rate's schedule and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import nn
 from ..config import OptimizerSection
 
 
-class Average:
-    """The exponential moving average of parameters; young averages forget faster, so that the start fades.
+class WeightAverage:
+    """The exponential moving average of parameters: average <- decay * average + (1 - decay) * parameter.
+
+    In update n the decay is min(decay, (1 + n) / (10 + n)), so that the first weights fade quickly.
 
     Args:
-        parameters: what is averaged, by name.
-        decay: of one update, in the long run; 0 follows the parameters.
+        parameters: name -> parameter, on any device.
+        decay: the largest decay, in [0, 1); 0 makes the average equal to the parameters.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -27,13 +29,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take in the parameters after ``updates`` updates."""
+        """Move the average towards the parameters, as they are after ``updates`` updates."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(list(self.tensors.values()), list(self.parameters.values()), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The parameters hold their average inside the block."""
+        """Give the parameters their averages inside the ``with`` block."""
         kept = {name: value.data for name, value in self.parameters.items()}
         for name, value in self.parameters.items():
             value.data = self.tensors[name]
@@ -44,14 +46,27 @@ class Average:
                 value.data = kept[name]
 
 
-def learning_rate_factor(section: OptimizerSection, update: int, progress: float) -> float:
-    """The learning rates as a share of their full value, before the update numbered ``update`` from 0.
+def warmup_cosine(update: int, progress: float, *, warmup: int = 0, flat: float = 0.0, final: float = 0.0) -> float:
+    """Return the learning rate as a share of its full value: a linear rise, then flat, then half a cosine.
 
     Args:
+        update: updates made before this one.
+        progress: of the whole run, in 0..1.
+        warmup: updates of the rise, 0 for none.
+        flat: progress at which the cosine starts to fall, in [0, 1).
+        final: the share at progress 1.
+    """
+    rise = min(1.0, (update + 1) / warmup) if warmup else 1.0
+    fallen = min(1.0, max(0.0, progress - flat) / (1 - flat))
+    return rise * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+def learning_rate_factor(section: OptimizerSection, update: int, progress: float) -> float:
+    """Return a recipe's learning rates as a share of their full values.
+
+    Args:
+        update: updates made before this one.
         progress: of the whole run, in 0..1.
     """
-    factor = min(1.0, (update + 1) / section.warmup) if section.warmup else 1.0
-    if section.schedule == "cosine":
-        fallen = max(0.0, progress - section.decay_from) / (1 - section.decay_from)
-        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, fallen)))
-    return factor
+    falls = section.schedule == "cosine"
+    return warmup_cosine(update, progress if falls else 0.0, warmup=section.warmup, flat=section.decay_from)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import time
 from copy import deepcopy
 from dataclasses import astuple
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ...distill.schedule import warmup_cosine
 from ...files import replace_folder
 from ..assets import DATA, TEACHER
 from ..shards import TEACHER_STYLE, load_pictures
@@ -137,9 +137,7 @@ class AutoencoderTraining:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = (
-                    learning_rate * min(1, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
-                )
+                group["lr"] = learning_rate * warmup_cosine(step, progress, warmup=50, final=0.02)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -182,7 +180,7 @@ def export(network: AutoencoderKL, folder: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `flash-diffusion demo-autoencoder`."""
+    """Options of `flash-diffusion demo autoencoder`."""
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to train, in order")
     parser.add_argument(
         "--minutes", nargs="+", type=float, default=[15.0, 6.0], help="the length of each (default: 15 6)"

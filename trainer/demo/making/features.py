@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...distill.schedule import warmup_cosine
 from ...metrics.feature_network import FeatureNetwork
 from ..assets import FEATURES, TEACHER
 from ..shards import TEACHER_STYLE, Pictures, load_pictures
@@ -78,7 +78,7 @@ def train(
         loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = 3e-3 * warmup_cosine(step, progress, warmup=50, final=0.01)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -112,7 +112,7 @@ def report(network: FeatureNetwork, pictures: Pictures, packages: Path | None) -
         reconstructed = torch.cat([vae.decode(batch).sample for batch in latents])
     figures["autoencoder"] = accuracy(network, (reconstructed / 2 + 0.5).clamp(0, 1), names)
     if packages is not None:
-        from .pictures import unseen_style
+        from .emoji_packages import unseen_style
 
         flat = {name: image for name, image in unseen_style(packages)}
         known = [name for name in names if name in flat]
@@ -121,7 +121,7 @@ def report(network: FeatureNetwork, pictures: Pictures, packages: Path | None) -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `flash-diffusion demo-features`."""
+    """Options of `flash-diffusion demo features`."""
     parser.add_argument("--minutes", type=float, default=8.0, help="length of the training (default: %(default)s)")
     parser.add_argument("--packages", type=Path, help="folder with the npm tarballs: measure on an unseen style, too")
     parser.add_argument("--output", type=Path, default=FEATURES, help="folder to write")

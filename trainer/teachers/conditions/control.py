@@ -212,7 +212,7 @@ def find_control(section: ControlSection) -> ControlSource:
             raise UserError(
                 f"model.control.path: there is nothing called {section.path!r}; give a diffusers folder, a Hub name "
                 "such as owner/model, a .safetensors file, or one of the demo's: "
-                f"{', '.join(shipped) or 'none is there; make them with `flash-diffusion demo-control`'}"
+                f"{', '.join(shipped) or 'none is there; make them with `flash-diffusion demo control`'}"
             )
         return ControlSource(shipped[section.path], "", {}, section.scale)
     reader = type("Reader", (ConfigMixin,), {"config_name": "config.json"})

@@ -27,7 +27,7 @@ def find_task_adapter(name: str) -> TaskAdapter:
     if name not in shipped:
         raise UserError(
             f"model.task_adapter: there is none called {name!r}; give a .safetensors file, or one of the demo's: "
-            f"{', '.join(shipped) or 'none is there; make them with `flash-diffusion demo-task-teacher`'}"
+            f"{', '.join(shipped) or 'none is there; make them with `flash-diffusion demo task-teacher`'}"
         )
     return read_task_adapter(TASK_ADAPTERS / f"{name}.safetensors")
 

@@ -133,6 +133,6 @@ class Demo(StableDiffusion):
             return super().locate(model)
         if not (TEACHER / "unet").is_dir():
             raise UserError(
-                f"the embedded teacher is missing at {TEACHER}; make it with `flash-diffusion demo-teacher`"
+                f"the embedded teacher is missing at {TEACHER}; make it with `flash-diffusion demo teacher`"
             )
         return Source(str(TEACHER))

@@ -38,7 +38,7 @@ from ....teachers.conditions.control import Control
 from ....teachers.conditions.control_lora import write_control_lora
 from ...assets import CONTROLS
 from ...shards import TEACHER_STYLE, Pictures, load_pictures
-from .task_teacher import TARGETS, DiffusionTraining, add_training_arguments, train
+from .training import TARGETS, DiffusionTraining, add_training_arguments, demo_teacher, train
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def measure(teacher: Teacher, count: int, seed: int) -> tuple[float, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``flash-diffusion demo-control``."""
+    """Options of ``flash-diffusion demo control``."""
     parser.add_argument("kind", choices=KINDS, help="what to train")
     add_training_arguments(parser, minutes=15.0, batch_size=32, learning_rate=1e-3)
     parser.add_argument("--variants", type=int, default=12, help="of each picture, moved (default: %(default)s)")
@@ -214,8 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, write the network, load it again and measure it."""
-    torch.set_flush_denormal(True)  # moments that fade to denormal numbers slow a CPU down tenfold
-    teacher = load_teacher(ModelSection(family="demo"), args.device)
+    teacher = demo_teacher(args.device)
     task = build_task(TaskSection(name="control"))
     examples = moved_examples(teacher, task, load_pictures(TEACHER_STYLE), args.variants, args.seed)
     logger.info("%d moved pictures with their edges", len(examples))

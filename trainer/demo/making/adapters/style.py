@@ -12,14 +12,13 @@ import logging
 import torch
 
 from .....flash_core.lora import write_lora
-from ....config import DataSection, ModelSection, TaskSection
+from ....config import DataSection, TaskSection
 from ....data.encode import encode_examples
 from ....export.export import lora_modules
 from ....tasks import build_task
-from ....teachers import load_teacher
 from ...assets import LORAS
 from ...shards import TEACHER_STYLE, shard_path
-from .task_teacher import AdapterTraining, add_training_arguments, train
+from .training import AdapterTraining, add_training_arguments, demo_teacher, train
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ STYLES = {"noto": "Apache-2.0"}  # and the licence of its pictures, as in `pictu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``flash-diffusion demo-style``."""
+    """Options of ``flash-diffusion demo style``."""
     parser.add_argument("style", nargs="?", choices=STYLES, default="noto", help="what to learn (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=6, help="of the LoRA (default: %(default)s)")
     add_training_arguments(parser, minutes=10.0, batch_size=16, learning_rate=2e-3)
@@ -36,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and write the LoRA."""
-    torch.set_flush_denormal(True)  # moments that fade to denormal numbers slow a CPU down tenfold
-    teacher = load_teacher(ModelSection(family="demo"), args.device)
+    teacher = demo_teacher(args.device)
     data = DataSection(source="webdataset", path=shard_path(args.style), limit=args.limit)
     task = build_task(TaskSection())
     examples = encode_examples(data, teacher, task)

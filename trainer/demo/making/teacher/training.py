@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ....distill.schedule import WeightAverage, warmup_cosine
 from ....files import write_whole
 from ..patch_pca import PatchPCA
-from .teacher import TRAINING_FILE, build_scheduler, tokenize
+from .architecture import build_scheduler, tokenize
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -35,6 +36,7 @@ WARM_UP = 100  # updates
 FLAT_SHARE = 0.3  # of the run at the full learning rate; then a cosine down to FINAL_SHARE of it
 FINAL_SHARE = 0.02
 CHECKPOINT_EVERY = 180.0  # seconds
+TRAINING_FILE = "training.json"  # beside the exported weights: how long they were trained
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Trainer:
         self.device = data.latents.device
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.parameters = dict(self.model.named_parameters())
-        self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.average = WeightAverage(self.parameters, EMA_DECAY)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -122,15 +124,13 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+        self.average.update(self.step)
         return loss.item()
 
     def save(self, path: Path) -> None:
         """Write everything that trains, atomically: a crash leaves the previous checkpoint whole."""
         tensors = {f"model.{name}": value.detach() for name, value in self.parameters.items()}
-        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.tensors.items()}
         for name, value in self.parameters.items():
             for key, state in self.optimizer.state[value].items():
                 tensors[f"optimizer.{key}.{name}"] = state
@@ -146,7 +146,7 @@ class Trainer:
             with torch.no_grad():
                 for name, value in self.parameters.items():
                     value.copy_(file.get_tensor(f"model.{name}"))
-                    self.average[name].copy_(file.get_tensor(f"average.{name}"))
+                    self.average.tensors[name].copy_(file.get_tensor(f"average.{name}"))
                     self.optimizer.state[value] = {
                         "step": file.get_tensor(f"optimizer.step.{name}").to(self.device),
                         **{
@@ -166,8 +166,7 @@ class Trainer:
 
 def schedule(step: int, progress: float) -> float:
     """The learning rate as a share of its full value: warm-up by updates, then flat, then a cosine, by progress."""
-    fall = max(0.0, progress - FLAT_SHARE) / (1 - FLAT_SHARE)
-    return min(1.0, (step + 1) / WARM_UP) * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * fall)))
+    return warmup_cosine(step, progress, warmup=WARM_UP, flat=FLAT_SHARE, final=FINAL_SHARE)
 
 
 def train(trainer: Trainer, checkpoint: Path, *, minutes: float, steps: int | None = None) -> None:

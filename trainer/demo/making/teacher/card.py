@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...metrics.feature_network import FeatureNetwork
-from ...pictures import tile_grid
-from ..assets import FEATURES, TEACHER
-from ..shards import SIZE, TEACHER_STYLE, load_pictures
-from .autoencoder import held_out
-from .features import accuracy
-from .patch_pca import PatchPCA, psnr
-from .teacher.teacher import TRAINING_FILE
-from .teacher.training import v_loss
+from ....metrics.feature_network import FeatureNetwork
+from ....pictures import tile_grid
+from ...assets import FEATURES, TEACHER
+from ...shards import SIZE, TEACHER_STYLE, load_pictures
+from ..autoencoder import held_out
+from ..features import accuracy
+from ..patch_pca import PatchPCA, psnr
+from .training import TRAINING_FILE, v_loss
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -112,7 +111,7 @@ def write_card(teacher: Path = TEACHER, features: Path = FEATURES) -> dict[str, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `flash-diffusion demo-card`."""
+    """Options of `flash-diffusion demo card`."""
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="the teacher's folder (default: the demo's own)")
 
 

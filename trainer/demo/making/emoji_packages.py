@@ -1,7 +1,7 @@
 """From the published emoji packages to the demo's shards: which pictures, how they are rendered, what they are called.
 
 `npm pack @lobehub/fluent-emoji-3d @iconify-json/noto @iconify-json/fluent-emoji-flat` fetches the packages as tarballs;
-`flash-diffusion demo-data --packages FOLDER` reads them (or their unpacked folders) and writes one shard per style.
+`flash-diffusion demo data --packages FOLDER` reads them (or their unpacked folders) and writes one shard per style.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def build(packages: Path, folder: Path = DATA) -> dict[str, int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `flash-diffusion demo-data`."""
+    """Options of `flash-diffusion demo data`."""
     parser.add_argument(
         "--packages", type=Path, required=True, help="folder with the npm tarballs (or their unpacked folders)"
     )

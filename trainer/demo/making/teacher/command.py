@@ -1,10 +1,4 @@
-"""The demo's teacher: a latent diffusion model in Stable Diffusion 1.5's shape, its tokenizer and its export.
-
-Architecture and noise are chosen so that stock diffusers and ComfyUI's own UNet, VAE and CLIP code run the weights:
-every width is a multiple of 32 (ComfyUI's GroupNorm has 32 groups), widths are integer multiples of the first, the
-number of attention heads is fixed, and betas are linear, where the last step's signal-to-noise ratio is 4e-5 and no
-special case for zero is needed.
-"""
+"""``flash-diffusion demo teacher``: train the demo's teacher and export it in diffusers' layout."""
 
 from __future__ import annotations
 
@@ -14,123 +8,21 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from ....files import replace_folder
 from ...assets import ROOT, TEACHER
 from ...shards import Pictures, load_pictures
-
-if TYPE_CHECKING:
-    from .training import Trainer
+from .architecture import build_scheduler, build_text_encoder, build_unet, train_tokenizer
+from .training import TRAINING_FILE, Trainer, TrainingSet, train
 
 logger = logging.getLogger(__name__)
 
-LATENT_CHANNELS = 16
-LATENT_SIZE = 16  # 128 px
-TEXT_WIDTH = 128
-MAX_TOKENS = 24
-VOCABULARY = 1280
 CHECKPOINT = ROOT.parents[1] / "out" / "demo-teacher" / "checkpoint.safetensors"
-TRAINING_FILE = "training.json"  # how long the exported weights were trained
-
-
-def build_unet() -> UNet2DConditionModel:
-    """The denoiser: 16 x 16 x 16 latents, three levels, attention on the lower two (as SDXL), 6.7 M parameters."""
-    return UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128, 128),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,  # in diffusers, for historical reasons, this is the NUMBER of heads
-        norm_num_groups=32,
-    )
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text encoder: CLIP's architecture with 2 layers of width 128, trained together with the UNet."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act="quick_gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build_scheduler() -> DDIMScheduler:
-    """The noise process, as a sampler: v-prediction, DDPM's linear betas, trailing timesteps from t = 999."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,  # without effect on trailing timesteps; diffusers warns of any other number
-    )
-
-
-def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary from captions and write it as `CLIPTokenizer` files into `folder`.
-
-    As in CLIP the vocabulary starts with the 256 bytes and the 256 bytes that end a word, so that any text can be
-    written; it ends with the begin and end marks, and the end mark also pads.
-    """
-    begin, end = "<|startoftext|>", "<|endoftext|>"
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    # CLIP's own splitting rule: words, single digits, runs of other signs.
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True)
-    learner.train_from_iterator(
-        [text.lower() for text in texts],
-        trainers.BpeTrainer(vocab_size=VOCABULARY, end_of_word_suffix="</w>", show_progress=False),
-    )
-    merges = [
-        pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(learner.to_str())["model"]["merges"]
-    ]
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
-    merges = merges[: VOCABULARY - len(tokens) - 2]
-    tokens += [merge.replace(" ", "") for merge in merges] + [begin, end]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"),
-        str(folder / "merges.txt"),
-        unk_token=end,
-        bos_token=begin,
-        eos_token=end,
-        pad_token=end,
-        model_max_length=MAX_TOKENS,
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Token ids (B, MAX_TOKENS) of texts."""
-    return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
 
 
 def export(trainer: Trainer, folder: Path = TEACHER) -> None:
@@ -142,7 +34,7 @@ def export(trainer: Trainer, folder: Path = TEACHER) -> None:
     model = copy.deepcopy(trainer.model).cpu()
     with torch.no_grad():
         for name, value in model.named_parameters():
-            value.copy_(trainer.average[name])
+            value.copy_(trainer.average.tensors[name])
     model["unet"].register_to_config(_name_or_path="")  # or it would publish the folder it was resumed from
     for part in ("unet", "text_encoder"):
         replace_folder(folder / part, model[part].half().to(memory_format=torch.contiguous_format).save_pretrained)
@@ -205,7 +97,7 @@ def fresh(pictures: Pictures, folder: Path, seed: int) -> Start:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `flash-diffusion demo-teacher`."""
+    """Options of `flash-diffusion demo teacher`."""
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=90.0, help="length of the run (default: 90; 0 only exports)")
     length.add_argument("--steps", type=int, help="length in updates, counted from the first, instead of minutes")
@@ -225,8 +117,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, with a checkpoint every few minutes, and export the result."""
-    from .training import Trainer, TrainingSet, train
-
     # Optimiser moments that fade to denormal numbers slow a CPU down tenfold.
     torch.set_flush_denormal(True)
     pictures = load_pictures()

@@ -1,0 +1,156 @@
+"""The training that all small networks beside the demo's teacher share: the diffusion loss on a frozen teacher."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .....flash_core.denoiser import Conditioning, Role
+from ....config import ModelSection
+from ....data.encode import Examples
+from ....distill.schedule import WeightAverage, warmup_cosine
+from ....errors import UserError
+from ....seeds import stream
+from ....tasks.base import Task
+from ....teachers import load_teacher
+from ....teachers.base import Teacher
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+TARGETS += ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
+NULL_SHARE = 0.1  # of the samples: unconditional, for guidance
+BETAS = (0.9, 0.99)
+EMA_DECAY = 0.995
+WARM_UP = 50  # updates
+FLAT_SHARE = 0.3  # of the run at the full rate, then a cosine
+GRADIENT_CLIP = 1.0
+LOG_EVERY = 50
+
+
+class DiffusionTraining(ABC):
+    """Something small on the frozen teacher, its average and its batches, trained by the ordinary diffusion loss.
+
+    Args:
+        examples: what it learns from.
+        task: says what the unconditional branch of guidance sees, which a share of the samples learn.
+    """
+
+    role: ClassVar[Role]  # the denoiser's while it trains
+
+    def __init__(self, teacher: Teacher, examples: Examples, task: Task, batch_size: int, lr: float, seed: int) -> None:
+        self.task = task
+        self.denoiser = teacher.denoiser
+        self.device = teacher.device
+        self.examples = examples
+        self.empty = teacher.unconditional(1)
+        self.batch_size = batch_size
+        self.lr = lr
+        self.parameters = self.trained_parameters(seed)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr, BETAS, weight_decay=0.0, fused=True)
+        self.average = WeightAverage(self.parameters, EMA_DECAY)
+        self.generator = stream(seed, "task teacher")
+        self.step = 0
+
+    @abstractmethod
+    def trained_parameters(self, seed: int) -> dict[str, nn.Parameter]:
+        """What trains, put in its place and given its first values."""
+
+    def update(self, progress: float) -> Tensor:
+        """One update; its loss, detached.
+
+        Args:
+            progress: of the run, in 0..1.
+        """
+        z0, conditioning = self._batch()
+        process, batch = self.denoiser.process, len(z0)
+        # One timestep in each of B equal parts of the schedule, which calms the loss.
+        tau = (torch.arange(batch) + torch.rand(batch, generator=self.generator)) * 1000 / batch
+        t = process.uniform_timestep(tau.long().to(self.device))
+        noise = torch.randn(z0.shape, generator=self.generator).to(self.device)
+        with self.denoiser.role(self.role):
+            output = self.denoiser.predict(process.add_noise(z0, noise, t), t, conditioning)
+            loss = F.mse_loss(output, process.target(z0, noise, t))
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), GRADIENT_CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * warmup_cosine(self.step, progress, warmup=WARM_UP, flat=FLAT_SHARE)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.step)
+        self.step += 1
+        return loss.detach()
+
+    def _batch(self) -> tuple[Tensor, Conditioning]:
+        index = torch.randint(len(self.examples), (self.batch_size,), generator=self.generator)
+        z0, conditioning = self.examples.batch(index, self.device)
+        empty = self.empty.map(lambda value: value.expand(self.batch_size, *value.shape[1:]))
+        both = Conditioning.cat([conditioning, self.task.unconditional(conditioning, empty)])
+        dropped = torch.rand(self.batch_size, generator=self.generator) < NULL_SHARE
+        return z0, both.rows(torch.arange(self.batch_size) + self.batch_size * dropped)
+
+
+class AdapterTraining(DiffusionTraining):
+    """The training of a LoRA on the teacher."""
+
+    role = "student"
+
+    def __init__(
+        self, teacher: Teacher, examples: Examples, task: Task, rank: int, batch_size: int, lr: float, seed: int
+    ) -> None:
+        self.rank = rank
+        super().__init__(teacher, examples, task, batch_size, lr, seed)
+
+    def trained_parameters(self, seed: int) -> dict[str, nn.Parameter]:
+        """The LoRA, and what else there is."""
+        self.denoiser.add_adapter(self.role, self.rank, self.rank, TARGETS, seed)
+        return {**self.denoiser.adapter_parameters(self.role), **self.further_parameters()}
+
+    def further_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains beside the LoRA."""
+        return {}
+
+
+def demo_teacher(device: str) -> Teacher:
+    """Load the embedded teacher, and prepare this process for training on a CPU.
+
+    AdamW's moments fade to denormal numbers, which slow a CPU down tenfold; they are set to 0 instead.
+    """
+    torch.set_flush_denormal(True)
+    return load_teacher(ModelSection(family="demo"), device)
+
+
+def train(training: DiffusionTraining, minutes: float) -> None:
+    """Update for ``minutes``."""
+    start, losses = time.monotonic(), []
+    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+        losses.append(training.update(progress))
+        if training.step % LOG_EVERY == 0:
+            mean = float(torch.stack(losses).mean())
+            if not math.isfinite(mean):
+                raise UserError(f"the loss is {mean} at update {training.step}; use a lower --learning-rate")
+            speed = training.step * training.batch_size / (time.monotonic() - start)
+            logger.info("update %d  loss %.4f  %.1f images/s  %3.0f %%", training.step, mean, speed, 100 * progress)
+            losses.clear()
+
+
+def add_training_arguments(
+    parser: argparse.ArgumentParser, *, minutes: float, batch_size: int, learning_rate: float
+) -> None:
+    """The options that all trainings of the demo's small files share, with their defaults."""
+    shown = "(default: %(default)s)"
+    parser.add_argument("--minutes", type=float, default=minutes, help=f"length of the training {shown}")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"pictures an update {shown}")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help=f"at its height {shown}")
+    parser.add_argument("--seed", type=int, default=0, help=f"of weights, conditions and noise {shown}")
+    parser.add_argument("--device", default="cpu", help=f"a torch device {shown}")
+    parser.add_argument("--output", type=Path, help="the file (default: the one that ships with the demo)")
