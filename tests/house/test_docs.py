@@ -15,8 +15,21 @@ import pytest
 from flash_diffusion.trainer import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "docs/**/*.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "benchmarks/README.md",
+    "docs/**/*.md",
+    "trainer/demo/*/README.md",
+    "web/docs/*.md",
+)
 LINK = re.compile(r"\[(?P<text>(?:!\[[^\]]*\]\([^)]*\))|[^\[\]]*)\]\((?P<target>[^()\s]+)\)")
+NAMED = re.compile(
+    r"\[`(?P<linked>[\w.]+)`\]\((?P<target>[^()\s]+\.py)\)"
+    r"|`(?P<named>[\w.]+)`\s+in\s+\[[^\]]*\]\((?P<other>[^()\s]+\.py)\)"
+)
 INDENTED = re.compile(r"^ {4}(.*)$", re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")
 # A file of the repository: a path below one of its folders. Placeholders are in capitals, outputs are made by commands.
@@ -59,16 +72,16 @@ def broken_links(root: Path) -> Iterator[str]:
 
 
 def missing_names(root: Path) -> Iterator[str]:
-    """Yield every link ``[`name`](file.py)`` whose file does not define the name."""
+    """Yield every link ``[`name`](file.py)``, and every "`name` in [...](file.py)", whose file lacks the name."""
     for page in pages(root):
-        for match in LINK.finditer(prose(page)):
-            name = re.fullmatch(r"`([\w.]+)`", match["text"])
-            file = (page.parent / match["target"]).resolve()
-            if name is None or file.suffix != ".py" or not file.is_file():
-                continue
-            last = name[1].split(".")[-1]
-            if not re.search(rf"(?:def|class) {last}\b|^ *{last}\b.*=", file.read_text(encoding="utf-8"), re.MULTILINE):
-                yield f"{page.relative_to(root)}: {match['target']} does not define {name[1]}"
+        for match in NAMED.finditer(prose(page)):
+            name, target = match["linked"] or match["named"], match["target"] or match["other"]
+            file = (page.parent / target).resolve()
+            last = name.split(".")[-1]
+            if file.is_file() and not re.search(
+                rf"(?:def|class) {last}\b|^ *{last}\b.*=", file.read_text(encoding="utf-8"), re.MULTILINE
+            ):
+                yield f"{page.relative_to(root)}: {target} does not define {name}"
 
 
 def missing_files(root: Path) -> Iterator[str]:
@@ -171,6 +184,7 @@ def test_commands_are_found_in_the_docs() -> None:
         ("[a](docs/nothing.md)", broken_links, "no such file"),
         ("[a](#nothing)\n\n# Something", broken_links, "no such heading"),
         ("[`nothing`](flash_core/grid.py)", missing_names, "does not define nothing"),
+        ("`nothing` in [the grid](flash_core/grid.py)", missing_names, "does not define nothing"),
         ("`trainer/nothing.py`", missing_files, "no trainer/nothing.py"),
         ("    flash-diffusion distill demo --nothing", unparsed_commands, "--nothing"),
         ("`flash-diffusion nothing demo`", unparsed_commands, "no command 'nothing'"),
