@@ -1,4 +1,4 @@
-"""The ComfyUI nodes: thin V3 shells over flash_core, one file per family as a user finds it in the menu."""
+"""The ComfyUI nodes: thin V3 shells over flash_core, in rooms by use."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class FlashExtension(ComfyExtension):
-    """What ComfyUI asks for the nodes."""
+    """The extension's list of nodes for ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """The nodes; every loader, core's too, gets to see the LoRAs and the adapters that ship with the demo.
+        """Return the nodes, and add the demo's LoRAs and adapters to the lists of all loaders, core's too.
 
-        Registered here because ComfyUI 0.3.75 never calls ``on_load``.
+        This is the place for it because ComfyUI 0.3.75 never calls ``on_load``.
         """
         folder_paths.add_model_folder_path("loras", str(SHIPPED_LORAS))
         folder_paths.add_model_folder_path("controlnet", str(SHIPPED_ADAPTERS))

@@ -1,1 +1,1 @@
-"""ControlNets, Control-LoRAs and T2I-adapters in few steps."""
+"""Use ControlNets, Control-LoRAs and T2I-adapters in few steps."""

@@ -1,7 +1,7 @@
-"""Whether a ControlNet or T2I-adapter belongs to a model, in words.
+"""Check that a ControlNet or T2I-adapter belongs to a model.
 
-ComfyUI adds what an adapter makes wherever the shapes agree, and where they don't it writes a line into its log: an
-adapter of another family steers nothing, or half, or ends in a matrix product's error message.
+ComfyUI adds an adapter's output wherever the shapes agree, and only logs a line where they do not. So an adapter of
+another family has no effect, half of its effect, or ends with the error of a matrix product.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ...flash_core.families import name_of, of_comfy_class, of_text_width, of_ve
 from ..shared.model_facts import family_name
 
 PUBLISHED_MAPS = (320, 640, 1280, 1280)  # channels of the T2I-adapters of SD 1 and 2 and of SDXL
-XL_UNSHUFFLED = (256, 768)  # 16 x 16 pixels of 1 or 3 channels; the other kind unshuffles 8 x 8
+XL_UNSHUFFLED = (256, 768)  # 16 x 16 pixels of 1 or 3 channels; other adapters unshuffle 8 x 8 pixels
 
-# Modules of ComfyUI with ControlNets for transformers, and the class in comfy.model_base of the models they steer.
+# ComfyUI's modules with ControlNets for transformers, and the class in comfy.model_base of the models they belong to.
 TRANSFORMER_CONTROLS = {
     "comfy.cldm.mmdit": "SD3",
     "comfy.cldm.dit_embedder": "SD3",
@@ -37,12 +37,12 @@ PATCH_EMBEDDINGS = ("x_embedder.proj.weight", "img_in.weight")  # of those trans
 
 
 class Place(NamedTuple):
-    """Where a feature map of a T2I-adapter is added.
+    """The place where a T2I-adapter's feature map is added.
 
     Attributes:
-        block: the UNet's input block after which it is; None: the middle.
-        channels: there.
-        scale: how many times smaller than the latent's the map's sides are there.
+        block: the UNet's input block after which the map is added; None for the middle block.
+        channels: of the map.
+        scale: the latent's side / the map's side.
     """
 
     block: int | None
@@ -51,15 +51,15 @@ class Place(NamedTuple):
 
 
 def is_xl_unshuffle(channels: int) -> bool:
-    """Whether that many channels of unshuffled pixels are those of an adapter of SDXL's kind."""
+    """Return whether an adapter that reads this many channels of unshuffled pixels is of SDXL's kind."""
     return channels in XL_UNSHUFFLED
 
 
 def adapter_places(unet: UNetModel) -> list[Place]:
-    """Where diffusers' UNet adds the maps of a T2I-adapter, in ComfyUI's counting of blocks.
+    """Return where diffusers' UNet adds a T2I-adapter's feature maps, in ComfyUI's numbering of blocks.
 
-    At the end of each level's last attention, before it is scaled down; a level without attention takes it after that;
-    a further map is for the middle.
+    A map is added after each level's last attention, before the downsampler; in a level without attention, after the
+    downsampler. One further map is for the middle block.
     """
     places, block = [], 0
     for level, factor in enumerate(unet.channel_mult):
@@ -74,12 +74,12 @@ def adapter_places(unet: UNetModel) -> list[Place]:
 
 @dataclass(frozen=True)
 class ControlledUNet:
-    """What a ControlNet and its UNet agree in.
+    """The sizes that a ControlNet and its UNet share.
 
     Attributes:
         channels: after each input block.
-        text: width of the text embeddings; None for a ControlNet that reads none.
-        vector: width of the pooled embedding with the size numbers, as SDXL has it; None without.
+        text: width of the text embeddings; None for a ControlNet that reads no text.
+        vector: width of SDXL's vector (pooled embedding and sizes); None for models without it.
     """
 
     channels: tuple[int, ...]
@@ -87,7 +87,7 @@ class ControlledUNet:
     vector: int | None
 
     def __str__(self) -> str:
-        """In words."""
+        """Describe the sizes for an error message."""
         levels = ", ".join(str(channels) for channels in dict.fromkeys(self.channels))
         parts = [f"{len(self.channels)} blocks of {levels} channels"]
         parts += [] if self.text is None else [f"text of width {self.text}"]
@@ -103,7 +103,11 @@ class ControlledUNet:
 
 
 def unet_side(unet: UNetModel, config: Mapping[str, Any]) -> ControlledUNet:
-    """What the UNet is; ``config``: ComfyUI's arguments for it, as quantized weights have other shapes."""
+    """Return the sizes of a UNet.
+
+    Args:
+        config: ComfyUI's arguments of the UNet; the shapes of quantized weights do not show all sizes.
+    """
     channels = [unet.model_channels]
     for level, factor in enumerate(unet.channel_mult):
         width = factor * unet.model_channels
@@ -113,11 +117,15 @@ def unet_side(unet: UNetModel, config: Mapping[str, Any]) -> ControlledUNet:
 
 
 def controlnet_side(weights: Mapping[str, Tensor]) -> ControlledUNet:
-    """What UNet a ControlNet, or a Control-LoRA, was made for, read from its weights in ComfyUI's names."""
+    """Return the sizes of the UNet that a ControlNet or Control-LoRA was made for.
+
+    Args:
+        weights: in ComfyUI's names.
+    """
     channels: list[int] = []
     while True:
         name = f"zero_convs.{len(channels)}.0"
-        # A Control-LoRA may have, in place of a matrix, its two factors: "up" writes, "down" reads.
+        # A Control-LoRA may have two factors ("up" and "down") instead of a matrix.
         wrote = weights.get(f"{name}.weight", weights.get(f"{name}.up"))
         if wrote is None:
             return ControlledUNet(tuple(channels), *_text_and_vector(weights))
@@ -135,17 +143,21 @@ def _text_and_vector(weights: Mapping[str, Tensor]) -> tuple[int | None, int | N
 
 
 def check_adapter(control: Any, model: ModelPatcher, name: str) -> str:
-    """What kind of adapter it is, in words.
+    """Check that an adapter belongs to the model, and return its kind in words.
 
     Args:
         control: a CONTROL_NET of ComfyUI.
-        name: how to call it in an error.
+        model: the MODEL.
+        name: the adapter's name in an error.
 
     Raises:
-        ValueError: it was made for another model.
+        ValueError: the adapter was made for another model.
     """
     if not isinstance(control, comfy.controlnet.ControlBase):
-        raise ValueError(f"{name} is a {type(control).__name__}, no ControlNet or T2I-adapter of ComfyUI.")
+        raise ValueError(
+            f"{name} is a {type(control).__name__}; expected a ControlNet or T2I-adapter of ComfyUI. Connect Load "
+            "ControlNet Model, or choose a file under adapter_name."
+        )
     if isinstance(control, comfy.controlnet.T2IAdapter):
         _check_t2i(control.t2i_model, model, name)
         return "T2I-adapter"
@@ -166,7 +178,7 @@ def check_adapter(control: Any, model: ModelPatcher, name: str) -> str:
 def _refusal(name: str, kind: str, made_for: str, it: str, model: ModelPatcher, the_model: str) -> ValueError:
     return ValueError(
         f"{name} is a {kind} for {made_for} ({it}); the model is {family_name(model)} ({the_model}). Load the "
-        f"checkpoint that it was made for, or a {kind} made for {family_name(model)}."
+        f"checkpoint that the {kind} was made for, or a {kind} made for {family_name(model)}."
     )
 
 

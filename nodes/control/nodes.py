@@ -1,10 +1,9 @@
-"""ControlNets and T2I-adapters on a prompt, for few steps: from which to which evaluation, and only where they fit."""
+"""Flash Adapter Apply: a ControlNet or T2I-adapter on a prompt, from a first to a last step."""
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import Any
 
 import folder_paths
@@ -16,19 +15,18 @@ from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
 from ..sampling.few_step import FlashGrid, flash_grid, listed
-from ..shared.inputs import GridName, denoise_input, grid_inputs, steps_input
-from ..shared.schema import advanced, node_schema, show_text
+from ..shared.inputs import NONE, GridName, denoise_input, files_fingerprint, grid_inputs, steps_input
+from ..shared.schema import advanced, count, node_schema, show_text
 from .files import load_adapter
 from .match import check_adapter
 
-NO_FILE = "none"
 BISECTIONS = 60  # halvings of 0..1: beyond a float's precision
 
 
 def percent_of_sigma(sampling: Any, sigma: float) -> float:
-    """Where in 0..1 a ComfyUI ``model_sampling`` puts that noise level: the inverse of its ``percent_to_sigma``.
+    """Return the percent in 0..1 of a noise level: the inverse of ``model_sampling.percent_to_sigma``.
 
-    That function differs from model to model; all of them descend.
+    This function differs from model to model, but always descends, so bisection finds the percent.
     """
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
@@ -41,28 +39,30 @@ def percent_of_sigma(sampling: Any, sigma: float) -> float:
 
 
 def step_window(model: ModelPatcher, grid: FlashGrid, start_step: int, end_step: int) -> tuple[float, float]:
-    """ComfyUI's start and end in percent for some evaluations of a grid.
+    """Return ComfyUI's start and end percent for a range of steps.
 
-    Its test is ``sigma(end) <= sigma <= sigma(start)``, so both ends are put halfway (in log sigma) between two
-    evaluations, where no rounding reaches.
+    ComfyUI tests ``sigma(end) <= sigma <= sigma(start)``. Both ends lie halfway (in log sigma) between two steps, so
+    that rounding cannot move a step out of the range.
 
     Args:
-        start_step: the first one, counted from 1.
-        end_step: the last one; beyond the grid's end it is the grid's last.
+        model: the MODEL.
+        grid: its timesteps.
+        start_step: the first step, from 1.
+        end_step: the last step (included); a number beyond the run means the run's last step.
 
     Raises:
-        ValueError: no evaluation lies between them.
+        ValueError: there is no step in the range.
     """
-    count = len(grid.timesteps)
-    if start_step > count:
+    last = len(grid.timesteps)
+    if start_step > last:
         raise ValueError(
-            f"start_step is {start_step}, but this run has {count} evaluation{'s' if count > 1 else ''}: the adapter "
-            f"would never be used. Set start_step to 1..{count}, and steps and denoise as at the sampler."
+            f"start_step is {start_step}, but this run has {count(last, 'evaluation')}: the adapter would never be "
+            f"used. Set start_step to a number from 1 to {last}. Set steps and denoise as at the sampler."
         )
     if end_step < start_step:
         raise ValueError(
-            f"end_step is {end_step}, before start_step, which is {start_step}: the adapter would never be used. Set "
-            f"end_step to {start_step} or more (the last step counts), or strength to 0 to leave it out."
+            f"end_step is {end_step}, but start_step is {start_step}: the adapter would never be used. Set end_step to "
+            f"{start_step} or more. To leave the adapter out, set strength to 0."
         )
     sampling = model.get_model_object("model_sampling")
     sigmas = grid.sigmas.tolist()
@@ -70,18 +70,18 @@ def step_window(model: ModelPatcher, grid: FlashGrid, start_step: int, end_step:
     def before(step: int) -> float:
         return percent_of_sigma(sampling, math.sqrt(sigmas[step - 2] * sigmas[step - 1]))
 
-    return (0.0 if start_step == 1 else before(start_step), 1.0 if end_step >= count else before(end_step + 1))
+    return (0.0 if start_step == 1 else before(start_step), 1.0 if end_step >= last else before(end_step + 1))
 
 
 def make_hint(image: Tensor, channels: int) -> Tensor:
-    """The picture as ComfyUI's control objects take it: (B, channels, H, W) in [0, 1].
+    """Convert a picture to a hint for ComfyUI's control objects: (B, channels, H, W) in [0, 1].
 
     Args:
-        image: (B, H, W, C) with 1, 3 or 4 channels (a transparency is left out), or a mask (B, H, W).
-        channels: what the adapter reads, 1 or 3.
+        image: (B, H, W, C) with 1, 3 or 4 channels (transparency is dropped), or a mask (B, H, W).
+        channels: of the adapter's input, 1 or 3.
 
     Raises:
-        ValueError: other shapes, or numbers that are none.
+        ValueError: another shape, or NaN or infinite values.
     """
     if image.ndim == 3:
         image = image[..., None]
@@ -91,7 +91,9 @@ def make_hint(image: Tensor, channels: int) -> Tensor:
             "1, 3 or 4 channels. Connect the IMAGE of a preprocessor such as Canny."
         )
     if not bool(image.isfinite().all()):
-        raise ValueError("The hint has pixels that are no finite numbers. Look at what the preprocessor made.")
+        raise ValueError(
+            "The hint has NaN or infinite pixels; expected finite numbers. Check the preprocessor's output."
+        )
     hint = image[..., :3].movedim(-1, 1)
     if channels == 1:
         return hint.mean(1, keepdim=True)
@@ -99,7 +101,7 @@ def make_hint(image: Tensor, channels: int) -> Tensor:
 
 
 def hint_channels(control: ControlBase) -> int:
-    """How many channels of a hint the adapter reads: 1, or 3 where nothing says otherwise."""
+    """Return how many channels of a hint the adapter reads: 1, or 3 if the adapter does not say."""
     if isinstance(control, T2IAdapter):
         return 1 if control.channels_in == 1 else 3
     first = getattr(getattr(control, "control_model", None), "input_hint_block", [None])[0]
@@ -109,13 +111,14 @@ def hint_channels(control: ControlBase) -> int:
 def attach(
     conditioning: list[Any], control: ControlBase, attached: dict[int, ControlBase], to_negative: bool
 ) -> list[Any]:
-    """The conditioning with the adapter added to those that it has already.
+    """Add the adapter to a conditioning, after the adapters that the conditioning already has.
 
     Args:
-        control: with its hint; a copy of it is added, nothing is changed in place.
-        attached: what was added so far, by what it was added to; prompts that share an adapter go on sharing one, and
-            ComfyUI evaluates them together.
-        to_negative: whether ComfyUI gives the adapter to a negative prompt that has none of its own.
+        conditioning: does not change.
+        control: with its hint; copies of it are added.
+        attached: cache {id of the previous control: new control}. So prompts that share a control share the new one
+            too, and ComfyUI evaluates them together.
+        to_negative: let ComfyUI apply the adapter also to a negative prompt that has no adapter.
     """
     outcome = []
     for embedding, extras in conditioning:
@@ -128,7 +131,7 @@ def attach(
 
 
 class FlashAdapterApply(io.ComfyNode):
-    """A ControlNet or T2I-adapter on a prompt."""
+    """Add a ControlNet or T2I-adapter to a prompt."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -136,21 +139,20 @@ class FlashAdapterApply(io.ComfyNode):
             node_id="FlashAdapterApply",
             display_name="Flash Adapter Apply",
             search_aliases=["controlnet", "apply controlnet", "t2i-adapter", "canny", "depth", "flash diffusion"],
-            description="Steers a few-step model with a ControlNet or T2I-adapter, in steps, and refuses one of "
-            "another model.",
+            description="Control a few-step model with a ControlNet or T2I-adapter, from a first to a last step.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will sample, with its Flash LoRA."),
-                io.Conditioning.Input("positive", tooltip="The prompt; adapters that it has already stay."),
+                io.Conditioning.Input("positive", tooltip="The prompt. Adapters that are already on it stay."),
                 io.Image.Input(
                     "image",
-                    tooltip="The hint: edges, depth, a pose, of the picture's shape. One for all pictures of a batch, "
-                    "or one for each.",
+                    tooltip="The hint (edges, depth, a pose), in the picture's shape: one for the whole batch, or one "
+                    "for each picture.",
                 ),
                 io.Combo.Input(
                     "adapter_name",
-                    options=[NO_FILE, *folder_paths.get_filename_list("controlnet")],
-                    tooltip="A .safetensors file from models/controlnet, in diffusers' layout or ComfyUI's, or one "
-                    "that ships with the demo; none where control_net is connected.",
+                    options=[NONE, *folder_paths.get_filename_list("controlnet")],
+                    tooltip="A .safetensors file from models/controlnet, or an adapter of the demo. Choose none if "
+                    "control_net is connected.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -159,37 +161,40 @@ class FlashAdapterApply(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     round=0.01,
-                    tooltip="0 leaves the prompt as it is. 0.8 is the paper's for the SDXL canny adapter; ControlNets "
-                    "are trained for 1.",
+                    tooltip="0 leaves the prompt unchanged. ControlNets are trained at 1; the paper uses 0.8 for the "
+                    "SDXL canny adapter. Lower it if the hint shows too much.",
                 ),
                 steps_input(),
                 io.Int.Input(
-                    "start_step", default=1, min=1, max=MAX_FEW_STEPS, tooltip="The first step that it steers."
+                    "start_step", default=1, min=1, max=MAX_FEW_STEPS, tooltip="The first step with the adapter."
                 ),
                 io.Int.Input(
                     "end_step",
                     default=MAX_FEW_STEPS,
                     min=1,
                     max=MAX_FEW_STEPS,
-                    tooltip="The last step that it steers. The first steps decide the composition, so 1 or 2 of 4 can "
-                    "be enough. Beyond the run's end it is the last one.",
+                    tooltip="The last step with the adapter; a number beyond the run means the last step. Lower it to "
+                    "leave the details to the model: 1 or 2 of 4 often suffice.",
                 ),
                 io.ControlNet.Input(
                     "control_net",
                     optional=True,
-                    tooltip="A loaded ControlNet or T2I-adapter in place of adapter_name: of another loader, or to "
-                    "keep a large one in memory while trying strengths.",
+                    tooltip="A loaded ControlNet or T2I-adapter, instead of adapter_name. Use it to keep a large one "
+                    "in memory while you try strengths.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="For a guidance above 1: steered like the prompt."
+                    "negative",
+                    optional=True,
+                    tooltip="The negative prompt, for guidance above 1. It gets the adapter too.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="Only for ControlNets that read latents, as those of SD3 and Flux do."
+                    "vae",
+                    optional=True,
+                    tooltip="Only for ControlNets that read latents, such as those of SD3 and Flux.",
                 ),
                 denoise_input(
                     functools.partial(advanced, io.Float.Input),
-                    tooltip="As at the sampler. Below 1 it leaves evaluations out; those that it makes are counted "
-                    "from 1.",
+                    tooltip="Set it as at the sampler. Below 1 the run has fewer steps, still counted from 1.",
                     optional=True,
                 ),
                 *grid_inputs(),
@@ -197,7 +202,8 @@ class FlashAdapterApply(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt with the adapter."),
                 io.Conditioning.Output(
-                    display_name="negative", tooltip="The negative prompt with the adapter; empty without one."
+                    display_name="negative",
+                    tooltip="The negative prompt with the adapter; empty if negative is not connected.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -205,11 +211,8 @@ class FlashAdapterApply(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name: str | None, **_: object) -> str:
-        """Load again where the file was replaced, as it is after further training."""
-        if adapter_name in (None, NO_FILE):
-            return ""
-        path = folder_paths.get_full_path_or_raise("controlnet", adapter_name)
-        return f"{path} {os.stat(path).st_mtime_ns}"
+        """Change when the file was replaced."""
+        return files_fingerprint("controlnet", [adapter_name])
 
     @classmethod
     def execute(
@@ -229,13 +232,13 @@ class FlashAdapterApply(io.ComfyNode):
         grid: GridName = "trained",
         timesteps: str = "",
     ) -> io.NodeOutput:
-        """Check everything, then attach; at strength 0 the prompts go through as they are."""
-        if (control_net is None) == (adapter_name == NO_FILE):
+        """Check everything, then add the adapter; at strength 0 the prompts stay unchanged."""
+        if (control_net is None) == (adapter_name == NONE):
             raise ValueError(
-                "There is no adapter: choose a file under adapter_name, or connect control_net."
+                "There is no adapter. Choose a file under adapter_name, or connect control_net."
                 if control_net is None
-                else f"There are two adapters, {adapter_name} and the one connected to control_net. Set adapter_name "
-                f"to '{NO_FILE}' or disconnect control_net; for both, use this node twice."
+                else f"There are two adapters: {adapter_name}, and the one at control_net. Set adapter_name to "
+                f"'{NONE}', or disconnect control_net. To use both, use this node twice."
             )
         chosen = flash_grid(model, steps, denoise, grid, timesteps)
         window = step_window(model, chosen, start_step, end_step)
@@ -243,11 +246,11 @@ class FlashAdapterApply(io.ComfyNode):
             control = load_adapter(folder_paths.get_full_path_or_raise("controlnet", adapter_name), model)
             name = adapter_name
         else:
-            control, name = control_net, "What is connected to control_net"
+            control, name = control_net, "The adapter at control_net"
         kind = check_adapter(control, model, name)
         hint = make_hint(image, hint_channels(control))
         if control.latent_format is not None and vae is None:
-            raise ValueError(f"{name} reads its hint as a latent. Connect the model's VAE to vae.")
+            raise ValueError(f"{name} reads its hint as a latent, so it needs a VAE. Connect the model's VAE to 'vae'.")
         last = min(end_step, len(chosen.timesteps))
         steered = listed(chosen.timesteps[start_step - 1 : last])
         show_text(

@@ -1,1 +1,1 @@
-"""The embedded demo as ComfyUI objects."""
+"""Build the embedded demo's models as ComfyUI objects."""

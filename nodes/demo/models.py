@@ -1,8 +1,8 @@
-"""The demo's teacher as ComfyUI objects: MODEL, CLIP and VAE, built from its diffusers folder with ComfyUI's classes.
+"""Build the demo's teacher as ComfyUI objects (MODEL, CLIP and VAE) from its diffusers folder.
 
-ComfyUI's loaders know published models only, by their sizes. The demo has Stable Diffusion 1.5's architecture at other
-sizes, so each part is built from its ``config.json``: ComfyUI's UNet, CLIP text model and AutoencoderKL, which core's
-nodes then take for what they are. The weights are small enough to run in float32 everywhere.
+ComfyUI's loaders recognise published models by their sizes. The demo has Stable Diffusion 1.5's architecture at other
+sizes. So each part (ComfyUI's UNet, CLIP text model and AutoencoderKL) is built from its ``config.json``; core's nodes
+work with these objects as usual. The weights are small, so they are float32 on every device.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ TASK_ADAPTERS = DEMO / "tasks"
 TEXT_TO_IMAGE = "text-to-image"
 
 DTYPE = torch.float32
-VAE_LEVELS = 4  # ComfyUI's reader of diffusers VAEs knows four levels, which also is a downscale of 8
+VAE_LEVELS = 4  # the only number that ComfyUI's reader of diffusers VAEs knows: a downscale of 8
 
+# diffusers' names and ComfyUI's: "linear" differs.
 BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "squaredcos_cap_v2"}
 PREDICTIONS = {
     "epsilon": comfy.model_base.ModelType.EPS,
@@ -45,7 +46,7 @@ PREDICTIONS = {
 
 
 def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
-    """``folder/part/name`` as a dict, with an error that names the folder where it is missing."""
+    """Read the JSON file ``folder/part/name``; raise FileNotFoundError with its path if it is missing."""
     path = folder / part / name
     if not path.is_file():
         raise FileNotFoundError(
@@ -56,37 +57,41 @@ def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str,
 
 
 def read_weights(folder: Path, part: str) -> dict[str, Tensor]:
-    """The weights of one part, in float32."""
+    """Read the weights of one part, in float32."""
     files = sorted((folder / part).glob("*.safetensors"))
     if len(files) != 1:
-        raise FileNotFoundError(f"Expected one .safetensors file in {folder / part}, found {len(files)}.")
+        raise FileNotFoundError(
+            f"Expected one .safetensors file in {folder / part}, found {len(files)}. Reinstall this extension."
+        )
     weights, _ = comfy.utils.load_torch_file(str(files[0]), safe_load=True, return_metadata=True)
     return {key: value.to(DTYPE) if value.is_floating_point() else value for key, value in weights.items()}
 
 
 def require(part: str, config: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise where ``config`` says something that ComfyUI's class for this part has built in differently."""
+    """Raise ValueError where a value in ``config`` differs from ComfyUI's class for this part."""
     wrong = {key: config[key] for key, value in expected.items() if key in config and config[key] != value}
     if wrong:
         wanted = {key: expected[key] for key in wrong}
         raise ValueError(
-            f"ComfyUI cannot run this teacher's {part}: its config has {wrong}, ComfyUI's class has {wanted}."
+            f"ComfyUI cannot run this teacher's {part}: its config.json has {wrong}, but ComfyUI's class needs "
+            f"{wanted}. Train the teacher with these values."
         )
 
 
 def load_strictly(part: str, missing: list[str], unexpected: list[str]) -> None:
-    """Raise where weights and module do not correspond one to one."""
+    """Raise ValueError where weights are missing or unexpected."""
     if missing or unexpected:
         raise ValueError(
             f"The weights of the teacher's {part} do not fit its config.json: {len(missing)} are missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} left over ({', '.join(unexpected[:3])})."
+            f"({', '.join(missing[:3])}), {len(unexpected)} are unexpected ({', '.join(unexpected[:3])}). Reinstall "
+            "this extension."
         )
 
 
 class DemoModelConfig(comfy.supported_models_base.BASE):
-    """What ComfyUI's model base class wants to know, without the guesses it makes from channel counts."""
+    """The settings for ComfyUI's model base class, without its guesses from channel counts."""
 
-    unet_extra_config: dict[str, Any] = {}  # noqa: RUF012  ComfyUI's own convention; the heads are in unet_config
+    unet_extra_config: dict[str, Any] = {}  # noqa: RUF012  as in ComfyUI; the heads are in unet_config
     supported_inference_dtypes = [DTYPE]  # noqa: RUF012
     memory_usage_factor = 1.0
 
@@ -106,19 +111,19 @@ class DemoModelConfig(comfy.supported_models_base.BASE):
         self.set_inference_dtype(DTYPE, None)
 
     def model_type(self, state_dict: dict[str, Tensor], prefix: str = "") -> comfy.model_base.ModelType:
-        """What the UNet predicts."""
+        """Return the UNet's prediction."""
         return self.prediction
 
     def inpaint_model(self) -> bool:
-        """Whether the further channels are a mask and the masked picture; ComfyUI guesses it from their number."""
+        """Return whether the further channels are a mask and the masked picture."""
         return self.inpainting
 
 
 class DemoLatentFormat(comfy.latent_formats.LatentFormat):
-    """The demo's latents, with the linear map to colours that live previews use."""
+    """The demo's latents, with the linear map to colours for live previews."""
 
     def __init__(self, channels: int, scale_factor: float, colours: Tensor) -> None:
-        """``colours``: (channels + 1, 3), the last row being the offset."""
+        """Set the map ``colours`` (channels + 1, 3); its last row is the offset."""
         self.latent_channels = channels
         self.scale_factor = scale_factor
         self.latent_rgb_factors = colours[:-1].tolist()
@@ -126,7 +131,7 @@ class DemoLatentFormat(comfy.latent_formats.LatentFormat):
 
 
 class DemoTextModel(comfy.clip_model.CLIPTextModel):
-    """ComfyUI's CLIP text model with the vocabulary size of its config, where ComfyUI's has 49408."""
+    """ComfyUI's CLIP text model with the vocabulary size of its config instead of 49408."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, operations: Any) -> None:
         super().__init__(config, dtype, device, operations)
@@ -135,10 +140,10 @@ class DemoTextModel(comfy.clip_model.CLIPTextModel):
 
 
 def unet_config(config: dict[str, Any]) -> dict[str, Any]:
-    """ComfyUI's UNet arguments for a diffusers ``UNet2DConditionModel`` of Stable Diffusion's kind.
+    """Return ComfyUI's UNet arguments for a diffusers ``UNet2DConditionModel`` of Stable Diffusion's kind.
 
     Raises:
-        ValueError: it uses something that ComfyUI's UNet has not.
+        ValueError: ComfyUI's UNet does not have a feature of the config.
     """
     require(
         "UNet",
@@ -164,18 +169,17 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
     levels = len(widths)
     layers = config["layers_per_block"]
     depth = config.get("transformer_layers_per_block", 1)
-    heads = (
-        config.get("num_attention_heads") or config["attention_head_dim"]
-    )  # diffusers' name for the heads, as history
+    heads = config.get("num_attention_heads") or config["attention_head_dim"]  # diffusers' old name of the number
     if not all(isinstance(value, int) for value in (layers, depth, heads)):
         raise ValueError(
-            "ComfyUI's UNet takes one number of layers, of transformer layers and of heads for all levels."
+            "ComfyUI's UNet needs the same number of layers, transformer layers and heads at all levels; got "
+            f"{layers}, {depth} and {heads}."
         )
     if any(width % widths[0] for width in widths):
-        raise ValueError(f"ComfyUI's UNet takes widths that are multiples of the first one; got {widths}.")
+        raise ValueError(f"ComfyUI's UNet needs widths that are multiples of the first width; got {widths}.")
     attention = [kind.startswith("CrossAttn") for kind in config["down_block_types"]]
     if [kind.startswith("CrossAttn") for kind in config["up_block_types"]] != attention[::-1]:
-        raise ValueError("ComfyUI's UNet takes the same attention going up as going down.")
+        raise ValueError("ComfyUI's UNet needs attention in the same levels of the down blocks and the up blocks.")
     return {
         "image_size": 32,
         "use_checkpoint": False,
@@ -200,7 +204,7 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def sampling_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """ComfyUI's noise schedule for a diffusers scheduler's config. (Its "linear" is diffusers' "scaled_linear".)"""
+    """Return ComfyUI's noise schedule for a diffusers scheduler's config."""
     schedule = config["beta_schedule"]
     if schedule not in BETA_SCHEDULES:
         raise ValueError(f"ComfyUI has no beta schedule {schedule!r}; expected one of {', '.join(BETA_SCHEDULES)}.")
@@ -214,11 +218,12 @@ def sampling_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_model(folder: Path, colours: Tensor, adapter: TaskAdapter | None = None) -> comfy.model_patcher.ModelPatcher:
-    """The UNet with its noise schedule.
+    """Build the UNet with its noise schedule.
 
     Args:
+        folder: the teacher's, in diffusers' layout.
         colours: see :func:`preview_colours`.
-        adapter: what makes it the teacher of a further task.
+        adapter: makes the UNet the teacher of a further task. Default: text-to-image.
     """
     config = read_config(folder, "unet")
     latent_channels = config["in_channels"]
@@ -252,7 +257,12 @@ def build_model(folder: Path, colours: Tensor, adapter: TaskAdapter | None = Non
 
 
 def build_clip(folder: Path, embedding_directory: list[str] | None = None) -> comfy.sd.CLIP:
-    """The text encoder and its tokenizer. ``embedding_directory``: where textual inversions are looked up."""
+    """Build the text encoder and its tokenizer.
+
+    Args:
+        folder: the teacher's, in diffusers' layout.
+        embedding_directory: folders of textual inversions. Default: none.
+    """
     config = read_config(folder, "text_encoder")
     require("text encoder", config, {"layer_norm_eps": 1e-5})
     tokenizer = functools.partial(
@@ -280,8 +290,8 @@ def build_clip(folder: Path, embedding_directory: list[str] | None = None) -> co
     )
     clip = comfy.sd.CLIP(target, embedding_directory=embedding_directory, model_options={"dtype": DTYPE})
     weights = read_weights(folder, "text_encoder")
-    weights.pop("text_model.embeddings.position_ids", None)  # a constant that older transformers saved
-    # CLIPTextModel has no projection; ComfyUI's class computes one that nothing here reads.
+    weights.pop("text_model.embeddings.position_ids", None)  # a constant in files of older transformers
+    # CLIPTextModel has no projection. ComfyUI's class has one, but the demo does not use its output.
     weights["text_projection.weight"] = torch.eye(config["hidden_size"], dtype=DTYPE)
     missing, unexpected = clip.load_sd(weights)
     load_strictly("text encoder", missing, unexpected)
@@ -289,7 +299,7 @@ def build_clip(folder: Path, embedding_directory: list[str] | None = None) -> co
 
 
 def build_vae(folder: Path) -> comfy.sd.VAE:
-    """The VAE, for images of sizes that are multiples of 8."""
+    """Build the VAE, for images with sides that are multiples of 8."""
     config = read_config(folder, "vae")
     require(
         "VAE",
@@ -305,9 +315,9 @@ def build_vae(folder: Path) -> comfy.sd.VAE:
     )
     widths = config["block_out_channels"]
     if len(widths) != VAE_LEVELS:
-        raise ValueError(f"ComfyUI takes a VAE of {VAE_LEVELS} levels (a downscale of 8); got {len(widths)}.")
+        raise ValueError(f"ComfyUI needs a VAE of {VAE_LEVELS} levels (a downscale of 8); got {len(widths)}.")
     if any(width % widths[0] for width in widths):
-        raise ValueError(f"ComfyUI's VAE takes widths that are multiples of the first one; got {widths}.")
+        raise ValueError(f"ComfyUI's VAE needs widths that are multiples of the first width; got {widths}.")
     channels = config["latent_channels"]
     layout = {
         "double_z": True,
@@ -323,18 +333,27 @@ def build_vae(folder: Path) -> comfy.sd.VAE:
     }
     weights = read_weights(folder, "vae")
     vae = comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": layout, "embed_dim": channels}}, dtype=DTYPE)
-    vae.latent_channels = channels  # tiled encoding reads it; with a config ComfyUI leaves it at 4
+    vae.latent_channels = channels  # for tiled encoding; with a config ComfyUI leaves it at 4
     loaded = sum(value.numel() for value in vae.get_sd().values())
     given = sum(value.numel() for value in weights.values())
     if loaded != given:
-        raise ValueError(f"The weights of the teacher's VAE do not fit its config.json: {given} values for {loaded}.")
+        raise ValueError(
+            f"The weights of the teacher's VAE do not fit its config.json: the file has {given} values, expected "
+            f"{loaded}. Reinstall this extension."
+        )
     return vae
 
 
 def preview_colours(vae: comfy.sd.VAE, scale_factor: float, pictures: int = 8, size: int = 16) -> Tensor:
-    """The linear map from a latent position to its mean colour, for ComfyUI's live previews.
+    """Fit a linear map from a latent position to its mean colour, for ComfyUI's live previews.
 
-    A least-squares fit on what the VAE makes of ``pictures`` random latents of ``size`` x ``size``.
+    The map is a least-squares fit on decoded random latents.
+
+    Args:
+        vae: decodes the latents.
+        scale_factor: of the latents.
+        pictures: number of random latents. Default: 8.
+        size: their sides. Default: 16.
 
     Returns:
         (channels + 1, 3) for colours in -1..1; the last row is the offset.
@@ -350,22 +369,26 @@ def preview_colours(vae: comfy.sd.VAE, scale_factor: float, pictures: int = 8, s
 
 
 def demo_tasks() -> list[str]:
-    """The tasks that the demo has a teacher for."""
+    """Return the tasks for which the demo has a teacher."""
     return [TEXT_TO_IMAGE, *sorted(file.stem for file in TASK_ADAPTERS.glob("*.safetensors"))]
 
 
 def build_demo(
     folder: Path = TEACHER, embedding_directory: list[str] | None = None, adapter: Path | None = None
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of a teacher in ``folder`` (the layout of a diffusers ``StableDiffusionPipeline``).
+    """Build MODEL, CLIP and VAE of a teacher.
 
     Args:
-        embedding_directory: where textual inversions are looked up.
-        adapter: a task adapter to merge into the UNet.
+        folder: in the layout of a diffusers ``StableDiffusionPipeline``. Default: the embedded teacher.
+        embedding_directory: folders of textual inversions. Default: none.
+        adapter: a task adapter's file, merged into the UNet. Default: none.
     """
     vae = build_vae(folder)
     colours = preview_colours(vae, read_config(folder, "vae")["scaling_factor"])
     if not math.isfinite(float(colours.sum())):
-        raise ValueError(f"The VAE in {folder} decodes to values that are not numbers: its weights are damaged.")
+        raise ValueError(
+            f"The VAE in {folder} decodes to NaN or infinite values, so its weights are damaged. Reinstall this "
+            "extension."
+        )
     task = None if adapter is None else read_task_adapter(adapter)
     return build_model(folder, colours, task), build_clip(folder, embedding_directory), vae

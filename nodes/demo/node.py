@@ -1,4 +1,4 @@
-"""The demo's models as a node."""
+"""Flash Demo Models: the demo's teachers as a node."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .models import TASK_ADAPTERS, TEXT_TO_IMAGE, build_demo, demo_tasks
 
 
 class FlashDemoModels(io.ComfyNode):
-    """The embedded teacher."""
+    """Load the embedded teacher."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,27 +25,26 @@ class FlashDemoModels(io.ComfyNode):
                     options=demo_tasks(),
                     default=TEXT_TO_IMAGE,
                     optional=True,
-                    tooltip="What the model is for. Other tasks are the same model with further input channels: "
-                    "inpainting takes Flash Inpaint Prepare, face-swap Flash Face Swap Prepare, super-resolution Flash "
-                    "Upscale.",
+                    tooltip="The model's task. Use inpainting with Flash Inpaint Prepare, face-swap with Flash Face "
+                    "Swap Prepare, and super-resolution with Flash Upscale.",
                 )
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="The demo's UNet (v-prediction). Works with every core node."
+                    display_name="model", tooltip="The demo's UNet (v-prediction). It works with every core node."
                 ),
                 io.Clip.Output(
-                    display_name="clip", tooltip="Its text encoder: up to 22 tokens, short names work best."
+                    display_name="clip", tooltip="The text encoder: up to 22 tokens. Short names work best."
                 ),
                 io.Vae.Output(
-                    display_name="vae", tooltip="Its VAE: 8 pixels to a latent position, as Stable Diffusion's."
+                    display_name="vae", tooltip="The VAE: 8 pixels for each latent position, as in Stable Diffusion."
                 ),
             ],
         )
 
     @classmethod
     def execute(cls, task: str = TEXT_TO_IMAGE) -> io.NodeOutput:
-        """MODEL, CLIP and VAE; see :mod:`.demo_models`."""
+        """Build MODEL, CLIP and VAE with :func:`~.models.build_demo`."""
         adapter = None if task == TEXT_TO_IMAGE else TASK_ADAPTERS / f"{task}.safetensors"
         model, clip, vae = build_demo(embedding_directory=folder_paths.get_folder_paths("embeddings"), adapter=adapter)
         return io.NodeOutput(model, clip, vae)

@@ -1,1 +1,1 @@
-"""A ComfyUI MODEL as a Denoiser, which flash_core can distil."""
+"""Wrap a ComfyUI MODEL as a Denoiser, so that flash_core can distil it."""

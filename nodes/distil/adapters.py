@@ -1,9 +1,8 @@
-"""LoRA adapters that are trained on a ComfyUI MODEL, by forward bypass, under the layers' diffusers names.
+"""LoRA adapters to train on a ComfyUI MODEL, by forward bypass, under the layers' diffusers names.
 
-An adapter adds ``scale up(down(x))`` to a layer's output and leaves its weight alone. So the base may be stored in any
-type, its patches stay as they are, an update far below the base's resolution is not rounded away, and removing the
-hooks removes everything. ComfyUI fuses what diffusers has as separate layers (q, k and v in one): an adapter of such a
-layer adds to its own slice of the output.
+An adapter adds ``scale up(down(x))`` to a layer's output and does not change its weight. So the base may have any data
+type, its patches stay, a small update is not rounded away, and removing the hooks removes the adapter. Some layers that
+are separate in diffusers are fused in ComfyUI (q, k and v): an adapter of such a layer adds to its slice of the output.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from ...flash_core.denoiser import Role
 from ...flash_core.lora import LoraModule, flat_name
 from ..lora.patches import model_layers
 
-TRANSFORMER_PREFIX = "transformer."  # what ComfyUI puts before a diffusers name of a transformer's layer
+TRANSFORMER_PREFIX = "transformer."  # ComfyUI's prefix of the diffusers names of a transformer's layers
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer by its diffusers name, and where it lies in ComfyUI's network.
+    """One layer by its diffusers name, and its place in ComfyUI's network.
 
     Attributes:
         path: diffusers' module path, dotted.
-        module: the linear layer or convolution that holds it.
-        start, length: its rows of the module's weight: all of them, or a slice of a fused one.
-        rows: from an update's rows in diffusers' order to ComfyUI's; None where both are the same.
+        module: ComfyUI's linear layer or convolution that contains the layer.
+        start, length: the layer's rows of the module's weight: all rows, or a slice of a fused weight.
+        rows: reorders an update's rows from diffusers' order to ComfyUI's; None if the orders are equal.
     """
 
     path: str
@@ -47,7 +46,7 @@ class Layer:
 
     @property
     def is_convolution(self) -> bool:
-        """Whether it is a 2-d convolution rather than a linear layer."""
+        """True for a 2-d convolution, False for a linear layer."""
         return isinstance(self.module, nn.Conv2d)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -58,7 +57,7 @@ class Layer:
 
 
 def diffusers_layers(model: ModelPatcher) -> dict[str, Layer]:
-    """The layers of a MODEL that an adapter can be put on, by diffusers' module path.
+    """Return the layers of a MODEL that can get an adapter, by diffusers' module path.
 
     Raises:
         ValueError: ComfyUI knows no diffusers names for this architecture.
@@ -70,15 +69,15 @@ def diffusers_layers(model: ModelPatcher) -> dict[str, Layer]:
         names = [key.removeprefix(TRANSFORMER_PREFIX) for key in keys if key.startswith(TRANSFORMER_PREFIX)]
     if not names:
         raise ValueError(
-            f"ComfyUI knows no diffusers names for the layers of {type(base).__name__}, so that a LoRA trained on it "
-            "would load nowhere. Use an SD 1.5, SD 2, SDXL, PixArt, SD3 or Flux model."
+            f"ComfyUI knows no diffusers names for the layers of {type(base).__name__}, so no program could load a "
+            "LoRA trained on this model. Use an SD 1.5, SD 2, SDXL, PixArt, SD3 or Flux model."
         )
     places = model_layers(model)
     modules = dict(base.named_modules())
     layers = {}
-    for path in sorted(names):  # ComfyUI keeps them in sets: their order differs from run to run, and seeds draw in it
+    for path in sorted(names):  # ComfyUI's sets have another order in each run, but seeded draws need a fixed order
         target = places.get(flat_name(path))
-        if target is None:  # a layer that the architecture may have and this model has not
+        if target is None:  # a layer that only other models of the architecture have
             continue
         key, *rest = (target,) if isinstance(target, str) else target
         module = modules.get(key.removesuffix(".weight"))
@@ -94,18 +93,18 @@ def diffusers_layers(model: ModelPatcher) -> dict[str, Layer]:
 
 
 def _width(module: nn.Module | None) -> int | None:
-    """The output width of a module that a LoRA can be put on; None for other modules (norms, embeddings)."""
+    """Return the output width of a linear layer or convolution; None for other modules (norms, embeddings)."""
     if isinstance(module, nn.Conv2d):
         return module.out_channels if module.groups == 1 else None
-    # Asked by attribute: ComfyUI's quantised linear layers are no torch.nn.Linear.
+    # An attribute, not a class: ComfyUI's quantised linear layers are not torch.nn.Linear.
     return getattr(module, "out_features", None)
 
 
 class LowRank(nn.Module):
-    """``alpha / r up(down(x))`` in float32, whatever the base computes in.
+    """``alpha / r up(down(x))`` in float32, for a base of any data type.
 
     Args:
-        layer: what it is put on.
+        layer: the adapted layer.
         down, up: (r, in) and (out, r), or (r, in, kh, kw) and (out, r, 1, 1).
         alpha: as in :class:`~..flash_core.lora.LoraModule`.
     """
@@ -123,7 +122,7 @@ class LowRank(nn.Module):
         return int(self.down.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """The update to the layer's output, of all the rows of the module that holds it."""
+        """Return the update to the output of the module that contains the layer."""
         x = x.to(self.down.dtype)
         up = self.up if self.layer.rows is None else self.layer.rows(self.up)
         if self.layer.is_convolution:
@@ -136,11 +135,11 @@ class LowRank(nn.Module):
 
 
 class ModelAdapters:
-    """The adapters of a MODEL's roles, and the one switch that says which of them is on.
+    """The adapters of a MODEL's roles. ``role`` selects the active adapter.
 
     Args:
-        model: the MODEL; its layers are hooked between :meth:`attach` and :meth:`detach`.
-        device: where adapters live.
+        model: the MODEL; its layers have hooks between :meth:`attach` and :meth:`detach`.
+        device: of the adapters.
     """
 
     def __init__(self, model: ModelPatcher, device: torch.device) -> None:
@@ -154,31 +153,35 @@ class ModelAdapters:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:
-        """Hook every layer that can have an adapter; without one, or in the teacher's role, nothing changes."""
+        """Hook every layer that can have an adapter; the teacher's outputs do not change."""
         self._handles = [module.register_forward_hook(self._bypass) for module in self._paths]
 
     def detach(self) -> None:
-        """Take all hooks off the model; the adapters can still be read."""
+        """Remove all hooks from the model; the adapters stay readable."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self.role = "teacher"
 
     def add(self, role: Role, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-        """Give a role an adapter that changes nothing yet: its up half is 0.
+        """Give a role a new adapter whose up half is 0.
 
         Args:
-            targets: what the diffusers paths of the adapted layers end in.
+            role: ``student`` or ``critic``.
+            rank, alpha: the update is scaled by ``alpha / rank``.
+            targets: the endings of the adapted layers' diffusers paths.
+            seed: of the down half.
 
         Raises:
-            ValueError: a target that no layer is called.
+            ValueError: no layer's path ends with a target.
         """
         chosen = {path: layer for path, layer in self.layers.items() if _is_called(path, targets)}
         for target in targets:
             if not any(_is_called(path, [target]) for path in chosen):
                 names = sorted({path.rsplit(".", 1)[-1] for path in self.layers} - {str(index) for index in range(10)})
                 raise ValueError(
-                    f"No layer of this model is called {target!r}; a LoRA can be put on {', '.join(names)}."
+                    f"This model has no layer {target!r}. Choose from the layers that can get a LoRA: "
+                    f"{', '.join(names)}."
                 )
         generator = torch.Generator().manual_seed(seed)
         adapter = {}
@@ -193,21 +196,25 @@ class ModelAdapters:
         """Give a role the adapter of a file.
 
         Raises:
-            ValueError: a layer that this model lacks, or has with another shape.
+            ValueError: the model has no such layer, or the layer has another shape.
         """
         paths = {flat_name(path): path for path in self.layers}
         adapter = {}
         for module in modules:
             path = paths.get(flat_name(module.path))
             if path is None:
-                raise ValueError(f"This LoRA does not fit this model, which has no layer {module.path}.")
+                raise ValueError(
+                    f"This LoRA does not fit this model: the model has no layer {module.path}. Use a LoRA that was "
+                    "made for this model."
+                )
             halves = (module.down, module.up)
             shapes = self.layers[path].shapes(module.rank)
-            # By their numbers: a 1 x 1 convolution and a linear layer are the same thing, and files call it either.
+            # Compare the number of values: a 1 x 1 convolution and a linear layer are equal, and files use both.
             if any(half.numel() != math.prod(shape) for half, shape in zip(halves, shapes, strict=True)):
                 raise ValueError(
                     f"This LoRA does not fit this model: its halves for the layer {module.path} are "
-                    f"{tuple(module.down.shape)} and {tuple(module.up.shape)}, expected {shapes[0]} and {shapes[1]}."
+                    f"{tuple(module.down.shape)} and {tuple(module.up.shape)}, expected {shapes[0]} and {shapes[1]}. "
+                    "Use a LoRA that was made for this model."
                 )
             down, up = (
                 half.detach().float().clone().reshape(shape) for half, shape in zip(halves, shapes, strict=True)
@@ -216,7 +223,7 @@ class ModelAdapters:
         self._put(role, adapter)
 
     def has(self, role: Role) -> bool:
-        """Whether the role has an adapter."""
+        """Return whether the role has an adapter."""
         return role in self._adapters
 
     def parameters(self, role: Role) -> dict[str, nn.Parameter]:
@@ -228,7 +235,7 @@ class ModelAdapters:
         }
 
     def modules(self, role: Role) -> dict[str, LoraModule]:
-        """A role's adapter as it is written to a file, by module path; copies."""
+        """Copy a role's adapter for a file, by module path."""
         return {
             path: LoraModule(path, module.down.detach().clone(), module.up.detach().clone(), module.alpha)
             for path, module in self._adapters.get(role, {}).items()
@@ -236,7 +243,7 @@ class ModelAdapters:
 
     def _put(self, role: Role, adapter: Mapping[str, LowRank]) -> None:
         if role == "teacher":
-            raise ValueError("The teacher is the model alone and has no adapter; give one to 'student' or 'critic'.")
+            raise ValueError("The teacher is the model without an adapter. Give the adapter to 'student' or 'critic'.")
         self._adapters[role] = {path: module.to(self._device) for path, module in adapter.items()}
 
     def _bypass(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""CONDITIONING as the method's :class:`~..flash_core.denoiser.Conditioning`, and back to a ComfyUI model's arguments.
+"""Convert CONDITIONING to the method's :class:`~..flash_core.denoiser.Conditioning`, and back to a model's arguments.
 
-The MODEL itself says what its network is given for a CONDITIONING (``extra_conds``): tokens, a vector, sizes, channels.
-Each has one field here, so that a batch of any architecture can be drawn from, joined and guided by the method.
+ComfyUI's ``extra_conds`` returns the network's inputs for a CONDITIONING: tokens, a vector, sizes, channels. Each input
+has one field in Conditioning, so the method can select, join and guide batches of any architecture.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning
 
-# ComfyUI's name of each condition -> the field it travels in. What stands behind "vector" is whatever ComfyUI's models
-# make of the pooled text: for SDXL with the embedded sizes after it.
+# ComfyUI's name of each condition, and our field. "vector" is the pooled text as ComfyUI's models embed it: for SDXL
+# with the embedded sizes after it.
 FIELDS = {
     "c_crossattn": "cross_attention",
     "attention_mask": "attention_mask",
@@ -29,27 +29,28 @@ FIELDS = {
     "guidance": "embedded_guidance",
 }
 
-# PixArt's two size conditions travel in one, (height, width, aspect ratio).
+# PixArt's two size conditions share one field: (height, width, aspect ratio).
 SIZES = {"c_size": 2, "c_ar": 1}
 
-# What makes a CONDITIONING hold for a part of the picture or of the sampling only, or depend on the noisy latent.
+# Entries that limit a CONDITIONING to a part of the picture or of the sampling, or that depend on the noisy latent.
 PARTIAL = ("area", "mask", "gligen", "control", "hooks", "start_percent", "end_percent", "default")
 
 
 def read_conditionings(
     model: Any, conditionings: dict[str, list[Any]], latent_shape: tuple[int, ...], device: torch.device
 ) -> list[Conditioning]:
-    """What a model is given for each CONDITIONING; every entry of one is a sample, or as many as its tokens hold.
+    """Return the network's inputs for each CONDITIONING. Each row of an entry's tokens is one sample.
 
-    Token sequences of different lengths are padded at their end, and ``attention_mask`` says how long each is.
+    Token sequences of different lengths are padded at their end; ``attention_mask`` holds their lengths.
 
     Args:
         model: ComfyUI's ``BaseModel``.
-        conditionings: by ComfyUI's role, ``positive`` and ``negative``, which some models treat differently.
-        latent_shape: (C, h, w) of the latents that will be denoised.
+        conditionings: by ComfyUI's role (``positive``, ``negative``); some models treat the roles differently.
+        latent_shape: (C, h, w) of the latents to denoise.
+        device: of the result.
 
     Raises:
-        ValueError: a condition that cannot be distilled, named.
+        ValueError: a condition cannot be distilled; the message names the condition.
     """
     samples = {
         role: [_read_entry(model, entry, role, latent_shape, device) for entry in entries]
@@ -61,7 +62,7 @@ def read_conditionings(
         samples = {role: [_padded(part, max(lengths)) for part in parts] for role, parts in samples.items()}
     for role, parts in samples.items():
         if not parts:
-            raise ValueError(f"The {role} CONDITIONING is empty; connect a CLIP Text Encode.")
+            raise ValueError(f"The {role} CONDITIONING is empty. Connect a CLIP Text Encode.")
     return [Conditioning.cat(parts) for parts in samples.values()]
 
 
@@ -71,8 +72,8 @@ def _read_entry(
     partial = [name for name in PARTIAL if entry[1].get(name) is not None]
     if partial:
         raise ValueError(
-            f"This CONDITIONING carries {', '.join(partial)}, which cannot be distilled: a sample has one condition "
-            "for the whole picture and all of the sampling. Connect the text encoder directly."
+            f"This CONDITIONING has {', '.join(partial)}, which cannot be distilled: a condition must hold for the "
+            "whole picture and for all steps. Connect the text encoder directly."
         )
     rows = 1 if entry[0] is None else len(entry[0])
     empty = torch.zeros(rows, *latent_shape, device=device)
@@ -85,10 +86,10 @@ def _read_entry(
         value = condition.process_cond(batch_size=rows, area=None).cond
         if not isinstance(value, Tensor) or name not in (*FIELDS, *SIZES):
             raise ValueError(
-                f"{type(model).__name__} is conditioned on {name!r}, which cannot be distilled; "
-                f"expected only {', '.join((*FIELDS, *SIZES))}."
+                f"{type(model).__name__} is conditioned on {name!r}, which cannot be distilled; expected only "
+                f"{', '.join((*FIELDS, *SIZES))}. Use a model without this condition."
             )
-        # A copy, since ComfyUI's nodes run in inference mode and their tensors cannot be saved for a backward pass.
+        # A copy: a backward pass cannot use tensors from ComfyUI's nodes, which run in inference mode.
         parts[name] = value.to(device, torch.float32 if value.is_floating_point() else value.dtype, copy=True)
     sizes = [parts[name] for name in SIZES if name in parts]
     return Conditioning(
@@ -98,12 +99,12 @@ def _read_entry(
 
 
 def _padded(part: Conditioning, length: int) -> Conditioning:
-    """Tokens padded at the end to a length, with the mask that tells."""
+    """Pad tokens at the end to ``length``, and add the mask."""
     tokens = part.cross_attention
     if tokens is None or part.attention_mask is not None:
         raise ValueError(
-            "These CONDITIONINGs have token sequences of different lengths, and masks of their own. Encode prompts of "
-            "similar lengths, or one at a time."
+            "These CONDITIONINGs have token sequences of different lengths and their own masks. Encode prompts of "
+            "similar lengths, or one prompt at a time."
         )
     mask = tokens.new_ones(tokens.shape[:2])
     missing = length - tokens.shape[1]
@@ -111,12 +112,12 @@ def _padded(part: Conditioning, length: int) -> Conditioning:
 
 
 def by_token_count(conditioning: Conditioning) -> Iterator[tuple[Tensor | None, Conditioning]]:
-    """Batches in which all samples have equally many tokens, without padding or its mask.
+    """Split a batch into groups of samples with equally many tokens, without padding and mask.
 
-    ComfyUI's networks take no mask for padding, so samples of different lengths are called apart, as ComfyUI does too.
+    ComfyUI's networks take no mask for padding, so ComfyUI also evaluates samples of different lengths separately.
 
     Yields:
-        The rows (b,), or None for all, and their conditions.
+        ``(rows, conditions)``: rows (b,), or None for all rows.
     """
     mask = conditioning.attention_mask
     if mask is None or mask.ndim != 2 or conditioning.cross_attention is None:
@@ -133,17 +134,20 @@ def by_token_count(conditioning: Conditioning) -> Iterator[tuple[Tensor | None, 
 
 
 def model_arguments(conditioning: Conditioning) -> dict[str, Tensor]:
-    """What ``BaseModel.apply_model`` takes by keyword for a batch of conditions.
+    """Return the keyword arguments of ``BaseModel.apply_model`` for a batch of conditions.
 
     Raises:
-        ValueError: a kind of condition that is not given to a ComfyUI MODEL.
+        ValueError: a kind of condition that ComfyUI MODELs do not have.
     """
     known = (*FIELDS.values(), "size_ids")
     others = [field.name for field in fields(conditioning) if field.name not in known]
     values = {name: getattr(conditioning, name) for name in others}
     given = [name for name, value in values.items() if value is not None and len(value) > 0]
     if given:
-        raise ValueError(f"A ComfyUI MODEL is not distilled with {', '.join(given)}; expected only {', '.join(known)}.")
+        raise ValueError(
+            f"A ComfyUI MODEL cannot be distilled with {', '.join(given)}; expected only {', '.join(known)}. Remove "
+            "the other conditions."
+        )
     arguments = {name: getattr(conditioning, field) for name, field in FIELDS.items()}
     if conditioning.size_ids is not None:
         arguments |= dict(zip(SIZES, conditioning.size_ids.split(list(SIZES.values()), 1), strict=True))

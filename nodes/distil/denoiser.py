@@ -1,10 +1,10 @@
-"""A ComfyUI MODEL as a :class:`~..flash_core.denoiser.Denoiser`: what the trainer distils can be distilled in a graph.
+"""A ComfyUI MODEL as a :class:`~..flash_core.denoiser.Denoiser`, so that a graph's model can be distilled.
 
-The MODEL is taken as it is, with its LoRAs, hooks and wrappers: all of that is the teacher. Latents and outputs are in
-the method's convention, ``z_t = alpha_t z0 + sigma_t eps``, and never in ComfyUI's (see :func:`model_input`): the
-model is called through ``BaseModel.apply_model``, so that its patches work, and what its network returned is caught on
-the way, before ComfyUI makes a denoised latent of it. Catching it loses no digits where the noise is small, and holds
-where there is none; patches that rewrite the denoised latent itself are not seen.
+The teacher is the MODEL with all its LoRAs, hooks and wrappers. Latents and outputs are in the method's convention,
+``z_t = alpha_t z0 + sigma_t eps``, not in ComfyUI's (see :func:`model_input`). The model is called through
+``BaseModel.apply_model``, so that its patches work. The network's output is captured with a hook, before ComfyUI
+computes the denoised latent: so no digits are lost at low noise, and sigma = 0 works too. Patches that change the
+denoised latent have no effect.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from .adapters import ModelAdapters
 from .conditions import by_token_count, model_arguments, read_conditionings
 from .features import Tap, capture, taps
 
-# Networks that write into no tensor which their backward pass needs. Others do (Flux adds to its image in place), as do
-# patches, and run under a guard that copies what is overwritten, which costs every operation a little.
+# Networks without in-place operations on tensors that the backward pass needs. Other networks (Flux) and patches have
+# such operations; they run under a guard that copies overwritten tensors, at a small cost for every operation.
 WRITE_NOTHING_IN_PLACE = ("UNetModel", "OpenAISignatureMMDITWrapper", "PixArtMS")
 
 
 class ModelDenoiser:
-    """A ComfyUI MODEL whose roles share its weights; use it as a context, inside of which all training happens.
+    """A ComfyUI MODEL whose roles share its weights. Use it as a context manager around the whole training.
 
-    Inside, inference mode is off and gradients are on, as ComfyUI's nodes run in inference mode; the model is loaded
-    whole. Afterwards, and after an exception or an interrupt, every hook is off the model and it computes what it
-    computed before, bit for bit. Gradient checkpointing is not applied.
+    Inside the context inference mode is off, gradients are on (ComfyUI's nodes run in inference mode), and the whole
+    model is loaded. After the context, also after an exception or an interrupt, all hooks are removed, and the model's
+    outputs are bit-identical to those before. There is no gradient checkpointing.
 
-    ``teacher`` is the MODEL alone; ``student`` and ``critic`` are it with the adapter of that name. An adapter takes
-    gradients while its role is on: run the backward pass inside the block as well.
+    ``teacher`` is the MODEL without an adapter; ``student`` and ``critic`` are the MODEL with the adapter of this name.
+    An adapter gets gradients while its role is on, so run the backward pass inside the :meth:`role` block too.
 
     Args:
         model: the MODEL.
 
     Raises:
-        ValueError: the model's sampling or architecture cannot be distilled; the message says which.
+        ValueError: the model's sampling or architecture cannot be distilled.
     """
 
     def __init__(self, model: ModelPatcher) -> None:
         if getattr(model, "is_dynamic", bool)():
-            model = model.get_non_dynamic_delegate()  # newer ComfyUI pages weights in and out between calls
+            model = model.get_non_dynamic_delegate()  # newer ComfyUI moves weights in and out between calls
         self.patcher = model
         self.device: torch.device = model.load_device
         self._sampling = model.get_model_object("model_sampling")
@@ -97,24 +97,24 @@ class ModelDenoiser:
 
     @property
     def process(self) -> Process:
-        """How noise enters this model's latents."""
+        """The model's noise process."""
         return self._process
 
     def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output (B, C, h, w), float32, in the current role.
 
         Raises:
-            InterruptProcessingException: ComfyUI's, where the user interrupts.
+            InterruptProcessingException: ComfyUI's, if the user interrupts.
         """
         return self._run(z_t, t, conditioning, [])[0]
 
     def features(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
-        """Hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role."""
+        """Hidden states at several depths as maps (B, C_i, H_i, W_i), in the current role."""
         return self._run(z_t, t, conditioning, taps(self._network))[1:]
 
     @contextmanager
     def role(self, role: Role) -> Iterator[None]:
-        """Switch to ``role`` inside the block, and back to the previous one after it."""
+        """Switch to ``role`` inside the block, and back to the previous role after it."""
         if role != "teacher" and not self._adapters.has(role):
             raise ValueError(f"There is no {role} adapter; call add_adapter({role!r}, ...) first.")
         previous, self._adapters.role = self._adapters.role, role
@@ -123,20 +123,21 @@ class ModelDenoiser:
         finally:
             self._adapters.role = previous
 
-    # -- what ComfyUI gives ----------------------------------------------------------------------------------------
+    # -- ComfyUI's latents and conditionings -----------------------------------------------------------------------
 
     def latents(self, samples: Tensor) -> Tensor:
-        """A LATENT's samples as the network sees them (B, C, h, w): scaled, float32, on the model's device."""
+        """Scale a LATENT's samples (B, C, h, w) for the network: float32, on the model's device."""
         scaled = self.patcher.model.process_latent_in(samples)
         return scaled.to(self.device, torch.float32, copy=True)
 
     def conditions(
         self, positive: list[Any], negative: list[Any], latent_shape: tuple[int, ...]
     ) -> tuple[Conditioning, Conditioning]:
-        """Two CONDITIONINGs as conditions that can be batched; see :func:`~.conditions.read_conditionings`.
+        """Convert two CONDITIONINGs to batches; see :func:`~.conditions.read_conditionings`.
 
         Args:
-            latent_shape: (C, h, w) of the latents that will be denoised.
+            positive, negative: ComfyUI's conditionings.
+            latent_shape: (C, h, w) of the latents to denoise.
         """
         both = {"positive": positive, "negative": negative}
         conditions, unconditional = read_conditionings(self.patcher.model, both, latent_shape, self.device)
@@ -145,33 +146,35 @@ class ModelDenoiser:
     # -- adapters --------------------------------------------------------------------------------------------------
 
     def add_adapter(self, role: Role, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> None:
-        """Give a role its LoRA, float32, which changes nothing until it is trained (its up half is 0).
+        """Give a role a new LoRA in float32. Its up half is 0, so it changes nothing before training.
 
         Args:
+            role: ``student`` or ``critic``.
             rank, alpha: the update is scaled by ``alpha / rank``.
-            targets: what the adapted layers' paths end in, in diffusers' spelling.
-            seed: of the down half.
+            targets: the endings of the adapted layers' paths, in diffusers' names.
+            seed: of the down half. Default: 0.
 
         Raises:
-            ValueError: a target that no layer is called.
+            ValueError: no layer's path ends with a target.
         """
-        self._entered()  # outside, in inference mode, parameters would take no gradients
+        self._entered()  # outside, in inference mode, parameters would get no gradients
         self._adapters.add(role, rank, alpha, targets, seed)
 
     def load_adapter(self, role: Role, modules: Mapping[str, LoraModule]) -> None:
-        """Give a role the LoRA of a file, at its own scale.
+        """Give a role the LoRA of a file, at the file's scale.
 
         Args:
-            modules: as :class:`~..flash_core.lora.LoraFile` holds them; every one must belong to this model.
+            role: ``student`` or ``critic``.
+            modules: of a :class:`~..flash_core.lora.LoraFile`; all must fit this model.
 
         Raises:
-            ValueError: it does not fit this model.
+            ValueError: a module does not fit this model.
         """
         self._entered()
         self._adapters.load(role, modules.values())
 
     def has_adapter(self, role: Role) -> bool:
-        """Whether the role has an adapter."""
+        """Return whether the role has an adapter."""
         return self._adapters.has(role)
 
     def adapter_parameters(self, role: Role) -> dict[str, nn.Parameter]:
@@ -179,14 +182,14 @@ class ModelDenoiser:
         return self._adapters.parameters(role)
 
     def adapter(self, role: Role) -> dict[str, LoraModule]:
-        """A role's adapter as :func:`~..flash_core.lora.write_lora` takes it, by diffusers' module path."""
+        """A role's adapter by diffusers' module path, for :func:`~..flash_core.lora.write_lora`."""
         return self._adapters.modules(role)
 
     # -- the call --------------------------------------------------------------------------------------------------
 
     def _entered(self) -> dict[str, Any]:
         if self._options is None:
-            raise RuntimeError("A ModelDenoiser is used as a context: 'with ModelDenoiser(model) as denoiser: ...'.")
+            raise RuntimeError("Use ModelDenoiser as a context manager: 'with ModelDenoiser(model) as denoiser: ...'.")
         return self._options
 
     @property
@@ -194,7 +197,7 @@ class ModelDenoiser:
         return self.patcher.model.diffusion_model
 
     def _run(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, places: list[Tap]) -> list[Tensor]:
-        """The output, then the hidden states at ``places``, of the whole batch."""
+        """Return the output of the whole batch, then the hidden states at ``places``."""
         groups, results = [], []
         for rows, part in by_token_count(conditioning):
             chosen = (z_t, t) if rows is None else (z_t[rows], t[rows])
@@ -212,7 +215,7 @@ class ModelDenoiser:
         x, sigma = model_input(self._sampling, self._process, z_t, t)
         transformer_options = {
             **options.get("transformer_options", {}),
-            "cond_or_uncond": [0],  # one batch, whatever is in it
+            "cond_or_uncond": [0],  # the whole batch is one prompt to ComfyUI
             "uuids": [],
             "sigmas": sigma,
             "optimized_attention_override": _differentiable_attention,
@@ -232,9 +235,9 @@ class ModelDenoiser:
             handle.remove()
         if len(outputs) != 1 or len(states) != len(places):
             raise RuntimeError(
-                f"The network was called {len(outputs)} times for one prediction, and {len(states)} of {len(places)} "
-                "hidden states were seen; expected once and all of them. A patch of this MODEL calls the network or "
-                "its blocks in its own way: remove it before distilling."
+                f"The network was called {len(outputs)} times for one prediction, and gave {len(states)} of "
+                f"{len(places)} hidden states; expected one call and all hidden states. A patch of this MODEL calls "
+                "the network or its blocks in its own way. Remove this patch before you distil."
             )
         return [outputs[0].float(), *states]
 
@@ -256,9 +259,9 @@ def model_input(sampling: Any, process: Process, z_t: Tensor, t: Tensor) -> tupl
 
 
 def make_trainable_through(model: nn.Module) -> None:
-    """Freeze a model so that gradients can pass through it.
+    """Freeze a model, but let gradients pass through it.
 
-    Weights that were loaded in inference mode can't be saved for a backward pass; each is replaced by its copy, once.
+    A backward pass cannot use weights that were loaded in inference mode, so each of them is replaced by a copy.
     """
     for module in model.modules():
         for name, value in module._parameters.items():
@@ -272,13 +275,13 @@ def make_trainable_through(model: nn.Module) -> None:
 
 
 def _differentiable_attention(_function: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """PyTorch's attention for whichever ComfyUI was started with: some of those have no backward pass."""
+    """Run PyTorch's attention: some of ComfyUI's other attentions have no backward pass."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
 @contextmanager
 def _training_mode() -> Iterator[None]:
-    """Newer ComfyUI has kernels without a backward pass, and this flag to do without them."""
+    """Set newer ComfyUI's flag that turns off kernels without a backward pass."""
     if not hasattr(comfy.model_management, "in_training"):
         yield
         return

@@ -1,4 +1,4 @@
-"""Hidden states of ComfyUI's networks as maps, for the discriminator: where they are and how they come out."""
+"""Hidden states of ComfyUI's networks as maps, for the discriminator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...flash_core.discriminator import feature_depths
 
-# Where ComfyUI's transformers keep their blocks, in the order they run.
+# The attributes with the blocks of ComfyUI's transformers, in the order in which they run.
 STACKS = ("joint_blocks", "double_blocks", "single_blocks", "blocks")
 
 
@@ -22,18 +22,19 @@ class Tap:
     """A place in the network whose output is a hidden state.
 
     Attributes:
-        module: what to hook.
-        tokens: from the module's output to the tokens (B, N, D) of which the last ones are the image's; None where the
-            output is a map already.
+        module: the module to hook.
+        tokens: maps the module's output to tokens (B, N, D), with the image's tokens last; None if the output is
+            already a map.
     """
 
     module: nn.Module
     tokens: Callable[[Any], Tensor] | None = None
 
     def as_map(self, output: Any, grid: tuple[int, int]) -> Tensor:
-        """The hidden state (B, C, H, W), copied: some networks write the next block's output over it.
+        """Copy the hidden state to a map (B, C, H, W); some networks overwrite it in the next block.
 
         Args:
+            output: of the module.
             grid: (H, W) in patches, for tokens.
         """
         if self.tokens is None:
@@ -44,21 +45,21 @@ class Tap:
 
 
 def taps(network: nn.Module) -> list[Tap]:
-    """Several depths of a network, in the order they run: those that the trainer's denoisers read too.
+    """Return several depths of a network, in the order in which they run; the trainer's denoisers use the same depths.
 
-    A UNet gives all levels below the first, since at full resolution hidden states are mostly the noise that came in; a
-    transformer those of :func:`~..flash_core.discriminator.feature_depths`.
+    For a UNet: all levels below the first (at full resolution, hidden states are mostly the input noise). For a
+    transformer: the depths of :func:`~..flash_core.discriminator.feature_depths`.
 
     Raises:
-        ValueError: a network of an unknown layout.
+        ValueError: the network's layout is unknown.
     """
     if hasattr(network, "input_blocks"):
         return [Tap(module) for module in _level_ends(network)]
     blocks = [(stack, block) for stack in STACKS for block in getattr(network, stack, ())]
     if not blocks:
         raise ValueError(
-            f"The adversarial loss reads hidden states, and {type(network).__name__} keeps its blocks where none are "
-            f"known; expected a UNet or a transformer with {', '.join(STACKS)}. Set the adversarial weight to 0."
+            f"The adversarial loss needs hidden states, but the layout of {type(network).__name__} is unknown; "
+            f"expected a UNet or a transformer with {', '.join(STACKS)}. Set the adversarial weight to 0."
         )
     return [Tap(block, _TOKENS[stack]) for stack, block in (blocks[index] for index in feature_depths(len(blocks)))]
 
@@ -73,12 +74,12 @@ _TOKENS: dict[str, Callable[[Any], Tensor]] = {
 
 
 def _level_ends(unet: Any) -> Iterator[nn.Module]:
-    """The modules that a UNet's levels end in: down from the second level, the middle, up to the second level.
+    """Yield the last modules of a UNet's levels: down from the second level, the middle, up to the second level.
 
-    ComfyUI calls the layers of a block one by one and never the block itself, so the last layer is what can be hooked.
+    ComfyUI calls the layers of a block one by one, and never the block itself. So the last layer gets the hook.
     """
     layers = list(unet.num_res_blocks)
-    index = 0  # the first block is the convolution that latents come in by
+    index = 0  # the first block is the input convolution
     for level, count in enumerate(layers):
         index += count + (level < len(layers) - 1)  # every level but the last ends in a downsampler
         if level > 0:
@@ -93,7 +94,7 @@ def _level_ends(unet: Any) -> Iterator[nn.Module]:
 
 @contextmanager
 def capture(network: nn.Module, places: list[Tap], z_t: Tensor) -> Iterator[list[Tensor]]:
-    """Collect the places' hidden states of the calls made inside the block, in the order they run."""
+    """Collect the hidden states at ``places`` of all calls inside the block, in the order in which they run."""
     captured: list[Tensor] = []
     patch = getattr(network, "patch_size", 1)
     grid = (math.ceil(z_t.shape[-2] / patch), math.ceil(z_t.shape[-1] / patch))

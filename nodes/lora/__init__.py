@@ -1,1 +1,1 @@
-"""LoRA files into a MODEL."""
+"""Load LoRA files into a MODEL."""

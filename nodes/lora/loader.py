@@ -1,8 +1,6 @@
-"""Loading: a Flash LoRA into any model, and the demo's own models."""
+"""Flash LoRA Loader: one few-step LoRA into a model."""
 
 from __future__ import annotations
-
-import os
 
 import comfy.utils
 import folder_paths
@@ -10,13 +8,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ...flash_core.lora import read_lora
+from ..shared.inputs import allow_partial_input, files_fingerprint, strength_input
 from ..shared.model_facts import METADATA_KEY
-from ..shared.schema import advanced, node_schema
+from ..shared.schema import node_schema
 from .patches import apply_lora
 
 
 class FlashLoraLoader(io.ComfyNode):
-    """A few-step LoRA into a model."""
+    """Load a few-step LoRA into a model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -24,55 +23,39 @@ class FlashLoraLoader(io.ComfyNode):
             node_id="FlashLoraLoader",
             display_name="Flash LoRA Loader",
             search_aliases=["lora", "load lora", "few-step lora", "lcm lora", "turbo lora", "flash diffusion"],
-            description="Loads a few-step (Flash) LoRA of any dialect at its true scale, or says why it does not fit.",
+            description="Load a few-step (Flash) LoRA of any format at its trained scale, or explain why it does not "
+            "fit.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the LoRA was made for, or a fine-tune of it."),
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
-                    tooltip="A .safetensors file from models/loras, or the demo's LoRA that ships with this extension.",
+                    tooltip="A .safetensors file from models/loras, or a LoRA of the demo.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    round=0.01,
-                    tooltip="1 is what it was trained for; 0 leaves the model unchanged.",
-                ),
-                advanced(
-                    io.Boolean.Input,
-                    "allow_partial",
-                    default=False,
-                    optional=True,
-                    tooltip="Load a LoRA of which only a part fits this model. The report lists what was left out.",
-                ),
+                strength_input("strength", "1 as in training; 0 leaves the model unchanged."),
+                allow_partial_input(),
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="The model with the LoRA. It also tells Flash Sampler its timesteps."
+                    display_name="model", tooltip="The model with the LoRA, and with its timesteps for Flash Sampler."
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What was loaded: base, rank, alpha, matched layers, what was left out, trained steps.",
+                    tooltip="Base, rank, alpha, matched layers, left-out layers, trained steps.",
                 ),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **_: object) -> str:
-        """Load again where the file was replaced, as it is after further training."""
-        if lora_name is None:  # comes over a link, and then its node decides
-            return ""
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        return f"{path} {os.stat(path).st_mtime_ns}"
+        """Change when the file was replaced."""
+        return files_fingerprint("loras", [lora_name])
 
     @classmethod
     def execute(
         cls, model: ModelPatcher, lora_name: str, strength: float, allow_partial: bool = False
     ) -> io.NodeOutput:
-        """Patch a clone of the model; see :func:`~.lora_patches.apply_lora`."""
+        """Patch a clone of the model; see :func:`~.patches.apply_lora`."""
         if strength == 0:
             return io.NodeOutput(model, "strength 0: the model is unchanged")
         path = folder_paths.get_full_path_or_raise("loras", lora_name)

@@ -1,7 +1,7 @@
-"""From a LoRA file to ComfyUI weight patches: every dialect, every family, and a count of what fits.
+"""Turn a LoRA file into ComfyUI weight patches, for every file format and every model family.
 
-ComfyUI's own loader knows some dialects for some models, loads what it recognises and logs the rest. Here the file's
-layers are named once, the model's layers are listed under every name they have, and a LoRA fits whole or not at all.
+ComfyUI's own loader knows some formats for some models; it skips the layers that it does not know. Here the model's
+layers are listed under every name that they have, and a LoRA is applied whole or not at all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...flash_core.families import name_of
 from ...flash_core.lora import LoraFile, LoraModule, LoraReport, MatchReport, describe_base, flat_name, match, report_on
 from ..shared.model_facts import describe_model, model_base
 
-# What ComfyUI puts before a layer's name.
+# The prefixes of layers' names in ComfyUI.
 PREFIX = re.compile(
     r"(unet\.)?base_model\.model\.|lora_transformer_|diffusion_model\.|transformer\.|lora_unet_|lycoris_|unet\.|"
 )
@@ -30,11 +30,11 @@ Target = str | tuple[Any, ...]
 
 
 class LoraMismatch(ValueError):
-    """A LoRA for another architecture; the message names both."""
+    """Raised for a LoRA of another architecture; the message names both architectures."""
 
 
 def model_layers(model: ModelPatcher) -> dict[str, Target]:
-    """Where each layer of the model lies, by every name ComfyUI knows for it (in :func:`flat_name`'s spelling)."""
+    """Map every name that ComfyUI knows for a layer (spelt as by :func:`flat_name`) to the layer's weight."""
     return _by_flat_name(comfy.lora.model_lora_keys_unet(model.model, {}))
 
 
@@ -47,7 +47,8 @@ def _by_flat_name(keys: dict[str, Target]) -> dict[str, Target]:
 
 
 def _find_layers(model: ModelPatcher, names: Collection[str]) -> dict[str, Target]:
-    """Where some layers lie. ComfyUI lists a UNet's under both of their names already: the usual case is quick."""
+    """Map some names to their layers' weights."""
+    # ComfyUI lists a UNet's layers under both of their names, so this usual case is quick.
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     found = {name: keys[key] for name in names if (key := f"lora_unet_{name}") in keys}
     if len(found) < len(names):
@@ -57,9 +58,9 @@ def _find_layers(model: ModelPatcher, names: Collection[str]) -> dict[str, Targe
 
 
 def layer_shape(model: ModelPatcher, target: Target) -> tuple[int, ...] | None:
-    """The shape of a layer's weight, or of its slice of a fused one; None where the model lacks it.
+    """The shape of a layer's weight, or of its slice of a fused weight; None if the model does not have the layer.
 
-    ComfyUI's table of names is of a whole family: it lists layers that some of its models do not have.
+    ComfyUI's table of names holds the layers of a whole family, and some models of the family lack some of them.
     """
     try:
         shape = list(comfy.utils.get_attr(model.model, _weight(target)).shape)
@@ -79,7 +80,7 @@ def fit(file: LoraFile, model: ModelPatcher) -> tuple[MatchReport, dict[str, Tar
     """Compare a LoRA with a model, layer by layer.
 
     Returns:
-        How they met, and the model's layers by name.
+        ``(match, layers)``: which layers fit, and the model's layers by name.
     """
     layers = _find_layers(model, file.modules)
     shapes = {name: layer_shape(model, target) for name, target in layers.items()}
@@ -89,14 +90,16 @@ def fit(file: LoraFile, model: ModelPatcher) -> tuple[MatchReport, dict[str, Tar
 def apply_lora(
     file: LoraFile, model: ModelPatcher, strength: float, allow_partial: bool = False
 ) -> tuple[ModelPatcher, LoraReport]:
-    """A clone of the model with the LoRA's patches, and the report of what it got.
+    """Clone the model, add the LoRA's patches, and report the result.
 
     Args:
-        strength: 1 is what the LoRA was trained for.
-        allow_partial: whether a LoRA of which only a part fits is applied with that part.
+        file: the LoRA.
+        model: the MODEL, which does not change.
+        strength: 1 as in training.
+        allow_partial: apply the layers that fit although others do not. Default: False.
 
     Raises:
-        LoraMismatch: nothing of the file has its place in the model; or not everything, unless ``allow_partial``.
+        LoraMismatch: no layer fits; or, without ``allow_partial``, some layer does not fit.
     """
     met, layers = fit(file, model)
     report = report_on(file, met, _notes(file, model))
@@ -109,20 +112,21 @@ def apply_lora(
     applied = patched.add_patches(patches, strength)
     if len(applied) != len(met.matched):
         raise LoraMismatch(
-            f"ComfyUI applied {len(applied)} of the LoRA's {len(met.matched)} matching layers; please report this file."
+            f"ComfyUI applied only {len(applied)} of the LoRA's {len(met.matched)} matching layers. Please report this "
+            "file as a bug."
         )
     return patched, report
 
 
 def lora_patch(name: str, module: LoraModule) -> LoRAAdapter:
-    """One layer's update as ComfyUI's weight patch."""
+    """Make ComfyUI's weight patch for one layer."""
     halves = {f"{name}.lora_up.weight": module.up, f"{name}.lora_down.weight": module.down}
-    # Whether alpha is known or not: ComfyUI divides it by the rank.
+    # The third argument is alpha: ComfyUI divides it by the rank.
     return LoRAAdapter.load(name, halves, module.scale * module.rank, None)
 
 
 def _notes(file: LoraFile, model: ModelPatcher) -> tuple[str, ...]:
-    """A LoRA that fits by its shapes and was made for another base all the same: PixArt-Sigma has alpha's layers."""
+    """Warn of a LoRA for another base of the same shapes, such as PixArt-alpha and PixArt-Sigma."""
     made_for = file.metadata.base if file.metadata is not None else None
     base = model_base(model)
     if made_for is None or base is None or made_for == base:
@@ -137,14 +141,14 @@ def _refusal(file: LoraFile, model: ModelPatcher, report: LoraReport) -> str:
     if not file.modules:
         kinds = f"{len(file.text_encoder)} text encoder layers, e.g. {next(iter(file.text_encoder))}"
         return (
-            f"This LoRA holds nothing for the diffusion model: only {kinds}. Load it with ComfyUI's Load LoRA, which "
-            "patches the CLIP as well."
+            f"This LoRA has no layer for the diffusion model, only {kinds}. Load it with ComfyUI's Load LoRA, which "
+            "patches the CLIP too."
         )
     left_out = "; ".join(item.words() for item in report.left_out)
     advice = "Load the checkpoint that the LoRA was made for, or a LoRA that was made for this model."
     if report.matched:
-        advice += " To load the part that fits all the same, turn on allow_partial."
+        advice += " To load only the layers that fit, turn on allow_partial."
     return (
         f"This LoRA does not fit this model. It is for {describe_base(file)}; the model is {describe_model(model)}. "
-        f"{report.matched} of its {report.layers} layers fit. Left out would be: {left_out}. {advice}"
+        f"{report.matched} of its {report.layers} layers fit. These do not: {left_out}. {advice}"
     )

@@ -1,10 +1,9 @@
-"""Several LoRAs at once: one Flash LoRA and style LoRAs, with one report that says where they fight."""
+"""Flash LoRA Stack: one Flash LoRA and several style LoRAs, with a report on their conflicts."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,15 +19,15 @@ from comfy_api.v0_0_2 import io
 from ...flash_core.lora import LoraError, LoraFile, LoraModule, flat_name, merge, read_lora
 from ...flash_core.lora.matching import same_weight
 from ...flash_core.lora.overlap import SIZE_LIMIT, Overlap, common_names, cosine, norm, overlap, suggested_strength
+from ..shared.inputs import NONE, allow_partial_input, files_fingerprint, strength_input
 from ..shared.model_facts import METADATA_KEY
-from ..shared.schema import advanced, node_schema, show_text
+from ..shared.schema import count, node_schema, show_text
 from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch
 
-NONE = "none"
-STYLES = 4  # slots; more by connecting one stack to the next
-LOADED_KEY = "flash_lora_stack"  # the ModelPatcher attachment that lists what stacks before this one have loaded
+STYLES = 4  # slots; connect one stack to the next for more
+LOADED_KEY = "flash_lora_stack"  # the ModelPatcher attachment that lists the LoRAs of the stacks before this one
 
-# Two styles whose updates point the same way by this much are told to add up, or to cancel where they are opposed.
+# From this |cosine| between two styles' updates on, the report warns: they add up (> 0) or cancel (< 0).
 STYLE_COSINE = 0.3
 
 
@@ -37,8 +36,9 @@ class Loaded:
     """A LoRA that is in the model.
 
     Attributes:
-        name: as the user chose it.
-        flash: whether it is the few-step one.
+        name: the file's name.
+        flash: True for the few-step LoRA.
+        strength: as chosen.
         modules: its layers by common names.
     """
 
@@ -49,7 +49,7 @@ class Loaded:
 
 
 class FlashLoraStack(io.ComfyNode):
-    """A few-step LoRA and style LoRAs into a model."""
+    """Load a few-step LoRA and style LoRAs into a model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -62,66 +62,47 @@ class FlashLoraStack(io.ComfyNode):
                     options=files,
                     default=NONE,
                     optional=True,
-                    tooltip="A style, subject or detail LoRA of any spelling, or none. The order does not matter.",
+                    tooltip="A style, subject or detail LoRA of any format, or none. The order does not matter.",
                 ),
-                io.Float.Input(
+                strength_input(
                     f"style_{slot}_strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    round=0.01,
+                    "For the model, and for the text encoder if clip is connected. 0 leaves the LoRA out. Lower it "
+                    "if the report warns.",
                     optional=True,
-                    tooltip="For the model and, where clip is connected, for the text encoder. 0 leaves it out. The "
-                    "report suggests a lower one where it fights with the Flash LoRA.",
                 ),
             ]
         return node_schema(
             node_id="FlashLoraStack",
             display_name="Flash LoRA Stack",
             search_aliases=["lora stack", "multi lora", "style lora", "load lora", "lcm lora", "flash diffusion"],
-            description="A few-step (Flash) LoRA together with style LoRAs; says where they fight and what to lower.",
+            description="Load a few-step (Flash) LoRA together with style LoRAs, and report which strength to lower.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the LoRAs were made for, or another Flash LoRA Stack."),
                 io.Combo.Input(
                     "flash_lora",
                     options=files,
                     default=NONE,
-                    tooltip="The few-step LoRA: one for the whole model. None where the model has one already.",
+                    tooltip="The few-step LoRA. Choose none if the model already has one: only one is allowed.",
                 ),
-                io.Float.Input(
-                    "flash_strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    round=0.01,
-                    tooltip="1 is what it was trained for. Lower the styles before this.",
-                ),
+                strength_input("flash_strength", "1 as in training. Lower the styles before you lower this."),
                 *slots,
-                advanced(
-                    io.Boolean.Input,
-                    "allow_partial",
-                    default=False,
-                    optional=True,
-                    tooltip="Load LoRAs of which only a part fits this model. The report lists what was left out.",
-                ),
+                allow_partial_input(),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Connect it for style LoRAs that change the text encoder as well; without, that part is "
-                    "left out.",
+                    tooltip="Connect it for style LoRAs that also change the text encoder. Without it, their text "
+                    "encoder layers are left out.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="The model with all LoRAs. It tells Flash Sampler its timesteps."
+                    display_name="model", tooltip="The model with all LoRAs, and with its timesteps for Flash Sampler."
                 ),
                 io.Clip.Output(
-                    display_name="clip", tooltip="The text encoder with the LoRAs' part for it, where one is connected."
+                    display_name="clip", tooltip="The text encoder with the LoRAs; empty if clip is not connected."
                 ),
                 io.String.Output(
-                    display_name="report", tooltip="What was loaded, how far the LoRAs meet, and what to lower."
+                    display_name="report", tooltip="The loaded LoRAs, their overlap, and which strength to lower."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -129,10 +110,9 @@ class FlashLoraStack(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        """Load again where a file was replaced; a name that comes over a link is None, and then its node decides."""
-        names = [inputs.get("flash_lora"), *(inputs.get(f"style_{slot}") for slot in range(1, STYLES + 1))]
-        paths = [folder_paths.get_full_path_or_raise("loras", name) for name in names if name not in (None, NONE)]
-        return " ".join(f"{path} {os.stat(path).st_mtime_ns}" for path in paths)
+        """Change when a file was replaced."""
+        slots = ("flash_lora", *(f"style_{slot}" for slot in range(1, STYLES + 1)))
+        return files_fingerprint("loras", [inputs.get(slot) for slot in slots])
 
     @classmethod
     def execute(
@@ -152,7 +132,7 @@ class FlashLoraStack(io.ComfyNode):
         chosen = [(flash_lora, flash_strength, True)]
         for slot in range(1, STYLES + 1):
             chosen.append((styles.get(f"style_{slot}", NONE), styles.get(f"style_{slot}_strength", 1.0), False))
-        # One at strength 0 changes nothing and is no second Flash LoRA.
+        # A LoRA at strength 0 changes nothing, so it does not count as a second Flash LoRA.
         files = [
             (name, read_lora(folder_paths.get_full_path_or_raise("loras", name)), strength, few_step)
             for name, strength, few_step in chosen
@@ -174,50 +154,54 @@ class FlashLoraStack(io.ComfyNode):
             loaded.append(Loaded(name, flash, strength, common_names(modules)))
             kind = "Flash LoRA" if flash else "LoRA"
             paragraphs.append(f"{kind} {name}, strength {strength:g}\n{text}")
-        model = model.clone()  # which it is already, unless all LoRAs were for the text encoder only
+        model = model.clone()  # not yet a clone if all LoRAs were for the text encoder only
         model.set_attachments(LOADED_KEY, tuple(loaded))
         meeting = describe_meeting(loaded, model)
         warnings = [line for line in meeting if line.startswith("WARNING")]
-        show_text(cls, "\n".join(warnings) or f"{len(loaded)} LoRA{'s' if len(loaded) > 1 else ''}, no conflict")
+        show_text(cls, "\n".join(warnings) or f"{count(len(loaded), 'LoRA')}, no conflict")
         return io.NodeOutput(model, clip, "\n\n".join([*paragraphs, "\n".join(meeting)]).strip())
 
 
 def is_flash(file: LoraFile, few_step_slot: bool) -> bool:
-    """Whether this is the LoRA that makes the model few-step: by the slot it is in, or by what it says of itself."""
+    """Return whether a LoRA makes the model few-step: it is in the Flash slot, or its metadata says so."""
     return few_step_slot or file.metadata is not None
 
 
 def check_single_flash(model: ModelPatcher, before: Sequence[Loaded], names: Sequence[str]) -> None:
-    """Raise ValueError where the model would have two Flash LoRAs, naming both.
+    """Raise ValueError, with both names, where the model would have two Flash LoRAs.
 
     Args:
-        before: what earlier stacks have loaded.
-        names: the Flash LoRAs that are to be loaded now.
+        model: the MODEL, whose metadata names the Flash LoRA of another loader.
+        before: the LoRAs of earlier stacks.
+        names: the Flash LoRAs to load now.
     """
     present = [one.name for one in before if one.flash]
     metadata = model.get_attachment(METADATA_KEY)
     if metadata is not None and not present:
-        present = [f"{metadata.title!r} (which the model brings)"]
+        present = [f"{metadata.title!r} (already in the model)"]
     found = [*present, *names]
     if len(found) > 1:
         raise ValueError(
-            f"These are two Flash LoRAs: {found[0]} and {found[1]}. Each makes the model few-step on its own, and "
-            "together they overdo it: keep one, and set the other to 'none' (or remove its loader)."
+            f"These are two Flash LoRAs: {found[0]} and {found[1]}. A model works with only one. Keep one, and set the "
+            "other to 'none' (or remove its loader)."
         )
 
 
 def load(
     file: LoraFile, model: ModelPatcher, clip: CLIP | None, strength: float, allow_partial: bool
 ) -> tuple[ModelPatcher, CLIP | None, Mapping[str, LoraModule], str]:
-    """Clones with one LoRA, which of its layers the model got, and the report in words.
+    """Add one LoRA to clones of the model and the text encoder.
+
+    Returns:
+        ``(model, clip, modules, text)``: the clones, the layers that the model got, and the report.
 
     Raises:
-        LoraMismatch: it is for another architecture, or only for a text encoder that is not connected.
+        LoraMismatch: the LoRA is for another architecture, or only for a text encoder that is not connected.
     """
     lines = []
     modules = file.modules
     if modules:
-        # The text encoder's part is told of below, by what becomes of it here.
+        # The report on the text encoder's layers follows below.
         patched, report = apply_lora(dataclasses.replace(file, text_encoder={}), model, strength, allow_partial)
         if not report.complete:
             modules = {name: modules[name] for name in fit(file, model)[0].matched}
@@ -225,25 +209,25 @@ def load(
         lines.append(report.text())
     elif clip is None:
         raise LoraMismatch(
-            f"it changes the text encoder only ({len(file.text_encoder)} layers), and no text encoder is connected. "
-            "Connect the checkpoint's CLIP to 'clip', and go on with the 'clip' that comes out."
+            f"it changes only the text encoder ({len(file.text_encoder)} layers), but no text encoder is connected. "
+            "Connect the checkpoint's CLIP to 'clip', and use the 'clip' output for the prompts."
         )
     layers = len(file.text_encoder)
     if layers and clip is None:
-        lines.append(f"left out: its {layers} text encoder layers; connect 'clip' to use them")
+        lines.append(f"left out: {count(layers, 'text encoder layer')}; connect 'clip' to use them")
     elif layers:
         clip, matched = apply_to_clip(file, clip, strength)
-        missing = "" if matched == layers else " (WARNING: the others have no place in this text encoder)"
+        missing = "" if matched == layers else " (WARNING: this text encoder does not have the other layers)"
         lines.append(f"text encoder: {matched}/{layers} layers{missing}")
     return model, clip, modules, "\n".join(lines)
 
 
 def apply_to_clip(file: LoraFile, clip: CLIP, strength: float) -> tuple[CLIP, int]:
-    """A clone of the text encoder with the LoRA's part for it, and how many of its layers that has.
+    """Clone the text encoder, add the LoRA's patches, and count the layers that fit.
 
     Raises:
-        LoraMismatch: it has none of them.
-        LoraError: numbers that are not finite.
+        LoraMismatch: no layer fits.
+        LoraError: a layer holds NaN or infinite values.
     """
     targets = {
         flat_name(key): target for key, target in comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}).items()
@@ -255,14 +239,14 @@ def apply_to_clip(file: LoraFile, clip: CLIP, strength: float) -> tuple[CLIP, in
         if target is None or shape is None or not same_weight(shape, module.shape):
             continue
         if not (torch.isfinite(module.up).all() and torch.isfinite(module.down).all()):
-            raise LoraError(f"text encoder layer {module.path} holds values that are not finite numbers")
+            raise LoraError(f"text encoder layer {module.path} holds NaN or infinite values; download the file again")
         patches[target] = lora_patch(name, module)
     if not patches:
         name, module = next(iter(file.text_encoder.items()))
         raise LoraMismatch(
-            f"none of its {len(file.text_encoder)} text encoder layers has its place in this CLIP (e.g. {name}, "
-            f"{' x '.join(map(str, module.shape))}). Connect the CLIP of the checkpoint that the LoRA was made for, or "
-            "none, which leaves that part out."
+            f"none of its {count(len(file.text_encoder), 'text encoder layer')} fits this CLIP (e.g. {name}, "
+            f"{' x '.join(map(str, module.shape))}). Connect the CLIP of the checkpoint that the LoRA was made for. Or "
+            "disconnect 'clip': then these layers are left out."
         )
     patched = clip.clone()
     patched.add_patches(patches, strength)
@@ -270,20 +254,20 @@ def apply_to_clip(file: LoraFile, clip: CLIP, strength: float) -> tuple[CLIP, in
 
 
 def _find(targets: Mapping[str, Target], name: str) -> Target | None:
-    """A text encoder's layer, by the file's flat name: PEFT puts a prefix before it, and one alone has none."""
+    """Find a text encoder's layer by the file's flat name, with PEFT's prefix, with ComfyUI's, or with neither."""
     bare = name.removeprefix("base_model_model_")
     return next((targets[key] for key in (name, bare, f"text_encoder_{bare}") if key in targets), None)
 
 
 def describe_meeting(loaded: Sequence[Loaded], model: ModelPatcher) -> list[str]:
-    """How the LoRAs meet, a line each, and a line that begins with WARNING where that is too much."""
+    """Describe the overlap of each style with the Flash LoRA, with a WARNING line for each conflict."""
     flash = next((one for one in loaded if one.flash), None)
     styles = [one for one in loaded if not one.flash and one.modules]
     lines = []
     if flash is None and model.get_attachment(METADATA_KEY) is not None and styles:
         lines.append(
-            "The model brings its Flash LoRA from another loader: choose it here instead, and its overlap with the "
-            "styles is measured."
+            "The Flash LoRA comes from another loader, so its overlap with the styles is not measured. Choose it in "
+            "flash_lora instead."
         )
     if flash is not None:
         lines += _with_flash(flash, styles)
@@ -303,45 +287,45 @@ def _with_flash(flash: Loaded, styles: Sequence[Loaded]) -> list[str]:
         if met.size > SIZE_LIMIT:
             better = suggested_strength(style.strength, met.size)
             lines.append(
-                f"WARNING: {style.name} outweighs {flash.name} in the layers that both change ({met.size:.2f} times "
-                f"its update, most in {met.largest}): few-step pictures may turn soft or break. Suggested strength: "
-                f"{better:g}"
+                f"WARNING: {style.name} outweighs {flash.name} in the layers that both change: its update is "
+                f"{met.size:.2f} times as large, most in {met.largest}. Few-step pictures may become soft or break. "
+                f"Suggested strength: {better:g}"
             )
-    if len(styles) > 1 and max(sizes) <= SIZE_LIMIT:  # else the above is to be put right first
+    if len(styles) > 1 and max(sizes) <= SIZE_LIMIT:  # else the user should first lower single styles
         together = merge([(style.modules, style.strength) for style in styles])
         size = overlap(flash.modules, together, flash.strength).size
         if size > SIZE_LIMIT:
             better = ", ".join(f"{style.name} {suggested_strength(style.strength, size):g}" for style in styles)
             lines.append(
-                f"WARNING: the styles together outweigh {flash.name} in the layers that they share with it "
-                f"({size:.2f} times its update). Suggested strengths: {better}"
+                f"WARNING: the styles together outweigh {flash.name} in the layers that they share with it: their "
+                f"update is {size:.2f} times as large. Suggested strengths: {better}"
             )
     return lines
 
 
 def _facts(met: Overlap) -> str:
     if not met.layers:
-        return f"shares no layer with the Flash LoRA (it changes {met.others} others)"
+        return f"shares no layer with the Flash LoRA (it changes {count(met.others, 'other layer')})"
     shared = f"shares {len(met.layers)} of its {len(met.layers) + met.others} layers with the Flash LoRA"
     if not met.first:
-        return f"{shared}, which changes nothing there"
+        return f"{shared}, but the Flash LoRA changes nothing there"
     return (
-        f"{shared}; there its update is {met.size:.2f} times as large, {met.inside:.0%} of it in the Flash LoRA's own "
-        f"directions, cosine {met.cosine:+.2f}"
+        f"{shared}; there its update is {met.size:.2f} times as large as the Flash LoRA's, {met.inside:.0%} of it in "
+        f"the Flash LoRA's directions, cosine {met.cosine:+.2f}"
     )
 
 
 def _between_styles(one: Loaded, other: Loaded, angle: float) -> str:
-    """Two styles that push the same way, with the strengths at which they are as strong as if unrelated; or opposed."""
+    """Warn of two styles that add up, with strengths at which they are as large as unrelated ones, or that cancel."""
     if angle < 0:
         return (
-            f"WARNING: {one.name} and {other.name} work against each other (cosine {angle:+.2f}): each takes back what "
-            "the other does. Use one of them."
+            f"WARNING: {one.name} and {other.name} work against each other (cosine {angle:+.2f}): each undoes a part "
+            "of the other. Use one of them."
         )
     first, second = norm(one.modules) * one.strength, norm(other.modules) * other.strength
     unrelated = first**2 + second**2
     factor = math.sqrt(unrelated / (unrelated + 2 * angle * abs(first * second)))
     return (
-        f"WARNING: {one.name} and {other.name} push the same way (cosine {angle:+.2f}) and add up. Suggested "
-        f"strengths: {one.strength * factor:.2f} and {other.strength * factor:.2f}"
+        f"WARNING: {one.name} and {other.name} change the model in the same direction (cosine {angle:+.2f}) and add "
+        f"up. Suggested strengths: {one.strength * factor:.2f} and {other.strength * factor:.2f}"
     )

@@ -1,1 +1,1 @@
-"""Inpainting, face-swap, further channels and upscaling: nodes that work on pictures."""
+"""Nodes that work on pictures: inpainting, face-swap, further input channels, upscaling."""

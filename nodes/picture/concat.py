@@ -1,4 +1,4 @@
-"""Conditions that core's nodes can't attach: any pictures, latents and masks as further input channels of a model."""
+"""Flash Concat Conditioning: pictures, latents and masks as further input channels of a model."""
 
 from __future__ import annotations
 
@@ -21,52 +21,54 @@ PARTS = ("mask", "image", "image_2", "latent")
 
 
 def free_channels(model: ModelPatcher) -> int:
-    """How many channels a model reads beside its noisy latent."""
+    """Return how many channels a model reads beside its noisy latent."""
     reads = model.model.model_config.unet_config.get("in_channels", 0)
     return int(reads) - int(model.get_model_object("latent_format").latent_channels)
 
 
 def listed_parts(order: str, given: Mapping[str, object]) -> list[str]:
-    """The parts of ``order`` ("mask, image"), which must be those that are connected.
+    """Read ``order`` ("mask, image"); it must list exactly the connected parts.
+
+    Args:
+        given: the connected parts by name.
 
     Raises:
-        ValueError: an unknown or repeated name, or one that is not connected, or a connected one that is not listed.
+        ValueError: a name is unknown, repeated or not connected, or a connected part is not listed.
     """
     names = [name.strip() for name in order.split(",") if name.strip()]
     unknown = [name for name in names if name not in PARTS]
     if unknown or len(set(names)) != len(names):
-        wrong = f"{unknown[0]!r} is no input" if unknown else "one is named twice"
+        wrong = f"{unknown[0]!r} is no input" if unknown else "an input is named twice"
         raise ValueError(f"The order is {order!r}, but {wrong}. List each of {', '.join(PARTS)} at most once.")
     missing = [name for name in names if name not in given]
     left = [name for name in given if name not in names]
     if missing or left:
-        what = f"{missing[0]} is not connected" if missing else f"{left[0]} is connected and not in it"
-        raise ValueError(f"The order is {order!r}, but {what}. Name exactly the connected inputs, in channel order.")
+        what = f"{missing[0]} is not connected" if missing else f"{left[0]} is connected but not listed"
+        raise ValueError(f"The order is {order!r}, but {what}. List exactly the connected inputs, in channel order.")
     if not names:
         raise ValueError(
-            "Nothing is connected that could become a channel. Connect a mask, an image or a latent, and name it in "
-            "'order'."
+            "No mask, image or latent is connected, so there is no channel to add. Connect one, and list it in 'order'."
         )
     return names
 
 
 def fitted(name: str, value: Tensor, height: int, width: int) -> Tensor:
-    """A picture (B, h, w, C) or mask (B, h, w) at another size of the same shape.
+    """Resize a picture (B, h, w, C) or mask (B, h, w).
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the aspect ratio would change.
     """
     found_height, found_width = value.shape[1:3]
     if not same_shape((found_height, found_width), (height, width)):
         raise ValueError(
-            f"{name} is {found_width} x {found_height}, the latent stands for {width} x {height} pixels: the shapes "
-            "differ. Crop or pad it to the latent's shape first."
+            f"{name} is {found_width} x {found_height}, but the latent is for {width} x {height} pixels: the shapes "
+            "differ. Crop or pad the picture to the latent's shape first."
         )
     return resize(value, height, width)
 
 
 class FlashConcatConditioning(io.ComfyNode):
-    """Masks, pictures and latents as a concat model's further channels."""
+    """Give a concat model masks, pictures and latents as further channels."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -74,38 +76,45 @@ class FlashConcatConditioning(io.ComfyNode):
             node_id="FlashConcatConditioning",
             display_name="Flash Concat Conditioning",
             search_aliases=["concat", "input channels", "instruct pix2pix", "super resolution", "c_concat"],
-            description="Gives a concat model its further input channels, in any order, and checks their number.",
+            description="Give a concat model its further input channels, in any order, and check their number.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model that will sample; it reads more channels than its latent has."
+                    "model", tooltip="The model that will sample. It reads more channels than its latent has."
                 ),
-                io.Conditioning.Input("positive", tooltip="The prompt that the channels are attached to."),
-                io.Latent.Input("latent_image", tooltip="The latent that will be sampled; the channels take its size."),
+                io.Conditioning.Input("positive", tooltip="The prompt that gets the channels."),
+                io.Latent.Input("latent_image", tooltip="The latent that will be sampled. The channels get its size."),
                 io.String.Input(
                     "order",
                     default="image",
-                    tooltip="The connected inputs in the model's channel order, separated by commas: 'image' for "
-                    "super-resolution, 'mask, image' for inpainting.",
+                    tooltip="The connected inputs in the model's channel order, separated by commas, such as 'image' "
+                    "for super-resolution or 'mask, image' for inpainting.",
                 ),
                 io.Combo.Input(
                     "images_as",
                     options=["latent", "pixels"],
-                    tooltip="latent: pictures go through the VAE. pixels: they are resized to the latent's size and "
-                    "keep their three colours (the SD x4 upscaler).",
+                    tooltip="latent: the VAE encodes pictures (most models). pixels: pictures are resized to the "
+                    "latent's size, as the SD x4 upscaler needs.",
                 ),
-                io.Conditioning.Input("negative", optional=True, tooltip="Gets the same channels."),
-                io.Vae.Input("vae", optional=True, tooltip="The model's VAE; needed for pictures as latents."),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="The negative prompt. It gets the same channels."
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="The model's VAE. Needed if images_as is latent."),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="One channel, 1 where white, nearest at the latent's size."
+                    "mask",
+                    optional=True,
+                    tooltip="One channel: 1 where white, 0 where black. Resized to the latent (nearest).",
                 ),
-                io.Image.Input("image", optional=True, tooltip="A picture of the latent's shape."),
-                io.Image.Input("image_2", optional=True, tooltip="A second picture, such as a face to be put in."),
-                io.Latent.Input("latent", optional=True, tooltip="A latent of the same size, taken as it is."),
+                io.Image.Input("image", optional=True, tooltip="A picture in the latent's shape."),
+                io.Image.Input("image_2", optional=True, tooltip="A second picture, such as the face to insert."),
+                io.Latent.Input("latent", optional=True, tooltip="A latent of the same size. It is not changed."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt with the channels."),
-                io.Conditioning.Output(display_name="negative", tooltip="The same for the negative prompt."),
-                io.String.Output(display_name="report", tooltip="Which channels the model gets."),
+                io.Conditioning.Output(
+                    display_name="negative",
+                    tooltip="The negative prompt with the channels; empty if negative is not connected.",
+                ),
+                io.String.Output(display_name="report", tooltip="The channels that the model gets."),
             ],
         )
 
@@ -124,7 +133,7 @@ class FlashConcatConditioning(io.ComfyNode):
         image_2: Tensor | None = None,
         latent: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
-        """Build the channels, count them, attach them."""
+        """Build the channels, check their number, and attach them."""
         offered = {"mask": mask, "image": image, "image_2": image_2, "latent": latent}
         given = {name: value for name, value in offered.items() if value is not None}
         check_prompts(model, positive=positive, negative=negative)
@@ -140,9 +149,9 @@ class FlashConcatConditioning(io.ComfyNode):
             raise ValueError(
                 f"This model reads {wanted} channels beside its latent, but {total} are connected ({counts}). "
                 + (
-                    "It is no concat model: use an ordinary sampler, or load the model that belongs to this task."
+                    "It is no concat model: connect the prompt directly to the sampler, or load a model for this task."
                     if wanted == 0
-                    else "Connect what its training used, and choose whether pictures come as latents or as pixels."
+                    else "Connect the inputs that the model was trained with, and check 'images_as'."
                 )
             )
         batch = max(len(value) for value in channels.values())
@@ -158,10 +167,10 @@ class FlashConcatConditioning(io.ComfyNode):
 def channels_of(
     name: str, value: Any, model: ModelPatcher, vae: VAE | None, images_as: str, height: int, width: int
 ) -> Tensor:
-    """One part's channels (B, C, height, width), as the network reads them.
+    """Make the channels (B, C, height, width) of one part, as the network reads them.
 
     Raises:
-        ValueError: it does not fit the latent or the VAE.
+        ValueError: the part does not fit the latent or the VAE.
     """
     latent_format = model.get_model_object("latent_format")
     scale = getattr(latent_format, "spacial_downscale_ratio", 8)
@@ -170,8 +179,8 @@ def channels_of(
         check_numbers(name, samples)
         if tuple(samples.shape[-2:]) != (height, width) or samples.shape[1] != latent_format.latent_channels:
             raise ValueError(
-                f"latent is {tuple(samples.shape[1:])}, the latent to sample is "
-                f"{(latent_format.latent_channels, height, width)}: they must have one size. Encode both alike."
+                f"latent has the shape {tuple(samples.shape[1:])}, but the latent to sample has "
+                f"{(latent_format.latent_channels, height, width)}. Encode both at the same size, with the same VAE."
             )
         return latent_format.process_in(samples)
     if name == "mask":
@@ -185,15 +194,16 @@ def channels_of(
     if images_as == "pixels":
         return fitted(name, picture, height, width).movedim(-1, 1) * 2 - 1
     if vae is None:
-        raise ValueError(f"{name} becomes a latent and no VAE is connected. Connect the model's VAE.")
+        raise ValueError(f"{name} must become a latent, but no VAE is connected. Connect the model's VAE to 'vae'.")
     check_vae(vae, model)
     return latent_format.process_in(vae.encode(fitted(name, picture, height * scale, width * scale)))
 
 
 def check_batches(channels: Mapping[str, Tensor], batch: int) -> None:
-    """Raise where a part is neither one for all nor one for each latent."""
+    """Raise ValueError where a part has neither one picture nor one for each latent."""
     for name, value in channels.items():
         if len(value) not in (1, batch):
             raise ValueError(
-                f"{name} has {len(value)} pictures for {batch} latents. Give one for all of them, or one for each."
+                f"{name} has {len(value)} pictures for {batch} latents. Give one picture for all latents, or one for "
+                "each."
             )

@@ -1,4 +1,4 @@
-"""Face-swap: the face of one picture onto the head of another, for concat models that read both."""
+"""Flash Face Swap Prepare: put the face of one picture into another, with a concat model that reads both."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from ..shared.schema import node_schema
 from .concat import free_channels
 from .inpaint import Stitch, context_input, feather_input, fitted_mask, plan_crop, size_input
 
-GREY = 0.5  # what the model sees where the face was, as in training
-MASKED = 0.5  # of a soft mask: what counts as masked, as in training
-FRAMING = 1.6  # a training picture's sides are 1.7 and 1.4 times its face's
+GREY = 0.5  # colour in place of the face, as in training
+MASKED = 0.5  # a soft mask counts as masked from this value on, as in training
+FRAMING = 1.6  # a training picture's sides are 1.7 and 1.4 times those of its face
 
-# What detectors give in ComfyUI 0.33; 0.3.75 has no node that makes it, so there the sockets stay free.
+# The output of ComfyUI's face detectors (since 0.33). Older ComfyUI has no such node, so the sockets stay free.
 BoundingBoxes = io.Custom("BOUNDING_BOX")
 
-# The mark of a swapped picture. ComfyUI writes the graph that made a picture into its file, with every value, whether
-# a node ran or was cached; a node's own entry (extra_pnginfo) would be missing wherever the node was cached. As the
-# only choice of a required input it can't be left out.
+# The mark of a swapped picture. ComfyUI writes the graph with all its values into a picture's file, even if this node
+# was cached. (An entry in extra_pnginfo would be missing then.) It is the only choice of a required input, so no graph
+# can leave it out.
 NOTICE = "A face is swapped here by Flash Diffusion. Only for pictures that one has the right to change."
 
 
 class FlashFaceSwapPrepare(io.ComfyNode):
-    """Two pictures and where their faces are to what a face-swap model reads."""
+    """Prepare two pictures and their face masks for a face-swap model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -41,8 +41,8 @@ class FlashFaceSwapPrepare(io.ComfyNode):
             return BoundingBoxes.Input(
                 name,
                 optional=True,
-                tooltip=f"In place of a mask: {whose} face as a detector found it, such as ComfyUI's Detect Face "
-                "Landmarks. Of several faces the largest counts.",
+                tooltip=f"Instead of a mask: {whose} face from a detector, such as ComfyUI's Detect Face Landmarks. "
+                "The largest face is used.",
                 extra_dict={"forceInput": True},
             )
 
@@ -50,53 +50,53 @@ class FlashFaceSwapPrepare(io.ComfyNode):
             node_id="FlashFaceSwapPrepare",
             display_name="Flash Face Swap Prepare",
             search_aliases=["face swap", "reactor", "identity", "deepfake", "flash diffusion"],
-            description="Hides the target's face and shows the model another one. Only for pictures that you have the "
+            description="Hide the target's face and show the model another face. Only for pictures that you have the "
             "right to change.",
             inputs=[
                 io.Model.Input("model", tooltip="A face-swap model: it reads a mask and two pictures as channels."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Conditioning.Input(
-                    "positive", tooltip="The prompt; face-swap models are trained with an empty one."
+                    "positive", tooltip="The prompt. Leave its text empty: face-swap models are trained so."
                 ),
                 io.Image.Input(
-                    "target", tooltip="The picture whose face is replaced. One that you have the right to change."
+                    "target", tooltip="The picture whose face is replaced. You must have the right to change it."
                 ),
-                io.Image.Input("source", tooltip="The picture whose face is put in. Its person must agree."),
+                io.Image.Input("source", tooltip="The picture of the new face. The person must agree."),
                 size_input(),
                 context_input("the face", FRAMING),
-                feather_input(
-                    8, "Pixels outside the mask over which the new face and the picture fade into each other."
-                ),
+                feather_input(8, "Width in pixels of the soft edge outside the mask. Raise it if you see the edge."),
                 io.Combo.Input(
                     "notice",
                     options=[NOTICE],
-                    tooltip="Saved with the graph in the metadata of every picture that this graph makes.",
+                    tooltip="ComfyUI saves this notice with the graph in every picture's metadata.",
                 ),
                 io.Mask.Input(
                     "target_mask",
                     optional=True,
-                    tooltip="White where the target's face is: painted, or from any detector that makes masks.",
+                    tooltip="White where the target's face is: painted, or from a detector that makes masks.",
                 ),
                 detected("target_face", "the target's"),
                 io.Mask.Input(
                     "source_mask",
                     optional=True,
-                    tooltip="White where the source's face is. Without one the whole source counts as the face.",
+                    tooltip="White where the source's face is. Without a mask the whole source counts as the face.",
                 ),
                 detected("source_face", "the source's"),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="For a guidance above 1; where it is not connected, the prompt takes its place.",
+                    tooltip="The negative prompt, for guidance above 1. Without it the prompt is used.",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="The prompt with mask, target and identity."),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The prompt with the mask, the target and the identity."
+                ),
                 io.Conditioning.Output(
                     display_name="negative",
-                    tooltip="The same without the identity: a guidance above 1 strengthens the likeness.",
+                    tooltip="The same without the identity, so that guidance above 1 increases the likeness.",
                 ),
-                io.Latent.Output(display_name="latent", tooltip="The crop with its noise mask: connect Flash Sampler."),
+                io.Latent.Output(display_name="latent", tooltip="The crop with its noise mask. Connect Flash Sampler."),
                 Stitch.Output(display_name="stitch", tooltip="Connect Flash Inpaint Stitch."),
                 io.Image.Output(display_name="identity", tooltip="The source's face as the model sees it."),
             ],
@@ -120,9 +120,9 @@ class FlashFaceSwapPrepare(io.ComfyNode):
         source_face: object | None = None,
         negative: list[Any] | None = None,
     ) -> io.NodeOutput:
-        """Crop the target, hide its face, encode what the model reads."""
-        if notice != NOTICE:  # which ComfyUI 0.3.75 does not check itself
-            raise ValueError(f"The notice is {notice!r}; expected {NOTICE!r}. It is the mark of swapped pictures.")
+        """Crop the target, hide its face, and encode the model's channels."""
+        if notice != NOTICE:  # ComfyUI 0.3.75 does not check choices
+            raise ValueError(f"The notice is {notice!r}; expected {NOTICE!r}. This is the mark of swapped pictures.")
         check_vae(vae, model)
         check_face_swap_model(model)
         check_prompts(model, positive=positive, negative=negative)
@@ -131,17 +131,17 @@ class FlashFaceSwapPrepare(io.ComfyNode):
             check_numbers(name, picture)
         if len(source) not in (1, len(target)):
             raise ValueError(
-                f"There are {len(source)} sources for {len(target)} targets. Give one source for all of them, or one "
+                f"There are {len(source)} sources for {len(target)} targets. Give one source for all targets, or one "
                 "for each."
             )
         face = face_mask("target", target, target_mask, target_face)
         if face is None:
             raise ValueError(
-                "Where the target's face is, nothing says: "
+                "The target's face is not marked: "
                 + ("no mask is connected" if target_mask is None else "the mask is empty")
-                + ". Paint one (right-click the picture of Load Image: Open in MaskEditor), or connect a detector's "
-                "mask to 'target_mask' or its boxes to 'target_face'. White is the face; a mask the other way round "
-                "needs Invert Mask."
+                + ". Paint a mask (right-click the picture of Load Image: Open in MaskEditor). Or connect a detector's "
+                "mask to 'target_mask', or its boxes to 'target_face'. White must be the face; use Invert Mask for an "
+                "inverted mask."
             )
         plan, pixels, mask = plan_crop(
             target, face, (0, 0, 0, 0), size or native_side(model), context, grow=0, softness=feather
@@ -167,28 +167,28 @@ class FlashFaceSwapPrepare(io.ComfyNode):
 
 
 def check_face_swap_model(model: ModelPatcher) -> None:
-    """Raise where a model does not read a mask and two pictures' latents beside its own."""
+    """Raise ValueError where the model does not read a mask and two pictures' latents beside its own latent."""
     wanted = 1 + 2 * int(model.get_model_object("latent_format").latent_channels)
     found = max(free_channels(model), 0)
     if found != wanted:
         raise ValueError(
-            f"A face-swap model reads {wanted} channels beside its latent (a mask and two pictures), this one reads "
-            f"{found}. Load a face-swap model, such as Flash Demo Models with the task face-swap; for a mask and one "
-            "picture there is Flash Inpaint Prepare."
+            f"A face-swap model reads {wanted} channels beside its latent (a mask and two pictures); this one reads "
+            f"{found}. Load a face-swap model, such as Flash Demo Models with the task face-swap. For an inpainting "
+            "model use Flash Inpaint Prepare."
         )
 
 
 def face_mask(name: str, picture: Tensor, mask: Tensor | None, found: object | None) -> Tensor | None:
-    """Where a face is, (1 or B, H, W) at the picture's size; None where nothing says it.
+    """Return the face's mask (1 or B, H, W) at the picture's size, or None without a mask and without boxes.
 
     Args:
-        name: whose, for errors.
+        name: ``target`` or ``source``, for errors.
         picture: (B, H, W, C).
-        mask: white where it is; comes first, unless it is empty.
+        mask: white where the face is. If it is not empty, the boxes are not used.
         found: a detector's boxes, see :func:`face_boxes`.
 
     Raises:
-        ValueError: the mask is another picture's, or the detector found no face.
+        ValueError: the mask belongs to another picture, or the detector found no face.
     """
     if mask is not None:
         check_numbers(f"{name}_mask", mask)
@@ -204,38 +204,40 @@ def face_mask(name: str, picture: Tensor, mask: Tensor | None, found: object | N
     y = (torch.arange(height) + 0.5)[None, :, None]
     x = (torch.arange(width) + 0.5)[None, None, :]
     left, top, across, down = (boxes[:, index, None, None] for index in range(4))
-    # The ellipse in the box, the shape that faces are masked with in training.
+    # The ellipse in the box: the shape of the face masks in training.
     distance = ((x - left - across / 2) / (across / 2)) ** 2 + ((y - top - down / 2) / (down / 2)) ** 2
     ellipses = (distance <= 1).to(picture)
     if not bool(ellipses.any()):
-        raise ValueError(f"The box in {name}_face lies outside the picture. Let the detector look at the same picture.")
+        raise ValueError(f"The box in {name}_face lies outside {name}. Connect the same picture to the detector.")
     return ellipses
 
 
 def face_boxes(name: str, found: object, batch: int) -> Tensor:
-    """The largest face of each picture, (1 or ``batch``, 4): left, top, width, height in pixels.
+    """Return each picture's largest face, (1 or ``batch``, 4): left, top, width, height in pixels.
 
     Args:
-        found: ComfyUI's BOUNDING_BOX: a box (``{"x", "y", "width", "height"}``), a list of them, or a list of such
+        name: ``target`` or ``source``, for errors.
+        found: ComfyUI's BOUNDING_BOX: a box (``{"x", "y", "width", "height"}``), a list of boxes, or a list of such
             lists, one for each picture.
+        batch: the number of pictures.
 
     Raises:
-        ValueError: none for a picture, or boxes for another number of pictures.
+        ValueError: a picture has no face, or the boxes are for another number of pictures.
     """
     listed = [found] if isinstance(found, Mapping) else list(found) if isinstance(found, Sequence) else []
     pictures = [listed] if listed and all(isinstance(box, Mapping) for box in listed) else listed
     if len(pictures) not in (1, batch):
         raise ValueError(
-            f"{name}_face has faces for {len(pictures)} pictures, and {name} has {batch}. Let the detector look at the "
-            "same pictures."
+            f"{name}_face has faces for {len(pictures)} pictures, but {name} has {batch}. Connect the same pictures to "
+            "the detector."
         )
     largest = []
     for number, boxes in enumerate(pictures, start=1):
         valid = [box for box in boxes if box["width"] > 0 and box["height"] > 0]
         if not valid:
             raise ValueError(
-                f"The detector found no face in picture {number} of {name}. Lower its confidence, or paint a mask and "
-                f"connect it to {name}_mask."
+                f"The detector found no face in picture {number} of {name}. Lower the detector's confidence, or paint "
+                f"a mask and connect it to {name}_mask."
             )
         box = max(valid, key=lambda box: box["width"] * box["height"])
         largest.append([float(box[side]) for side in ("x", "y", "width", "height")])
@@ -243,11 +245,12 @@ def face_boxes(name: str, found: object, batch: int) -> Tensor:
 
 
 def identity_pictures(source: Tensor, faces: Tensor | None, height: int, width: int) -> Tensor:
-    """The sources' faces filling a frame each, (B, height, width, 3), as training shows them.
+    """Crop and resize the sources to their faces: (B, height, width, 3), as in training.
 
     Args:
         source: (B, H, W, C).
-        faces: (1 or B, H, W); None: the whole pictures are faces.
+        faces: masks (1 or B, H, W); None if the whole pictures are faces.
+        height, width: of the result.
     """
     framed = []
     for index in range(len(source)):

@@ -1,4 +1,4 @@
-"""Inpainting and outpainting for few steps: a crop around the mask, at the size the model likes, and back again."""
+"""Flash Inpaint Prepare and Stitch: crop around the mask, at the size the model was trained on, and paste back."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ MAX_SIDE = 8192
 
 @dataclass(frozen=True)
 class StitchPlan:
-    """How a worked-on crop goes back into its picture.
+    """The data to paste a crop back into its picture.
 
     Attributes:
-        picture: (B, H, W, C) the whole picture, padding included.
-        box: where the crop lies.
-        weight: (B or 1, box.height, box.width) how much of the crop each pixel takes; 0 keeps the picture's bits.
+        picture: (B, H, W, C), the whole picture with its padding.
+        box: the crop's place in the picture.
+        weight: (B or 1, box.height, box.width): result = weight * crop + (1 - weight) * picture. At 0 a pixel keeps its
+            bits.
     """
 
     picture: Tensor
@@ -51,23 +52,25 @@ class StitchPlan:
 
 
 def size_multiple(side: int) -> int:
-    """What a working size is a multiple of: 64 pixels as published models want it, 16 for small ones."""
+    """Return 64 for published models (``side`` of 512 or more), else 16: crops are resized to a multiple of it."""
     return 64 if side >= 512 else 16
 
 
 def is_inpaint_model(model: ModelPatcher) -> bool:
-    """Whether the model takes the mask and the masked picture as further channels (the 9-channel models)."""
+    """Return whether the model reads the mask and the masked picture as channels (9-channel models)."""
     return "masked_image" in model.model.concat_keys
 
 
 def fitted_mask(mask: Tensor | None, picture: Tensor, padded: bool) -> Tensor:
-    """The mask at the picture's size, (1 or B, H, W); all 0 where there is none.
+    """Resize the mask to the picture: (1 or B, H, W).
 
     Args:
-        padded: whether the picture will be padded: then there is something to make even without a mask.
+        mask: None or empty gives zeros if ``padded``.
+        picture: (B, H, W, C).
+        padded: the picture will be padded, so that an empty mask is allowed.
 
     Raises:
-        ValueError: nothing is masked, or the mask belongs to another picture.
+        ValueError: the mask is empty without padding, or it belongs to another picture.
     """
     batch, height, width = picture.shape[:3]
     if mask is not None and mask.ndim == 2:
@@ -78,37 +81,37 @@ def fitted_mask(mask: Tensor | None, picture: Tensor, padded: bool) -> Tensor:
         raise ValueError(
             "There is nothing to inpaint: "
             + ("no mask is connected" if mask is None else "the mask is empty")
-            + ". Paint one (right-click the picture of Load Image: Open in MaskEditor), connect it to 'mask', or set a "
-            "padding to extend the picture. White is what is made anew; a mask the other way round needs Invert Mask."
+            + ". Paint a mask (right-click the picture of Load Image: Open in MaskEditor) and connect it to 'mask', or "
+            "set a padding to extend the picture. White is made anew; use Invert Mask for an inverted mask."
         )
     if len(mask) not in (1, batch):
         raise ValueError(
-            f"There are {len(mask)} masks for {batch} pictures. Give one mask for all of them, or one for each."
+            f"There are {len(mask)} masks for {batch} pictures. Give one mask for all pictures, or one for each."
         )
     mask_height, mask_width = mask.shape[1:]
     if not same_shape((mask_height, mask_width), (height, width)):
         raise ValueError(
-            f"The mask is {mask_width} x {mask_height} pixels and the picture {width} x {height}: the shapes differ. "
-            "Use the mask that was painted on this picture, or crop both alike."
+            f"The mask is {mask_width} x {mask_height} pixels, but the picture is {width} x {height}: the shapes "
+            "differ. Use the mask that was painted on this picture, or crop both in the same way."
         )
     return resize(mask.to(picture), height, width).clamp(0, 1)
 
 
 def size_input() -> io.Input:
-    """The widget for the size that a crop is worked on."""
+    """Make the widget for the size at which a crop is sampled."""
     return io.Int.Input(
         "size",
         default=0,
         min=0,
         max=MAX_SIDE,
         step=8,
-        tooltip="The crop is worked on at about size x size pixels in area. 0: the size of the pictures that the model "
-        "was trained on (SD 1.5: 512, SDXL: 1024).",
+        tooltip="The crop is sampled at about size x size pixels in area. 0: the model's training size (SD 1.5: 512, "
+        "SDXL: 1024).",
     )
 
 
 def context_input(part: str, default: float) -> io.Input:
-    """The widget for how much the model sees around a part of the picture."""
+    """Make the widget for how much the model sees around a part of the picture."""
     return io.Float.Input(
         "context",
         default=default,
@@ -116,18 +119,17 @@ def context_input(part: str, default: float) -> io.Input:
         max=16.0,
         step=0.1,
         round=0.01,
-        tooltip=f"How much of the picture around {part} the model sees: the crop's size as a multiple of {part}'s. A "
-        "large number takes the whole picture.",
+        tooltip=f"The crop's size as a multiple of {part}'s size. More context fits in better, less gives more detail.",
     )
 
 
 def feather_input(default: int, tooltip: str) -> io.Input:
-    """The widget for how softly a crop is put back."""
+    """Make the widget for the width of a crop's soft edge."""
     return io.Int.Input("feather", default=default, min=0, max=512, tooltip=tooltip)
 
 
 class FlashInpaintPrepare(io.ComfyNode):
-    """A picture and a mask to what a few-step sampler needs."""
+    """Prepare a picture and a mask for a few-step sampler."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -146,38 +148,45 @@ class FlashInpaintPrepare(io.ComfyNode):
             node_id="FlashInpaintPrepare",
             display_name="Flash Inpaint Prepare",
             search_aliases=["inpaint crop", "crop and stitch", "outpaint", "mask crop", "flash diffusion"],
-            description="Crops around the mask, with context, at the size the model was trained on; ready to sample.",
+            description="Crop around the mask, with context, at the size the model was trained on; ready to sample.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model that will sample: ordinary, or a 9-channel inpainting model."
+                    "model", tooltip="The model that will sample: an ordinary one, or a 9-channel inpainting model."
                 ),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
-                io.Conditioning.Input("positive", tooltip="What to show in the masked part."),
-                io.Image.Input("image", tooltip="The picture, or several. An alpha channel is kept as it is."),
+                io.Conditioning.Input("positive", tooltip="The prompt for the masked part."),
+                io.Image.Input("image", tooltip="The picture, or several. An alpha channel is not changed."),
                 size_input(),
                 context_input("the masked part", 1.5),
                 io.Int.Input(
-                    "grow", default=4, min=0, max=512, tooltip="Pixels by which the mask grows in every direction."
+                    "grow",
+                    default=4,
+                    min=0,
+                    max=512,
+                    tooltip="The mask grows by this many pixels. Raise it if old edges remain.",
                 ),
-                feather_input(16, "Pixels outside the grown mask over which new and old fade into each other."),
+                feather_input(
+                    16, "Width in pixels of the soft edge outside the grown mask. Raise it if you see the edge."
+                ),
                 *padding,
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White is made anew, black is kept, grey is a mixture. Not needed where only padding is "
-                    "filled.",
+                    tooltip="White is made anew, black is kept, grey is a mixture. Not needed if you only pad.",
                 ),
-                io.Conditioning.Input("negative", optional=True, tooltip="What to avoid; for a guidance above 1."),
+                io.Conditioning.Input("negative", optional=True, tooltip="What to avoid, for guidance above 1."),
             ],
             outputs=[
                 io.Conditioning.Output(
-                    display_name="positive", tooltip="The prompt, with the mask for 9-channel models."
+                    display_name="positive", tooltip="The prompt; for 9-channel models with mask and masked picture."
                 ),
-                io.Conditioning.Output(display_name="negative", tooltip="The same for the negative prompt."),
-                io.Latent.Output(display_name="latent", tooltip="The crop with its noise mask: connect a sampler."),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The same for the negative prompt; empty if it is not connected."
+                ),
+                io.Latent.Output(display_name="latent", tooltip="The crop with its noise mask. Connect Flash Sampler."),
                 Stitch.Output(display_name="stitch", tooltip="Connect Flash Inpaint Stitch."),
-                io.Image.Output(display_name="crop", tooltip="What the model works on."),
-                io.Mask.Output(display_name="crop_mask", tooltip="Its mask, grown and feathered."),
+                io.Image.Output(display_name="crop", tooltip="The crop that the model sees."),
+                io.Mask.Output(display_name="crop_mask", tooltip="The crop's mask, grown and feathered."),
             ],
         )
 
@@ -226,17 +235,19 @@ def plan_crop(
     grow: int,
     softness: int,
 ) -> tuple[StitchPlan, Tensor, Tensor]:
-    """What is cropped, and how it will go back.
+    """Crop a picture around its mask, and plan how the crop goes back.
 
     Args:
         image: (B, H, W, C), C of 3 or 4.
-        mask: (1 or B, h, w), or None where only padding is filled.
-        padding: left, top, right, bottom.
+        mask: (1 or B, h, w), or None to fill only the padding.
+        padding: left, top, right, bottom, in pixels.
         side: see :func:`~..flash_core.image.working_size`.
+        context: the crop's size as a multiple of the masked part's size.
+        grow: pixels by which the mask grows.
         softness: pixels of the feather.
 
     Returns:
-        The plan, the crop's pixels (B, h, w, 3) and its mask (B, h, w) at working size.
+        ``(plan, pixels, mask)``: pixels (B, h, w, 3) and mask (B, h, w) at working size.
     """
     fitted = fitted_mask(mask, image, any(padding))
     left, top, right, bottom = padding
@@ -245,11 +256,13 @@ def plan_crop(
         fitted = torch.nn.functional.pad(fitted, (left, right, top, bottom), value=1.0)
     grown = dilate(fitted, grow)
     soft = feather(grown, softness)
-    # Everything that is sampled at all comes from the crop; it fades out where the mask does.
+    # Every pixel with a mask above 0 comes from the crop; outside, the crop fades out over the feather.
     weight = feather((grown > 0).to(grown), softness)
     masked = mask_box(weight)
     if masked is None:
-        raise ValueError("the mask vanished; please report this picture and mask")
+        raise ValueError(
+            "The mask is empty after growing and feathering. Please report this picture and mask as a bug."
+        )
     height, width = image.shape[1:3]
     box = context_box(masked, height, width, context)
     size = working_size(box.height, box.width, side, size_multiple(side))
@@ -259,7 +272,7 @@ def plan_crop(
 
 
 class FlashInpaintStitch(io.ComfyNode):
-    """The worked-on crop back into its picture."""
+    """Paste an inpainted crop back into its picture."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -267,12 +280,12 @@ class FlashInpaintStitch(io.ComfyNode):
             node_id="FlashInpaintStitch",
             display_name="Flash Inpaint Stitch",
             search_aliases=["inpaint stitch", "uncrop", "paste crop", "crop and stitch", "flash diffusion"],
-            description="Puts an inpainted crop back into its picture; every pixel outside the mask keeps its bits.",
+            description="Paste an inpainted crop back into its picture; every pixel outside the mask keeps its bits.",
             inputs=[
-                Stitch.Input("stitch", tooltip="From Flash Inpaint Prepare."),
-                io.Image.Input("image", tooltip="The inpainted crop, from VAE Decode; any size, one or several."),
+                Stitch.Input("stitch", tooltip="From Flash Inpaint Prepare or Flash Face Swap Prepare."),
+                io.Image.Input("image", tooltip="The inpainted crop from VAE Decode, in any size; one or several."),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The whole picture, padding included.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The whole picture with its padding.")],
         )
 
     @classmethod
@@ -283,8 +296,8 @@ class FlashInpaintStitch(io.ComfyNode):
         picture = stitch.picture
         if len(image) % len(picture):
             raise ValueError(
-                f"There are {len(image)} inpainted crops for {len(picture)} pictures. Sample as many as were prepared, "
-                "or a multiple of it (Repeat Latent Batch)."
+                f"There are {len(image)} inpainted crops for {len(picture)} pictures. Sample {len(picture)}, or a "
+                "multiple of this number (Repeat Latent Batch)."
             )
         times = len(image) // len(picture)
         picture = picture.repeat(times, 1, 1, 1)

@@ -1,7 +1,7 @@
-"""Models and VAEs that work tile by tile: what ComfyUI asks of the whole latent is asked of its tiles and blended.
+"""Evaluate models and VAEs in tiles, and blend the tiles.
 
-The tiles meet at every evaluation, so a sampler goes from one noise level to the next with one whole latent, and never
-knows. Prompts, areas, masks, concat channels and ControlNet hints are cut to each tile.
+The tiles are blended after every evaluation, so that a sampler works on the whole latent from one noise level to the
+next. Prompts, areas, masks, concat channels and ControlNet hints are cut to each tile.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ WRAPPER_KEY = "flash_tiles"
 def tiled_model(
     model: ModelPatcher, tiles: Tiling, after_tile: Callable[[], None], picture: int = 0, pictures: int = 1
 ) -> ModelPatcher:
-    """A clone of ``model`` whose evaluations go tile by tile, and that asks for the memory of one tile.
+    """Clone a model so that it is evaluated in tiles, with the memory of one tile.
 
-    Each tile's clean prediction is blended into the whole's (for the prompt and the negative prompt alike, before they
-    are combined), so every kind of guidance and every sampler works. Between tiles a run can be interrupted.
+    The tiles' clean predictions are blended for the prompt and for the negative prompt, before guidance combines them;
+    so every kind of guidance and every sampler works. A run can be interrupted between tiles.
 
     Args:
-        tiles: in positions of the latent. A single tile is evaluated as if this were not here.
+        model: the MODEL, which does not change.
+        tiles: in latent positions. With a single tile the model is evaluated as usual.
         after_tile: called after each tile, for progress.
-        picture: where the prompts hold something for each of several pictures, such as one hint each, the one to take.
-        pictures: how many there are.
+        picture: the index of this picture, for prompts that hold one entry (such as a hint) for each picture.
+            Default: 0.
+        pictures: the number of pictures. Default: 1.
     """
     whole = (tiles.height, tiles.width)
 
@@ -69,13 +71,13 @@ def tiled_model(
 
 
 class Cut:
-    """What one tile sees of prompts that ComfyUI has processed for the whole latent.
+    """Cut prompts that ComfyUI has processed for the whole latent to one tile.
 
     Args:
         box: the tile.
         whole: the latent's (height, width).
         picture, pictures: see :func:`tiled_model`.
-        hints: ControlNet hints at the whole's size, kept from tile to tile.
+        hints: cache {id of a control: its hints at the size of the whole picture}, shared by all tiles.
     """
 
     def __init__(
@@ -86,17 +88,17 @@ class Cut:
         self.picture = picture
         self.pictures = pictures
         self.hints = hints
-        # The same object for prompt and negative prompt, as ComfyUI only then evaluates them together.
+        # Prompt and negative prompt must share one object: only then does ComfyUI evaluate them together.
         self.controls: dict[int, ControlBase] = {}
 
     def prompt(self, conds: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """The tile's prompts; those whose area lies elsewhere are left out."""
+        """Cut a list of prompts, without those whose area lies outside the tile."""
         if conds is None:
             return None
         return [self.cond(cond) for cond in conds if "area" not in cond or self.area(cond["area"]) is not None]
 
     def cond(self, cond: dict[str, Any]) -> dict[str, Any]:
-        """One prompt."""
+        """Cut one prompt."""
         tile = {**cond, "model_conds": {name: self.model_cond(value) for name, value in cond["model_conds"].items()}}
         if "area" in cond:
             tile["area"] = self.area(cond["area"])
@@ -107,7 +109,7 @@ class Cut:
         return tile
 
     def area(self, area: Any) -> list[int] | None:
-        """ComfyUI's (height, width, top, left) of an area, within the tile; None where they do not meet."""
+        """Cut ComfyUI's (height, width, top, left) of an area; None if the area lies outside the tile."""
         height, width, top, left = area
         above, before = max(top, self.box.top), max(left, self.box.left)
         below, after = min(top + height, self.box.bottom), min(left + width, self.box.right)
@@ -116,7 +118,7 @@ class Cut:
         return [below - above, after - before, above - self.box.top, before - self.box.left]
 
     def model_cond(self, value: Any) -> Any:
-        """A condition as the model takes it; concat channels have the latent's size."""
+        """Cut a model condition; only concat channels have the latent's size."""
         data = getattr(value, "cond", None)
         if not isinstance(data, Tensor):
             return value
@@ -125,9 +127,9 @@ class Cut:
         return value._copy_with(self.own(data))
 
     def control(self, control: ControlBase) -> ControlBase:
-        """A ControlNet or T2I-adapter, and those before it in its chain, with the tile's part of their hints."""
+        """Copy a ControlNet or T2I-adapter, and its chain, with the tile's part of the hints."""
         if id(control) not in self.controls:
-            # A shallow copy, as ControlBase.copy forgets what it was told when the run began.
+            # A shallow copy, because ControlBase.copy loses the state of the run.
             tile = copy.copy(control)
             if id(control) not in self.hints:
                 self.hints[id(control)] = self.whole_hints(control)
@@ -142,7 +144,7 @@ class Cut:
         return self.controls[id(control)]
 
     def whole_hints(self, control: ControlBase) -> list[Tensor]:
-        """A control's hint and its further channels at the picture's size, as ComfyUI would make them for it."""
+        """Return a control's hint and its further channels at the picture's size, scaled as ComfyUI does."""
         ratio = control.compression_ratio * (control.vae.spacial_compression_encode() if control.vae else 1)
         height, width = (side * ratio for side in self.whole)
         hints = [control.cond_hint_original, *control.extra_concat_orig]
@@ -152,30 +154,32 @@ class Cut:
         ]
 
     def hint_region(self, hint: Tensor) -> Tensor:
-        """The tile's part of a hint at the picture's size."""
+        """Cut a hint of the picture's size."""
         ratio = hint.shape[-1] // self.whole[1]
         rows = slice(self.box.top * ratio, self.box.bottom * ratio)
         return hint[..., rows, self.box.left * ratio : self.box.right * ratio]
 
     def region(self, whole: Tensor) -> Tensor:
-        """The tile's part of something that has the latent's size."""
+        """Cut a tensor of the latent's size."""
         return whole[..., self.box.top : self.box.bottom, self.box.left : self.box.right]
 
     def own(self, several: Tensor) -> Tensor:
-        """This picture's row of something that has one for each of several pictures."""
+        """Return this picture's row of a tensor with one row for each picture; else the tensor itself."""
         return several[self.picture : self.picture + 1] if len(several) == self.pictures else several
 
 
 def encode_tiled(vae: VAE, picture: Tensor, tiles: Tiling, latent: Tensor, after_tile: Callable[[], None]) -> None:
-    """Encode a picture tile by tile, blended in the latent.
+    """Encode a picture in tiles that are blended in the latent.
 
-    ComfyUI's own tiled encoding and decoding pass over a picture three times and can't be interrupted; decoding holds
-    five pictures at its peak (``benchmarks/README.md``), where :func:`decode_tiled` holds the result.
+    ComfyUI's own tiled encoding and decoding run three times over a picture and cannot be interrupted. Its decoding
+    needs the memory of five pictures at its peak (``benchmarks/README.md``), :func:`decode_tiled` that of one.
 
     Args:
-        picture: (1, H, W, 3); a border that does not fill a position of the latent is repeated outward.
-        tiles: in positions of the latent.
-        latent: (1, C, h, w) zeros, filled in place.
+        vae: the VAE.
+        picture: (1, H, W, 3); a border that does not fill a latent position is repeated outward.
+        tiles: in latent positions.
+        latent: (1, C, h, w) of zeros, filled in place.
+        after_tile: called after each tile, for progress.
     """
     for index, box in enumerate(tiles.scaled(vae.spacial_compression_encode()).boxes):
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -186,7 +190,7 @@ def encode_tiled(vae: VAE, picture: Tensor, tiles: Tiling, latent: Tensor, after
 
 
 def decode_tiled(vae: VAE, latent: Tensor, tiles: Tiling, picture: Tensor, after_tile: Callable[[], None]) -> None:
-    """Decode a latent tile by tile into a picture, in place; the inverse of :func:`encode_tiled`."""
+    """Decode a latent in tiles into a picture, in place; see :func:`encode_tiled`."""
     picture.zero_()
     pixels = tiles.scaled(vae.spacial_compression_decode())
     for index in range(len(tiles)):

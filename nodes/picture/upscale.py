@@ -1,4 +1,4 @@
-"""Super-resolution: tiled few-step upscaling of any size on small memory, by ordinary models and those made for it."""
+"""Flash Upscale: few-step upscaling in tiles, with ordinary models and with super-resolution models."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from .tiled import decode_tiled, encode_tiled, tiled_model
 MAX_SCALE = 8
 MAX_OVERLAP = 0.5
 LEAST_TILE = 64  # pixels
-VAE_TILE = 512  # pixels: the VAE's tiles are at least this large, whatever the model's
+VAE_TILE = 512  # pixels; the VAE's tiles are at least this large
 VAE_OVERLAP = 0.25
 PICTURE_CHANNELS = 3
-X4_RATIO = 4  # pixels for a position of the x4 upscaler's latent
-SIZE_RATIO = 8  # ComfyUI tells models which ask for it that a picture has 8 pixels for a position of the latent
-SPARE = 2  # the result, and as much again while pictures are resized and for what comes after
+X4_RATIO = 4  # pixels for each latent position of the x4 upscaler
+SIZE_RATIO = 8  # pixels for each latent position in the sizes that ComfyUI gives a model (SDXL, PixArt)
+SPARE = 2  # memory in units of the result: the result, and the same again to resize and for the next nodes
 
 
 class FlashUpscale(io.ComfyNode):
-    """A picture to a larger one."""
+    """Enlarge pictures in tiles."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -54,19 +54,20 @@ class FlashUpscale(io.ComfyNode):
             node_id="FlashUpscale",
             display_name="Flash Upscale",
             search_aliases=["tiled upscale", "ultimate sd upscale", "super-resolution", "hires fix", "flash diffusion"],
-            description="Enlarges pictures of any size in few steps: tile by tile, blended at every step, no seams.",
+            description="Enlarge pictures of any size in few steps: in tiles that are blended at every step, without "
+            "seams.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model with its Flash LoRA. Ordinary models redraw the enlarged picture's details; "
-                    "super-resolution models get the small picture as further input channels.",
+                    tooltip="The model with its Flash LoRA. Ordinary models redraw the details; super-resolution "
+                    "models read the small picture as further channels.",
                 ),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="What the picture shows. Every tile gets it, so describe the material and the style.",
+                    tooltip="The prompt for every tile. Describe material and style rather than single objects.",
                 ),
-                io.Image.Input("image", tooltip="The picture, or several. An alpha channel is enlarged alongside."),
+                io.Image.Input("image", tooltip="The picture, or several. An alpha channel is enlarged too."),
                 io.Float.Input(
                     "scale",
                     default=2.0,
@@ -74,20 +75,18 @@ class FlashUpscale(io.ComfyNode):
                     max=MAX_SCALE,
                     step=0.25,
                     round=0.001,
-                    tooltip="How many times wider and higher. 1 works on the picture as it is, for example one that an "
-                    "upscale model has enlarged.",
+                    tooltip="How many times wider and higher. 1 keeps the size, for example after an upscale model.",
                 ),
-                seed_input("The noise belongs to the whole picture: tiles of another size see the same noise."),
+                seed_input("The noise is drawn for the whole picture, so it is the same for every tile size."),
                 steps_input(),
                 denoise_input(
                     default=0.25,
-                    tooltip="Ordinary models: how much is made anew, snapped to the nearest trained timestep (4 steps: "
-                    ".25, .5, .75). Low values keep the picture, 1 forgets it. Super-resolution models always start "
-                    "from noise.",
+                    tooltip="How much is made anew, rounded to the nearest trained timestep (4 steps: .25, .5, .75, "
+                    "1). Low values keep the picture. Super-resolution models always use 1.",
                 ),
                 guidance_input(
-                    "Classifier-free guidance. Flash models have it built in: leave it at 1. Above 1 a negative prompt "
-                    "must be connected, and the run takes twice as long."
+                    "Classifier-free guidance (KSampler's cfg). Leave it at 1: Flash models have guidance built in. "
+                    "Above 1 it needs a negative prompt and twice the time."
                 ),
                 io.Int.Input(
                     "tile_size",
@@ -95,8 +94,8 @@ class FlashUpscale(io.ComfyNode):
                     min=0,
                     max=8192,
                     step=64,
-                    tooltip="Pixels of a tile's sides; smaller needs less memory. 0: the size of the pictures that the "
-                    "model was trained on (SD 1.5: 512, SDXL: 1024). A picture that is not larger is one tile.",
+                    tooltip="A tile's sides in pixels. 0: the model's training size (SD 1.5: 512, SDXL: 1024). Lower "
+                    "it if memory runs out.",
                 ),
                 advanced(
                     io.Float.Input,
@@ -106,8 +105,8 @@ class FlashUpscale(io.ComfyNode):
                     max=MAX_OVERLAP,
                     step=0.05,
                     round=0.01,
-                    tooltip="How much of a tile its neighbour covers too, at least. More is slower and blends over a "
-                    "longer way; 0 shows seams.",
+                    tooltip="The least share of a tile that its neighbour covers too. More is slower and blends more "
+                    "softly; 0 shows seams.",
                 ),
                 advanced(
                     io.Float.Input,
@@ -117,8 +116,8 @@ class FlashUpscale(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=0.001,
-                    tooltip="Only the x4 upscaler: how much noise the small picture gets (1 is its level 350; .057 is "
-                    "level 20, diffusers' default). More invents more detail.",
+                    tooltip="Only for the SD x4 upscaler: noise on the small picture (1 is level 350; .057 is level "
+                    "20, diffusers' default). Raise it for more invented detail.",
                 ),
                 *grid_inputs(),
                 negative_input(),
@@ -146,7 +145,7 @@ class FlashUpscale(io.ComfyNode):
         timesteps: str = "",
         negative: list[Any] | None = None,
     ) -> io.NodeOutput:
-        """Enlarge, encode, sample and decode; every part tile by tile and picture by picture."""
+        """Enlarge, encode, sample and decode, tile by tile and picture by picture."""
         prompts = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
         check_vae(vae, model)
         check_makes_pictures(model, "Flash Upscale")
@@ -197,11 +196,12 @@ class FlashUpscale(io.ComfyNode):
 
 
 class Progress:
-    """The node's progress bar, one unit a tile, and its preview, once a step.
+    """The node's progress bar (one unit for each tile) and preview (one for each step).
 
     Args:
-        total: tiles in all, those of the VAE included.
-        tiles: previews are no larger than one of them, since a preview may run a decoder on the whole latent.
+        model: for the preview's colours.
+        total: the number of tiles, including the VAE's.
+        tiles: a preview is reduced to the size of one tile, because it may run a decoder on the whole latent.
     """
 
     def __init__(self, model: ModelPatcher, total: int, tiles: Tiling) -> None:
@@ -212,11 +212,11 @@ class Progress:
         self.shrink = max(tiles.height / tiles.tile_height, tiles.width / tiles.tile_width)
 
     def tile(self) -> None:
-        """One tile is done."""
+        """Count one finished tile."""
         self.bar.update(1)
 
     def step(self, step: int, z0: Tensor, z: Tensor, steps: int) -> None:
-        """One step is done: ComfyUI's callback."""
+        """Show a preview after a step: ComfyUI's callback."""
         if self.shrink > 1:
             size = [max(1, int(side / self.shrink)) for side in z0.shape[-2:]]
             z0 = torch.nn.functional.interpolate(z0, size, mode="area")
@@ -225,12 +225,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Concat:
-    """What a super-resolution model gets as further input channels.
+    """The further input channels of a super-resolution model.
 
     Attributes:
-        key: what ComfyUI calls it in a prompt.
-        holds: the small picture, with one pixel for each position of the latent, or the latent of the enlarged one.
-        channels: how many.
+        key: ComfyUI's name for them in a conditioning.
+        holds: ``picture``: the small picture, one pixel for each latent position; ``latent``: the enlarged picture's
+            latent.
+        channels: their number.
     """
 
     key: str
@@ -240,25 +241,28 @@ class Concat:
     def attached(
         self, model: ModelPatcher, prompt: list[Any], picture: Tensor, latent: Tensor, noise_augmentation: float
     ) -> list[Any]:
-        """The prompt with these channels; a prompt that has its own keeps them.
+        """Attach the channels to a prompt; a prompt that already has channels keeps its own.
 
         Args:
+            model: the MODEL.
+            prompt: the conditioning.
             picture: (1, H, W, 3), before it was enlarged.
-            latent: (1, C, h, w), of the enlarged picture as the VAE gave it.
+            latent: (1, C, h, w), the VAE's latent of the enlarged picture.
+            noise_augmentation: for the x4 upscaler, in 0..1.
         """
         if self.holds == "picture":
             latent = resize(picture, *latent.shape[-2:]).movedim(-1, 1) * 2 - 1
-        elif self.key == CONCAT_KEY:  # which ComfyUI hands to the network as it is
+        elif self.key == CONCAT_KEY:  # ComfyUI does not scale these channels
             latent = model.get_model_object("latent_format").process_in(latent)
         values = {self.key: latent, "noise_augmentation": noise_augmentation}
         return [[tokens, entries if self.key in entries else {**entries, **values}] for tokens, entries in prompt]
 
 
 def concat_of(model: ModelPatcher, vae: VAE, prompts: dict[str, list[Any]]) -> Concat | None:
-    """How this model takes the small picture; None for an ordinary model.
+    """Return the channels with which the model reads the small picture; None for an ordinary model.
 
     Raises:
-        ValueError: it takes something that is not known here, or a prompt brings another number of channels.
+        ValueError: the model reads an unknown number of channels, or a prompt has another number of channels.
     """
     inner = model.model
     latent_channels = model.get_model_object("latent_format").latent_channels
@@ -268,14 +272,14 @@ def concat_of(model: ModelPatcher, vae: VAE, prompts: dict[str, list[Any]]) -> C
         ratio = vae.spacial_compression_decode()
         if ratio != X4_RATIO:
             raise ValueError(
-                f"This VAE has one latent position for {ratio} x {ratio} pixels, the x4 upscaler works on "
-                f"{X4_RATIO} x {X4_RATIO}. Connect the VAE that comes with the upscaler's checkpoint."
+                f"This VAE has one latent position for {ratio} x {ratio} pixels; the x4 upscaler needs "
+                f"{X4_RATIO} x {X4_RATIO}. Connect the VAE from the upscaler's checkpoint."
             )
         concat = Concat("concat_image", "picture", channels)
     elif isinstance(inner, comfy.model_base.IP2P):
         concat = Concat("concat_latent_image", "latent", channels)
     elif channels in (0, latent_channels + 1):
-        return None  # an inpainting model's mask and masked picture, which ComfyUI fills in
+        return None  # channels of an inpainting model: ComfyUI fills them in
     else:
         concat = Concat(CONCAT_KEY, "picture" if channels == PICTURE_CHANNELS else "latent", channels)
     expected = PICTURE_CHANNELS if concat.holds == "picture" else latent_channels
@@ -283,52 +287,53 @@ def concat_of(model: ModelPatcher, vae: VAE, prompts: dict[str, list[Any]]) -> C
     brought = [entry[concat.key].shape[1] for entry in entries if concat.key in entry]
     if any(found != channels for found in brought) or (len(brought) < len(entries) and channels != expected):
         raise ValueError(
-            f"This model takes {channels} input channels beside its {latent_channels} latent ones; "
+            f"This model reads {channels} channels beside its {latent_channels} latent channels; "
             + (
-                f"the prompt brings {brought[0]}"
+                f"the prompt has {brought[0]}"
                 if brought
-                else f"a picture would be {PICTURE_CHANNELS}, a latent {latent_channels}"
+                else f"a picture has {PICTURE_CHANNELS}, a latent {latent_channels}"
             )
-            + ". Load an ordinary or a super-resolution model, or attach what this model was trained with."
+            + ". Load an ordinary or a super-resolution model, or attach this model's channels with Flash Concat "
+            "Conditioning."
         )
     return concat
 
 
 def check_cuttable(prompts: dict[str, list[Any]], guidance: float) -> None:
-    """Raise where guidance lacks its negative prompt, or a prompt can't be cut to tiles."""
+    """Raise ValueError where guidance has no negative prompt, or a prompt cannot be cut to tiles."""
     check_guidance(guidance, prompts.get("negative"))
     if any("gligen" in entries for prompt in prompts.values() for _, entries in prompt):
         raise ValueError(
-            "The prompt has GLIGEN boxes, which can't be cut to tiles. Remove GLIGENTextBoxApply, or place prompts "
+            "The prompt has GLIGEN boxes, which cannot be cut to tiles. Remove GLIGENTextBoxApply, or place prompts "
             "with Conditioning (Set Area)."
         )
 
 
 def check_attached(prompts: dict[str, list[Any]], tiles: Tiling) -> None:
-    """Raise where a prompt brings input channels of another size than the enlarged picture's latent."""
+    """Raise ValueError where a prompt has input channels of another size than the enlarged picture's latent."""
     for attached in (entries.get(CONCAT_KEY) for prompt in prompts.values() for _, entries in prompt):
         if attached is not None and tuple(attached.shape[-2:]) != (tiles.height, tiles.width):
             raise ValueError(
-                f"The prompt brings input channels for a latent of {attached.shape[-1]} x {attached.shape[-2]}; the "
-                f"enlarged picture's is {tiles.width} x {tiles.height}. Connect the prompt as it is before Flash "
-                "Concat Conditioning: Flash Upscale attaches the picture itself."
+                f"The prompt has input channels for a latent of {attached.shape[-1]} x {attached.shape[-2]}; the "
+                f"latent of the enlarged picture is {tiles.width} x {tiles.height}. Remove Flash Concat Conditioning "
+                "before this node: Flash Upscale attaches the picture itself."
             )
 
 
 def plan(
     model: ModelPatcher, vae: VAE, image: Tensor, scale: float, tile_size: int, overlap: float
 ) -> tuple[Tiling, Tiling]:
-    """The model's tiles and the VAE's, both in positions of the latent.
+    """Plan the model's tiles and the VAE's tiles, both in latent positions.
 
     Raises:
-        ValueError: the picture has no colours or does not fit into memory, or the tiles are too small.
+        ValueError: the picture is not RGB or does not fit into memory, or the tiles are too small.
     """
     check_picture("image", image)
     pictures, height, width, channels = image.shape
     if 0 < tile_size < LEAST_TILE:
         raise ValueError(
-            f"tile_size is {tile_size} pixels, in which a model sees nothing. Set at least {LEAST_TILE}, or 0 for the "
-            "size that the model was trained on."
+            f"tile_size is {tile_size} pixels, which is too small for any model. Set {LEAST_TILE} or more, or 0 for "
+            "the model's training size."
         )
     height, width = target_size(height, width, scale)
     needed = pictures * height * width * channels * torch.float32.itemsize * SPARE
@@ -350,23 +355,23 @@ def plan(
 
 
 def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """The enlarged picture's (height, width) in pixels."""
+    """Return the enlarged picture's (height, width) in pixels."""
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def enlarge(image: Tensor, scale: float) -> Tensor:
-    """Larger pictures, bicubic; new memory, (B, scale H, scale W, C) float32."""
+    """Enlarge pictures (B, H, W, C), bicubic, to new memory (B, scale H, scale W, C), float32."""
     height, width = target_size(*image.shape[1:3], scale)
     pictures = torch.empty(len(image), height, width, image.shape[-1], device=image.device)
     for picture, larger in zip(image, pictures, strict=True):
-        for channel in range(image.shape[-1]):  # one by one: resizing needs the memory of a few results
+        for channel in range(image.shape[-1]):  # one by one: to resize takes the memory of a few results
             part = slice(channel, channel + 1)
             larger[..., part] = resize(picture[None, ..., part].float(), height, width)[0]
     return pictures
 
 
 def describe(tiles: Tiling, vae: VAE, pictures: Tensor) -> str:
-    """The tiles in words."""
+    """Describe the tiles for the node's face."""
     ratio = vae.spacial_compression_decode()
     height, width = pictures.shape[1:3]
     if len(tiles) == 1:
@@ -378,6 +383,6 @@ def describe(tiles: Tiling, vae: VAE, pictures: Tensor) -> str:
 
 
 def with_tile_size(prompt: list[Any], tiles: Tiling) -> list[Any]:
-    """A prompt that tells models which ask for a picture's size (SDXL, PixArt) the tile's: the sizes they know."""
+    """Give models that read a picture's size (SDXL, PixArt) the tile's size, as in their training."""
     size = {"width": tiles.tile_width * SIZE_RATIO, "height": tiles.tile_height * SIZE_RATIO}
     return [[tokens, {**size, **entries}] for tokens, entries in prompt]

@@ -1,1 +1,1 @@
-"""Few-step sampling, and comparing it with many steps."""
+"""Few-step sampling, and its comparison with many steps."""

@@ -1,4 +1,4 @@
-"""Compare: one prompt, one noise, the teacher at many steps with guidance beside Flash at few; time and cost."""
+"""Flash Compare: the teacher at many steps beside Flash at few, with the same prompt and noise; time and cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLASH_GUIDANCE = 1.0
 
 
 class FlashCompare(io.ComfyNode):
-    """The teacher beside its few-step model."""
+    """Compare the teacher with its few-step model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -38,15 +38,16 @@ class FlashCompare(io.ComfyNode):
             node_id="FlashCompare",
             display_name="Flash Compare",
             search_aliases=["compare models", "xy plot", "grid", "benchmark", "nfe", "flash diffusion"],
-            description="The teacher at many steps beside Flash at few: a labelled grid, evaluations and seconds.",
+            description="Compare the teacher at many steps with Flash at few: a labelled grid, evaluations and "
+            "seconds.",
             inputs=[
                 io.Model.Input("model", tooltip="The teacher: the model without its Flash LoRA."),
                 io.Model.Input("flash_model", tooltip="The same model with its Flash LoRA."),
-                io.Conditioning.Input("positive", tooltip="What to show; for both."),
+                io.Conditioning.Input("positive", tooltip="The prompt for both models."),
                 io.Vae.Input("vae", tooltip="The models' VAE."),
-                io.Latent.Input("latent_image", tooltip="An empty latent: the pictures' size and how many a row."),
-                seed_input("All runs start from the same noise, KSampler's at this seed."),
-                io.Int.Input("teacher_steps", default=30, min=1, max=1000, tooltip="The teacher's steps."),
+                io.Latent.Input("latent_image", tooltip="An empty latent: the size and the number of pictures."),
+                seed_input("All runs start from the same noise: that of KSampler at this seed."),
+                io.Int.Input("teacher_steps", default=30, min=1, max=1000, tooltip="The teacher's step count."),
                 io.Float.Input(
                     "teacher_guidance",
                     default=7.0,
@@ -54,35 +55,37 @@ class FlashCompare(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="The teacher's classifier-free guidance (KSampler's cfg). Above 1 a negative prompt must "
-                    "be connected, and each step costs two evaluations.",
+                    tooltip="The teacher's classifier-free guidance (KSampler's cfg). Above 1 it needs a negative "
+                    "prompt, and each step costs two evaluations.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
                     default="dpmpp_2m",
-                    tooltip="The teacher's sampler; Flash has its own.",
+                    tooltip="The teacher's sampler. Flash uses its own.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.KSampler.SCHEDULERS,
                     default="simple",
-                    tooltip="The teacher's noise levels; Flash has its own.",
+                    tooltip="The teacher's noise schedule. Flash uses its trained timesteps.",
                 ),
                 io.String.Input(
                     "flash_steps",
                     default="1, 2, 4",
-                    tooltip=f"Flash's step counts, 1 to {MAX_FEW_STEPS}, separated by commas: a column each.",
+                    tooltip=f"Flash's step counts (1 to {MAX_FEW_STEPS}), separated by commas. Each gets a column.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What the teacher's guidance avoids; its text may be empty."
+                    "negative",
+                    optional=True,
+                    tooltip="What the teacher should avoid; the text may be empty. Needed above guidance 1.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
-                    display_name="grid", tooltip="A column a run, a row a picture of the batch, labelled above."
+                    display_name="grid", tooltip="One column for each run, one row for each picture of the batch."
                 ),
-                io.String.Output(display_name="table", tooltip="The same figures as a Markdown table, with notes."),
+                io.String.Output(display_name="table", tooltip="The figures as a Markdown table, with notes."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -103,7 +106,7 @@ class FlashCompare(io.ComfyNode):
         flash_steps: str,
         negative: list[Any] | None = None,
     ) -> io.NodeOutput:
-        """Sample all, then decode all, so that the VAE takes no memory from a run that is timed."""
+        """Sample all runs, then decode: so the VAE takes no memory while a run is timed."""
         counts = parse_steps(flash_steps)
         check_models(model, flash_model)
         check_vae(vae, model)
@@ -134,10 +137,12 @@ class Run:
     """One column.
 
     Attributes:
-        name: whose it is.
+        name: of the model: "teacher" or "Flash".
+        steps: step count.
         sampler: the sampler, or the timesteps.
+        guidance: classifier-free guidance; 1 is off.
         evaluations: of the network, for each picture.
-        seconds: of the sampling of the whole batch.
+        seconds: to sample the whole batch.
         latents: (B, C, h, w).
     """
 
@@ -150,18 +155,18 @@ class Run:
     latents: Tensor
 
     def short(self) -> str:
-        """A line."""
+        """One line for the node's face."""
         return f"{self.name}, {count(self.steps, 'step')}: {self.evaluations:g} NFE, {self.seconds:.2f} s"
 
     def label(self) -> str:
-        """A few short lines."""
+        """Two or three short lines for the grid."""
         title = f"{self.name}, {count(self.steps, 'step')}"
         guided = f"\nguidance {self.guidance:g}" if self.guidance != FLASH_GUIDANCE else ""
         return f"{title}{guided}\n{self.evaluations:g} NFE, {self.seconds:.2f} s"
 
 
 class Progress:
-    """One bar over all runs, with previews."""
+    """One progress bar over all runs, with previews."""
 
     def __init__(self, model: ModelPatcher, total: int) -> None:
         import latent_preview  # ComfyUI's; not importable before its server has started
@@ -171,7 +176,7 @@ class Progress:
         self.done = 0
 
     def run(self, steps: int) -> Callable[[int, Tensor, Tensor, int], None]:
-        """ComfyUI's callback for the next ``steps`` of the bar; some schedulers take one more."""
+        """Make ComfyUI's callback for the next ``steps`` units of the bar; some schedulers call it once more."""
         start, self.done = self.done, self.done + steps
 
         def step(index: int, z0: Tensor, z: Tensor, _: int) -> None:
@@ -182,11 +187,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs have in common.
+    """The settings that all runs share.
 
     Attributes:
+        positive, negative: the prompts.
         latent, noise: (B, C, h, w).
-        mask: where to sample, or None for everywhere.
+        mask: 1 where to sample; None for everywhere.
+        seed: of all noise.
+        progress: the bar.
     """
 
     positive: list[Any]
@@ -198,11 +206,11 @@ class Bench:
     progress: Progress
 
     def warm_up(self, model: ModelPatcher, guidance: float) -> None:
-        """One evaluation, not timed: it loads the weights, patches the LoRA in and lets kernels be chosen."""
+        """Run one evaluation that is not timed: it loads weights, patches the LoRA in and selects kernels."""
         self._custom(model, flash_grid(model, 1).sigmas, guidance)
 
     def teacher(self, model: ModelPatcher, steps: int, guidance: float, sampler_name: str, scheduler: str) -> Run:
-        """ComfyUI's KSampler."""
+        """Sample with ComfyUI's KSampler."""
         counted = Counted(model)
         latents, seconds = timed(
             model.load_device,
@@ -223,7 +231,7 @@ class Bench:
         return Run("teacher", steps, f"{sampler_name}, {scheduler}", guidance, evaluations, seconds, latents)
 
     def flash(self, model: ModelPatcher, steps: int) -> Run:
-        """Flash Sampler, without guidance."""
+        """Sample as Flash Sampler does, without guidance."""
         counted = Counted(model)
         chosen = flash_grid(model, steps)
         latents, seconds = timed(model.load_device, lambda: self._custom(counted.model, chosen.sigmas, FLASH_GUIDANCE))
@@ -253,10 +261,11 @@ class Bench:
 
 
 class Counted:
-    """A clone of a model that counts what the network is asked.
+    """A clone of a model that counts the network's evaluations.
 
     Attributes:
-        rows: pictures that went through the network: guidance sends each twice, in one call or in two.
+        rows: pictures that the network has evaluated; guidance evaluates each picture twice, in one or two calls.
+        model: the clone.
     """
 
     def __init__(self, model: ModelPatcher) -> None:
@@ -270,7 +279,7 @@ class Counted:
 
 
 def timed(device: torch.device, work: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """What ``work`` returns, and its seconds until the device is done with it."""
+    """Return the result of ``work``, and the seconds until the device has finished it."""
     synchronise(device)
     start = time.perf_counter()
     result = work()
@@ -279,17 +288,17 @@ def timed(device: torch.device, work: Callable[[], Tensor]) -> tuple[Tensor, flo
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device's queue; a CPU has none."""
+    """Wait until the device has done all queued work; a CPU has no queue."""
     wait = getattr(getattr(torch, device.type, None), "synchronize", None)
     if wait is not None:
         wait()
 
 
 def parse_steps(text: str) -> list[int]:
-    """Step counts as the user lists them, each once.
+    """Read a user's list of step counts, without repetitions.
 
     Raises:
-        ValueError: none, or one that is not in 1..8.
+        ValueError: the list is empty, or a number is not in 1..8.
     """
     counts: list[int] = []
     for word in text.replace(";", ",").split(","):
@@ -303,12 +312,12 @@ def parse_steps(text: str) -> list[int]:
         if int(word) not in counts:
             counts.append(int(word))
     if not counts:
-        raise ValueError("flash_steps is empty; list step counts separated by commas, such as 1, 2, 4.")
+        raise ValueError("flash_steps is empty. Write step counts separated by commas, such as 1, 2, 4.")
     return counts
 
 
 def check_models(model: ModelPatcher, flash_model: ModelPatcher) -> None:
-    """Raise ValueError where the two can't share a prompt and a latent, or make no pictures."""
+    """Raise ValueError where the models cannot share a prompt and a latent, or do not make pictures."""
     families = [describe_model(one) for one in (model, flash_model)]
     channels = [one.model.model_config.unet_config.get("in_channels") for one in (model, flash_model)]
     if channels[0] != channels[1]:
@@ -316,30 +325,33 @@ def check_models(model: ModelPatcher, flash_model: ModelPatcher) -> None:
     if type(model.model) is not type(flash_model.model) or families[0] != families[1]:
         raise ValueError(
             f"The models are of different families: 'model' is {families[0]}, 'flash_model' is {families[1]}. Connect "
-            "one checkpoint to both, to 'flash_model' through Flash LoRA Loader."
+            "one checkpoint to 'model', and the same checkpoint through Flash LoRA Loader to 'flash_model'."
         )
     check_makes_pictures(model, "Flash Compare")
 
 
 def notes(model: ModelPatcher, flash_model: ModelPatcher, seed: int) -> list[str]:
-    """What the reader of the table should know of its two models."""
+    """Notes under the table on the seed and the two models."""
     found = [f"All runs start from the same noise (seed {seed})."]
     if model.is_clone(flash_model) and model.patches_uuid == flash_model.patches_uuid:
         found.append(
-            "NOTE: 'model' and 'flash_model' are the same, without a LoRA between them: this compares samplers only. "
-            "Put Flash LoRA Loader before 'flash_model'."
+            "NOTE: 'model' and 'flash_model' are the same model, so this table compares only samplers. Put Flash LoRA "
+            "Loader before 'flash_model'."
         )
     brought = model.get_attachment(METADATA_KEY)
     if brought is not None:
-        found.append(f"NOTE: 'model' has the Flash LoRA {brought.title!r} in it, so it is no teacher.")
+        found.append(f"NOTE: 'model' contains the Flash LoRA {brought.title!r}, so it is not the teacher.")
     return found
 
 
 def table(runs: Sequence[Run], pictures: Tensor, model: ModelPatcher, remarks: Sequence[str]) -> str:
-    """The figures in Markdown.
+    """Write the figures as a Markdown table.
 
     Args:
+        runs: the teacher's first.
         pictures: (B, H, W, 3), of any run.
+        model: for its family, data type and device.
+        remarks: lines below the table.
     """
     slowest = runs[0].seconds
     lines = [
@@ -359,10 +371,10 @@ def table(runs: Sequence[Run], pictures: Tensor, model: ModelPatcher, remarks: S
             *lines,
             "",
             f"{describe_model(model)}, {count(batch, 'picture')} of {width} x {height} pixels, {weights}, on {device}.",
-            "Seconds: sampling all pictures, after one evaluation of each model to warm up; without text encoder, VAE "
-            "and loading.",
-            "NFE: evaluations of the network for each picture. Guidance w is uncond + w (cond - uncond), two "
-            "evaluations a step; 1 is none.",
+            "Seconds: to sample all pictures, after one warm-up evaluation of each model. Text encoder, VAE and "
+            "loading are not included.",
+            "NFE: evaluations of the network for each picture. Guidance w is uncond + w (cond - uncond) and costs two "
+            "evaluations a step; 1 is off.",
             *remarks,
         ]
     )

@@ -11,16 +11,17 @@ from torch import Tensor
 
 # In pixels.
 GAP = 4
-LEAST_COLUMN = 120  # below, a label would need a line a word
+LEAST_COLUMN = 120  # in a narrower column a label would need a line for each word
 LABEL_SIZES = (11, 40)  # smallest and largest font
-LETTERS = 22  # that fit into a line of a label, about
+LETTERS = 22  # about as many fit into a line of a label
 
 
 def draw_grid(pictures: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
-    """Columns of pictures under their labels, which stand on white, so that they are readable whatever is shown.
+    """Draw columns of pictures; their labels stand above them, black on white.
 
     Args:
-        pictures: a (B, H, W, 3) in 0..1 for each column.
+        pictures: (B, H, W, 3) in 0..1 for each column.
+        labels: a text for each column; long lines are wrapped.
 
     Returns:
         (1, height, width, 3) in 0..1.
@@ -43,7 +44,7 @@ def draw_grid(pictures: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
 
 
 def wrap(text: str, fits: Callable[[str], bool]) -> str:
-    """Lines broken at spaces until each fits; a word that does not is left whole."""
+    """Break lines at spaces until each line fits; a word that is too long stays whole."""
     lines = []
     for line in text.split("\n"):
         current = ""

@@ -1,4 +1,4 @@
-"""Few-step sampling inside ComfyUI: the timesteps of a model and its LoRA, and the sampler as a ComfyUI KSAMPLER."""
+"""Few-step sampling in ComfyUI: the timesteps of a model and its LoRA, and the sampler as a KSAMPLER."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ SAMPLING_NODE = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0
 
 
 def in_words(prediction: str) -> str:
-    """What a network predicts, as a user reads it."""
+    """Name a prediction for a user: ``v_prediction`` is "v"."""
     return {"v_prediction": "v", "sample": "the clean latent", "flow": "a velocity (flow)"}.get(prediction, prediction)
 
 
 def sigma_of_timestep(sampling: Any, timestep: float) -> float:
-    """The model's noise level at a timestep: 0..999, or 1000 s for a flow model.
+    """The model's noise level at ``timestep`` (0..999; 1000 s for a flow model).
 
     Raises:
-        ValueError: at that level the model would be told another timestep.
+        ValueError: at this noise level the model gets another timestep.
     """
     if isinstance(sampling, comfy.model_sampling.CONST):
         return timestep / NUM_TIMESTEPS
@@ -49,22 +49,22 @@ def sigma_of_timestep(sampling: Any, timestep: float) -> float:
     told = float(sampling.timestep(sigma))
     if abs(told - timestep) > 0.5:
         raise ValueError(
-            f"The model can't be asked at t = {timestep:g}: it would be told t = {told:g}. That is what a "
-            "ModelSamplingDiscrete node set to 'lcm' does, which knows 50 timesteps only. Remove it (a Flash LoRA does "
-            "not need it), or set grid to 'reference', whose timesteps are among those 50."
+            f"The model cannot be evaluated at t = {timestep:g}: ComfyUI would give it t = {told:g}. The usual cause "
+            "is a ModelSamplingDiscrete node set to 'lcm', which has only 50 timesteps. Remove this node (a Flash "
+            "LoRA does not need it), or set grid to 'reference', which uses these 50 timesteps."
         )
     return float(sigma)
 
 
 def check_prediction(metadata: FlashMetadata, process: Process) -> None:
-    """Raise ValueError where a LoRA was trained on a model that predicts something else than this one."""
+    """Raise ValueError where the LoRA was trained on a model with another prediction than this model."""
     if metadata.prediction == process.prediction:
         return
     advice = "Load the checkpoint that the LoRA was made for"
     if metadata.prediction in SAMPLING_NODE and process.kind == "vp":
         advice += (
-            ", or, where this is it and ComfyUI took it for another kind, put a ModelSamplingDiscrete node set to "
-            f"'{SAMPLING_NODE[metadata.prediction]}' before this one"
+            ". If this is that checkpoint, ComfyUI has misread its prediction: put a ModelSamplingDiscrete node set to "
+            f"'{SAMPLING_NODE[metadata.prediction]}' before this node"
         )
     raise ValueError(
         f"The Flash LoRA was trained on a model that predicts {in_words(metadata.prediction)} (base "
@@ -73,14 +73,14 @@ def check_prediction(metadata: FlashMetadata, process: Process) -> None:
 
 
 def check_timesteps(trained: Mapping[int, Sequence[float]], process: Process) -> None:
-    """Raise ValueError where the timesteps that a LoRA's header lists are none of this process."""
+    """Raise ValueError where the timesteps in a LoRA's metadata are not descending timesteps of this process."""
     for steps, timesteps in trained.items():
         descending = all(before > after for before, after in pairwise(timesteps))
         if not timesteps or not descending or not all(process.is_timestep(t) for t in timesteps):
             raise ValueError(
                 f"The Flash LoRA's header lists the timesteps {list(timesteps)} for {steps} steps; expected "
-                f"{process.timesteps_in_words}, descending. Correct the file's header, or set grid to 'reference' or "
-                "'custom'."
+                f"{process.timesteps_in_words}, in descending order. Correct the file's header, or set grid to "
+                "'reference' or 'custom'."
             )
 
 
@@ -90,8 +90,8 @@ class FlashGrid:
 
     Attributes:
         timesteps: descending; 0..999, or 1000 s for a flow model.
-        sigmas: (n + 1,) float32, descending, ending in 0, in ComfyUI's convention.
-        text: what the user sees on the node.
+        sigmas: (n + 1,) float32, descending to 0, in ComfyUI's convention.
+        text: for the node's face.
     """
 
     timesteps: tuple[float, ...]
@@ -102,25 +102,25 @@ class FlashGrid:
 def flash_grid(
     model: ModelPatcher, steps: int, denoise: float = 1.0, grid: GridName = "trained", timesteps: str = ""
 ) -> FlashGrid:
-    """The timesteps a few-step model is evaluated at.
+    """Choose the timesteps at which a few-step model is evaluated.
 
     Args:
-        model: the MODEL, with the ``model_sampling`` that it or a node after it has.
+        model: the MODEL; its ``model_sampling`` may come from a ModelSampling node.
         steps: evaluations of a full run.
-        denoise: in (0, 1]; below 1 the run starts later (see each grid's function).
-        grid: ``trained`` is :func:`~..flash_core.grid.snapped_timesteps`, for the timesteps that the Flash LoRA's
-            metadata names, else trailing ones; ``reference`` is :func:`~..flash_core.grid.reference_timesteps`, and
-            ``custom`` :func:`~..flash_core.grid.custom_timesteps`.
-        timesteps: the list for ``custom``; its length takes the place of ``steps``.
+        denoise: in (0, 1]; below 1 the run starts later (see each grid's function). Default: 1.
+        grid: ``trained`` uses :func:`~..flash_core.grid.snapped_timesteps` with the timesteps of the LoRA's metadata;
+            ``reference`` uses :func:`~..flash_core.grid.reference_timesteps`; ``custom`` uses
+            :func:`~..flash_core.grid.custom_timesteps`. Default: ``trained``.
+        timesteps: the list for ``custom``; then ``steps`` is not used. Default: empty.
 
     Raises:
-        ValueError: the model has no timesteps, the LoRA is for another kind of model, or a value is out of its range.
+        ValueError: the model has no timesteps, the LoRA is for another kind of model, or a value is out of range.
     """
     if grid not in GRIDS:
         raise ValueError(f"grid is {grid!r}; expected one of {', '.join(GRIDS)}.")
     if not 0 < denoise <= 1:
         raise ValueError(
-            f"denoise is {denoise:g}; expected a number above 0 and up to 1. To keep the picture as it is, bypass the "
+            f"denoise is {denoise:g}; expected a number above 0 and up to 1. To keep the picture unchanged, bypass the "
             "node."
         )
     sampling = model.get_model_object("model_sampling")
@@ -138,7 +138,7 @@ def flash_grid(
         process = FlowProcess(implied_shift(trained) or set_shift)
         facts.append(f"flow shift {process.shift:.4g}")
         if not math.isclose(process.shift, set_shift, rel_tol=1e-3):
-            facts.append(f"the LoRA's own: the model's {set_shift:.4g} is not used")
+            facts.append(f"from the LoRA; the model's shift {set_shift:.4g} is not used")
     else:
         facts.append(f"predicts {in_words(process.prediction)}")
     if trained and steps not in trained:
@@ -173,33 +173,33 @@ def sample_flash(
     disable: bool | None = None,
     stochasticity: float = 1.0,
 ) -> Tensor:
-    """:func:`~..flash_core.sampler.few_step_sample` with the signature of a k-diffusion sampler.
+    """Run :func:`~..flash_core.sampler.few_step_sample` with the signature of a k-diffusion sampler.
 
-    A run from the model's last timestep starts from pure noise, everywhere, whatever picture and mask it is given: so
-    the method trains the student at its first timestep (arXiv 2406.02347, section 4.1), and so diffusers' inpainting
-    pipelines start at strength 1. The part that a mask keeps is put in after every step, at that step's noise level,
-    and clean after the last one. ComfyUI's samplers leave alpha times the picture in the first noise, and show the
-    model the noised picture where the mask keeps it. Runs that begin later start from the noised picture.
+    A run from the model's last timestep starts from pure noise, even with a picture and a mask: the student was trained
+    on pure noise there (arXiv 2406.02347, section 4.1), and diffusers' inpainting pipelines also start from pure noise
+    at strength 1. (ComfyUI's samplers add alpha times the picture to the first noise, and show the model the noised
+    picture where the mask keeps it.) After every step the part that the mask keeps is put back: at the step's noise
+    level, and clean after the last step. Runs that begin later start from the noised picture.
 
     Args:
         model: ComfyUI's wrapped model, ``(x, sigma, **extra_args) -> z0``.
         x: the latents at ``sigmas[0]``, as ComfyUI noises them.
-        sigmas: (n + 1,), descending. Where the last one is above 0 (split sigmas) the result is noised to it.
-        extra_args: what ComfyUI passes to the model; its ``seed`` seeds the re-noising.
-        callback: ComfyUI's, called after every evaluation; it reports progress and raises where the user interrupts.
-        disable: the console's progress bar, which this sampler does not draw.
-        stochasticity: 1 re-noises with fresh noise, 0 with the noise that z0 implies.
+        sigmas: (n + 1,), descending. If the last one is above 0 (split sigmas), the result has this noise level.
+        extra_args: ComfyUI's arguments for the model; their ``seed`` seeds the fresh noise.
+        callback: ComfyUI's, called after every evaluation; it reports progress and raises if the user interrupts.
+        disable: no effect: this sampler draws no progress bar in the console.
+        stochasticity: 1 adds fresh noise, 0 the noise that z0 implies. Default: 1.
     """
     arguments = extra_args or {}
     sampling = model.inner_model.inner_model.model_sampling
     steps = len(sigmas) - 1
     levels = [float(sigma) for sigma in (sigmas if sigmas[-1] > 0 else sigmas[:-1])]
     flow = isinstance(sampling, comfy.model_sampling.CONST)
-    noise_scale = getattr(sampling, "noise_scale", 1.0)  # some newer flow models; unknown to the oldest ComfyUI
+    noise_scale = getattr(sampling, "noise_scale", 1.0)  # of some newer flow models; older ComfyUI has none
     draw = item_noise(model.noise, arguments.get("seed") or 0, x)
     mask, first_noise = arguments.get("denoise_mask"), model.noise
     batch = x.new_ones(x.shape[0])
-    # A flow model's x is nothing but noise at its last timestep.
+    # A flow model's x is already pure noise at its last timestep.
     pure = not flow and starts_from_noise(sampling, levels[0], first_noise)
     if pure:
         x = sampling.noise_scaling(sigmas[0], first_noise, torch.zeros_like(x), True)
@@ -207,8 +207,8 @@ def sample_flash(
     def fresh() -> Tensor:
         noise = draw()
         if mask is not None:
-            # ComfyUI noises what a mask keeps with the run's first noise. Where a soft mask mixes that with fresh noise
-            # the two are independent, and their mixture would be too weak; both sides get one of full strength.
+            # ComfyUI noises the kept part with the run's first noise. A soft mask would mix this noise with fresh
+            # noise: two independent noises, whose mixture is too weak. So both parts get one noise of full strength.
             noise = masked_noise(noise, first_noise.to(noise), mask.to(noise))
             model.noise = noise
         return noise * noise_scale
@@ -217,7 +217,7 @@ def sample_flash(
         if index == steps:
             return z
         if index == 0 and pure and mask is not None:
-            # With this noise ComfyUI's noised picture, which it mixes into z where the mask keeps it, is z itself.
+            # With this noise the noised picture that ComfyUI mixes into z is z itself.
             model.noise = (z - model.latent_image) / sigmas[0]
         z0 = model(z, sigmas[index] * batch, **arguments)
         if index == 0:
@@ -241,32 +241,30 @@ def sample_flash(
 
 
 def starts_from_noise(sampling: Any, sigma: float, noise: Tensor) -> bool:
-    """Whether a run begins at the model's last timestep; one without noise (a continued one) does not."""
+    """Return whether a run begins at the model's last timestep, and with noise (a continued run has none)."""
     last = float(sampling.sigma_max)
     return (sigma > last or math.isclose(sigma, last, rel_tol=1e-5)) and bool(noise.any())
 
 
 def masked_noise(fresh: Tensor, first: Tensor, mask: Tensor) -> Tensor:
-    """Fresh noise where ``mask`` is 1, the run's first noise where it is 0, a mixture of unit variance between.
+    """Mix fresh noise (``mask`` = 1) with the run's first noise (``mask`` = 0) to noise of variance 1.
 
-    With a hard mask that is what diffusers' inpainting pipelines do. They round soft masks; here grey keeps its share
-    of the picture at every step. Its noise is then a mixture of two independent ones, m fresh + (1 - m) first, whose
-    variance m^2 + (1 - m)^2 is 1 for a hard mask and only 1/2 in the middle: a latent with less noise than its level
-    says, which few steps do not make up for. Hence the division; at 0 and 1 it divides by 1, so a hard mask is the
-    limit of soft ones.
+    The mixture m fresh + (1 - m) first of two independent noises has the variance m^2 + (1 - m)^2: 1 for a hard mask,
+    but 1/2 for m = 1/2. Then the latent would have less noise than its noise level, which few steps cannot correct. So
+    the mixture is divided by its standard deviation. A hard mask (diffusers' pipelines round all masks) is unchanged.
     """
     return (mask * fresh + (1 - mask) * first) / (mask**2 + (1 - mask) ** 2).sqrt()
 
 
 def flash_sampler(stochasticity: float = 1.0) -> comfy.samplers.KSAMPLER:
-    """:func:`sample_flash` as a ComfyUI SAMPLER.
+    """Make a ComfyUI SAMPLER of :func:`sample_flash`.
 
     Raises:
-        ValueError: ``stochasticity`` is outside 0..1, as a number that comes over a link may be.
+        ValueError: ``stochasticity`` is outside 0..1 (ComfyUI does not check linked numbers).
     """
     if not 0 <= stochasticity <= 1:
         raise ValueError(
-            f"stochasticity is {stochasticity:g}; expected 0 (the noise that the prediction implies) to 1 (fresh "
-            "noise). Correct the number that is connected."
+            f"stochasticity is {stochasticity:g}; expected a number from 0 (deterministic) to 1 (fresh noise at every "
+            "step). Correct the connected number."
         )
     return comfy.samplers.KSAMPLER(sample_flash, extra_options={"stochasticity": stochasticity})

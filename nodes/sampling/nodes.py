@@ -1,4 +1,4 @@
-"""Sampling with a few-step model: all in one, or as SIGMAS and SAMPLER for ComfyUI's custom sampling."""
+"""Flash Sampler, and its parts for ComfyUI's custom sampling: Flash Scheduler and Flash Sampler Select."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .few_step import flash_grid, flash_sampler
 
 
 class FlashSampler(io.ComfyNode):
-    """Text, image or mask to latent in 1-8 evaluations."""
+    """Sample a latent in 1-8 evaluations, from text, an image or a masked image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,25 +37,26 @@ class FlashSampler(io.ComfyNode):
             node_id="FlashSampler",
             display_name="Flash Sampler",
             search_aliases=["few-step sampler", "ksampler", "lcm", "turbo", "lightning", "flash diffusion"],
-            description="Samples a few-step (Flash) model on exactly the timesteps it was trained on.",
+            description="Sample a few-step (Flash) model at exactly its trained timesteps.",
             inputs=[
-                io.Model.Input("model", tooltip="The model with its Flash LoRA: connect Flash LoRA Loader."),
-                io.Conditioning.Input("positive", tooltip="What to show. ControlNets, masks and areas work as usual."),
+                io.Model.Input("model", tooltip="The model with its Flash LoRA, from Flash LoRA Loader."),
+                io.Conditioning.Input("positive", tooltip="The prompt. ControlNets, masks and areas work as usual."),
                 io.Latent.Input(
-                    "latent_image", tooltip="An empty latent for its size, or an encoded picture (see denoise)."
+                    "latent_image",
+                    tooltip="An empty latent of the wanted size, or an encoded picture (then lower denoise).",
                 ),
-                seed_input("The same seed gives the same picture; its first noise is KSampler's at the same seed."),
+                seed_input("The same seed gives the same picture. The first noise is that of KSampler at this seed."),
                 steps_input(),
                 guidance_input(
-                    "Classifier-free guidance (KSampler's cfg). Flash models have it built in: leave it at 1, which "
-                    "also needs half the time. Above 1 a negative prompt must be connected."
+                    "Classifier-free guidance (KSampler's cfg). Leave it at 1: Flash models have guidance built in. "
+                    "Above 1 it needs a negative prompt and twice the time."
                 ),
                 denoise_input(),
                 *grid_inputs(),
                 stochasticity_input(functools.partial(advanced, io.Float.Input), optional=True),
                 negative_input(),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="The clean latent; connect VAE Decode.")],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The finished latent. Connect VAE Decode.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -74,7 +75,7 @@ class FlashSampler(io.ComfyNode):
         stochasticity: float = 1.0,
         negative: list[Any] | None = None,
     ) -> io.NodeOutput:
-        """Sample; the returned latent keeps the input's mask and batch index."""
+        """Sample; the result keeps the input's mask and batch index."""
         import latent_preview  # ComfyUI's; not importable before its server has started
 
         check_guidance(guidance, negative)
@@ -102,7 +103,7 @@ class FlashSampler(io.ComfyNode):
 
 
 class FlashScheduler(io.ComfyNode):
-    """The trained noise levels as SIGMAS."""
+    """Give the trained noise levels as SIGMAS."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -110,14 +111,18 @@ class FlashScheduler(io.ComfyNode):
             node_id="FlashScheduler",
             display_name="Flash Scheduler",
             search_aliases=["few-step sigmas", "trailing timesteps", "lcm scheduler", "sgm_uniform"],
-            description="The noise levels that a few-step (Flash) model was trained on, for SamplerCustomAdvanced.",
+            description="Give the trained noise levels of a few-step (Flash) model to SamplerCustomAdvanced.",
             inputs=[
-                io.Model.Input("model", tooltip="The model with its Flash LoRA; its own noise schedule is used."),
+                io.Model.Input("model", tooltip="The model with its Flash LoRA. Its own noise schedule is used."),
                 steps_input(),
                 denoise_input(),
                 *grid_inputs(),
             ],
-            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, descending to 0.")],
+            outputs=[
+                io.Sigmas.Output(
+                    display_name="sigmas", tooltip="The noise levels, from high to 0. Connect SamplerCustomAdvanced."
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -125,14 +130,14 @@ class FlashScheduler(io.ComfyNode):
     def execute(
         cls, model: ModelPatcher, steps: int, denoise: float, grid: GridName = "trained", timesteps: str = ""
     ) -> io.NodeOutput:
-        """The noise levels of :func:`~.few_step.flash_grid`."""
+        """Return the noise levels of :func:`~.few_step.flash_grid`."""
         chosen = flash_grid(model, steps, denoise, grid, timesteps)
         show_text(cls, chosen.text)
         return io.NodeOutput(chosen.sigmas)
 
 
 class FlashSamplerSelect(io.ComfyNode):
-    """The few-step sampler as SAMPLER."""
+    """Give the few-step sampler as SAMPLER."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -140,12 +145,13 @@ class FlashSamplerSelect(io.ComfyNode):
             node_id="FlashSamplerSelect",
             display_name="Flash Sampler Select",
             search_aliases=["few-step sampler", "lcm sampler", "ksampler select", "stochastic sampler"],
-            description="The few-step sampler for SamplerCustomAdvanced: predict the picture, add fresh noise, again.",
+            description="Give the few-step sampler to SamplerCustomAdvanced: predict the picture, add fresh noise, "
+            "repeat.",
             inputs=[stochasticity_input()],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect SamplerCustomAdvanced.")],
         )
 
     @classmethod
     def execute(cls, stochasticity: float) -> io.NodeOutput:
-        """The sampler of :func:`~.few_step.flash_sampler`."""
+        """Return the sampler of :func:`~.few_step.flash_sampler`."""
         return io.NodeOutput(flash_sampler(stochasticity))

@@ -1,1 +1,1 @@
-"""What all nodes share: schemas, inputs, and what a MODEL is."""
+"""Parts that several nodes use: schemas, inputs, checks, and facts of a MODEL."""

@@ -1,13 +1,15 @@
-"""Inputs that several nodes have, said once: how a few-step run is set up, and what no node can work with."""
+"""Inputs that several nodes have: their widgets, and the checks of their values."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import comfy.model_base
 import comfy.sample
+import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
@@ -17,37 +19,37 @@ from ...flash_core.grid import MAX_FEW_STEPS
 from .schema import advanced
 
 MAX_SEED = 2**64 - 1
-PIXART_MINIMUM = 66  # latent height + width from which its position embeddings in ComfyUI do not divide by zero
+PIXART_MINIMUM = 66  # least latent height + width; below, ComfyUI's position embeddings divide by zero
 
 GridName = Literal["trained", "reference", "custom"]
 GRIDS: tuple[GridName, ...] = get_args(GridName)
 
+NONE = "none"  # the choice of no file
+
 STEPS_TOOLTIP = (
-    "Model evaluations. Each step count has its own trained timesteps (4: t = 999, 749, 499, 249). They are shown on "
-    "the node when it has run."
+    "How often the model is evaluated. 4 is usual; 1 or 2 is faster. Each step count has its own trained timesteps (4 "
+    "steps: t = 999, 749, 499, 249); the node shows them after a run."
 )
 DENOISE_TOOLTIP = (
-    "1 makes a new picture, from pure noise; a mask still keeps its part. Below 1 keeps that much of the input latent: "
-    "the run starts at the nearest timestep the model was trained on, so few values differ (with 4 steps: .25, .5, "
-    ".75, 1)."
+    "1 makes a new picture. Below 1 keeps more of the input picture. Rounded to the nearest trained timestep: with 4 "
+    "steps .25, .5, .75 and 1 differ."
 )
 GRID_TOOLTIP = (
-    "Which timesteps are evaluated. trained: those the LoRA was trained on, the best choice. reference: those of the "
-    "published diffusers pipelines (999, 759, 499, 259), to compare with them. custom: those listed under timesteps."
+    "Which timesteps are evaluated. trained: those of the LoRA's training (best). reference: those of the published "
+    "diffusers pipelines (999, 759, 499, 259). custom: your list in 'timesteps'."
 )
 TIMESTEPS_TOOLTIP = (
-    "Only with grid 'custom': timesteps from noise to image, separated by commas: 999, 749, 499, 249 (0 to 999); for "
-    "SD3 and Flux 1000, 900, 750, 500 (1000 times the noise level). All of them are evaluated, so steps is not used. "
-    "With denoise below 1 the run starts at the listed timestep that is nearest to it."
+    "Only for grid 'custom': timesteps from noise to image, such as 999, 749, 499, 249 (0 to 999). SD3 and Flux: 1000 "
+    "times the noise level, such as 1000, 900, 750, 500. The list replaces 'steps'."
 )
 STOCHASTICITY_TOOLTIP = (
-    "1: fresh noise at every step, as the model was trained. 0: the noise that the prediction implies (DDIM, or Euler "
-    "for SD3 and Flux), which varies less with the seed and is often softer. Between them: a mixture."
+    "1: fresh noise at every step, as in training. 0: deterministic (DDIM; Euler for SD3 and Flux), often softer. "
+    "Lower it if pictures vary too much with the seed."
 )
 
 
 def steps_input() -> io.Input:
-    """The widget for a step count."""
+    """Make the widget for the step count."""
     return io.Int.Input("steps", default=4, min=1, max=MAX_FEW_STEPS, tooltip=STEPS_TOOLTIP)
 
 
@@ -57,25 +59,23 @@ def denoise_input(
     tooltip: str = DENOISE_TOOLTIP,
     **fields: Any,
 ) -> io.Input:
-    """The widget for how much of a picture is made anew; ``widget`` makes it."""
+    """Make the widget for denoise in (0, 1]; ``widget`` is the class to use."""
     return widget("denoise", default=default, min=0.01, max=1.0, step=0.01, round=0.01, tooltip=tooltip, **fields)
 
 
 def seed_input(tooltip: str) -> io.Input:
-    """The widget for a seed, with its control of what follows a run."""
+    """Make the widget for a seed, with ComfyUI's choice of the next seed after a run."""
     return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=tooltip)
 
 
 def guidance_input(tooltip: str) -> io.Input:
-    """The widget for a few-step model's classifier-free guidance."""
+    """Make the widget for classifier-free guidance."""
     return io.Float.Input("guidance", default=1.0, min=1.0, max=20.0, step=0.1, round=0.01, tooltip=tooltip)
 
 
 def negative_input() -> io.Input:
-    """The slot for a negative prompt that only guidance reads."""
-    return io.Conditioning.Input(
-        "negative", optional=True, tooltip="What to avoid. Used only where guidance is above 1."
-    )
+    """Make the slot for a negative prompt."""
+    return io.Conditioning.Input("negative", optional=True, tooltip="What to avoid. Used only if guidance is above 1.")
 
 
 def check_guidance(guidance: float, negative: object | None, name: str = "guidance") -> None:
@@ -92,27 +92,30 @@ def check_guidance(guidance: float, negative: object | None, name: str = "guidan
 
 
 def check_numbers(name: str, values: Tensor) -> None:
-    """Raise where a picture, mask or latent holds NaN or an infinite value, which would spread over all of it."""
+    """Raise ValueError where a picture, mask or latent holds NaN or an infinite value."""
     if not bool(values.sum(dtype=torch.float32).isfinite()):  # a sum needs no memory of the values' size
         raise ValueError(
-            f"{name} holds values that are no numbers (NaN or infinite); expected finite ones. Look at what makes it: "
-            "often a VAE or a model that overflows in half precision (start ComfyUI with --fp32-vae, or "
-            "--force-fp32)."
+            f"{name} holds NaN or infinite values; expected finite numbers. Check the node that makes it. The usual "
+            "cause is a VAE or a model that overflows in half precision: start ComfyUI with --fp32-vae or --force-fp32."
         )
 
 
 def check_picture(name: str, image: Tensor) -> None:
-    """Raise where an IMAGE is not (B, H, W, 3 or 4)."""
+    """Raise ValueError where an IMAGE is not (B, H, W, 3 or 4)."""
     if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
         raise ValueError(
-            f"{name} is {tuple(image.shape)}; expected (pictures, height, width, 3 or 4 channels: RGB or RGBA), at "
-            "least one picture. Convert it to RGB."
+            f"{name} has the shape {tuple(image.shape)}; expected (pictures, height, width, channels) with 3 or 4 "
+            "channels (RGB or RGBA) and at least one picture. Convert it to RGB."
         )
 
 
 def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
-    """The latent's samples, with an empty latent brought to the model's channels as ComfyUI's own samplers do."""
-    sizes = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # spelt so by newer ComfyUI, which alone sets them
+    """Return the latent's samples; an empty latent gets the model's channels, as in ComfyUI's own samplers.
+
+    Raises:
+        ValueError: the latent has other dimensions, channels or sides than the model works on, or holds NaN.
+    """
+    sizes = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # set by newer ComfyUI, in its spelling
     known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
     ratios = {name: latent.get(name) for name in sizes if name in known}
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
@@ -120,19 +123,19 @@ def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
     channels, dimensions = wanted.latent_channels, wanted.latent_dimensions + 2
     if not samples.is_nested and samples.ndim != dimensions:
         raise ValueError(
-            f"This latent has {samples.ndim} dimensions; expected {dimensions}: a picture's has 4, a video's 5. "
+            f"This latent has {samples.ndim} dimensions; expected {dimensions} (4 for a picture, 5 for a video). "
             "Connect an empty latent of the model's kind, such as Empty Latent Image, or encode with the model's VAE."
         )
     if isinstance(model.model, comfy.model_base.PixArt):
         height, width = samples.shape[-2:]
         if height % 2 or width % 2 or height + width < PIXART_MINIMUM:
             raise ValueError(
-                f"This latent is for a picture of {8 * width} x {8 * height} pixels. ComfyUI's PixArt works on sides "
-                "that are multiples of 16, and from 264 on. Choose such a size, at best one near the model's own."
+                f"This latent is for a picture of {8 * width} x {8 * height} pixels. ComfyUI's PixArt needs sides that "
+                "are multiples of 16, and 264 or more. Choose such a size, best one near the model's own."
             )
     if not samples.is_nested and samples.shape[1] != channels:
         raise ValueError(
-            f"This latent has {samples.shape[1]} channels, the model works on {channels}. Encode the picture with the "
+            f"This latent has {samples.shape[1]} channels; the model works on {channels}. Encode the picture with the "
             "VAE that belongs to this model."
         )
     if not samples.is_nested:
@@ -143,7 +146,7 @@ def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
 
 
 def grid_inputs() -> list[io.Input]:
-    """The widgets for the choice of timesteps; optional, so that API workflows without them run."""
+    """Make the widgets for the timesteps; optional, so that API workflows without them run."""
     return [
         advanced(io.Combo.Input, "grid", options=list(GRIDS), default=GRIDS[0], optional=True, tooltip=GRID_TOOLTIP),
         advanced(
@@ -158,7 +161,7 @@ def grid_inputs() -> list[io.Input]:
 
 
 def stochasticity_input(widget: Callable[..., io.Input] = io.Float.Input, **fields: Any) -> io.Input:
-    """The widget for fresh noise; ``widget`` makes it."""
+    """Make the widget for stochasticity in 0..1; ``widget`` is the class to use."""
     return widget(
         "stochasticity",
         default=1.0,
@@ -169,3 +172,31 @@ def stochasticity_input(widget: Callable[..., io.Input] = io.Float.Input, **fiel
         tooltip=STOCHASTICITY_TOOLTIP,
         **fields,
     )
+
+
+def strength_input(name: str, tooltip: str, **fields: Any) -> io.Input:
+    """Make the widget for a LoRA's strength."""
+    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.01, round=0.01, tooltip=tooltip, **fields)
+
+
+def allow_partial_input() -> io.Input:
+    """Make the widget that accepts a LoRA of which only some layers fit."""
+    return advanced(
+        io.Boolean.Input,
+        "allow_partial",
+        default=False,
+        optional=True,
+        tooltip="On: load a LoRA although only some of its layers fit this model; the report lists the others. Off: "
+        "such a LoRA is an error.",
+    )
+
+
+def files_fingerprint(folder: str, names: Iterable[str | None]) -> str:
+    """Return the paths and times of the chosen files: ComfyUI runs the node again after a file was replaced.
+
+    Args:
+        folder: ComfyUI's name of the folder, such as ``loras``.
+        names: "none" is skipped, and so is None: the name of a linked input, which is not known yet.
+    """
+    paths = [folder_paths.get_full_path_or_raise(folder, name) for name in names if name not in (None, NONE)]
+    return " ".join(f"{path} {os.stat(path).st_mtime_ns}" for path in paths)

@@ -1,4 +1,4 @@
-"""What nodes ask of a MODEL, its VAE and its prompts before they work with them."""
+"""Facts of a MODEL (family, sizes), and checks that its VAE and its prompts belong to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comfy.sd import VAE
 
 from ...flash_core.families import Family, family_of, of_comfy_class, of_transformer_width
 
-# A conditioning's value that every ComfyUI model joins to the noisy latent as it is; ComfyUI does not resize it.
+# A conditioning's value that every ComfyUI model joins to the noisy latent; ComfyUI does not resize it.
 CONCAT_KEY = "noise_concat"
 METADATA_KEY = "flash_metadata"  # the ModelPatcher attachment in which a LoRA's metadata travels to the sampler
 
@@ -64,11 +64,11 @@ def native_side(model: ModelPatcher) -> int:
 
 
 def check_vae(vae: VAE, model: ModelPatcher) -> None:
-    """Raise where the VAE's latents are not this model's."""
+    """Raise ValueError where the VAE has another number of latent channels than the model."""
     wanted = model.get_model_object("latent_format").latent_channels
     if vae.latent_channels != wanted:
         raise ValueError(
-            f"This VAE makes latents of {vae.latent_channels} channels, the model works on {wanted}. Connect the VAE "
+            f"This VAE makes latents of {vae.latent_channels} channels; the model works on {wanted}. Connect the VAE "
             "that belongs to the model."
         )
 
@@ -85,7 +85,7 @@ def check_makes_pictures(model: ModelPatcher, node: str) -> None:
 
 
 def text_width(model: ModelPatcher) -> int | None:
-    """The width of the text embeddings that a UNet reads; None where ComfyUI makes something else of them first."""
+    """The width of the text embeddings that a UNet reads; None for models to which ComfyUI gives other embeddings."""
     inner = model.model
     if not isinstance(inner.diffusion_model, UNetModel):
         return None
@@ -95,21 +95,25 @@ def text_width(model: ModelPatcher) -> int | None:
 
 
 def check_prompts(model: ModelPatcher, **prompts: list[Any] | None) -> None:
-    """Raise where a connected prompt, by its input's name, can't be this model's.
+    """Raise ValueError where a connected prompt is empty or was encoded for another model.
 
-    ComfyUI makes grey of an empty list, and fails on another model's text with the shapes of two matrices.
+    ComfyUI itself makes a grey picture of an empty prompt, and ends with an error of matrix shapes for another model's
+    prompt.
+
+    Args:
+        prompts: by the name of the input.
     """
     width = text_width(model)
     for name, prompt in prompts.items():
         if prompt is not None and not prompt:
             raise ValueError(
-                f"What is connected to '{name}' holds no prompt: the list is empty. Connect a CLIP Text Encode; its "
+                f"The conditioning at '{name}' holds no prompt: its list is empty. Connect a CLIP Text Encode; its "
                 "text may be empty."
             )
         for tokens, _ in prompt or []:
             if width is not None and tokens is not None and tokens.shape[-1] != width:
                 raise ValueError(
-                    f"What is connected to '{name}' was encoded for another model: its text embeddings are "
-                    f"{tokens.shape[-1]} wide, and the model is {describe_model(model)}. Encode it with the CLIP that "
-                    "belongs to the model."
+                    f"The prompt at '{name}' was encoded for another model: its text embeddings are "
+                    f"{tokens.shape[-1]} wide; the model is {describe_model(model)}. Encode the prompt with the CLIP "
+                    "that belongs to the model."
                 )

@@ -61,12 +61,12 @@ class Moot:
 
 
 RIGHT: list[str] = []  # no refusal: the obvious right result
-NO_NUMBERS = ["no numbers (NaN or infinite)", "--fp32-vae"]
+NO_NUMBERS = ["NaN or infinite values", "--fp32-vae"]
 NO_PROMPT = ["'positive' holds no prompt", "Connect a CLIP Text Encode"]
 NO_NEGATIVE = ["'negative' holds no prompt"]
 OTHER_TEXT = ["encoded for another model", "768 wide", "the Flash demo (attn2 reads 128 channels)", "the CLIP that"]
 OTHER_VAE = ["This VAE makes latents of", "Connect the VAE that belongs to the model"]
-OTHER_LATENT = ["latent has 4 channels, the model works on 16", "VAE that belongs"]
+OTHER_LATENT = ["latent has 4 channels; the model works on 16", "VAE that belongs"]
 VIDEO = ["latent has 5 dimensions; expected 4", "Empty Latent Image"]
 NO_DENOISE = ["denoise is 0; expected a number above 0", "bypass"]
 NO_RGB = ["(1, 128, 128, 1)", "RGB or RGBA"]

@@ -136,7 +136,7 @@ def test_the_table_tells_what_its_figures_hold_for(client: Client, server) -> No
     (text,) = run.outputs["table"]["text"]
     assert "| teacher | 3 | euler, simple | 3 | 6 | " in text
     assert "| Flash | 2 | t = 999, 499 | 1 | 2 | " in text
-    for part in ("1 picture of 128 x 128 pixels", "the Flash demo", "warm up", "float32", "cpu", "seed 5"):
+    for part in ("1 picture of 128 x 128 pixels", "the Flash demo", "warm-up", "float32", "cpu", "seed 5"):
         assert part in text
     assert "NOTE" not in text
 
@@ -179,7 +179,7 @@ def test_any_size_and_any_mask(client: Client, server) -> None:
     ("change", "words"),
     [
         (with_the_same_model_twice, "'model' and 'flash_model' are the same"),
-        (with_the_models_exchanged, "so it is no teacher"),
+        (with_the_models_exchanged, "so it is not the teacher"),
     ],
 )
 def test_what_makes_no_comparison_is_said(

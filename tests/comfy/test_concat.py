@@ -97,10 +97,10 @@ def test_the_picture_is_the_trainers(run, steps: int) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("another order", ["image_2 is connected and not in it"]),
+        ("another order", ["image_2 is connected but not listed"]),
         ("an unknown name", ["'picture' is no input", "image_2"]),
         ("a name twice", ["named twice"]),
-        ("nothing", ["Nothing is connected"]),
+        ("nothing", ["No mask, image or latent is connected"]),
         ("too few channels", ["reads 33 channels", "17 are connected", "mask 1, image 16"]),
         ("no concat model", ["reads 0 channels", "It is no concat model"]),
         ("another shape", ["image is 128 x 64", "128 x 128 pixels"]),

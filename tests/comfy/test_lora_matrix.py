@@ -375,7 +375,7 @@ def test_pixart_sigmas_layers_are_all_in_alpha(matrix: Matrix) -> None:
 
 
 def test_what_is_not_for_the_denoiser_is_never_loaded_silently(matrix: Matrix) -> None:
-    assert "holds nothing for the diffusion model" in matrix.answers["a text encoder's alone"]["error"]
+    assert "has no layer for the diffusion model" in matrix.answers["a text encoder's alone"]["error"]
     assert (
         "keys that are not plain LoRA on a layer: 1, e.g. lora_unet_conv_in.diff"
         in matrix.answers["unknown keys"]["error"]

@@ -198,15 +198,15 @@ def test_two_flash_loras_are_refused_by_name(client: Client, folder: Path) -> No
     for prompt in (stack(another_flash=1.0), chained(stack(), another_flash=1.0)):
         message = refusal(client, prompt)
         assert f"two Flash LoRAs: {FLASH} and {copy.name}" in message
-        assert "keep one" in message
+        assert "Keep one" in message
     prompt = stack()
     prompt["loader"] = prompts.node(
         "FlashLoraLoader", model=[prompts.MODELS, 0], lora_name="another_flash.safetensors", strength=1.0
     )
     prompt[prompts.LORA]["inputs"]["model"] = ["loader", 0]
     title = read_lora(SHIPPED).metadata.title
-    assert f"'{title}' (which the model brings) and {FLASH}" in refusal(client, prompt)
-    # At strength 0 it is no second one.
+    assert f"'{title}' (already in the model) and {FLASH}" in refusal(client, prompt)
+    # A LoRA at strength 0 does not count.
     assert client.run(stack(another_flash=0.0)).succeeded
 
 
@@ -232,7 +232,7 @@ def test_the_text_encoders_part_needs_the_clip(client: Client, folder: Path) -> 
     without, run = report_of(client, stack(style_a=1.0, clip=False))
     assert "text encoder layers; connect 'clip' to use them" in without
     assert run.succeeded
-    assert "changes the text encoder only" in refusal(client, stack(style_text=1.0, clip=False))
+    assert "changes only the text encoder" in refusal(client, stack(style_text=1.0, clip=False))
 
 
 def test_a_lora_of_the_text_encoder_alone(client: Client, folder: Path) -> None:
@@ -245,7 +245,10 @@ def test_the_report_tells_the_overlap_and_the_suggestion_ends_the_warning(client
     flash, style = (common_names(read_lora(path).modules) for path in (SHIPPED, folder / "style_fights.safetensors"))
     met = overlap(flash, style)
     assert f"shares {len(style)} of its {len(style)} layers" in report
-    assert f"its update is {met.size:.2f} times as large, 100% of it in the Flash LoRA's own directions" in report
+    assert (
+        f"its update is {met.size:.2f} times as large as the Flash LoRA's, 100% of it in the Flash LoRA's directions"
+        in report
+    )
     assert "WARNING: style_fights.safetensors outweighs" in report
     assert run.texts[prompts.LORA].startswith("WARNING: style_fights.safetensors outweighs")
     suggested = float(report.split("Suggested strength: ")[1].split("\n")[0])
@@ -270,7 +273,9 @@ def test_styles_that_add_up_or_cancel_are_told(client: Client, folder: Path) -> 
     (folder / "style_twin.safetensors").write_bytes((folder / "style_a.safetensors").read_bytes())
     report, _ = report_of(client, stack("none", style_a=1.0, style_twin=1.0))
     # Twice the same: each at 1 / sqrt(2), and they are as large as two unrelated ones.
-    assert "style_a.safetensors and style_twin.safetensors push the same way (cosine +1.00)" in report
+    assert (
+        "style_a.safetensors and style_twin.safetensors change the model in the same direction (cosine +1.00)" in report
+    )
     assert "Suggested strengths: 0.71 and 0.71" in report
     report, _ = report_of(client, stack("none", style_a=1.0, style_opposed=1.0))
     assert "style_a.safetensors and style_opposed.safetensors work against each other (cosine -1.00)" in report
@@ -281,5 +286,5 @@ def test_a_flash_lora_of_another_loader_is_told_of(client: Client, folder: Path)
     prompt["loader"] = prompts.node("FlashLoraLoader", model=[prompts.MODELS, 0], lora_name=FLASH, strength=1.0)
     prompt[prompts.LORA]["inputs"]["model"] = ["loader", 0]
     report, run = report_of(client, prompt)
-    assert "choose it here instead" in report
+    assert "Choose it in flash_lora instead" in report
     assert distance(client.latent(run, "latent"), latent_of(client, stack(style_b=1.0))) < TOLERANCE

@@ -315,7 +315,7 @@ def test_an_interrupt_inside_leaves_the_model_as_it_was(facts) -> None:
     assert facts["inference mode again"]
     assert facts["unchanged after it"]
     assert facts["hooks after it"] == 0
-    assert "used as a context" in facts["outside"]
+    assert "as a context manager" in facts["outside"]
     assert facts["adapter freed"]
 
 
@@ -354,12 +354,12 @@ def test_the_process_is_the_samplings(facts) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("masked prompt", "carries mask"),
+        ("masked prompt", "has mask, which cannot be distilled"),
         ("no prompt", "positive CONDITIONING is empty"),
-        ("hint", "not distilled with hint, residuals; expected only cross_attention"),
+        ("hint", "cannot be distilled with hint, residuals; expected only cross_attention"),
         ("no adapter", "no student adapter"),
-        ("no such layer", "No layer of this model is called 'to_nothing'; a LoRA can be put on"),
-        ("another LoRA", "which has no layer down_blocks.0"),
+        ("no such layer", "This model has no layer 'to_nothing'. Choose from the layers"),
+        ("another LoRA", "the model has no layer down_blocks.0"),
         ("reference latents", "Flux is conditioned on 'ref_latents'"),
         ("lcm", "samples with ModelSamplingDiscreteDistilled, LCM, which cannot be distilled"),
         ("eps without signal", "zero terminal SNR"),

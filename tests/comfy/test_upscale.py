@@ -200,8 +200,8 @@ def test_other_super_resolution_models_get_the_picture_or_its_latent(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("concat.6", ["takes 2 input channels", "a picture would be 3", "a latent 4"]),
-        ("x4.attached", ["takes 3 input channels", "the prompt brings 4"]),
+        ("concat.6", ["reads 2 channels", "a picture has 3", "a latent 4"]),
+        ("x4.attached", ["reads 3 channels", "the prompt has 4"]),
         ("concat.attached", ["a latent of 5 x 3", "20 x 12", "Flash Concat Conditioning"]),
         ("x4.vae", ["8 x 8 pixels", "4 x 4", "Connect the VAE"]),
         ("too_large", ["2400000 x 3200000", "GiB", "Lower scale"]),
@@ -329,7 +329,7 @@ def with_a_model_without_trained_timesteps(prompt: prompts.Prompt) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (with_small_tiles, ["tile_size is 8", "at least 64"]),
+        (with_small_tiles, ["tile_size is 8", "64 or more"]),
         (with_guidance_and_no_negative, ["guidance is 3", "negative"]),
         (with_another_vae, ["latents of 3 channels", "Connect the VAE"]),
         (with_a_model_without_trained_timesteps, ["no trained timesteps"]),
