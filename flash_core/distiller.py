@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,117 +19,26 @@ from .denoiser import Conditioning, Denoiser, guided_z0, predict_z0
 from .discriminator import Discriminator
 from .grid import timestep_mixture, trailing_timesteps
 from .process import NUM_TIMESTEPS, broadcast
-from .solvers import Solver, solve
+from .rollout import Rollout, Trajectory
+from .settings import PUBLISHED_PHASES, DistillationLoss, DistillerSettings, Phase
+from .solvers import solve
+
+__all__ = [
+    "PUBLISHED_PHASES",
+    "DistillationLoss",
+    "Distiller",
+    "DistillerSettings",
+    "Phase",
+    "Rollout",
+    "StudentStep",
+    "Trajectory",
+]
 
 # t' of the adversarial term (arXiv 2406.02347, section 4.3); a shifted flow schedule takes the same fractions.
 ADVERSARIAL_TIMESTEPS = (10, 250, 500, 750)
 
 # Indices of the teacher's grid less likely than this are not kept when a trajectory is recorded.
 RECORDED_PROBABILITY = 1e-3
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of training: where the timesteps fall, and how much each term counts.
-
-    Attributes:
-        modes: the weights beta of the modes from pure noise on.
-        adversarial, dmd, distillation: the factors lambda; a term whose factor is 0 is not computed.
-    """
-
-    modes: tuple[float, ...]
-    adversarial: float = 0.0
-    dmd: float = 0.0
-    distillation: float = 1.0
-
-
-# The published curriculum (arXiv 2406.02347, table of section 5): weight moves toward pure noise.
-PUBLISHED_PHASES = (
-    Phase(modes=(0.0, 0.0, 0.5, 0.5)),
-    Phase(modes=(0.1, 0.3, 0.3, 0.3), adversarial=0.1, dmd=0.3),
-    Phase(modes=(0.25, 0.25, 0.25, 0.25), adversarial=0.2, dmd=0.5),
-    Phase(modes=(0.4, 0.2, 0.2, 0.2), adversarial=0.3, dmd=0.7),
-)
-
-DistillationLoss: TypeAlias = Literal["mse", "l1", "pseudo_huber", "lpips"]
-
-
-@dataclass(frozen=True)
-class DistillerSettings:
-    """The constants of the method; the defaults are the paper's for SD 1.5.
-
-    Attributes:
-        teacher_steps: K, the teacher's grid.
-        solver: the teacher's ODE solver; flow models take ``euler``.
-        guidance: (low, high) of the uniform guidance scale, ``uncond + w (cond - uncond)``.
-        distillation: which distance; ``lpips`` needs ``decode`` and ``perceptual``.
-        perceptual_crop: window of the perceptual distance in latent pixels.
-        adversarial: which adversarial loss.
-        real: what the discriminator calls real: the data, or the teacher's solutions.
-        r1: weight of the gradient penalty on the discriminator at real features; 0 is off.
-        fake_score: who stands for the student's distribution: the student itself (paper) or a critic adapter.
-    """
-
-    teacher_steps: int = 32
-    solver: Solver = "dpmpp_2m"
-    guidance: tuple[float, float] = (3.0, 13.0)
-    distillation: DistillationLoss = "mse"
-    perceptual_crop: int = 32
-    adversarial: losses.AdversarialLoss = "lsgan"
-    real: Literal["data", "teacher"] = "teacher"
-    r1: float = 0.0
-    fake_score: Literal["student", "critic"] = "student"
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What one batch costs most: where each sample starts and where the teacher takes it. All of B samples.
-
-    Attributes:
-        z_t: (B, C, H, W) latents at their start.
-        t: (B,) timesteps of the start.
-        z_teacher: (B, C, H, W) the teacher's solution.
-        z0: (B, C, H, W) data latents.
-        guidance: (B,) the teacher's guidance scale.
-    """
-
-    z_t: Tensor
-    t: Tensor
-    z_teacher: Tensor
-    z0: Tensor
-    guidance: Tensor
-    conditioning: Conditioning
-    unconditional: Conditioning
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A teacher's solutions from pure noise with the states it passed: several rollouts for the price of one.
-
-    Attributes:
-        indices: the M grid indices that were kept, ascending.
-        states: (M, B, C, H, W) the latents at those indices.
-    """
-
-    indices: tuple[int, ...]
-    states: Tensor
-    z_teacher: Tensor
-    z0: Tensor
-    guidance: Tensor
-    conditioning: Conditioning
-    unconditional: Conditioning
-
-    def rows(self, index: Tensor) -> Trajectory:
-        """The samples at ``index`` (b,)."""
-        return Trajectory(
-            self.indices,
-            self.states[:, index],
-            self.z_teacher[index],
-            self.z0[index],
-            self.guidance[index],
-            self.conditioning.rows(index),
-            self.unconditional.rows(index),
-        )
 
 
 @dataclass(frozen=True)
