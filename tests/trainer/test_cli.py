@@ -14,7 +14,7 @@ import yaml
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.trainer.cli import COMMANDS, DEMO_COMMANDS, RENAMED, Command, main
 from flash_diffusion.trainer.config import Recipe, parse_recipe
-from flash_diffusion.trainer.distill.plan import expected_passes
+from flash_diffusion.trainer.distill.time_left import expected_passes
 
 from .conftest import ROOT
 

@@ -20,8 +20,8 @@ from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.trainer.config import OptimizerSection, Recipe, parse_recipe
 from flash_diffusion.trainer.distill import checkpoint
 from flash_diffusion.trainer.distill.assembly import assemble
-from flash_diffusion.trainer.distill.loop import Run, TrainingDiverged, distil, phase_at
-from flash_diffusion.trainer.distill.schedule import WeightAverage, learning_rate_factor
+from flash_diffusion.trainer.distill.loop import Run, TrainingDiverged, distil
+from flash_diffusion.trainer.distill.schedule import WeightAverage, learning_rate_factor, phase_at
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.seeds import stream
 from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser

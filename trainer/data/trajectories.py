@@ -15,15 +15,18 @@ from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.distiller import Distiller, Trajectory
-from ..config import TrajectorySection
+from ..config import Recipe, TrajectorySection
 from ..errors import UserError
 from ..files import write_whole
 from ..seeds import stream
+from ..teachers.base import weights_hash
 from .encode import Examples
 from .order import Order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from ..teachers.conditions.control import Control
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ class TrajectoryBank:
         )
 
 
+def own_batches(section: TrajectorySection, accelerator: Accelerator) -> list[tuple[int, int, int]]:
+    """Return the batches that this process records, each as (number, first trajectory, trajectories)."""
+    batches = [
+        (number, first, min(section.batch, section.count - first))
+        for number, first in enumerate(range(0, section.count, section.batch))
+    ]
+    return batches[accelerator.process_index :: accelerator.num_processes]
+
+
 def record_trajectories(
     folder: Path,
     section: TrajectorySection,
@@ -76,16 +88,18 @@ def record_trajectories(
     accelerator: Accelerator,
     seed: int,
     fingerprint: str,
-    advance: Callable[[int], None],
+    advance: Callable[[int, float | None], None],
 ) -> TrajectoryBank:
-    """Compute what is missing in ``folder``, then read it all.
+    """Compute the trajectories that are missing in ``folder``, then read them all.
 
-    Each batch has its own file and its own generator, so that a run that was killed here computes the rest alone, and
-    several processes share the work.
+    Each batch has its own file and its own generator. So a killed run computes only the missing batches, and several
+    processes share the work.
 
     Args:
-        fingerprint: of everything the trajectories depend on; a folder of another one is refused.
-        advance: called with the number of trajectories that became ready.
+        section: how many trajectories; ``max_minutes`` ends the recording early, after at least one batch.
+        fingerprint: see :func:`trajectory_fingerprint`; a folder with another fingerprint is refused.
+        advance: called after each batch with its trajectories, and the seconds they took or None where the file was
+            already there.
 
     Raises:
         UserError: the folder holds trajectories of another recipe, or an unreadable file.
@@ -93,26 +107,24 @@ def record_trajectories(
     folder.mkdir(parents=True, exist_ok=True)
     order = Order(len(examples), seed)
     started = time.monotonic()
-    batches = [
-        (number, first, min(section.batch, section.count - first))
-        for number, first in enumerate(range(0, section.count, section.batch))
-    ]
     done = folder / "complete"
-    for number, first, count in batches:
-        if number % accelerator.num_processes != accelerator.process_index or done.exists():
-            continue
+    for number, first, count in own_batches(section, accelerator):
+        if done.exists():
+            break
         path = folder / f"{number:05d}.safetensors"
-        if not path.exists():
-            minutes = (time.monotonic() - started) / 60
-            if section.max_minutes is not None and number > 0 and minutes > section.max_minutes:
-                break
-            index = order.indices(first, count)
-            z0, conditioning = examples.batch(index, accelerator.device)
-            trajectory = distiller.trajectory(
-                z0, conditioning, unconditional(conditioning), stream(seed, "trajectory", number)
-            )
-            _write(path, trajectory, index, fingerprint)
-        advance(count)
+        if path.exists():
+            advance(count, None)
+            continue
+        batch_start = time.monotonic()
+        if section.max_minutes is not None and number > 0 and batch_start - started > 60 * section.max_minutes:
+            break
+        index = order.indices(first, count)
+        z0, conditioning = examples.batch(index, accelerator.device)
+        trajectory = distiller.trajectory(
+            z0, conditioning, unconditional(conditioning), stream(seed, "trajectory", number)
+        )
+        _write(path, trajectory, index, fingerprint)
+        advance(count, time.monotonic() - batch_start)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         done.touch()
@@ -146,3 +158,34 @@ def _read(folder: Path, fingerprint: str) -> TrajectoryBank:
             raise UserError(f"{path} is damaged ({error}); remove it and run again with --resume") from error
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "indices"}
     return TrajectoryBank(indices=tuple(parts[0]["indices"].tolist()), **joined)
+
+
+def trajectory_fingerprint(recipe: Recipe, teacher_hash: str, control: Control | None) -> str:
+    """Return a text that differs where recorded trajectories would differ.
+
+    The teacher's hash holds an IP-Adapter's weights; the adapter's scale and encoder, and a ControlNet's weights and
+    scale, are added here. A recipe without them adds nothing, so that the recordings of plain models stay valid.
+    """
+    method, model = recipe.method, recipe.model
+    beside: list[object] = []
+    if model.image_adapter is not None:
+        beside.append((model.image_adapter.image_encoder, model.image_adapter.scale))
+    if control is not None:
+        beside.append((weights_hash(control.network), control.scale))
+    if not model.t5:
+        beside.append("without T5")
+    return repr(
+        (
+            teacher_hash,
+            recipe.data.model_dump(mode="json"),
+            recipe.task.model_dump(mode="json"),
+            method.teacher_steps,
+            method.solver,
+            method.guidance,
+            recipe.trajectories.count,
+            recipe.trajectories.batch,
+            recipe.seed,
+            recipe.precision,
+            *beside,
+        )
+    )

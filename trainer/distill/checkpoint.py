@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..export.training_state import TrainingState
-from ..files import publish_folder
+from ..files import partial_path, publish_folder
 
 TENSORS = "state.safetensors"
 FACTS = "state.json"
@@ -77,11 +78,40 @@ def write_random(partial: Path, rank: int, generators: Mapping[str, torch.Genera
     save_file(states, partial / f"random-{rank}.safetensors")
 
 
-def publish(partial: Path, final: Path, keep: int) -> None:
-    """Make a written checkpoint appear under its name, durably, and drop the oldest beyond ``keep``."""
-    publish_folder(partial, final)
-    for old in checkpoints(final.parent.parent)[:-keep]:
-        shutil.rmtree(old)
+def save(
+    run: Path,
+    trained: Trained,
+    state: TrainingState,
+    digest: str,
+    generators: Mapping[str, torch.Generator],
+    accelerator: Accelerator,
+    keep: int,
+) -> Path:
+    """Write a checkpoint together with all other processes, and remove the oldest ones.
+
+    Args:
+        run: the run's folder.
+        digest: of the recipe.
+        generators: this process's random streams, by name.
+        keep: how many checkpoints stay.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = checkpoint_path(run, state.update)
+    partial = partial_path(final)
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_shared(partial, trained, state, digest)
+    accelerator.wait_for_everyone()
+    write_random(partial, accelerator.process_index, generators)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        publish_folder(partial, final)
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    return final
 
 
 def read_facts(folder: Path) -> tuple[TrainingState, str]:

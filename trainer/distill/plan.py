@@ -6,26 +6,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ...flash_core.grid import NUM_MODES, timestep_mixture, trailing_timesteps
+from ...flash_core.grid import NUM_MODES, trailing_timesteps
 from ..config import Recipe
 from ..tasks import build_task
 from ..tasks.requirements import check_channels, check_control
 from ..teachers import family, outline_teacher
 from ..teachers.base import count_parameters
 from .assembly import add_adapters, needs_critic, needs_discriminator
+from .time_left import expected_passes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of each trained parameter: itself, its gradient and AdamW's two moments, all float32.
 TRAINED_BYTES = 16
 AVERAGE_BYTES = 4
 MILLION = 1e6
-
-
-def expected_passes(teacher_steps: int, modes: tuple[float, ...]) -> float:
-    """Forward passes of the teacher for one sample's solution, expected over pi(k); guidance asks it twice a step."""
-    probability = timestep_mixture(teacher_steps, modes)
-    steps = sum(float(value) * (teacher_steps - index) for index, value in enumerate(probability))
-    return 2 * steps
 
 
 def print_plan(recipe: Recipe, console: Console) -> None:

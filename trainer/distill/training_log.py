@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, lines of `log.jsonl`, TensorBoard. Means are kept on the device between lines."""
+"""What a run shows and keeps: one progress bar over the whole run, lines of `log.jsonl`, TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from .time_left import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +32,13 @@ class Means:
         self._counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take in one value each."""
+        """Add one value to each mean."""
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """The means since the last call; waits for the device once."""
+        """Return the means since the last call. Waits for the device once."""
         if not self._sums:
             return {}
         values = torch.stack([self._sums[name] / count for name, count in self._counts.items()]).tolist()
@@ -45,20 +47,20 @@ class Means:
         return means
 
 
-class Journal:
-    """The main process's voice; the others stay silent.
+class TrainingLog:
+    """Writes the log of a run. Only the main process writes and prints.
 
     Args:
         output: the run's folder.
-        update: where the run continues; what an earlier session logged beyond it is dropped.
-        active: whether this is the main process.
+        update: where the run continues; later lines of an earlier session are dropped.
+        active: True in the main process.
     """
 
     def __init__(self, output: Path, update: int, active: bool) -> None:
         self.active = active
         self.console = Console(stderr=True)
         self.path = output / "log.jsonl"
-        self._said = time.monotonic()
+        self._shown = time.monotonic()
         if active:
             self._cut(update)
             self.board: SummaryWriter = SummaryWriter(str(output / "tensorboard"), purge_step=update)
@@ -67,15 +69,15 @@ class Journal:
             BarColumn(),
             TextColumn("{task.percentage:3.0f} %"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]} left"),
             TextColumn("{task.fields[note]}"),
             console=self.console,
             disable=not active or not self.console.is_terminal,
         )
+        self._bar = self.progress.add_task("distil", total=1.0, left="?", note="")
 
     def _cut(self, update: int) -> None:
-        """Drop the lines of updates that a killed session made and this one will make again."""
+        """Drop the lines of updates that this session makes again, because the last one was killed."""
         if not self.path.is_file():
             return
         kept = []
@@ -88,7 +90,7 @@ class Journal:
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def record(self, facts: Mapping[str, Any], terms: Mapping[str, float]) -> None:
-        """One line of the log, and its curves."""
+        """Write one line of the log, and a point of each curve in TensorBoard."""
         if not self.active:
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -97,16 +99,23 @@ class Journal:
             self.board.add_scalar(name, value, facts["update"])
 
     def picture(self, grid: Image.Image, update: int) -> None:
-        """Show a sample grid."""
+        """Show a sample grid in TensorBoard."""
         if self.active:
             self.board.add_image("preview", np.asarray(grid), update, dataformats="HWC")
 
-    def say(self, text: str) -> None:
-        """Where no bar can be drawn, a line now and then."""
+    def show(self, share: float, left: float | None, note: str) -> None:
+        """Move the bar; where the output is no terminal, print a line every few seconds instead.
+
+        Args:
+            share: of the whole run, in 0..1.
+            left: seconds, None where unknown.
+            note: what was done last.
+        """
+        self.progress.update(self._bar, completed=share, left=in_words(left), note=note)
         now = time.monotonic()
-        if self.active and not self.console.is_terminal and now - self._said > QUIET_INTERVAL:
-            self._said = now
-            self.console.print(text, highlight=False, soft_wrap=True)
+        if self.active and not self.console.is_terminal and now - self._shown > QUIET_INTERVAL:
+            self._shown = now
+            self.console.print(f"{share:.0%}, {in_words(left)} left: {note}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Finish TensorBoard's file."""

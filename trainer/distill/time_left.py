@@ -1,0 +1,130 @@
+"""How long a run will still take: recording and every phase, each at the cost that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...flash_core.grid import timestep_mixture
+from ..config import PhaseSection, Recipe
+from .assembly import needs_critic
+
+# Forward passes that a sample costs in a step; a forward and a backward pass count as three forward passes. They only
+# compare stages that are not measured yet.
+STUDENT_PASSES, ADVERSARIAL_PASSES, DMD_PASSES, CRITIC_PASSES = 3, 5, 3, 4
+
+
+@dataclass
+class Stage:
+    """A part of a run whose units cost about the same.
+
+    Attributes:
+        units: trajectories to record, or updates to make.
+        passes: expected forward passes of a unit.
+        done: units done, in all sessions.
+        measured: units done in this session.
+        seconds: the time of the measured units.
+    """
+
+    units: int
+    passes: float
+    done: int = 0
+    measured: int = 0
+    seconds: float = 0.0
+
+
+class TimeLeft:
+    """Estimates the time left of a run whose stages follow each other.
+
+    A stage costs what its units were measured to cost. A stage that has not begun costs its passes times the measured
+    seconds of a pass.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = list(stages)
+
+    def advance(self, units: int, seconds: float | None) -> None:
+        """Count ``units`` as done.
+
+        Args:
+            units: they may reach into the next stages.
+            seconds: the time they took, None where the work of an earlier session was read.
+        """
+        parts: list[tuple[Stage, int]] = []
+        for stage in self.stages:
+            part = min(units, stage.units - stage.done)
+            stage.done += part
+            units -= part
+            if part:
+                parts.append((stage, part))
+        if seconds is None:
+            return
+        passes = sum(stage.passes * part for stage, part in parts)
+        for stage, part in parts:
+            stage.measured += part
+            stage.seconds += seconds * stage.passes * part / passes
+
+    def seconds(self, limit: float | None = None) -> float | None:
+        """Return the seconds left, None before anything is measured.
+
+        Args:
+            limit: the most seconds that the run may still take.
+        """
+        if self._seconds_of_a_pass() is None:
+            return limit
+        left = sum((stage.units - stage.done) * self._cost(stage) for stage in self.stages)
+        return left if limit is None else min(left, limit)
+
+    def share(self, limit: float | None = None) -> float:
+        """Return the finished share of the run, in 0..1."""
+        left = self.seconds(limit)
+        spent = sum(stage.done * self._cost(stage) for stage in self.stages)
+        return 0.0 if left is None or not spent else spent / (spent + left)
+
+    def _seconds_of_a_pass(self) -> float | None:
+        passes = sum(stage.measured * stage.passes for stage in self.stages)
+        return sum(stage.seconds for stage in self.stages) / passes if passes else None
+
+    def _cost(self, stage: Stage) -> float:
+        """Return the seconds of one unit, 0 before anything is measured."""
+        if stage.measured:
+            return stage.seconds / stage.measured
+        return stage.passes * (self._seconds_of_a_pass() or 0.0)
+
+
+def recording_stage(recipe: Recipe, trajectories: int) -> Stage:
+    """Return the stage that records ``trajectories``; guidance asks the teacher twice a step."""
+    return Stage(trajectories, 2 * recipe.method.teacher_steps)
+
+
+def phase_stages(recipe: Recipe, updates: int) -> list[Stage]:
+    """Return one stage for each phase, after ``updates`` updates."""
+    stages = [Stage(phase.updates, _update_passes(recipe, phase)) for phase in recipe.phases]
+    TimeLeft(stages).advance(updates, None)
+    return stages
+
+
+def expected_passes(teacher_steps: int, modes: tuple[float, ...]) -> float:
+    """Return the teacher's forward passes for one solution, expected over pi(k); guidance makes two a step."""
+    probability = timestep_mixture(teacher_steps, modes)
+    steps = sum(float(value) * (teacher_steps - index) for index, value in enumerate(probability))
+    return 2 * steps
+
+
+def _update_passes(recipe: Recipe, phase: PhaseSection) -> float:
+    passes = 0.0 if recipe.trajectories.count else expected_passes(recipe.method.teacher_steps, phase.modes)
+    passes += STUDENT_PASSES
+    if phase.adversarial:
+        passes += ADVERSARIAL_PASSES
+    if phase.dmd:
+        passes += DMD_PASSES + (CRITIC_PASSES if needs_critic(recipe) else 0)
+    return passes * recipe.batch_size * recipe.gradient_accumulation
+
+
+def in_words(seconds: float | None) -> str:
+    """Return a time such as ``40 s``, ``12 min`` or ``3.5 h``; ``?`` where it is unknown."""
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
