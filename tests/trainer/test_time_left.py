@@ -1,0 +1,92 @@
+"""The time left of a run: every stage at its measured cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flash_diffusion.trainer.config import parse_recipe
+from flash_diffusion.trainer.distill.loop import distil
+from flash_diffusion.trainer.distill.time_left import Stage, TimeLeft, in_words, phase_stages, recording_stage
+from flash_diffusion.trainer.distill.training_log import TrainingLog
+
+
+def test_nothing_measured_is_unknown_or_the_limit() -> None:
+    estimate = TimeLeft([Stage(units=10, passes=2)])
+    assert estimate.seconds() is None
+    assert estimate.seconds(60) == 60
+    assert estimate.share() == 0
+
+
+def test_unmeasured_stages_cost_their_passes() -> None:
+    """4 units of 2 passes took 16 s: 2 s a pass. Left: 6 units of 4 s, 10 units of 3 passes."""
+    estimate = TimeLeft([Stage(units=10, passes=2), Stage(units=10, passes=3)])
+    estimate.advance(4, 16.0)
+    assert estimate.seconds() == 6 * 4 + 10 * 3 * 2
+    assert estimate.share() == 16 / (16 + 84)
+
+
+def test_a_measured_stage_costs_what_it_took() -> None:
+    estimate = TimeLeft([Stage(units=4, passes=1), Stage(units=10, passes=1)])
+    estimate.advance(4, 4.0)
+    estimate.advance(2, 20.0)
+    assert estimate.seconds() == 8 * 10
+    assert estimate.share() == 24 / (24 + 80)
+
+
+def test_units_reach_into_the_next_stage_by_passes() -> None:
+    """2 units of 1 pass and 1 unit of 4 passes took 12 s: 4 s and 8 s."""
+    first, second = Stage(units=2, passes=1), Stage(units=3, passes=4)
+    TimeLeft([first, second]).advance(3, 12.0)
+    assert (first.done, first.seconds, second.done, second.seconds) == (2, 4.0, 1, 8.0)
+
+
+def test_units_of_an_earlier_session_count_but_cost_nothing_now() -> None:
+    estimate = TimeLeft([Stage(units=10, passes=1)])
+    estimate.advance(5, None)
+    assert estimate.seconds() is None
+    estimate.advance(1, 3.0)
+    assert estimate.seconds() == 4 * 3
+    assert estimate.share() == 6 / 10
+
+
+def test_a_limit_is_the_most_that_is_left() -> None:
+    estimate = TimeLeft([Stage(units=10, passes=1)])
+    estimate.advance(1, 10.0)
+    assert estimate.seconds(30) == 30
+    assert estimate.share(30) == 10 / 40
+
+
+def test_stages_of_a_recipe(recipe_content: dict[str, Any]) -> None:
+    recipe_content["trajectories"] = {"count": 6, "batch": 2}
+    recipe = parse_recipe(recipe_content)
+    assert recording_stage(recipe, 6).passes == 2 * recipe.method.teacher_steps
+    first, second = phase_stages(recipe, updates=3)
+    assert (first.units, first.done) == (2, 2)
+    assert (second.units, second.done) == (3, 1)
+    samples = recipe.batch_size * recipe.gradient_accumulation
+    assert first.passes == 3 * samples  # the student alone, replayed
+    assert second.passes == (3 + 5 + 3) * samples  # and adversarial, and DMD without a critic
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(None, "?"), (40.4, "40 s"), (600, "10 min"), (5400, "1.5 h"), (100_000, "27.8 h")]
+)
+def test_times_in_words(seconds: float | None, words: str) -> None:
+    assert in_words(seconds) == words
+
+
+def test_one_bar_runs_over_recording_and_updates(
+    recipe_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_content |= {"trajectories": {"count": 5, "batch": 2}}
+    shown: list[tuple[float, str]] = []
+    monkeypatch.setattr(TrainingLog, "show", lambda _, share, left, note: shown.append((share, note)))
+    distil(parse_recipe(recipe_content), tmp_path)
+    notes = [note.partition(", ")[0] for _, note in shown]
+    recorded = [f"{count} of 5 teacher trajectories" for count in (2, 4, 5)]
+    assert notes == [*recorded, *(f"update {update}" for update in range(1, 6)), "5 updates"]
+    assert all(0 < share < 1 for share, _ in shown[:-2])
+    assert [share for share, _ in shown[-2:]] == [1, 1]
