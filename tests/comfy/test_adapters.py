@@ -321,7 +321,7 @@ def both_kinds(networks: dict[str, nn.Module]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_equals_diffusers_stock_pipeline(
+def test_adapters_equal_diffusers_stock_pipelines(
     results: dict[str, Tensor], adapters: dict[str, nn.Module], name: str
 ) -> None:
     if name == "both kinds":
@@ -341,18 +341,18 @@ def test_adapters_change_the_picture(results: dict[str, Tensor]) -> None:
     assert relative(results["sdxl_full_adapter_xl, 4"], results["sdxl_full_adapter_xl, first"]) > 10 * TOLERANCE
 
 
-def test_comfyuis_own_reader_makes_the_same_of_what_it_knows(results: dict[str, Tensor]) -> None:
+def test_adapters_equal_those_of_comfyuis_own_loader(results: dict[str, Tensor]) -> None:
     assert relative(results["core's T2I-adapter"], results["sdxl_full_adapter_xl, 4"]) < SAME
     assert relative(results["the original layout"], results["sdxl_full_adapter_xl, 4"]) < SAME
     assert relative(results["core's and ours"], results["sdxl_full_adapter_xl, two"]) < SAME
 
 
-def test_a_hint_is_rounded_up_to_what_an_adapter_unshuffles(results: dict[str, Tensor]) -> None:
+def test_a_hint_is_resized_to_a_multiple_of_the_unshuffle_factor(results: dict[str, Tensor]) -> None:
     """120 x 168 pixels in pieces of 16: ComfyUI would leave out maps of another size and say so in its log only."""
     assert relative(results["sdxl, odd"], results["plain sdxl, odd"]) > 100 * TOLERANCE
 
 
-def test_each_window_steers_exactly_its_steps(said: dict[str, Any]) -> None:
+def test_the_adapter_works_exactly_from_start_step_to_end_step(said: dict[str, Any]) -> None:
     windows = said["windows"]
     assert len(windows) > 6 * 150
     for name, (count, start, end, asked) in windows.items():
@@ -377,11 +377,11 @@ def test_each_window_steers_exactly_its_steps(said: dict[str, Any]) -> None:
         ("a loaded ControlNet", "core's node"),
     ],
 )
-def test_it_is_the_same(results: dict[str, Tensor], ours: str, same: str) -> None:
+def test_two_ways_give_the_same_latent(results: dict[str, Tensor], ours: str, same: str) -> None:
     assert relative(results[ours], results[same]) < SAME
 
 
-def test_strength_0_is_no_adapter_bit_for_bit(results: dict[str, Tensor]) -> None:
+def test_strength_0_equals_no_adapter_bit_for_bit(results: dict[str, Tensor]) -> None:
     assert torch.equal(results["strength 0"], results["plain"])
 
 
@@ -392,7 +392,7 @@ def test_each_picture_of_a_batch_has_its_own_hint(results: dict[str, Tensor], gu
     assert relative(two[1], results[f"the second for both{guided}"][1]) < SAME
 
 
-def test_nothing_is_changed_in_place(results: dict[str, Tensor]) -> None:
+def test_the_inputs_are_not_changed_in_place(results: dict[str, Tensor]) -> None:
     assert bool(results["nothing is changed in place"])
 
 
@@ -425,7 +425,7 @@ def test_nothing_is_changed_in_place(results: dict[str, Tensor]) -> None:
         ("a ControlNet that reads latents", ["as a latent", "VAE to 'vae'"]),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(said: dict[str, Any], name: str, parts: list[str]) -> None:
+def test_wrong_input_raises_a_readable_error(said: dict[str, Any], name: str, parts: list[str]) -> None:
     assert name in said["refused"], f"{name} was taken"
     for part in parts:
         assert part in said["refused"][name]
@@ -434,7 +434,7 @@ def test_what_does_not_fit_is_refused_in_words(said: dict[str, Any], name: str, 
 # -- published sizes -------------------------------------------------------------------------------------------------
 
 
-def test_maps_are_added_where_comfyuis_own_adapters_are(said: dict[str, Any]) -> None:
+def test_maps_are_added_at_the_blocks_of_comfyuis_own_adapters(said: dict[str, Any]) -> None:
     """By hand, from the lists that ComfyUI's adapter class makes for SD 1.5 and SDXL: block, channels, scale."""
     stable = [[2, 320, 1], [5, 640, 2], [8, 1280, 4], [11, 1280, 8], [None, 1280, 8]]
     places = said["published"]["places"]
@@ -461,7 +461,7 @@ FITTING = {
 
 @pytest.mark.parametrize("adapter", FITTING)
 @pytest.mark.parametrize("model", ["SD 1.5", "SD 2", "SDXL", "SD3"])
-def test_a_published_adapter_of_another_model_is_refused_by_name(
+def test_a_published_adapter_for_another_model_raises_an_error_with_both_names(
     said: dict[str, Any], adapter: str, model: str
 ) -> None:
     kind, made_for = adapter.removeprefix("small ").split(" of ")
@@ -506,7 +506,7 @@ def demo_graph(server: Any, adapter: str, **settings: Any) -> prompts.Prompt:
     return prompt
 
 
-def test_it_runs_on_the_demo(client: Client, server: Any, demo_adapter: str) -> None:
+def test_the_node_runs_on_the_demo(client: Client, server: Any, demo_adapter: str) -> None:
     latents = {}
     for strength in (0.0, 0.8):
         run = client.run(demo_graph(server, demo_adapter, strength=strength))
@@ -516,7 +516,7 @@ def test_it_runs_on_the_demo(client: Client, server: Any, demo_adapter: str) -> 
     assert run.texts["adapter"] == "T2I-adapter: steps 1 to 2 of 2 (t = 999, 499), x 0.8"
 
 
-def test_what_is_refused_is_said_on_the_page(client: Client, server: Any, demo_adapter: str) -> None:
+def test_errors_are_shown_on_the_page(client: Client, server: Any, demo_adapter: str) -> None:
     run = client.run(demo_graph(server, demo_adapter, start_step=3))
     assert run.error is not None
     assert "start_step is 3, but this run has 2 evaluations" in run.error["exception_message"]

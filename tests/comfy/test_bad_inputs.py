@@ -70,7 +70,7 @@ OTHER_LATENT = ["latent has 4 channels; the model works on 16", "VAE that belong
 VIDEO = ["latent has 5 dimensions; expected 4", "Empty Latent Image"]
 NO_DENOISE = ["denoise is 0; expected a number above 0", "bypass"]
 NO_RGB = ["(1, 128, 128, 1)", "RGB or RGBA"]
-STOCHASTICITY = ["stochasticity is 2; expected 0", "to 1"]
+STOCHASTICITY = ["stochasticity is 2; expected a number from 0", "to 1"]
 OTHER_BASE = ["does not fit", "It is for the Flash demo", "the model is SD 1.5"]
 
 Row = list[str] | Elsewhere | Moot
@@ -92,40 +92,42 @@ TABLE: dict[str, dict[str, Row]] = {
         "stochasticity 2": STOCHASTICITY,
     },
     "FlashScheduler": {
-        "wrong model family": Elsewhere("test_sampling_families.py::test_what_cannot_be_sampled_is_refused_in_words"),
+        "wrong model family": Elsewhere(
+            "test_sampling_families.py::test_a_wrong_model_or_grid_raises_a_readable_error"
+        ),
         "denoise 0": NO_DENOISE,
     },
     "FlashSamplerSelect": {"stochasticity 2": STOCHASTICITY},
     "FlashLoraLoader": {
         "wrong model family": OTHER_BASE,
-        "adapter of another base": Elsewhere("test_nodes.py::test_a_lora_for_another_model_is_refused_by_name"),
+        "adapter of another base": Elsewhere("test_nodes.py::test_a_lora_for_another_model_raises_an_error_with_names"),
     },
     "FlashLoraStack": {
         "wrong model family": OTHER_BASE,
         "adapter of another base": Elsewhere(
-            "test_lora_stack.py::test_a_lora_for_another_base_is_refused_by_file_and_architectures"
+            "test_lora_stack.py::test_a_lora_for_another_base_raises_an_error_with_file_and_architectures"
         ),
     },
     "FlashCompare": {
-        "mask of another size": Elsewhere("test_compare.py::test_any_size_and_any_mask"),
+        "mask of another size": Elsewhere("test_compare.py::test_every_size_and_mask_works"),
         "empty mask": RIGHT,
         "batch mismatch": RIGHT,
         "one pixel": RIGHT,
         "NaN": NO_NUMBERS,
         "no prompts": NO_PROMPT,
         "wrong model family": OTHER_TEXT,
-        "wrong model family: of two": Elsewhere("test_compare.py::test_models_of_different_families_are_refused"),
-        "VAE of another model": Elsewhere("test_compare.py::test_bad_input_is_refused_in_words"),
-        "video latent": Elsewhere("test_compare.py::test_bad_input_is_refused_in_words"),
-        "latent of another model": Elsewhere("test_compare.py::test_bad_input_is_refused_in_words"),
+        "wrong model family: of two": Elsewhere("test_compare.py::test_models_of_different_families_raise_an_error"),
+        "VAE of another model": Elsewhere("test_compare.py::test_wrong_input_raises_a_readable_error"),
+        "video latent": Elsewhere("test_compare.py::test_wrong_input_raises_a_readable_error"),
+        "latent of another model": Elsewhere("test_compare.py::test_wrong_input_raises_a_readable_error"),
     },
     "FlashInpaintPrepare": {
         "mask of another size": Elsewhere("test_inpaint.py::test_a_smaller_mask_of_the_same_shape_fits"),
-        "mask of another size: shape": Elsewhere("test_inpaint.py::test_bad_input_is_refused_in_words"),
-        "empty mask": Elsewhere("test_inpaint.py::test_bad_input_is_refused_in_words"),
-        "batch mismatch": Elsewhere("test_inpaint.py::test_bad_input_is_refused_in_words"),
+        "mask of another size: shape": Elsewhere("test_inpaint.py::test_wrong_input_raises_a_readable_error"),
+        "empty mask": Elsewhere("test_inpaint.py::test_wrong_input_raises_a_readable_error"),
+        "batch mismatch": Elsewhere("test_inpaint.py::test_wrong_input_raises_a_readable_error"),
         "RGBA": Elsewhere("test_inpaint.py::test_an_alpha_channel_is_kept"),
-        "one pixel": Elsewhere("test_inpaint.py::test_any_size_of_picture"),
+        "one pixel": Elsewhere("test_inpaint.py::test_every_picture_size_works"),
         "huge": RIGHT,
         "NaN": NO_NUMBERS,
         "NaN: mask": NO_NUMBERS,
@@ -136,7 +138,7 @@ TABLE: dict[str, dict[str, Row]] = {
         "one channel": NO_RGB,
     },
     "FlashInpaintStitch": {
-        "batch mismatch": Elsewhere("test_inpaint.py::test_bad_input_is_refused_in_words"),
+        "batch mismatch": Elsewhere("test_inpaint.py::test_wrong_input_raises_a_readable_error"),
         "RGBA": RIGHT,
         "one pixel": RIGHT,
         "huge": RIGHT,
@@ -146,7 +148,7 @@ TABLE: dict[str, dict[str, Row]] = {
         "mask of another size": RIGHT,
         "mask of another size: shape": ["mask is 128 x 64", "128 x 128 pixels", "Crop or pad"],
         "empty mask": RIGHT,
-        "batch mismatch": Elsewhere("test_concat.py::test_wrong_channels_are_refused_in_words"),
+        "batch mismatch": Elsewhere("test_concat.py::test_wrong_channels_raise_a_readable_error"),
         "RGBA": RIGHT,
         "one pixel": RIGHT,
         "huge": RIGHT,
@@ -154,37 +156,37 @@ TABLE: dict[str, dict[str, Row]] = {
         "NaN: mask": NO_NUMBERS,
         "NaN: latent": NO_NUMBERS,
         "no prompts": NO_PROMPT,
-        "wrong model family": Elsewhere("test_concat.py::test_wrong_channels_are_refused_in_words"),
+        "wrong model family": Elsewhere("test_concat.py::test_wrong_channels_raise_a_readable_error"),
         "VAE of another model": OTHER_VAE,
         "video latent": VIDEO,
         "latent of another model": OTHER_LATENT,
     },
     "FlashUpscale": {
         "batch mismatch": Elsewhere("test_upscale.py::test_pictures_of_a_batch_are_enlarged_one_by_one"),
-        "RGBA": Elsewhere("test_upscale.py::test_an_alpha_channel_is_enlarged_alongside"),
-        "one pixel": Elsewhere("test_upscale.py::test_any_size_of_picture"),
-        "huge": Elsewhere("test_upscale.py::test_what_cannot_be_is_refused_in_words"),
+        "RGBA": Elsewhere("test_upscale.py::test_an_alpha_channel_is_enlarged_too"),
+        "one pixel": Elsewhere("test_upscale.py::test_every_picture_size_works"),
+        "huge": Elsewhere("test_upscale.py::test_wrong_channels_and_sizes_raise_a_readable_error"),
         "NaN": NO_NUMBERS,
         "no prompts": NO_PROMPT,
         "no prompts: negative": NO_NEGATIVE,
         "wrong model family": OTHER_TEXT,
-        "VAE of another model": Elsewhere("test_upscale.py::test_bad_input_is_refused_in_words"),
+        "VAE of another model": Elsewhere("test_upscale.py::test_wrong_input_raises_a_readable_error"),
         "denoise 0": NO_DENOISE,
         "one channel": NO_RGB,
     },
     "FlashAdapterApply": {
-        "batch mismatch": Elsewhere("test_adapters.py::test_it_is_the_same"),
-        "RGBA": Elsewhere("test_adapters.py::test_it_is_the_same"),
-        "one pixel": Elsewhere("test_adapters.py::test_it_is_the_same"),
-        "huge": Elsewhere("test_adapters.py::test_it_is_the_same"),
-        "NaN": Elsewhere("test_adapters.py::test_what_does_not_fit_is_refused_in_words"),
+        "batch mismatch": Elsewhere("test_adapters.py::test_two_ways_give_the_same_latent"),
+        "RGBA": Elsewhere("test_adapters.py::test_two_ways_give_the_same_latent"),
+        "one pixel": Elsewhere("test_adapters.py::test_two_ways_give_the_same_latent"),
+        "huge": Elsewhere("test_adapters.py::test_two_ways_give_the_same_latent"),
+        "NaN": Elsewhere("test_adapters.py::test_wrong_input_raises_a_readable_error"),
         "no prompts": Moot("an empty list stays one, which Flash Sampler refuses"),
-        "wrong model family": Elsewhere("test_adapters.py::test_what_does_not_fit_is_refused_in_words"),
+        "wrong model family": Elsewhere("test_adapters.py::test_wrong_input_raises_a_readable_error"),
         "adapter of another base": Elsewhere(
-            "test_adapters.py::test_a_published_adapter_of_another_model_is_refused_by_name"
+            "test_adapters.py::test_a_published_adapter_for_another_model_raises_an_error_with_both_names"
         ),
         "VAE of another model": Moot("only ControlNets that read latents look at it, in ComfyUI, while sampling"),
-        "denoise 0": Elsewhere("test_adapters.py::test_what_does_not_fit_is_refused_in_words"),
+        "denoise 0": Elsewhere("test_adapters.py::test_wrong_input_raises_a_readable_error"),
     },
     "FlashDemoModels": {},
 }
@@ -215,7 +217,7 @@ def results(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("node", "kind"), HERE)
-def test_it_is_refused_in_words_or_the_obvious_right_result(
+def test_a_mistake_gives_a_readable_error_or_the_right_result(
     said: dict[str, str], results: dict[str, Tensor], node: str, kind: str
 ) -> None:
     name, words = f"{node}, {kind}", TABLE[node][kind]
@@ -231,13 +233,13 @@ def test_it_is_refused_in_words_or_the_obvious_right_result(
         assert torch.allclose(results[name], expected, atol=TOLERANCE)
 
 
-def test_a_huge_picture_is_worked_on_at_the_models_size(results: dict[str, Tensor]) -> None:
+def test_a_huge_picture_is_sampled_at_the_models_size(results: dict[str, Tensor]) -> None:
     assert results["FlashInpaintPrepare, huge"].shape == (1, 128, 128, 3)
     assert results["FlashInpaintStitch, huge"].shape == (1, 128, 128, 3)
     assert results["FlashConcatConditioning, huge"].shape == (1, 17, 16, 16)
 
 
-def test_every_node_has_a_row_for_every_kind_that_its_inputs_allow(folder: Path) -> None:
+def test_every_node_has_a_row_for_every_mistake_that_its_inputs_allow(folder: Path) -> None:
     schemas = json.loads((folder / "schemas.json").read_text())
     assert set(TABLE) | set(OWN_TABLE) == set(schemas)
     missing = []
@@ -248,13 +250,13 @@ def test_every_node_has_a_row_for_every_kind_that_its_inputs_allow(folder: Path)
     assert not missing
 
 
-def test_rows_that_are_tried_elsewhere_are(folder: Path) -> None:
+def test_rows_of_other_files_name_existing_tests(folder: Path) -> None:
     tests = [row.test for rows in TABLE.values() for row in rows.values() if isinstance(row, Elsewhere)]
     for test in [*tests, *OWN_TABLE.values()]:
         file, _, name = test.partition("::")
         assert re.search(rf"^def {name or 'test_'}", (TESTS / file).read_text(), re.M), f"there is no {test}"
 
 
-def test_what_was_tried_is_in_the_table(said: dict[str, str], results: dict[str, Tensor]) -> None:
+def test_every_tried_mistake_is_in_the_table(said: dict[str, str], results: dict[str, Tensor]) -> None:
     tried = {*said, *(name for name in results if not name.endswith(", expected"))}
     assert tried == {f"{node}, {kind}" for node, kind in HERE}

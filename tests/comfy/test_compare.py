@@ -76,7 +76,7 @@ def cells(client: Client, run: Run) -> list[list[np.ndarray]]:
     return found
 
 
-def test_each_column_is_the_ordinary_samplers_pictures(client: Client, server) -> None:
+def test_each_column_equals_the_ordinary_samplers_pictures(client: Client, server) -> None:
     prompt = graph(pictures=2)
     prompt["teacher"] = prompts.node(
         "KSampler",
@@ -131,7 +131,7 @@ def test_evaluations_are_counted(client: Client, server, settings: dict[str, Any
     assert run.texts[COMPARE].splitlines()[0].startswith(f"teacher, 3 steps: {evaluations[0]} NFE, ")
 
 
-def test_the_table_tells_what_its_figures_hold_for(client: Client, server) -> None:
+def test_the_table_states_the_conditions_of_its_figures(client: Client, server) -> None:
     run = finished(client, graph(flash_steps="2"))
     (text,) = run.outputs["table"]["text"]
     assert "| teacher | 3 | euler, simple | 3 | 6 | " in text
@@ -141,14 +141,14 @@ def test_the_table_tells_what_its_figures_hold_for(client: Client, server) -> No
     assert "NOTE" not in text
 
 
-def test_one_bar_over_all_runs_with_previews(client: Client, server) -> None:
+def test_one_progress_bar_covers_all_runs(client: Client, server) -> None:
     run = finished(client, graph())
     steps = [value for value, total in run.progress if total == 8]  # 3 + 1 + 2, and an evaluation to warm up each
     assert steps == list(range(1, 9))
     assert len(run.previews) == 8
 
 
-def test_an_interrupt_stops_it(client: Client, server) -> None:
+def test_an_interrupt_stops_the_comparison(client: Client, server) -> None:
     run = client.run(graph(teacher_steps=40, pictures=2), interrupt_at_step=3)
     assert run.interrupted
     assert run.progress[-1][0] < 20
@@ -163,7 +163,7 @@ def with_the_models_exchanged(prompt: prompts.Prompt) -> None:
     prompt[COMPARE]["inputs"] |= {"model": [prompts.LORA, 0], "flash_model": [prompts.MODELS, 0]}
 
 
-def test_any_size_and_any_mask(client: Client, server) -> None:
+def test_every_size_and_mask_works(client: Client, server) -> None:
     """The smallest latent there is, and a mask that is not of its size, as KSampler takes them."""
     prompt = graph(teacher_steps=1, flash_steps="1")
     prompt[prompts.EMPTY]["inputs"] |= {"width": 16, "height": 16}
@@ -182,7 +182,7 @@ def test_any_size_and_any_mask(client: Client, server) -> None:
         (with_the_models_exchanged, "so it is not the teacher"),
     ],
 )
-def test_what_makes_no_comparison_is_said(
+def test_a_comparison_of_wrong_models_is_noted(
     client: Client, server, change: Callable[[prompts.Prompt], None], words: str
 ) -> None:
     prompt = graph(flash_steps="1", teacher_steps=1)
@@ -226,7 +226,7 @@ def with_a_videos_latent(prompt: prompts.Prompt) -> None:
         (with_a_full_latent_of_another_model, ["latent has 3 channels", "the model works on 16"]),
     ],
 )
-def test_bad_input_is_refused_in_words(
+def test_wrong_input_raises_a_readable_error(
     client: Client, server, spoil: Callable[[prompts.Prompt], None], words: list[str]
 ) -> None:
     prompt = graph()
@@ -252,17 +252,17 @@ def inside(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dic
     return json.loads((folder / "results.json").read_text())
 
 
-def test_models_of_different_families_are_refused(inside: dict[str, Any]) -> None:
+def test_models_of_different_families_raise_an_error(inside: dict[str, Any]) -> None:
     assert "'model' is SD 1.5" in inside["families"]
     assert "'flash_model' is SDXL" in inside["families"]
     assert inside["clone"] is None
 
 
-def test_the_device_is_waited_for_before_and_after(inside: dict[str, Any]) -> None:
+def test_timing_waits_for_the_device_before_and_after(inside: dict[str, Any]) -> None:
     assert inside["events"] == ["wait", "work", "wait", "work"]  # a CPU has nothing to wait for
 
 
-def test_step_counts(inside: dict[str, Any]) -> None:
+def test_step_counts_are_read_from_a_list(inside: dict[str, Any]) -> None:
     assert inside["steps"] == {"1, 2, 4": [1, 2, 4], "4;1 ,": [4, 1], "2,2,2": [2], "8": [8]}
     assert "is empty" in inside["bad_steps"].pop("")
     for text, words in inside["bad_steps"].items():

@@ -66,7 +66,7 @@ def concat_of(teacher: Teacher, given: dict[str, Tensor]) -> Tensor:
     return torch.cat([F.interpolate(given["mask"][:, None], (16, 16)), *pictures], dim=1)
 
 
-def test_the_channels_are_the_trainers(run) -> None:
+def test_channels_equal_the_trainers(run) -> None:
     teacher, given, results, said = run
     expected = concat_of(teacher, given)
     assert results["concat"].shape == (1, EXTRA, 16, 16)
@@ -76,7 +76,7 @@ def test_the_channels_are_the_trainers(run) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @torch.no_grad()
-def test_the_picture_is_the_trainers(run, steps: int) -> None:
+def test_the_sampled_latent_equals_the_trainers(run, steps: int) -> None:
     teacher, given, results, _ = run
     conditioning = teacher.encode_prompts(["red apple"]).joined(Conditioning(concat=concat_of(teacher, given)))
     timesteps = trailing_timesteps(teacher.denoiser.process, steps)
@@ -108,7 +108,7 @@ def test_the_picture_is_the_trainers(run, steps: int) -> None:
         ("no VAE", ["no VAE is connected"]),
     ],
 )
-def test_wrong_channels_are_refused_in_words(run, case: str, words: list[str]) -> None:
+def test_wrong_channels_raise_a_readable_error(run, case: str, words: list[str]) -> None:
     refusal = run[3]["refusals"][case]
     for word in words:
         assert word in refusal

@@ -94,7 +94,9 @@ def said(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("strength", STRENGTHS)
-def test_it_is_the_controlnet_that_was_trained(results: dict[str, Tensor], family: str, strength: float) -> None:
+def test_a_control_lora_equals_its_whole_controlnet_under_a_flash_lora(
+    results: dict[str, Tensor], family: str, strength: float
+) -> None:
     whole = results[f"{family}, {strength}, whole"]
     steering = relative(results[f"{family}, {strength}, unsteered"], whole)
     assert relative(results[f"{family}, {strength}, ours"], whole) < TOLERANCE
@@ -106,7 +108,9 @@ def test_it_is_the_controlnet_that_was_trained(results: dict[str, Tensor], famil
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("state", ["loaded", "patched on the fly", "half"])
-def test_wherever_the_model_lies(results: dict[str, Tensor], said: dict[str, Any], family: str, state: str) -> None:
+def test_a_control_lora_works_for_every_place_of_the_weights(
+    results: dict[str, Tensor], said: dict[str, Any], family: str, state: str
+) -> None:
     """Patched in, patched on the fly where memory is short, and some of each; the counts say that it is so."""
     assert relative(results[f"{family}, residuals, {state}"], results[f"{family}, residuals, whole"]) < TOLERANCE
     loaded, fly, half = (said[f"{family}, {name}"] for name in ("loaded", "patched on the fly", "half"))
@@ -114,11 +118,11 @@ def test_wherever_the_model_lies(results: dict[str, Tensor], said: dict[str, Any
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_is_left_after_a_run(said: dict[str, Any], family: str) -> None:
+def test_a_run_leaves_no_weights_behind(said: dict[str, Any], family: str) -> None:
     assert said[f"{family}, nothing is left"]
 
 
-def test_the_demo_takes_the_formats_that_ship_with_it(results: dict[str, Tensor]) -> None:
+def test_the_demos_adapter_formats_agree(results: dict[str, Tensor]) -> None:
     assert relative(results["demo, ours"], results["demo, whole"]) < TOLERANCE
     assert relative(results["demo, core"], results["demo, whole"]) > 10 * TOLERANCE
     for case in ("demo, ours", "demo, T2I-adapter"):
@@ -133,13 +137,13 @@ def test_the_demo_takes_the_formats_that_ship_with_it(results: dict[str, Tensor]
         ("of SDXL", ["ControlNet", "a vector of", "the model is SD 1.5"]),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(said: dict[str, Any], case: str, words: list[str]) -> None:
+def test_a_wrong_control_lora_raises_a_readable_error(said: dict[str, Any], case: str, words: list[str]) -> None:
     assert case in said, f"{case} was taken"
     for word in words:
         assert word in said[case]
 
 
-def test_the_demos_adapters_are_listed_where_they_lie(client: Client, root: Path) -> None:
+def test_loaders_list_the_demos_adapters(client: Client, root: Path) -> None:
     """Core's loader sees them too."""
     shipped = {file.name for file in (root / "trainer" / "demo" / "control").glob("*.safetensors")}
     nodes = client.object_info()

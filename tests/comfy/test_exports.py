@@ -123,7 +123,7 @@ def test_every_layer_is_patched(cases: dict[str, Case], family: str) -> None:
 
 @pytest.mark.parametrize("loader", ["ours", "core"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_output_is_that_of_diffusers(cases: dict[str, Case], family: str, loader: str) -> None:
+def test_the_output_equals_diffusers(cases: dict[str, Case], family: str, loader: str) -> None:
     case = cases[family]
     assert float((case.outputs["bare"] - case.expected).abs().max()) > 0.05
     torch.testing.assert_close(case.outputs[loader], case.expected, atol=1e-4, rtol=0)

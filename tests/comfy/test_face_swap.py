@@ -106,7 +106,7 @@ def teacher(folder: Path) -> Teacher:
     ],
 )
 @torch.no_grad()
-def test_the_channels_are_the_trainers(
+def test_channels_equal_the_trainers(
     results: dict[str, Tensor], teacher: Teacher, case: str, targets: str, sources: str
 ) -> None:
     """The same pictures and masks through the trainer's task, in both branches of guidance."""
@@ -153,7 +153,7 @@ def same_channels(results: dict[str, Tensor], case: str, other: str) -> bool:
     return relative(results[f"{case}.positive"], results[f"{other}.positive"]) < 1e-4
 
 
-def test_the_obvious_right_result(results: dict[str, Tensor]) -> None:
+def test_unusual_inputs_give_the_right_result(results: dict[str, Tensor]) -> None:
     for case in ("a transparent target", "a transparent source", "an empty source mask"):
         assert same_channels(results, case, "plain"), case
     # Boxes give the ellipse in the largest one; here that is the mask, up to the box's whole pixels.
@@ -201,7 +201,7 @@ def test_a_large_picture_keeps_its_size_and_its_bits(results: dict[str, Tensor])
         ("another VAE", ["latents of 4 channels", "works on 16"]),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(said: dict[str, str], case: str, words: list[str]) -> None:
+def test_wrong_input_raises_a_readable_error(said: dict[str, str], case: str, words: list[str]) -> None:
     assert case in said, f"{case} was taken"
     for word in words:
         assert word in said[case]
@@ -271,7 +271,7 @@ def test_every_saved_picture_carries_the_mark(client: Client, server: Any) -> No
     assert marks(client, third, "whole") == [MARK]
 
 
-def test_a_graph_without_the_mark_is_refused(client: Client, server: Any) -> None:
+def test_a_graph_without_the_mark_raises_an_error(client: Client, server: Any) -> None:
     without = graph(server)
     del without["prepare"]["inputs"]["notice"]
     with pytest.raises(RuntimeError, match="notice"):

@@ -86,7 +86,7 @@ def test_only_the_mask_changes_and_the_rest_keeps_its_bits(client: Client, serve
     assert 0.6 < crop.shape[0] * crop.shape[1] / 128**2 < 1.6  # the demo's own size
 
 
-def test_several_variants_of_one_picture(client: Client, server) -> None:
+def test_several_variants_of_one_picture_are_stitched(client: Client, server) -> None:
     name = save(server, "variants.png", picture(), MASK)
     first, second = arrays(client, client.run(graph(name, pictures=2)), "after")
     left, top, right, bottom = MASK
@@ -117,7 +117,7 @@ def test_an_alpha_channel_is_kept(client: Client, server) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 700), (128, 128), (129, 131)])
-def test_any_size_of_picture(client: Client, server, size: tuple[int, int]) -> None:
+def test_every_picture_size_works(client: Client, server, size: tuple[int, int]) -> None:
     width, height = size
     name = save(server, f"any_{width}x{height}.png", picture(width, height), (0, 0, (width + 1) // 2, height))
     run = client.run(graph(name))
@@ -166,7 +166,7 @@ def with_one_crop_for_two_pictures(prompt: prompts.Prompt) -> None:
         (with_one_crop_for_two_pictures, ["1 inpainted crops for 2 pictures"]),
     ],
 )
-def test_bad_input_is_refused_in_words(
+def test_wrong_input_raises_a_readable_error(
     client: Client, server, spoil: Callable[[prompts.Prompt], None], words: list[str]
 ) -> None:
     prompt = graph(save(server, "bad.png", picture(), MASK))

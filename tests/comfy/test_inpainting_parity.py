@@ -161,7 +161,9 @@ def stock_run(
 @pytest.mark.parametrize("kind", ["4", "9", "9, masked"])
 @pytest.mark.parametrize("run", TIMESTEPS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_equals_diffusers_inpainting(results: dict[str, Tensor], family: str, run: str, kind: str) -> None:
+def test_flash_sampler_equals_diffusers_inpainting(
+    results: dict[str, Tensor], family: str, run: str, kind: str
+) -> None:
     """A 9-channel model under a noise mask, as Flash Inpaint Prepare gives it, keeps the picture besides."""
     expected = stock_run(
         family, int(kind[0]), TIMESTEPS[run], full=run.endswith("1.0"), blended=kind.endswith("masked")
@@ -169,7 +171,7 @@ def test_it_equals_diffusers_inpainting(results: dict[str, Tensor], family: str,
     assert relative(results[f"{family}, {run}, {kind}"], expected) < TOLERANCE
 
 
-def test_the_timesteps_are_those_worked_by_hand(folder: Path) -> None:
+def test_timesteps_by_hand(folder: Path) -> None:
     assert json.loads((folder / "timesteps.json").read_text()) == TIMESTEPS
 
 
@@ -187,15 +189,13 @@ def test_a_hard_mask_is_the_limit_of_soft_ones(results: dict[str, Tensor], famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_at_denoise_1_a_picture_leaves_no_trace_where_nothing_of_it_is_kept(
-    results: dict[str, Tensor], family: str
-) -> None:
+def test_at_denoise_1_a_replaced_picture_leaves_no_trace(results: dict[str, Tensor], family: str) -> None:
     assert torch.equal(results[f"{family}, a picture"], results[f"{family}, no picture"])
     assert relative(results[f"{family}, everywhere"], results[f"{family}, no picture"]) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_parts_in_cores_sampler_are_flash_sampler(results: dict[str, Tensor], family: str) -> None:
+def test_flash_sampler_select_in_core_equals_flash_sampler(results: dict[str, Tensor], family: str) -> None:
     """Core noises the picture there, too, and Flash Sampler Select puts it right; core's own samplers do not.
 
     With one step they all predict once, from the same noise, and so differ in what they start from alone.
@@ -207,6 +207,6 @@ def test_the_parts_in_cores_sampler_are_flash_sampler(results: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_noise_to_add_a_noised_latent_is_taken_as_it_is(results: dict[str, Tensor], family: str) -> None:
+def test_without_noise_a_noised_latent_is_not_changed(results: dict[str, Tensor], family: str) -> None:
     """As core's sampler takes it; with one step it predicts the same."""
     assert relative(results[f"{family}, continued"], results[f"{family}, euler, continued"]) < TOLERANCE

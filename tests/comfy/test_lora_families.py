@@ -104,7 +104,7 @@ def test_every_layer_is_patched(answers, family: str) -> None:
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_every_layer_of_the_published_files_is_patched_at_its_true_scale(answers, name: str) -> None:
+def test_published_files_patch_every_layer_at_the_trained_scale(answers, name: str) -> None:
     """Flash PixArt has two layers for the picture's height and two for its width, stock models two for both."""
     answer, total = answers[0][name], answers[1][name]
     rank, _, alpha, _ = FACTS[name]
@@ -138,7 +138,7 @@ def test_every_layer_of_the_published_files_is_patched_at_its_true_scale(answers
         ("sd3 model, sd15 lora", "SD 1.5 (attn2 reads 768 channels)", "SD3 medium (1536 channels wide)"),
     ],
 )
-def test_another_family_is_refused_with_both_names(answers, case: str, lora: str, model: str) -> None:
+def test_another_family_raises_an_error_with_both_names(answers, case: str, lora: str, model: str) -> None:
     error = answers[0][case]["error"]
     assert f"It is for {lora}" in error
     assert f"the model is {model}" in error

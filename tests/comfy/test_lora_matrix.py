@@ -251,7 +251,7 @@ CASES += [(family, "save_lora_weights") for family in PIPELINES]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_every_layer_is_patched_and_the_output_is_pefts(matrix: Matrix, family: str, name: str) -> None:
+def test_every_layer_is_patched_and_the_output_equals_pefts(matrix: Matrix, family: str, name: str) -> None:
     answer = matrix.answers[f"{family}/{name}"]
     assert "error" not in answer, answer["error"]
     assert answer["matched"] == answer["layers"] == answer["patches"] == matrix.layers[family]
@@ -262,7 +262,7 @@ def test_every_layer_is_patched_and_the_output_is_pefts(matrix: Matrix, family: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["fused", *NATIVE])
-def test_native_names_and_fused_layers(matrix: Matrix, family: str, name: str) -> None:
+def test_native_names_and_fused_layers_equal_peft(matrix: Matrix, family: str, name: str) -> None:
     answer = matrix.answers[f"{family}/{name}"]
     assert "error" not in answer, answer["error"]
     assert answer["matched"] == answer["layers"] == answer["patches"]
@@ -270,14 +270,14 @@ def test_native_names_and_fused_layers(matrix: Matrix, family: str, name: str) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_model_itself_is_diffusers_and_stays_it(matrix: Matrix, family: str) -> None:
+def test_the_model_equals_diffusers_before_and_after(matrix: Matrix, family: str) -> None:
     outputs = matrix.outputs[family]
     assert relative(outputs["base"], matrix.expected[family]["base"]) < 1e-4
     assert torch.equal(outputs["base"], outputs["base again"])
 
 
 @pytest.mark.parametrize("family", UNETS)
-def test_the_old_attention_processors(matrix: Matrix, family: str) -> None:
+def test_files_of_old_attention_processors_load(matrix: Matrix, family: str) -> None:
     answer = matrix.answers[f"{family}/processors"]
     assert answer["matched"] == answer["layers"] == answer["patches"] >= 12
     assert relative(matrix.outputs[family]["processors"], matrix.expected[family]["attention"]) < 1e-4
@@ -311,7 +311,7 @@ def test_native_unets_become_diffusers_layers(matrix: Matrix, family: str) -> No
     assert checked > 150
 
 
-def test_alpha_and_its_source_are_told(matrix: Matrix) -> None:
+def test_the_report_names_alpha_and_its_source(matrix: Matrix) -> None:
     for name, source in (
         ("kohya", "file"),
         ("peft folder", "adapter_config"),
@@ -326,7 +326,7 @@ def test_alpha_and_its_source_are_told(matrix: Matrix) -> None:
     assert "alpha: unknown (scale 1 is used" in matrix.answers["sd15/bare"]["text"]
 
 
-def test_text_encoder_layers_are_told_of(matrix: Matrix) -> None:
+def test_the_report_counts_text_encoder_layers(matrix: Matrix) -> None:
     (left_out,) = matrix.answers["sdxl/with text encoder"]["left_out"]
     assert left_out["count"] == 1
     assert left_out["harmless"]
@@ -344,7 +344,7 @@ def test_text_encoder_layers_are_told_of(matrix: Matrix) -> None:
         ("a part of sd15 on flux", "an unknown model", "Flux"),
     ],
 )
-def test_another_family_is_refused_with_both_names(matrix: Matrix, name: str, lora: str, model: str) -> None:
+def test_another_family_raises_an_error_with_both_names(matrix: Matrix, name: str, lora: str, model: str) -> None:
     error = matrix.answers[name]["error"]
     assert f"It is for {lora}" in error
     assert f"the model is {model}" in error
@@ -360,7 +360,7 @@ def test_another_family_is_refused_with_both_names(matrix: Matrix, name: str, lo
         ("unknown keys allowed", {"keys that are not plain LoRA on a layer": 1}),
     ],
 )
-def test_a_part_is_loaded_where_it_is_allowed(matrix: Matrix, name: str, left_out: dict[str, int]) -> None:
+def test_allow_partial_loads_the_layers_that_fit(matrix: Matrix, name: str, left_out: dict[str, int]) -> None:
     answer = matrix.answers[name]
     assert {item["what"]: item["count"] for item in answer["left_out"]} == left_out
     missing = sum(count for what, count in left_out.items() if what.startswith("layers"))
@@ -368,13 +368,13 @@ def test_a_part_is_loaded_where_it_is_allowed(matrix: Matrix, name: str, left_ou
     assert not answer["complete"]
 
 
-def test_pixart_sigmas_layers_are_all_in_alpha(matrix: Matrix) -> None:
+def test_pixart_alpha_has_all_layers_of_sigma(matrix: Matrix) -> None:
     assert matrix.answers["sigma on alpha"]["complete"]
     (note,) = matrix.answers["sigma's layers said to be alpha's"]["notes"]
     assert note.startswith("WARNING: made for PixArt-alpha, while the model is PixArt-Sigma")
 
 
-def test_what_is_not_for_the_denoiser_is_never_loaded_silently(matrix: Matrix) -> None:
+def test_layers_outside_the_denoiser_are_reported(matrix: Matrix) -> None:
     assert "has no layer for the diffusion model" in matrix.answers["a text encoder's alone"]["error"]
     assert (
         "keys that are not plain LoRA on a layer: 1, e.g. lora_unet_conv_in.diff"

@@ -134,7 +134,7 @@ def refusal(client: Client, prompt: dict) -> str:
 
 
 @pytest.mark.parametrize("strengths", [{"style_a": 0.7, "style_b": 1.0}, {"style_b": -0.5, "style_a": 1.5}])
-def test_a_stack_is_one_loader_after_another(client: Client, folder: Path, strengths: dict[str, float]) -> None:
+def test_a_stack_equals_one_loader_after_another(client: Client, folder: Path, strengths: dict[str, float]) -> None:
     """Strengths are core's, for the model and for the text encoder."""
     expected = latent_of(client, one_after_another(**strengths))
     assert distance(latent_of(client, stack(**strengths)), expected) < TOLERANCE
@@ -146,7 +146,7 @@ def test_the_order_of_styles_does_not_matter(client: Client, folder: Path) -> No
     assert distance(latent_of(client, stack(style_b=1.2, style_a=0.7)), one) < TOLERANCE
 
 
-def test_a_flash_lora_in_a_styles_slot_is_the_flash_lora(client: Client, folder: Path) -> None:
+def test_a_flash_lora_in_a_style_slot_counts_as_the_flash_lora(client: Client, folder: Path) -> None:
     prompt = stack("none", style_a=0.7, flash_demo=1.0)
     assert distance(latent_of(client, prompt), latent_of(client, stack(style_a=0.7))) < TOLERANCE
     assert f"Flash LoRA {FLASH}, strength 1" in report_of(client, prompt)[0]
@@ -160,7 +160,7 @@ def test_without_a_lora_nothing_changes(client: Client, folder: Path) -> None:
     )
 
 
-def test_the_sampler_learns_the_flash_loras_timesteps(client: Client, folder: Path) -> None:
+def test_the_sampler_gets_the_flash_loras_timesteps(client: Client, folder: Path) -> None:
     save_random_lora(folder / "flash_random.safetensors", prompts.TEACHER)  # knows 1, 2 and 4 steps
     run = client.run(stack("flash_random.safetensors", style_b=1.0, steps=3))
     assert "the LoRA was trained for 1, 2, 4 steps" in run.texts[prompts.SAMPLER]
@@ -181,7 +181,7 @@ def chained(first: dict, **styles: float) -> dict:
     return prompt
 
 
-def test_stacks_chain_to_any_number(client: Client, folder: Path) -> None:
+def test_stacks_can_be_chained(client: Client, folder: Path) -> None:
     prompt = chained(stack(style_a=0.7), style_b=1.0, style_fights=1.0)
     report, run = report_of(client, prompt)
     expected = latent_of(client, stack(style_a=0.7, style_b=1.0, style_fights=1.0))
@@ -192,7 +192,7 @@ def test_stacks_chain_to_any_number(client: Client, folder: Path) -> None:
     assert "WARNING: style_fights.safetensors outweighs flash_demo.safetensors" in report
 
 
-def test_two_flash_loras_are_refused_by_name(client: Client, folder: Path) -> None:
+def test_two_flash_loras_raise_an_error_with_both_names(client: Client, folder: Path) -> None:
     copy = folder / "another_flash.safetensors"
     copy.write_bytes(SHIPPED.read_bytes())
     for prompt in (stack(another_flash=1.0), chained(stack(), another_flash=1.0)):
@@ -210,20 +210,20 @@ def test_two_flash_loras_are_refused_by_name(client: Client, folder: Path) -> No
     assert client.run(stack(another_flash=0.0)).succeeded
 
 
-def test_a_lora_for_another_base_is_refused_by_file_and_architectures(client: Client, folder: Path) -> None:
+def test_a_lora_for_another_base_raises_an_error_with_file_and_architectures(client: Client, folder: Path) -> None:
     message = refusal(client, stack(style_a=1.0, style_sd15=1.0))
     assert message.startswith("style_sd15.safetensors: ")
     assert "SD 1.5 (attn2 reads 768 channels)" in message
     assert "the Flash demo (attn2 reads 128 channels)" in message
 
 
-def test_another_algorithm_is_refused_by_name(client: Client, folder: Path) -> None:
+def test_another_algorithm_raises_an_error_with_its_name(client: Client, folder: Path) -> None:
     message = refusal(client, stack(style_dora=1.0))
     assert "style_dora.safetensors" in message
     assert "DoRA" in message
 
 
-def test_the_text_encoders_part_needs_the_clip(client: Client, folder: Path) -> None:
+def test_text_encoder_layers_need_the_clip(client: Client, folder: Path) -> None:
     report, _ = report_of(client, stack(style_a=1.0))
     layers = report.split("text encoder: ")[1].split(" layers")[0]
     matched, total = layers.split("/")
@@ -235,12 +235,12 @@ def test_the_text_encoders_part_needs_the_clip(client: Client, folder: Path) -> 
     assert "changes only the text encoder" in refusal(client, stack(style_text=1.0, clip=False))
 
 
-def test_a_lora_of_the_text_encoder_alone(client: Client, folder: Path) -> None:
+def test_a_lora_with_only_text_encoder_layers_works(client: Client, folder: Path) -> None:
     expected = latent_of(client, one_after_another(style_text=0.8))
     assert distance(latent_of(client, stack(style_text=0.8)), expected) < TOLERANCE
 
 
-def test_the_report_tells_the_overlap_and_the_suggestion_ends_the_warning(client: Client, folder: Path) -> None:
+def test_the_suggested_strength_ends_the_overlap_warning(client: Client, folder: Path) -> None:
     report, run = report_of(client, stack(style_fights=1.0))
     flash, style = (common_names(read_lora(path).modules) for path in (SHIPPED, folder / "style_fights.safetensors"))
     met = overlap(flash, style)
@@ -258,7 +258,7 @@ def test_the_report_tells_the_overlap_and_the_suggestion_ends_the_warning(client
     assert run.texts[prompts.LORA] == "2 LoRAs, no conflict"
 
 
-def test_styles_that_outweigh_it_only_together_are_told(client: Client, folder: Path) -> None:
+def test_styles_that_only_together_outweigh_the_flash_lora_give_a_warning(client: Client, folder: Path) -> None:
     save_style(folder / "style_c.safetensors", 6, 0.15)
     save_style(folder / "style_d.safetensors", 7, 0.15)
     report, _ = report_of(client, stack(style_c=1.0, style_d=1.0))
@@ -269,7 +269,7 @@ def test_styles_that_outweigh_it_only_together_are_told(client: Client, folder: 
     assert "WARNING" not in calm
 
 
-def test_styles_that_add_up_or_cancel_are_told(client: Client, folder: Path) -> None:
+def test_styles_that_add_up_or_cancel_give_a_warning(client: Client, folder: Path) -> None:
     (folder / "style_twin.safetensors").write_bytes((folder / "style_a.safetensors").read_bytes())
     report, _ = report_of(client, stack("none", style_a=1.0, style_twin=1.0))
     # Twice the same: each at 1 / sqrt(2), and they are as large as two unrelated ones.
@@ -281,7 +281,7 @@ def test_styles_that_add_up_or_cancel_are_told(client: Client, folder: Path) -> 
     assert "style_a.safetensors and style_opposed.safetensors work against each other (cosine -1.00)" in report
 
 
-def test_a_flash_lora_of_another_loader_is_told_of(client: Client, folder: Path) -> None:
+def test_the_report_mentions_a_flash_lora_of_another_loader(client: Client, folder: Path) -> None:
     prompt = stack("none", style_b=1.0)
     prompt["loader"] = prompts.node("FlashLoraLoader", model=[prompts.MODELS, 0], lora_name=FLASH, strength=1.0)
     prompt[prompts.LORA]["inputs"]["model"] = ["loader", 0]

@@ -93,7 +93,7 @@ def demo(
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_the_first_losses_are_the_headless_trainers(demo, term: str) -> None:
+def test_the_first_losses_equal_the_headless_trainers(demo, term: str) -> None:
     results, losses, _ = demo
     assert torch.allclose(results[term][:COMPARED], torch.tensor(losses[term]), rtol=1e-3)
 
@@ -105,14 +105,14 @@ def test_a_hundred_updates_bring_the_student_to_the_teacher(demo) -> None:
     assert all(len(results[term]) == UPDATES and bool(results[term].isfinite().all()) for term in TERMS)
 
 
-def test_the_demo_computes_what_it_computed_before(demo) -> None:
+def test_the_demo_model_is_unchanged_after_distillation(demo) -> None:
     results, _, _ = demo
     assert torch.equal(results["sampled.before"], results["sampled.after"])
     assert torch.equal(results["sampled.before"], results["sampled.again"])
 
 
 @torch.no_grad()
-def test_its_lora_is_the_student_in_comfyui_and_in_the_trainer(demo) -> None:
+def test_the_trained_lora_gives_the_student_in_comfyui_and_in_the_trainer(demo) -> None:
     results, _, folder = demo
     assert float((results["patched"] - results["student"]).abs().max()) < 1e-4
     headless = load_teacher(ModelSection(family="demo"))
@@ -202,7 +202,7 @@ def families(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_output_and_gradient_are_diffusers(families, family: str) -> None:
+def test_output_and_gradient_equal_diffusers(families, family: str) -> None:
     """The raw output in the method's convention, and its gradient, where Flux writes in place in ComfyUI alone."""
     network, given, results, _ = families[family]
     z_t = given["z0"].clone().requires_grad_()
@@ -233,7 +233,7 @@ def diffusers_states(family: str, network: torch.nn.Module, given: dict[str, Ten
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_features_are_the_hidden_states_that_the_trainer_reads(families, family: str) -> None:
+def test_features_equal_the_trainers_hidden_states(families, family: str) -> None:
     network, given, results, _ = families[family]
     expected = diffusers_states(family, network, given)
     states = [results[f"features.{index}"] for index in range(len(expected))]
@@ -260,7 +260,7 @@ def test_ten_updates_on_one_batch_lower_the_loss(families, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_model_computes_what_it_computed_before(families, family: str) -> None:
+def test_the_model_is_unchanged_after_distillation(families, family: str) -> None:
     results = families[family][2]
     assert torch.equal(results["sampled.before"], results["sampled.after"])
     assert torch.equal(results["sampled.before"], results["sampled.again"])
@@ -269,7 +269,7 @@ def test_the_model_computes_what_it_computed_before(families, family: str) -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_lora_is_the_student_in_comfyui_and_in_diffusers(families, family: str) -> None:
+def test_the_lora_gives_the_student_in_comfyui_and_in_diffusers(families, family: str) -> None:
     _, given, results, path = families[family]
     assert relative(results["patched"], results["student"]) < 1e-4
     network = tiny_network(family)
@@ -304,13 +304,13 @@ def test_the_models_own_lora_is_part_of_the_teacher_and_stays(facts) -> None:
     assert facts["unchanged with a LoRA"]
 
 
-def test_gradients_reach_the_adapter_of_the_role_alone(facts) -> None:
+def test_gradients_reach_only_the_adapter_of_the_role(facts) -> None:
     assert facts["student has gradients"]
     assert facts["critic has none"]
     assert facts["base has none"]
 
 
-def test_an_interrupt_inside_leaves_the_model_as_it_was(facts) -> None:
+def test_an_interrupt_leaves_the_model_unchanged(facts) -> None:
     assert facts["interrupted"]
     assert facts["inference mode again"]
     assert facts["unchanged after it"]
@@ -319,7 +319,7 @@ def test_an_interrupt_inside_leaves_the_model_as_it_was(facts) -> None:
     assert facts["adapter freed"]
 
 
-def test_prompts_of_different_lengths_are_computed_as_if_alone(facts) -> None:
+def test_prompts_of_different_lengths_do_not_affect_each_other(facts) -> None:
     assert facts["lengths"] == [5, 9, 5, 5]
     assert facts["ragged"] < 1e-4
 
@@ -342,7 +342,7 @@ def test_patches_and_wrappers_are_part_of_the_teacher(facts) -> None:
     assert "called 2 times for one prediction" in facts["called twice"]
 
 
-def test_the_process_is_the_samplings(facts) -> None:
+def test_the_process_equals_comfyuis_sampling(facts) -> None:
     assert facts["sd3 shift"] == pytest.approx(3.0)
     assert facts["flux shift"] == pytest.approx(math.exp(1.15))  # ComfyUI has the logarithm, 1.15
     assert facts["x0"] == "'sample'"
@@ -365,5 +365,5 @@ def test_the_process_is_the_samplings(facts) -> None:
         ("eps without signal", "zero terminal SNR"),
     ],
 )
-def test_what_cannot_be_distilled_is_refused_in_words(facts, case: str, words: str) -> None:
+def test_a_model_that_cannot_be_distilled_raises_a_readable_error(facts, case: str, words: str) -> None:
     assert words in facts[case]

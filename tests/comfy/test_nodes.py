@@ -56,7 +56,7 @@ def test_scheduler_and_sampler_in_custom_sampling_equal_flash_sampler(client: Cl
     assert torch.equal(ours, custom)
 
 
-def test_without_stochasticity_the_sampler_is_ddim(client: Client, lora: str) -> None:
+def test_stochasticity_0_equals_ddim(client: Client, lora: str) -> None:
     """Core's euler on the same noise levels is DDIM, written by somebody else."""
     ours = latent_of(client, custom_sampling(lora, 6, ["ddim", 0]))
     core = latent_of(client, custom_sampling(lora, 6, ["euler", 0]))
@@ -76,7 +76,7 @@ def test_split_sigmas_pass_a_noisy_latent_on(client: Client, lora: str) -> None:
     assert float((latent_of(client, split) - expected).abs().max() / expected.std()) < 1e-3
 
 
-def test_one_step_is_core_one_step(client: Client, lora: str) -> None:
+def test_one_step_equals_cores_one_step(client: Client, lora: str) -> None:
     """With one step every sampler predicts once from the same first noise: KSampler's noise, our timestep."""
     ours = latent_of(client, prompts.latents(lora, seed=8, steps=1))
     core = prompts.latents(lora, seed=8)
@@ -97,7 +97,7 @@ def test_one_step_is_core_one_step(client: Client, lora: str) -> None:
     assert float((ours - expected).abs().max() / expected.std()) < 1e-3
 
 
-def test_a_batch_item_alone_is_the_same_in_custom_sampling(client: Client, lora: str) -> None:
+def test_a_batch_item_alone_gives_the_same_latent_in_custom_sampling(client: Client, lora: str) -> None:
     batch = latent_of(client, custom_sampling(lora, 9, ["flash", 0]))
     prompt = custom_sampling(lora, 9, ["flash", 0])
     prompt["from"] = prompts.node("LatentFromBatch", samples=[prompts.EMPTY, 0], batch_index=1, length=1)
@@ -147,13 +147,13 @@ def test_another_grid_is_evaluated_by_both_nodes(
     assert torch.equal(client.latent(run, "latent"), latent_of(client, custom))
 
 
-def test_a_list_of_timesteps_that_is_none_is_refused_in_words(client: Client, lora: str) -> None:
+def test_a_wrong_list_of_timesteps_raises_a_readable_error(client: Client, lora: str) -> None:
     run = client.run(prompts.latents(lora, seed=20, grid="custom", timesteps="999, 1200"))
     assert run.error is not None
     assert "'1200' is no timestep of this model. Write whole numbers of 0 to 999" in run.error["exception_message"]
 
 
-def test_stochasticity_is_that_of_the_sampler_node(client: Client, lora: str) -> None:
+def test_stochasticity_equals_that_of_the_sampler_node(client: Client, lora: str) -> None:
     ours = latent_of(client, prompts.latents(lora, seed=21, stochasticity=0.0))
     assert torch.equal(ours, latent_of(client, custom_sampling(lora, 21, ["ddim", 0])))
     assert not torch.equal(ours, latent_of(client, prompts.latents(lora, seed=21, stochasticity=0.5)))
@@ -246,7 +246,7 @@ def test_the_loader_reports_what_it_loaded(client: Client, lora: str) -> None:
     assert int(total) > 8
 
 
-def test_a_lora_for_another_model_is_refused_by_name(client: Client, server) -> None:
+def test_a_lora_for_another_model_raises_an_error_with_names(client: Client, server) -> None:
     save_sd15_lora(server.base / "models" / "loras" / "for_sd15.safetensors")
     run = client.run(prompts.latents("for_sd15.safetensors", seed=17))
     assert run.error is not None

@@ -77,7 +77,7 @@ def test_flash_sampler_equals_diffusers(client: Client, lora: Path, pipeline, st
     assert_close(client.latent(run, "latent")[:1], expected)
 
 
-def test_the_second_picture_of_a_batch_is_the_one_made_alone(client: Client, lora: Path) -> None:
+def test_the_second_picture_of_a_batch_equals_the_picture_made_alone(client: Client, lora: Path) -> None:
     batch = client.run(prompts.latents(lora.name, seed=SEED, pictures=3))
     assert batch.succeeded, batch.error
     alone = prompts.latents(lora.name, seed=SEED, pictures=3)
@@ -96,7 +96,7 @@ def test_the_shipped_lora_equals_diffusers(client: Client, pipeline, shipped: Pa
     assert_close(client.latent(run, "latent")[:1], expected)
 
 
-def test_one_lora_file_gives_one_picture_everywhere(client: Client, lora: Path, pipeline) -> None:
+def test_one_lora_file_gives_the_same_picture_everywhere(client: Client, lora: Path, pipeline) -> None:
     ours = prompts.latents(lora.name, seed=SEED, pictures=PICTURES)
     core = prompts.latents(lora.name, seed=SEED, pictures=PICTURES)
     core[prompts.LORA] = prompts.node(

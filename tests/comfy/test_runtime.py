@@ -13,7 +13,7 @@ from . import prompts
 pytestmark = pytest.mark.comfy
 
 
-def test_it_runs_a_workflow_and_saves_its_pictures(runtime: ModuleType, server, tmp_path: Path) -> None:
+def test_run_workflow_saves_the_pictures(runtime: ModuleType, server, tmp_path: Path) -> None:
     prompt = prompts.shipped()
     prompt[prompts.SAMPLER]["inputs"]["seed"] = 4711  # no other test's: what is cached is not saved again
     pictures = runtime.run_workflow(server, prompt, tmp_path / "pictures")
@@ -21,20 +21,20 @@ def test_it_runs_a_workflow_and_saves_its_pictures(runtime: ModuleType, server, 
     assert {Image.open(picture).size for picture in pictures} == {(128, 128)}
 
 
-def test_it_names_the_node_that_failed(runtime: ModuleType, server, tmp_path: Path) -> None:
+def test_an_error_names_the_node_that_failed(runtime: ModuleType, server, tmp_path: Path) -> None:
     prompt = prompts.latents(None, seed=1, guidance=3.0)
     with pytest.raises(runtime.RuntimeProblem, match=r"\(FlashSampler\): guidance is 3"):
         runtime.run_workflow(server, prompt, tmp_path)
 
 
-def test_it_shows_what_comfyui_said_of_an_invalid_workflow(runtime: ModuleType, server, tmp_path: Path) -> None:
+def test_an_invalid_workflow_shows_comfyuis_message(runtime: ModuleType, server, tmp_path: Path) -> None:
     prompt = prompts.shipped()
     prompt[prompts.LORA]["inputs"]["lora_name"] = "no such file.safetensors"
     with pytest.raises(runtime.RuntimeProblem, match=r"no such file\.safetensors"):
         runtime.run_workflow(server, prompt, tmp_path)
 
 
-def test_a_lora_of_the_users_takes_the_place_of_the_workflows(runtime: ModuleType) -> None:
+def test_the_users_lora_replaces_the_workflows(runtime: ModuleType) -> None:
     prompt = prompts.shipped()
     runtime.use_lora(prompt, "mine.safetensors")
     assert prompt[prompts.LORA]["inputs"]["lora_name"] == "mine.safetensors"
@@ -43,13 +43,15 @@ def test_a_lora_of_the_users_takes_the_place_of_the_workflows(runtime: ModuleTyp
         runtime.use_lora(prompt, "mine.safetensors")
 
 
-def test_a_wrong_comfyui_path_is_named(runtime: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_error_names_a_wrong_comfyui_path(
+    runtime: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(runtime.RuntimeProblem, match="COMFYUI_PATH is .* no main.py"):
         runtime.fetch()
 
 
-def test_a_lora_path_that_is_no_file_is_named(runtime: ModuleType, tmp_path: Path) -> None:
+def test_an_error_names_a_missing_lora_file(runtime: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(runtime.RuntimeProblem, match="--lora takes the path"):
         runtime.prepare_base(tmp_path, [tmp_path / "missing.safetensors"])
 

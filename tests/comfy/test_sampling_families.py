@@ -210,7 +210,7 @@ def test_guidance_equals_diffusers(results: dict[str, Tensor], family: str, netw
     assert relative(results["guided"], results["trained.4"]) > 0.1
 
 
-def test_without_fresh_noise_it_is_ddim_or_euler(results: dict[str, Tensor], family: str, network: nn.Module) -> None:
+def test_stochasticity_0_equals_ddim_or_euler(results: dict[str, Tensor], family: str, network: nn.Module) -> None:
     timesteps = (TRAINED_FLOW if is_flow(family) else TRAINED)[4]
     scheduler = few_step_scheduler(family, timesteps)
     if is_flow(family):
@@ -247,7 +247,7 @@ def test_zero_terminal_snr_is_close_to_diffusers(folder: Path, steps: int) -> No
 # -- noise -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_is_the_same_picture_bit_by_bit(results: dict[str, Tensor]) -> None:
+def test_the_same_seed_gives_the_same_picture_bit_by_bit(results: dict[str, Tensor]) -> None:
     assert torch.equal(results["again"], results["trained.4"])
     assert torch.equal(results["alone.0"], results["trained.4"])
 
@@ -276,7 +276,7 @@ FEATURES = (
 
 @pytest.mark.parametrize("family", FEATURE_FAMILIES, indirect=True)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_it_works_as_with_cores_sampler(results: dict[str, Tensor], feature: str) -> None:
+def test_masks_areas_and_the_like_work_as_in_cores_sampler(results: dict[str, Tensor], feature: str) -> None:
     assert relative(results[f"{feature}.ours"], results[f"{feature}.core"]) < TOLERANCE
     if feature != "odd size":
         assert relative(results[f"{feature}.without"], results[f"{feature}.core"]) > 0.01  # it does something
@@ -298,7 +298,7 @@ def test_a_mask_keeps_the_rest_of_the_picture(results: dict[str, Tensor], family
     assert relative(results[case][..., : edge - 1], picture[..., : edge - 1]) > 0.5
 
 
-def test_a_controlnet_works_as_with_cores_sampler(folder: Path) -> None:
+def test_a_controlnet_works_as_in_cores_sampler(folder: Path) -> None:
     results = load_file(folder / "sd15.results")
     assert relative(results["ControlNet.ours"], results["ControlNet.core"]) < TOLERANCE
     assert relative(results["ControlNet.without"], results["ControlNet.core"]) > 0.01
@@ -334,7 +334,9 @@ def test_a_controlnet_works_as_with_cores_sampler(folder: Path) -> None:
         ("custom, half", [590, 400, 10], "3 evaluations"),
     ],
 )
-def test_grids_know_the_model_and_the_lora(grids: dict[str, Any], name: str, timesteps: list[float], text: str) -> None:
+def test_grids_follow_the_model_and_the_lora(
+    grids: dict[str, Any], name: str, timesteps: list[float], text: str
+) -> None:
     assert grids[name].get("error") is None
     assert grids[name]["timesteps"] == pytest.approx(timesteps, rel=1e-5)
     assert text in grids[name]["text"]
@@ -359,12 +361,12 @@ def test_grids_know_the_model_and_the_lora(grids: dict[str, Any], name: str, tim
         ("custom, ascending", ["must descend"]),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_in_words(grids: dict[str, Any], name: str, parts: list[str]) -> None:
+def test_a_wrong_model_or_grid_raises_a_readable_error(grids: dict[str, Any], name: str, parts: list[str]) -> None:
     for part in parts:
         assert part in grids[name]["error"]
 
 
-def test_sizes_that_comfyuis_pixart_cannot_do_are_refused_in_words(grids: dict[str, Any]) -> None:
+def test_wrong_pixart_sizes_raise_a_readable_error(grids: dict[str, Any]) -> None:
     assert len(grids["sizes"]) == 3
     assert "384 x 328 pixels" in grids["sizes"][0]
     assert all("multiples of 16, and 264 or more" in said for said in grids["sizes"])

@@ -72,7 +72,7 @@ def results(
 
 
 @pytest.mark.parametrize("denoise", ["0.25", "1.0"])
-def test_one_tile_is_the_ordinary_samplers_image_to_image(results: dict[str, Tensor], denoise: str) -> None:
+def test_one_tile_equals_the_ordinary_samplers_image_to_image(results: dict[str, Tensor], denoise: str) -> None:
     """Of two pictures; sampled together there, one after the other here, hence the last bits."""
     assert torch.allclose(results[f"one.{denoise}"], results[f"whole.{denoise}"], atol=1e-5)
 
@@ -94,7 +94,7 @@ def excess(picture: Tensor, lines: Tensor, axis: int) -> float:
     return float(steepest[lines.long() - 1].mean() / steepest[apart].mean())
 
 
-def test_no_seam_shows(results: dict[str, Tensor]) -> None:
+def test_the_models_tiles_show_no_seam(results: dict[str, Tensor]) -> None:
     """The demo wants to draw an emoji into each tile of a picture that is none: unblended, every border shows."""
     starts = results["starts"] * PATCH  # of rows and columns alike: the picture is a square
     borders = torch.cat([starts[1:], starts[:-1] + TILE])
@@ -110,7 +110,7 @@ def test_no_seam_shows(results: dict[str, Tensor]) -> None:
     assert mean_excess("unblended", torch.tensor([TILE])) > 3
 
 
-def test_the_vaes_tiles_show_no_seam_either(results: dict[str, Tensor]) -> None:
+def test_the_vaes_tiles_show_no_seam(results: dict[str, Tensor]) -> None:
     """To the latent and back, 576 pixels in tiles of 512, beside the VAE without tiles."""
     tiled, whole = results["vae.tiled"], results["vae.whole"]
     starts = results["vae.starts"] * PATCH
@@ -138,7 +138,7 @@ def test_an_area_is_cut_to_the_tile(results: dict[str, Tensor]) -> None:
     assert int(results["area.kept"]) == 1
 
 
-def test_models_that_ask_for_a_size_are_told_the_tiles(results: dict[str, Tensor]) -> None:
+def test_models_that_read_a_size_get_the_tiles_size(results: dict[str, Tensor]) -> None:
     """At 8 pixels a position, unless the prompt says another, as this one does for the height."""
     assert results["told"].tolist() == [256, 300]
 
@@ -173,7 +173,7 @@ def test_each_tile_of_the_x4_upscaler_sees_its_part_of_the_small_picture(
     assert torch.allclose(results["x4.seen"], torch.cat(expected), atol=1e-6)
 
 
-def test_noise_augmentation_is_the_levels_noise_on_the_small_picture(results: dict[str, Tensor]) -> None:
+def test_noise_augmentation_adds_the_levels_noise_to_the_small_picture(results: dict[str, Tensor]) -> None:
     assert set(results["x4.levels"].tolist()) == {20}
     added = results["x4.noised.seen"] - results["x4.seen"]
     assert 0.01 < float(added.std()) < 0.3
@@ -207,7 +207,9 @@ def test_other_super_resolution_models_get_the_picture_or_its_latent(
         ("too_large", ["2400000 x 3200000", "GiB", "Lower scale"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_words(results: dict[str, Tensor], name: str, words: list[str]) -> None:
+def test_wrong_channels_and_sizes_raise_a_readable_error(
+    results: dict[str, Tensor], name: str, words: list[str]
+) -> None:
     message = bytes(results[name].tolist()).decode()
     for word in words:
         assert word in message
@@ -250,7 +252,7 @@ def arrays(client: Client, run: Run) -> list[np.ndarray]:
     ("size", "scale", "expected"),
     [((1, 1), 2.0, (2, 2)), ((3, 131), 1.5, (4, 196)), ((97, 65), 1.0, (97, 65)), ((128, 64), 1.25, (160, 80))],
 )
-def test_any_size_of_picture(
+def test_every_picture_size_works(
     client: Client, server, size: tuple[int, int], scale: float, expected: tuple[int, int]
 ) -> None:
     (after,) = arrays(client, client.run(graph(server, "any", picture(*size), scale=scale)))
@@ -264,7 +266,7 @@ def test_a_low_denoise_keeps_the_picture(client: Client, server) -> None:
     assert np.abs(after - kept).mean() < np.abs(after - mirrored).mean() / 3
 
 
-def test_an_alpha_channel_is_enlarged_alongside(client: Client, server) -> None:
+def test_an_alpha_channel_is_enlarged_too(client: Client, server) -> None:
     prompt = graph(server, "alpha")
     prompt["ramp"] = prompts.node("ImageToMask", image=["load", 0], channel="red")
     prompt["rgba"] = prompts.node("JoinImageWithAlpha", image=["load", 0], alpha=["ramp", 0])
@@ -287,7 +289,7 @@ def test_pictures_of_a_batch_are_enlarged_one_by_one(client: Client, server) -> 
     assert np.abs(first - second).mean() > 0.5
 
 
-def test_progress_goes_tile_by_tile_with_a_preview_a_step(client: Client, server) -> None:
+def test_progress_counts_tiles_and_previews_steps(client: Client, server) -> None:
     run = client.run(graph(server, "progress", steps=4, denoise=0.5))
     # 192 x 144 in tiles of 128 with an overlap of 32 at least: 2 x 2 tiles, twice; the VAE's one tile, to and fro.
     # Newer ComfyUI leaves out some that come quickly, but neither the first, nor one with a preview, nor the last.
@@ -335,7 +337,7 @@ def with_a_model_without_trained_timesteps(prompt: prompts.Prompt) -> None:
         (with_a_model_without_trained_timesteps, ["no trained timesteps"]),
     ],
 )
-def test_bad_input_is_refused_in_words(
+def test_wrong_input_raises_a_readable_error(
     client: Client, server, spoil: Callable[[prompts.Prompt], None], words: list[str]
 ) -> None:
     prompt = graph(server, "bad")
@@ -348,12 +350,12 @@ def test_bad_input_is_refused_in_words(
 
 
 @pytest.mark.parametrize(("name", "value"), [("scale", 9.0), ("overlap", 0.6), ("denoise", 0.0), ("steps", 9)])
-def test_the_page_refuses_values_out_of_range(client: Client, server, name: str, value: float) -> None:
+def test_values_out_of_range_raise_an_error_on_the_page(client: Client, server, name: str, value: float) -> None:
     with pytest.raises(Exception, match=name):
         client.queue(graph(server, "range", **{name: value}))
 
 
-def test_made_smaller_again_it_is_the_picture_it_was_made_from(client: Client) -> None:
+def test_an_enlarged_picture_made_small_again_equals_the_original(client: Client) -> None:
     """In the shipped workflow, at half of its scale."""
     prompt = json.loads((prompts.SHIPPED.parent / "flash_demo_upscale.json").read_text())
     prompt["9"]["inputs"]["scale"] = 2.0

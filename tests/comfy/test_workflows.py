@@ -95,12 +95,12 @@ def to_api(workflow: dict[str, Any], nodes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_formats_say_the_same(client: Client, name: str) -> None:
+def test_both_formats_describe_the_same_graph(client: Client, name: str) -> None:
     assert to_api(interface(name), client.object_info()) == api(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_join_outputs_and_inputs_of_one_type(client: Client, name: str) -> None:
+def test_links_connect_sockets_of_the_same_type(client: Client, name: str) -> None:
     workflow, nodes = interface(name), client.object_info()
     by_id = {node["id"]: node for node in workflow["nodes"]}
     assert len(by_id) == len(workflow["nodes"])
@@ -124,7 +124,7 @@ def test_nodes_do_not_overlap(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_listed_as_a_template_with_a_thumbnail(server, name: str) -> None:
+def test_every_workflow_is_a_template_with_a_thumbnail(server, name: str) -> None:
     assert name in json.loads(server.get("/api/workflow_templates"))["flash-diffusion"]
     served = json.loads(server.get(f"/api/workflow_templates/flash-diffusion/{name}.json"))
     assert served == interface(name)
@@ -133,7 +133,7 @@ def test_it_is_listed_as_a_template_with_a_thumbnail(server, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_file_it_loads_can_be_downloaded(server, name: str) -> None:
+def test_every_file_of_a_workflow_has_a_download(server, name: str) -> None:
     workflow = interface(name)
     (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     folders = json.loads(server.get("/models"))
@@ -174,13 +174,13 @@ def assert_the_second_run_is_cached(client: Client, prompt: dict[str, Any]) -> R
 
 
 @pytest.mark.parametrize("name", DEMOS)
-def test_it_runs_and_the_second_run_is_cached(client: Client, name: str) -> None:
+def test_workflows_run_and_the_second_run_is_cached(client: Client, name: str) -> None:
     prompt = api(name)
     run = assert_the_second_run_is_cached(client, prompt)
     assert all(client.images(run, node) for node in nodes_of(prompt, "SaveImage"))
 
 
-def test_the_demo_makes_as_many_pictures_as_it_says(client: Client) -> None:
+def test_demo_workflows_make_the_stated_number_of_pictures(client: Client) -> None:
     prompt = prompts.shipped()
     prompt[prompts.SAMPLER]["inputs"]["seed"] = 8  # else it is cached, and reports nothing
     pictures = client.images(client.run(prompt), prompts.SAVE)
@@ -189,7 +189,7 @@ def test_the_demo_makes_as_many_pictures_as_it_says(client: Client) -> None:
 
 
 @pytest.mark.parametrize("name", ["flash_demo_controlnet", "flash_demo_t2i_adapter"])
-def test_pictures_along_edges_resemble_the_one_that_has_them(client: Client, name: str) -> None:
+def test_controlled_pictures_follow_the_edges(client: Client, name: str) -> None:
     prompt = api(name)
     for sampler in nodes_of(prompt, "FlashSampler"):
         prompt[sampler]["inputs"]["seed"] += 1  # else it is cached, and reports nothing
@@ -250,7 +250,7 @@ def loras_of(prompt: dict[str, Any]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_it_runs_on_stand_ins_of_the_published_files(stand_in_client: Client, name: str) -> None:
+def test_published_workflows_run_on_stand_ins(stand_in_client: Client, name: str) -> None:
     prompt, side = small_size(name)
     log = stand_in_client.server.log
     before = len(log.read_text())
@@ -278,7 +278,7 @@ def test_it_runs_on_stand_ins_of_the_published_files(stand_in_client: Client, na
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flash_sd15_controlnet", "flash_sdxl_t2i_adapter"])
-def test_the_published_adapter_steers(stand_in_client: Client, name: str) -> None:
+def test_the_published_adapter_changes_the_picture(stand_in_client: Client, name: str) -> None:
     prompt, _ = small_size(name)
     prompt[nodes_of(prompt, "FlashSampler")[-1]]["inputs"]["seed"] = 1  # with the shipped one it may be cached
     latents = []
@@ -291,7 +291,7 @@ def test_the_published_adapter_steers(stand_in_client: Client, name: str) -> Non
 
 
 @pytest.mark.slow
-def test_the_lora_of_another_family_is_refused_in_words(stand_in_client: Client) -> None:
+def test_a_lora_of_another_family_raises_a_readable_error(stand_in_client: Client) -> None:
     prompt, _ = small_size("flash_sd15")
     prompt[node_of(prompt, "FlashLoraLoader")]["inputs"]["lora_name"] = "FlashSDXL.safetensors"
     run = stand_in_client.run(prompt)
@@ -301,7 +301,7 @@ def test_the_lora_of_another_family_is_refused_in_words(stand_in_client: Client)
 
 
 @pytest.mark.parametrize("name", DEMOS)
-def test_a_tasks_lora_is_on_the_model_of_its_task(name: str) -> None:
+def test_each_tasks_lora_is_on_the_model_of_its_task(name: str) -> None:
     """Read off the graph: from the loader of a LoRA back to the demo's model."""
     prompt = api(name)
     for node in prompt.values():
