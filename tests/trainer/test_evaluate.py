@@ -27,9 +27,16 @@ from flash_diffusion.trainer.evaluate.generate import (
     noise_source,
     sample_latents,
 )
-from flash_diffusion.trainer.evaluate.measure import Options, few_step_runs
 from flash_diffusion.trainer.evaluate.reference import Origin, Reference, draw
-from flash_diffusion.trainer.evaluate.teacher_comparison import evaluate, fitting_classes, targets
+from flash_diffusion.trainer.evaluate.request import Options
+from flash_diffusion.trainer.evaluate.teacher_comparison import (
+    Gap,
+    TeacherComparison,
+    few_step_runs,
+    fitting_classes,
+    left_out,
+    targets_of,
+)
 from flash_diffusion.trainer.files import fingerprint
 from flash_diffusion.trainer.metrics import distances as metrics
 from flash_diffusion.trainer.metrics.feature_network import FeatureNetwork
@@ -295,9 +302,9 @@ def run_evaluation(output: Path, model: Paints | None = None, student: str | Non
     options = replace(OPTIONS, **{name: value for name, value in settings.items() if name in OPTIONS.__dict__})
     others = {name: value for name, value in settings.items() if name not in OPTIONS.__dict__}
     known = {"teacher": "paints", "features": "eye"}
-    return evaluate(
+    return TeacherComparison(
         model or Paints(), Eye(), list(COLOURS), options, output=output, student=student, **(known | others)
-    )
+    ).evaluate()
 
 
 def test_the_report_has_the_agreed_schema_and_files(tmp_path: Path) -> None:
@@ -311,7 +318,9 @@ def test_the_report_has_the_agreed_schema_and_files(tmp_path: Path) -> None:
         assert line["seconds_per_image"] > 0
     assert [line["name"] for line in report["runs"]][:2] == ["teacher 16 steps, guided", "student 4 steps"]
     assert len(report["runs"]) == 10
-    assert len(report["targets"]) == 6
+    assert [target["kind"] for target in report["targets"]][:3] == ["floor"] * 3
+    assert [gap["steps"] for gap in report["gaps"]] == [4, 2, 1]
+    assert len(report["targets"]) + len(report["notes"]) == 6  # a target that is left out has its reason
     assert len(set(report["pictures"]["prompts"])) == 3
     for files in report["pictures"]["files"].values():
         assert len(files) == 3
@@ -390,14 +399,39 @@ def test_the_teacher_alone(tmp_path: Path) -> None:
     assert report["targets"] == []
 
 
-def test_targets_are_the_issues() -> None:
-    fd = {"student 4 steps": 1.4, "student 2 steps": 3.1, "student 1 step": 6.0,
-          "teacher 4 steps": 7.1, "teacher 2 steps": 15.5, "teacher 1 step": 29.0}  # fmt: skip
-    found = targets([{"name": name, "fd": value} for name, value in fd.items()], 1.0)
-    assert [line.get("at_most", line.get("at_least")) for line in found] == [1.5, 3.0, 6.0, 5.0, 5.0, 5.0]
-    assert [line["value"] for line in found] == pytest.approx([1.4, 3.1, 6.0, 7.1 / 1.4, 5.0, 29 / 6])
-    assert [line["met"] for line in found] == [True, False, True, True, True, False]
-    assert [line.get("perfect") for line in found] == [None, None, None, 7.1, 15.5, 29.0]
+def test_targets_are_the_floor_and_the_gap_closed() -> None:
+    # Floor 1. Gap closed: (7 - 4) / 6 = 50 %, (16 - 4.3) / 15 = 78 %, (29 - 3.8) / 28 = 90 %.
+    gaps = [Gap(4, 4.0, 7.0, 1.0), Gap(2, 4.3, 16.0, 1.0), Gap(1, 3.8, 29.0, 1.0)]
+    found = targets_of(gaps)
+    assert [(line["kind"], line["run"]) for line in found] == [
+        (kind, run) for kind in ("floor", "gap") for run in ("student 4 steps", "student 2 steps", "student 1 step")
+    ]
+    assert [line["value"] for line in found] == pytest.approx([4.0, 4.3, 3.8, 0.5, 0.78, 0.9])
+    assert [line.get("at_most", line.get("at_least")) for line in found] == [1.5, 3.0, 6.0, 0.4, 0.8, 0.9]
+    assert [line["met"] for line in found] == [False, False, True, True, False, True]
+    assert [gap.times_closer for gap in gaps] == pytest.approx([1.75, 16 / 4.3, 29 / 3.8])
+    assert left_out(gaps) == []
+
+
+def test_a_perfect_student_closes_the_gap_and_meets_every_target() -> None:
+    perfect = [Gap(4, 1.0, 1.6, 1.0), Gap(2, 1.0, 7.0, 1.0), Gap(1, 1.0, 30.0, 1.0)]
+    assert [gap.closed for gap in perfect] == [1.0, 1.0, 1.0]
+    assert all(line["met"] for line in targets_of(perfect))
+    worse = Gap(4, 8.0, 6.0, 1.0)
+    assert worse.closed == pytest.approx(-0.4)
+    assert not targets_of([worse])[1]["met"]
+
+
+@pytest.mark.parametrize("undistilled", [1.49, 1.0, 0.9])
+def test_no_target_for_the_gap_where_the_undistilled_teacher_is_near_the_floor(undistilled: float) -> None:
+    gap = Gap(4, 1.2, undistilled, 1.0)
+    assert [line["kind"] for line in targets_of([gap])] == ["floor"]
+    (reason,) = left_out([gap])
+    assert (
+        f"no target for the gap closed. The undistilled teacher with as many passes already lies at {undistilled:.2f} x"
+        in reason
+    )
+    assert Gap(4, 1.2, 0.9, 1.0).closed is None
 
 
 def test_pairs_are_all_pairs() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,16 +13,33 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.evaluate.evaluator import save_pictures
 from flash_diffusion.trainer.evaluate.generate import SamplingSetting
-from flash_diffusion.trainer.evaluate.measure import few_step_runs
-from flash_diffusion.trainer.evaluate.teacher_comparison import save_pictures, targets
-from flash_diffusion.trainer.report.build import write_report
-from flash_diffusion.trainer.report.charts import Axis, Line, curve_chart, passes_chart, running_mean, thinned
-from flash_diffusion.trainer.report.comparison_page import run_groups, summary_table, target_limit, target_lines
-from flash_diffusion.trainer.report.html_page import listed, number, read_log, seconds, share, training_charts
-from flash_diffusion.trainer.report.zero_shot_page import notes, scores_table
+from flash_diffusion.trainer.evaluate.teacher_comparison import few_step_runs, gaps_of, left_out, targets_of
+from flash_diffusion.trainer.report.build import (
+    print_report,
+    read_page,
+    read_report,
+    target_lines,
+    terminal_table,
+    write_report,
+)
+from flash_diffusion.trainer.report.charts import (
+    Axis,
+    Line,
+    curve_chart,
+    passes_chart,
+    read_log,
+    running_mean,
+    thinned,
+    training_charts,
+)
+from flash_diffusion.trainer.report.coco_page import comparability, score_table
+from flash_diffusion.trainer.report.numbers import listed, number, seconds, share, signed
+from flash_diffusion.trainer.report.teacher_page import run_groups, run_table
 
 PROMPTS = ["a <red> heart", "grapes"]
 FD = {"student 4 steps": 0.24, "student 2 steps": 0.5, "student 1 step": 1.9, "teacher 32 steps, guided": 0.2}
@@ -41,10 +60,14 @@ def folder(tmp_path: Path) -> Path:
         facts = {"name": run.name, "steps": run.steps, "guidance": run.guidance, "nfe": run.nfe}
         records.append(facts | scores | {"seconds_per_image": run.nfe / 100})
         files[run.name] = save_pictures(torch.full((2, 3, 8, 8), index / 10), tmp_path, run.name)
+    gaps = gaps_of(records)
     report = {
+        "kind": "teacher",
         "floor": {"fd": 0.2, "kid": 0.002},
         "runs": records,
-        "targets": targets(records, 0.2),
+        "targets": targets_of(gaps),
+        "gaps": [{**asdict(gap), "closed": gap.closed, "times_closer": gap.times_closer} for gap in gaps],
+        "notes": left_out(gaps),
         "student": "tiny",
         "reference": {"samples": 256, "times": 2, "distinct_prompts": 128, "stored": True},
         "settings": {"samples": 256},
@@ -90,23 +113,65 @@ def test_the_page_is_whole_and_fetches_nothing(folder: Path) -> None:
     assert "prefers-color-scheme: dark" in text
 
 
-def test_the_page_says_what_was_met_and_what_was_missed(folder: Path) -> None:
+def test_page_and_terminal_say_which_targets_were_met(folder: Path) -> None:
     # 0.24, 0.5 and 1.9 against a floor of 0.2: 1.2, 2.5 and 9.5 times; limits 1.5, 3 and 6.
-    # The teacher's 2, 4 and 8 against the student's: 8.33, 8 and 4.21 times closer; limit 5.
+    # Of the gaps of the teacher's 2, 4 and 8 to the floor: 1.76 / 1.8, 3.5 / 3.8 and 6.1 / 7.8; limits 40, 80 and 90 %.
     text = (write_report(folder)).read_text(encoding="utf-8")
     page = Page(text)
     assert "4 of 6 targets met" in page.texts
     assert [page.texts.count(verdict) for verdict in ("✓ met", "✗ missed")] == [4, 2]
-    for value in ("1.20 ×", "2.50 ×", "9.50 ×", "8.33 ×", "8.00 ×", "4.21 ×"):
+    for value in ("1.20 ×", "2.50 ×", "9.50 ×", "98 %", "92 %", "78 %"):
         assert value in page.texts
     assert "64 passes become 4, 2 or 1" in page.texts
+    lines = target_lines(read_page(folder))
+    assert lines[0] == "met: student 4 steps, 1.20 × the floor (target: at most 1.5 ×)"
+    assert lines[2].startswith("missed: student 1 step, 9.50 × the floor")
+    assert lines[5] == (
+        "missed: student 1 step, 78 % of the gap closed between teacher 1 step without guidance and the floor "
+        "(target: at least 90 %)"
+    )
 
 
-def test_a_target_beyond_the_floor_says_so() -> None:
-    target = {"at_least": 5.0, "perfect": 1.92}
-    assert target_limit(target) == "at least 5; the floor is at 1.92"
-    assert target_limit(target | {"perfect": 9.0}) == "at least 5"
-    assert target_limit({"at_most": 1.5}) == "at most 1.5"
+def test_terminal_text_is_encodable_in_cp1252(folder: Path, scores: Path) -> None:
+    for output in (folder, scores):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        print_report(output, write_report(output), Console(file=stream, width=200))
+        stream.flush()
+
+
+def test_report_of_version_0_1_opens(folder: Path) -> None:
+    """Reports of version 0.1 have no kind, no gaps and no notes; their targets are in times and have no kind."""
+    report = json.loads((folder / "report.json").read_text())
+    measure = "times closer than teacher 4 steps without guidance"
+    target = {
+        "run": "student 4 steps",
+        "measure": measure,
+        "value": 1.3284,
+        "at_least": 5.0,
+        "perfect": 1.9,
+        "met": False,
+    }
+    old = {key: value for key, value in report.items() if key not in ("kind", "gaps", "notes")} | {"targets": [target]}
+    (folder / "report.json").write_text(json.dumps(old))
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "0 of 1 targets met" in page.texts
+    assert "student 4 steps: closer than teacher 4 steps without guidance" in page.texts
+    assert "Gap" not in page.texts
+
+
+def test_zero_shot_report_of_version_0_1_opens(scores: Path) -> None:
+    report = json.loads((scores / "report.json").read_text())
+    assert "notes" not in report
+    report["protocol"]["captions"] = 100
+    (scores / "report.json").write_text(json.dumps(report))
+    assert any("100 of 5000 captions" in part for part in Page(write_report(scores).read_text(encoding="utf-8")).texts)
+
+
+def test_report_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"kind": "speed", "runs": []}))
+    with pytest.raises(UserError, match="is not a report that this version reads; .* teacher, task, zero-shot"):
+        read_report(tmp_path)
 
 
 def test_prompts_are_text_and_never_markup(folder: Path) -> None:
@@ -117,7 +182,7 @@ def test_prompts_are_text_and_never_markup(folder: Path) -> None:
 
 def test_a_report_of_a_teacher_alone(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
-    report |= {"student": None, "targets": []}
+    report |= {"student": None, "targets": [], "gaps": []}
     report["runs"] = [run for run in report["runs"] if run["name"].startswith("teacher")]
     for run in report["runs"]:
         run["prompt_accuracy"] = run["diversity"] = None
@@ -125,8 +190,8 @@ def test_a_report_of_a_teacher_alone(folder: Path) -> None:
     page = Page((write_report(folder)).read_text(encoding="utf-8"))
     assert page.open == []
     assert not any("targets met" in text for text in page.texts)
-    assert list(target_lines(report)) == []
-    assert summary_table(report).row_count == 7
+    assert target_lines(read_page(folder)) == []
+    assert terminal_table(run_table(read_report(folder))).row_count == 7
 
 
 def test_a_folder_without_an_evaluation(tmp_path: Path) -> None:
@@ -183,16 +248,15 @@ def test_the_page_of_zero_shot_scores(scores: Path) -> None:
     assert "a &lt;red&gt; heart" in text
     assert "640 × 512 px" in text  # width first
     assert "999, 312.25" in text
-    assert not any("compare with each other alone" in part for part in page.texts)
+    assert not any("compare these figures only" in part.lower() for part in page.texts)
     order = [page.texts.index(name) for name in ("student 2 steps", "student 4 steps", "teacher 4 steps")]
     assert order == sorted(order)
-    table = scores_table(json.loads((scores / "report.json").read_text()))
-    assert table.row_count == 4
+    assert terminal_table(score_table(read_report(scores))).row_count == 4
 
 
 def test_scores_that_stand_beside_no_published_ones_say_so(scores: Path) -> None:
     report = json.loads((scores / "report.json").read_text())
-    assert list(notes(report)) == []
+    assert comparability(report["protocol"], report["networks"]) == []
     report["protocol"]["captions"] = 100
     report["networks"] |= {"published_inception": False, "clip": None}
     report["pictures"]["coco"] = []
@@ -201,7 +265,9 @@ def test_scores_that_stand_beside_no_published_ones_say_so(scores: Path) -> None
     (scores / "report.json").write_text(json.dumps(report))
     page = Page(write_report(scores).read_text(encoding="utf-8"))
     assert len(page.addresses) == 2 * 4
-    assert sum("compare with each other alone" in part for part in page.texts) == 2
+    assert (
+        sum("Compare these figures only" in part or "so compare these figures only" in part for part in page.texts) == 2
+    )
     assert any("100 of 5000 captions" in part for part in page.texts)
 
 
@@ -248,6 +314,7 @@ def test_numbers_as_people_read_them() -> None:
     assert written == ["0.0123", "1.23", "12.3", "1234", "0", "-0.0500", "–"]
     assert [share(value) for value in (0.987, None)] == ["99 %", "–"]
     assert [seconds(value) for value in (1.234, 0.0123)] == ["1.23 s", "12.3 ms"]
+    assert [signed(value) for value in (0.3, -0.3, None)] == ["+0.300", "-0.300", "–"]
     assert [listed(values) for values in ([4, 2, 1], [4])] == ["4, 2 or 1", "4"]
 
 

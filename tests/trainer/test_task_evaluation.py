@@ -22,9 +22,8 @@ from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.demo.assets import LORAS
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.evaluate.command import add_arguments
-from flash_diffusion.trainer.evaluate.task_command import follow_run
-from flash_diffusion.trainer.evaluate.task_comparison import targets, verdict
+from flash_diffusion.trainer.evaluate.command import add_arguments, request_of
+from flash_diffusion.trainer.evaluate.task_comparison import targets_of, verdict
 from flash_diffusion.trainer.evaluate.task_samples import batches, read_subjects
 from flash_diffusion.trainer.metrics import confidence_intervals as bootstrap
 from flash_diffusion.trainer.metrics.confidence_intervals import Estimate
@@ -286,9 +285,8 @@ def test_options_come_before_the_runs(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     for options, family in (([], "sd15"), (["--family", "sdxl"], "sdxl")):
-        args = parser.parse_args(["--run", str(tmp_path), *options])
-        follow_run(args)
-        assert (args.family, args.teacher) == (family, "there")
+        section = request_of(parser.parse_args(["--run", str(tmp_path), *options])).model.section
+        assert (section.family, section.path) == (family, "there")
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
@@ -321,7 +319,7 @@ def test_targets_are_ratios_and_clear_differences() -> None:
         estimates = {name: {figure.key: Estimate(value, 0, 0, 9)} for name, value in zip(names, (ours, theirs))}  # noqa: B905
         difference = Estimate((low + high) / 2, low, high, 9)
         line = {"figure": figure.key, "run": names[0], "rival": "teacher 4 steps", "verdict": verdict(difference)}
-        return targets([figure], estimates, [line], *names)
+        return targets_of([figure], estimates, [line], *names)
 
     assert [line["met"] for line in measured(1.1, 1.0, lower, 0.1, 0.2)] == [True, True]
     assert [line["met"] for line in measured(1.2, 1.0, lower, -0.1, 0.2)] == [False, False]

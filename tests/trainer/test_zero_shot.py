@@ -31,17 +31,18 @@ from flash_diffusion.trainer.evaluate.coco.captions import Caption, read_coco
 from flash_diffusion.trainer.evaluate.coco.framing import for_inception, open_picture, square
 from flash_diffusion.trainer.evaluate.coco.picture_folder import PictureFolder
 from flash_diffusion.trainer.evaluate.coco.protocols import PROTOCOLS, CocoProtocol
-from flash_diffusion.trainer.evaluate.coco.scoring import Networks, measure, reference_moments
+from flash_diffusion.trainer.evaluate.coco.scoring import Networks, measure_folder, reference_moments
 from flash_diffusion.trainer.evaluate.coco.zero_shot import (
-    Settings,
     lora_hash,
     make_pictures,
     origin_of,
     run_folder,
 )
 from flash_diffusion.trainer.evaluate.command import parse_run
+from flash_diffusion.trainer.evaluate.evaluator import progress_bar
 from flash_diffusion.trainer.evaluate.generate import SamplingSetting
-from flash_diffusion.trainer.evaluate.measure import progress_bar
+from flash_diffusion.trainer.evaluate.request import CocoOptions
+from flash_diffusion.trainer.files import partial_path
 from flash_diffusion.trainer.metrics.clip_score import ClipScorer
 from flash_diffusion.trainer.teachers import load_teacher
 
@@ -200,7 +201,7 @@ def make(
 ) -> Paints:
     model = model or Paints(0.2)
     gallery = PictureFolder(folder, {"run": run.name}, process)
-    settings = Settings((run,), batch_size=batch_size)
+    settings = CocoOptions((run,), batch_size=batch_size)
     state = SimpleNamespace(process_index=process, num_processes=processes)
     with progress_bar(None) as progress:
         make_pictures(model, run, captions, gallery, replace(SMALL, size=4), settings, state, progress)  # type: ignore[arg-type]
@@ -236,7 +237,7 @@ def test_finished_pictures_are_kept_and_partial_files_never_count(tmp_path: Path
     make(tmp_path / "broken")
     for caption in FLAT[4:]:
         path = PictureFolder(tmp_path / "broken", {"run": "student 2 steps"}).path(caption.number)
-        path.with_name(path.name + ".0.part").write_bytes(path.read_bytes()[:20])  # what a kill leaves
+        partial_path(path).write_bytes(path.read_bytes()[:20])  # what a kill leaves
         path.unlink()
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "broken").glob("*.png")}
     assert len(kept) == 4
@@ -244,7 +245,7 @@ def test_finished_pictures_are_kept_and_partial_files_never_count(tmp_path: Path
     assert model.passes == 2 * 5  # the batches that were not whole: pictures 3-5 and 6-7
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
     assert all((tmp_path / "broken" / name).stat().st_mtime_ns == when for name, when in kept.items())
-    assert not list((tmp_path / "broken").glob("*.part"))
+    assert not list((tmp_path / "broken").glob(".*"))
 
 
 def test_pictures_of_something_else_are_refused(tmp_path: Path) -> None:
@@ -269,12 +270,12 @@ def test_every_family_makes_pictures(family: str, tmp_path: Path) -> None:
     run = SamplingSetting("teacher", 2, 3.0)
     state = SimpleNamespace(process_index=0, num_processes=1)
     with progress_bar(None) as progress:
-        make_pictures(teacher, run, FLAT[:2], gallery, SMALL, Settings((run,)), state, progress)  # type: ignore[arg-type]
+        make_pictures(teacher, run, FLAT[:2], gallery, SMALL, CocoOptions((run,)), state, progress)  # type: ignore[arg-type]
     made = [np.asarray(Image.open(gallery.path(caption.number))) for caption in FLAT[:2]]
     assert [picture.shape for picture in made] == [(32, 32, 3)] * 2
     assert all(picture.std() > 1 for picture in made)
     assert not np.array_equal(*made)
-    origin = origin_of(teacher, run, SMALL, Settings((run,)), {"teacher": "x", "student": None, "captions": "y"})
+    origin = origin_of(teacher, run, SMALL, CocoOptions((run,)), {"teacher": "x", "student": None, "captions": "y"})
     assert origin["solver"] == ("euler" if family in ("sd3", "sd35") else "dpmpp_2m")
 
 
@@ -282,7 +283,7 @@ def test_half_precision_changes_a_picture_a_little(tiny_model: Path, tmp_path: P
     teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
     run, made = SamplingSetting("teacher", 2), []
     for precision in ("no", "bf16"):
-        gallery, settings = PictureFolder(tmp_path / precision, {}), Settings((run,), precision=precision)  # type: ignore[arg-type]
+        gallery, settings = PictureFolder(tmp_path / precision, {}), CocoOptions((run,), precision=precision)  # type: ignore[arg-type]
         state = SimpleNamespace(process_index=0, num_processes=1)
         with progress_bar(None) as progress:
             make_pictures(teacher, run, FLAT[:1], gallery, SMALL, settings, state, progress)  # type: ignore[arg-type]
@@ -316,7 +317,9 @@ def test_scores_are_torchmetrics_on_the_same_pictures(coco: Path, clip: Path, tm
     networks = Networks(Eye(), "eye", ClipScorer.load(str(clip), "cpu"))
     with progress_bar(None) as progress:
         reference = reference_moments(found, SMALL, networks, tmp_path / "coco.safetensors", progress)
-        record = measure(gallery, SamplingSetting("student", 4), found.captions, reference, SMALL, networks, progress)
+        record = measure_folder(
+            gallery, SamplingSetting("student", 4), found.captions, reference, SMALL, networks, progress
+        )
 
     def view(paths: list[Path]) -> Tensor:
         return torch.stack([for_inception(square(Image.open(path).convert("RGB"), 32)) for path in paths])
@@ -366,7 +369,7 @@ def test_cocos_statistics_are_kept_and_their_origin_is_checked(
         torch.testing.assert_close(again.products, made.products, rtol=0, atol=0)
         with caplog.at_level(logging.WARNING):
             reference_moments(found, SMALL, Networks(Eye(), "other", None), stored, progress)
-        assert "of something else (inception)" in caplog.text
+        assert "do not fit this evaluation (inception)" in caplog.text
         gradient(50, 50).save(found.pictures[3])
         changed = reference_moments(found, SMALL, Networks(Eye(), "other", None), stored, progress)
     assert not torch.equal(changed.sum, made.sum)
@@ -378,7 +381,7 @@ def test_missing_pictures_are_no_score(coco: Path, tmp_path: Path) -> None:
     with progress_bar(None) as progress:
         reference = reference_moments(found, SMALL, networks, tmp_path / "coco.safetensors", progress)
         with pytest.raises(UserError, match="lacks 12 of 12 pictures; run the command again"):
-            measure(
+            measure_folder(
                 PictureFolder(tmp_path / "none", {}),
                 SamplingSetting("student", 4),
                 found.captions,
@@ -423,7 +426,7 @@ def test_runs_are_read(text: str, run: SamplingSetting) -> None:
 def test_what_is_no_run_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["evaluate", "--protocol", "coco2017-5k", "--runs", text])
-    assert "is no run; expected student:STEPS" in capsys.readouterr().err
+    assert "is not a run; expected student:STEPS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -466,10 +469,8 @@ def test_a_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, ti
     ]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     process = trainer_process(*command, "--runs", "student:2", "--output", broken)
-    started = time.monotonic()
     while len(list(broken.rglob("*.png"))) < 3:
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() - started < 300
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -487,7 +488,7 @@ def test_a_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, ti
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("report  ") == 1  # one process reports
-    assert "not the whole protocol: 9 of 5000" in done.stdout
+    assert "Not the whole protocol: 9 of 5000" in done.stdout
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the other processes

@@ -1,138 +1,160 @@
-"""`flash-diffusion evaluate`: three questions about a student, each with its report.
+"""`flash-diffusion evaluate`: read the command line, make a request of it, and run one of three evaluations.
 
-- How close do its few steps come to its teacher's many? (`comparison.py`; needs no data, and is the default)
-- How well does it inpaint, enlarge, swap faces, follow edges? (`task_comparison.py`; `--task`, or a run's own)
-- What are its FID and CLIP score on COCO, as the papers print them? (`zero_shot.py`; `--protocol`)
+- How close do a student's few steps come to its teacher's many? (`teacher_comparison.py`; the default, needs no data)
+- How well does a student inpaint, enlarge, swap faces, follow edges? (`task_comparison.py`; `--task`, `--run`)
+- What are a student's FID and CLIP score on COCO? (`coco/zero_shot.py`; `--protocol`)
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..demo.assets import FEATURES, ROOT
-from ..demo.assets import TEACHER as DEMO_TEACHER
+from ..config import ModelSection, Recipe, TaskSection, explain, parse_recipe
+from ..demo.assets import FEATURES, ROOT, TASK_ADAPTERS
 from ..errors import UserError
-from ..files import fingerprint
 from ..metrics.clip_score import DEFAULT as DEFAULT_CLIP
-from ..metrics.distances import frechet_distance
 from .coco.protocols import PROTOCOLS
 from .generate import SamplingSetting
-from .measure import FEW_STEPS, Evaluation, Options, progress_bar
-from .task_command import SAMPLES, TEXT_TO_IMAGE, add_task_arguments, check_lora_task, evaluate_task, follow_run
-from .teacher_comparison import REFERENCE, evaluate, origin_of
+from .request import (
+    FEW_STEPS,
+    TASK_SAMPLES,
+    TEXT_TO_IMAGE,
+    CocoOptions,
+    CocoRequest,
+    EvaluationRequest,
+    ModelRequest,
+    Options,
+    TaskComparisonRequest,
+    TeacherComparisonRequest,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ..config import ModelSection
     from ..tasks.base import Task
-    from ..teachers.base import Teacher
 
-logger = logging.getLogger(__name__)
+DEMO_REFERENCE = ROOT / "reference.safetensors"
+OPTIONS_EXAMPLE = """such as '{"scale": 4}'"""
+EPILOG = """examples:
 
-DEMO_REFERENCE = ROOT / REFERENCE
-EPILOG = """With --task, the task's own figures; a run's folder says what it was:
+  Compare a student with its teacher:
+    flash-diffusion evaluate --lora out/my-lora/lora.safetensors --output out/report
 
-  flash-diffusion evaluate --task inpainting --lora out/inpainting/lora.safetensors --output out/inpainting-report
-  flash-diffusion evaluate --run out/inpainting --output out/inpainting-report
+  Evaluate a distillation on its own task (the folder of the run names model, task, data and LoRA):
+    flash-diffusion evaluate --run out/inpainting --output out/inpainting-report
 
-With --protocol, FID and CLIP score on COCO instead:
+  Measure FID and CLIP score on COCO:
+    flash-diffusion evaluate --protocol coco2017-5k --coco /data/coco --family sd15 --teacher /models/sd15 \\
+        --lora lora.safetensors --output out/coco --runs student:4 student:2 teacher:25:7.5
 
-  flash-diffusion evaluate --protocol coco2017-5k --coco /data/coco --family sd15 --teacher /models/sd15 \\
-      --lora lora.safetensors --output out/coco --runs student:4 student:2 teacher:25:7.5
+  Use several devices (--protocol only):
+    accelerate launch -m flash_diffusion.trainer evaluate --protocol ...
 
-A killed evaluation goes on where it was. Several devices: accelerate launch -m flash_diffusion.trainer evaluate ...
-docs/evaluation.md says what the protocols are, and has the commands for the paper's table."""
+A killed --protocol evaluation goes on where it stopped when the same command is given again.
+docs/evaluation.md describes the protocols and has the commands for the paper's table."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `flash-diffusion evaluate`."""
+    """Add the options of `flash-diffusion evaluate`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     defaults = Options()
     add = parser.add_argument
-    add("--lora", type=Path, help="the student: a LoRA's .safetensors, or a PEFT folder (default: none)")
-    add("--teacher", help="diffusers folder, Hub name or single checkpoint (default: the embedded demo)")
-    add("--family", help="the teacher's model family (default: the run's, else demo)")
-    add("--output", type=Path, default=Path("out/evaluation"), help="folder (default: %(default)s)")
+    add(
+        "--lora",
+        type=Path,
+        help="the student: a LoRA file (.safetensors) or PEFT folder (default: the run's, else none)",
+    )
+    add("--teacher", help="the teacher: diffusers folder, Hub name or single checkpoint (default: the embedded demo)")
+    add("--family", help="model family of the teacher (default: the run's, else demo)")
+    add("--output", type=Path, default=Path("out/evaluation"), help="folder for the report (default: %(default)s)")
     add(
         "--samples",
         type=int,
-        help=f"pictures a run (default: {defaults.samples}; with --task: {SAMPLES}; with --protocol: the protocol's)",
+        help=f"pictures per run (default: {defaults.samples}; with --task: {TASK_SAMPLES}; with --protocol: all of the "
+        "protocol's captions)",
     )
     add(
         "--prompts",
         type=Path,
-        help="text file, one prompt a line (default: the demo's general captions, each drawn as often as it is there; "
-        "with --protocol: COCO's captions)",
+        help="text file with one prompt a line (default: the general captions of the demo; with --protocol: COCO's "
+        "captions)",
     )
-    add("--seed", type=int, default=defaults.seed, help="of prompts and noise (default: %(default)s)")
-    add("--batch-size", type=int, default=defaults.batch_size, help="pictures at once (%(default)s)")
-    add("--pictures", type=int, default=defaults.pictures, help="prompts in the report (%(default)s)")
-    add("--log", type=Path, help="log.jsonl of the training (default: the one beside the LoRA)")
-    add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    add("--seed", type=int, default=defaults.seed, help="seed of prompts and noise (default: %(default)s)")
+    add("--batch-size", type=int, default=defaults.batch_size, help="pictures made at once (default: %(default)s)")
+    add("--pictures", type=int, default=defaults.pictures, help="prompts shown in the report (default: %(default)s)")
+    add("--log", type=Path, help="log.jsonl of the training, for its curves (default: the one beside the LoRA)")
+    add("--device", help="cpu, cuda, mps, ... (default: cuda where there is a CUDA device, else cpu)")
     add(
         "--model",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="another field of a recipe's model section, in YAML or JSON, such as dtype=bfloat16 or "
-        "control='{path: FOLDER, scale: 0.8}'; repeatable",
+        help="set another field of a recipe's model section; the value is YAML or JSON, such as dtype=bfloat16 or "
+        "control='{path: FOLDER, scale: 0.8}'; can be repeated",
     )
-    add("--resolution", type=int, help="of the pictures in pixels (default: the model's own)")
+    add("--resolution", type=int, help="width and height of the pictures in pixels (default: the model's own)")
 
-    add_task_arguments(parser)
-    group = parser.add_argument_group("comparison with the teacher")
-    add = group.add_argument
-    add("--features", type=Path, default=FEATURES, help="the feature network (default: the demo's)")
-    add("--steps", type=int, default=defaults.steps, help="of the reference (default: %(default)s)")
+    add = parser.add_argument_group("conditional tasks").add_argument
+    add("--run", type=Path, help="folder of a distillation: evaluate its model, task, data and LoRA; other options win")
+    add("--task", help="inpainting, super-resolution, face-swap or control (default: the run's, else text-to-image)")
+    add(
+        "--task-options",
+        type=_json_object,
+        metavar="JSON",
+        help="settings of the task, as in a recipe (default: the run's, else the settings stored in the task adapter)",
+    )
+    add(
+        "--data",
+        help="pictures to make conditions from: a folder with captions, shards, demo, or demo:noto (a style that no "
+        "teacher of the demo has seen) (default: the run's, else demo)",
+    )
+    add("--vgg", type=Path, help="VGG-16 weights (.pth or .safetensors): measure LPIPS too")
+
+    add = parser.add_argument_group("comparison with the teacher").add_argument
+    add("--features", type=Path, default=FEATURES, help="folder of the feature network (default: the demo's)")
+    add("--steps", type=int, default=defaults.steps, help="teacher's steps in the reference (default: %(default)s)")
     add(
         "--guidance",
         type=float,
-        help="the teacher's scale w in uncond + w (cond - uncond) (default: the middle of the run's, else "
+        help="teacher's guidance scale w in uncond + w (cond - uncond) (default: middle of the run's range, else "
         f"{defaults.guidance})",
     )
-    add(
-        "--make-reference",
-        action="store_true",
-        help="make all of the teacher's sets, write them to --reference, and stop",
-    )
+    add("--make-reference", action="store_true", help="make the teacher's reference, write it to --reference, and stop")
     add(
         "--reference",
         type=Path,
-        help="the teacher's sets as features (default: the demo's); with --protocol: the statistics of COCO's "
+        help="features of the teacher's reference (default: the demo's); with --protocol: statistics of COCO's "
         "pictures, made where they are missing (default: in --output)",
     )
 
-    group = parser.add_argument_group("zero-shot protocol")
-    add = group.add_argument
-    add("--protocol", choices=list(PROTOCOLS), help="what to measure by")
-    add("--coco", type=Path, help="the folder with annotations/ and val2017/ or val2014/")
+    add = parser.add_argument_group("zero-shot evaluation on COCO").add_argument
+    add("--protocol", choices=list(PROTOCOLS), help="protocol to measure by")
+    add("--coco", type=Path, help="folder with annotations/ and val2017/ or val2014/")
     add(
         "--runs",
         nargs="+",
         type=parse_run,
         metavar="ROLE:STEPS[:GUIDANCE]",
-        help="such as student:4 teacher:25:7.5; guidance 1 is none, and the default "
-        f"(default: {' '.join(f'student:{steps}' for steps in FEW_STEPS)}; without a LoRA teacher:STEPS:GUIDANCE)",
+        help="runs to compare, such as student:4 teacher:25:7.5; guidance 1 (the default) = no guidance "
+        f"(default: {' '.join(f'student:{steps}' for steps in FEW_STEPS)}; without a LoRA: teacher:STEPS:GUIDANCE)",
     )
-    add("--inception", type=Path, help="FID's Inception weights, .pth or .safetensors (default: downloaded once)")
-    add("--clip", default=DEFAULT_CLIP, help="a CLIP for transformers, folder or Hub name (default: %(default)s)")
-    add("--no-clip", action="store_true", help="FID alone")
+    add("--inception", type=Path, help="Inception weights for FID, .pth or .safetensors (default: downloaded once)")
+    add("--clip", default=DEFAULT_CLIP, help="CLIP model for transformers: folder or Hub name (default: %(default)s)")
+    add("--no-clip", action="store_true", help="measure FID only")
     add(
         "--precision",
         default="no",
         choices=["no", "bf16", "fp16"],
-        help="of the forward passes that make pictures; the measuring is in float32 (default: %(default)s)",
+        help="precision of the passes that make pictures; no = float32; metrics are always in float32 "
+        "(default: %(default)s)",
     )
 
 
 def parse_run(text: str) -> SamplingSetting:
-    """A run from ``student:4`` or ``teacher:25:7.5``."""
+    """Read a run such as ``student:4`` or ``teacher:25:7.5``."""
     role, *numbers = text.split(":")
     try:
         steps, guidance = int(numbers[0]), float(numbers[1]) if len(numbers) > 1 else 1.0
@@ -140,233 +162,231 @@ def parse_run(text: str) -> SamplingSetting:
             raise ValueError
     except (ValueError, IndexError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no run; expected student:STEPS or teacher:STEPS:GUIDANCE, steps and guidance at least 1"
+            f"{text!r} is not a run; expected student:STEPS or teacher:STEPS:GUIDANCE, steps and guidance at least 1"
         ) from None
     return SamplingSetting("student" if role == "student" else "teacher", steps, guidance)
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); expected {OPTIONS_EXAMPLE}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, {OPTIONS_EXAMPLE}, got {text!r}")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, write `report.json` and `report.html`, and print the numbers."""
+    """Evaluate, write `report.json` and `report.html`, and print the figures."""
     from rich.console import Console
 
     from ..report.build import print_report, write_report
 
-    console = Console()
-    follow_run(args)
-    check(args)
-    if args.protocol is not None:
-        done = measure_on_coco(args, console)
+    console, request = Console(), request_of(args)
+    if isinstance(request, CocoRequest):
+        from .coco.zero_shot import evaluate_on_coco
+
+        done = evaluate_on_coco(request, console)
+    elif isinstance(request, TaskComparisonRequest):
+        from .task_comparison import compare_on_task
+
+        done = compare_on_task(request, console)
     else:
-        done = compare(args, console) if args.task == TEXT_TO_IMAGE else evaluate_task(args, console)
+        from .teacher_comparison import compare_with_teacher
+
+        assert isinstance(request, TeacherComparisonRequest)
+        done = compare_with_teacher(request, console)
     if done:
-        page = write_report(args.output, args.log or (args.lora.with_name("log.jsonl") if args.lora else None))
-        print_report(args.output, page, console)
+        print_report(request.output, write_report(request.output, request.log), console)
     return 0
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise a :class:`UserError` for options that mean nothing."""
+# -- from options to a request ---------------------------------------------------------------------------------------
+
+
+def request_of(args: argparse.Namespace) -> EvaluationRequest:
+    """Make the request that the options ask for; an option wins over the run's recipe.
+
+    Raises:
+        UserError: an option has no meaning here, or names something that is not there.
+    """
+    recipe = read_run(args.run) if args.run is not None else None
+    task = args.task or (recipe.task.name if recipe else TEXT_TO_IMAGE)
+    lora = args.lora if args.lora is not None or recipe is None else run_lora(args.run)
+    check(args, task, lora)
+    guidance = args.guidance
+    if guidance is None:
+        guidance = sum(recipe.method.guidance) / 2 if recipe else Options().guidance
+    common = {"output": args.output, "log": args.log or (lora.with_name("log.jsonl") if lora else None)}
+    shared = {"seed": args.seed, "batch_size": args.batch_size, "pictures": args.pictures}
+    model = model_request(args, recipe, task, lora)
+    if args.protocol is not None:
+        protocol = PROTOCOLS[args.protocol]
+        usual = [SamplingSetting("student", steps) for steps in FEW_STEPS]
+        runs = args.runs or (usual if lora else [SamplingSetting("teacher", args.steps, guidance)])
+        return CocoRequest(
+            model=model,
+            **common,
+            options=CocoOptions(tuple(dict.fromkeys(runs)), precision=args.precision, **shared),
+            protocol=protocol,
+            coco=args.coco,
+            samples=args.samples,
+            prompts=args.prompts,
+            inception=args.inception,
+            clip=None if args.no_clip else args.clip,
+            statistics=args.reference or args.output / f"{protocol.name}.safetensors",
+        )
+    shared |= {"steps": args.steps, "guidance": guidance}
+    if task == TEXT_TO_IMAGE:
+        return TeacherComparisonRequest(
+            model=model,
+            **common,
+            options=Options(samples=Options().samples if args.samples is None else args.samples, **shared),
+            features=args.features,
+            prompts=args.prompts,
+            reference=args.reference or DEMO_REFERENCE,
+            make_reference=args.make_reference,
+        )
+    options = args.task_options
+    if options is None and recipe is not None and recipe.task.name == task:
+        options = recipe.task.options
+    return TaskComparisonRequest(
+        task=read_task(task, options, model.section),
+        model=model,
+        **common,
+        options=Options(samples=TASK_SAMPLES if args.samples is None else args.samples, times=1, **shared),
+        data=args.data or (recipe.data if recipe else "demo"),
+        features=args.features,
+        vgg=args.vgg,
+    )
+
+
+def read_run(folder: Path) -> Recipe:
+    """Read the recipe of a distillation's folder.
+
+    Raises:
+        UserError: the folder holds no recipe.
+    """
+    import yaml
+
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"--run: {folder} has no config.yaml; expected the folder of a distillation (--output of "
+            "`flash-diffusion distill`)"
+        )
+    return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
+def run_lora(folder: Path) -> Path:
+    """Return the LoRA of a distillation's folder.
+
+    Raises:
+        UserError: the folder has no LoRA yet.
+    """
+    path = folder / "lora.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"--run: {folder} has no lora.safetensors yet; wait for the end of the distillation, or write the LoRA "
+            f"with `flash-diffusion export {folder}`"
+        )
+    return path
+
+
+def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
+    """Raise a :class:`UserError` for options that have no meaning, or none for this evaluation."""
+    from ..tasks import TASKS
+
     least = {"samples": 2, "steps": 1, "guidance": 1, "batch_size": 1, "pictures": 1}
     for name, value in least.items():
         if (given := getattr(args, name)) is not None and given < value:
             raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
-    if args.lora is not None and not args.lora.exists():
-        raise UserError(f"there is no LoRA at {args.lora}; make one with `flash-diffusion distill`")
-    if args.protocol is None:
-        if args.coco is not None or args.runs is not None:
-            raise UserError("--coco and --runs belong to a --protocol; expected one of " + ", ".join(PROTOCOLS))
-        check_task(args)
+    if lora is not None and not lora.exists():
+        raise UserError(f"--lora: there is no LoRA at {lora}; make a LoRA with `flash-diffusion distill`")
+    if args.protocol is not None:
+        if task != TEXT_TO_IMAGE:
+            raise UserError(f"--protocol measures text-to-image, not --task {task}; give only one of the two options")
+        if args.coco is None:
+            raise UserError(f"--protocol {args.protocol} needs --coco, the folder of COCO's annotations and pictures")
+        if lora is None and any(run.role == "student" for run in args.runs or ()):
+            raise UserError("--runs names a student, but there is no --lora; give the LoRA, or only teacher runs")
         return
-    if args.task != TEXT_TO_IMAGE:
-        raise UserError(f"--protocol measures text-to-image, not --task {args.task}; give one of the two")
-    if args.coco is None:
-        raise UserError(f"--protocol {args.protocol} needs --coco, the folder of COCO's annotations and pictures")
-    if args.lora is None and any(run.role == "student" for run in args.runs or ()):
-        raise UserError("--runs names a student, but there is no --lora; expected the LoRA, or teacher runs alone")
-
-
-def check_task(args: argparse.Namespace) -> None:
-    """Raise a :class:`UserError` for options that belong to other tasks."""
-    from ..tasks import TASKS
-
-    if args.task not in TASKS:
-        raise UserError(f"--task: there is no task {args.task!r}; expected one of {', '.join(TASKS)}")
-    if args.task != TEXT_TO_IMAGE:
-        taken = {"prompts": args.prompts, "reference": args.reference, "make-reference": args.make_reference or None}
-        where = "text-to-image: a task's captions come with --data, and its reference is made anew"
+    if args.coco is not None or args.runs is not None:
+        raise UserError("--coco and --runs belong to a --protocol; expected one of " + ", ".join(PROTOCOLS))
+    if task not in TASKS:
+        raise UserError(f"--task: there is no task {task!r}; expected one of {', '.join(TASKS)}")
+    if task != TEXT_TO_IMAGE:
+        given = {"prompts": args.prompts, "reference": args.reference, "make-reference": args.make_reference or None}
+        where = "text-to-image; a task takes its captions from --data and makes its reference anew"
     else:
-        taken = {"data": args.data, "task-options": args.task_options or None, "vgg": args.vgg}
-        where = "conditional tasks; name one with --task"
-    if given := [f"--{name}" for name, value in taken.items() if value is not None]:
-        raise UserError(f"{' and '.join(given)}: these are options of {where}")
+        given = {"data": args.data, "task-options": args.task_options or None, "vgg": args.vgg}
+        where = "conditional tasks; name a task with --task"
+    if wrong := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise UserError(f"{' and '.join(wrong)}: these are options of {where}")
 
 
-def compare(args: argparse.Namespace, console: Console) -> bool:
-    """The comparison with the teacher; whether there is a report."""
-    from ..metrics.feature_network import FeatureNetwork as Features
+def model_request(args: argparse.Namespace, recipe: Recipe | None, task: str, lora: Path | None) -> ModelRequest:
+    """Return the teacher and the student that the options name, else the run's.
 
-    defaults = Options()
-    options = Options(
-        samples=defaults.samples if args.samples is None else args.samples,
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-        batch_size=args.batch_size,
-        pictures=args.pictures,
-    )
-    teacher, weights, student = load_generator(args, pick_device(args))
-    network = Features.from_pretrained(args.features).to(teacher.device)
-    prompts = read_prompts(args.prompts) if args.prompts else network.general
-    known = {"teacher": weights, "features": fingerprint(args.features)}
-    stored = args.reference or DEMO_REFERENCE
-    if args.make_reference:
-        with progress_bar(console) as progress:
-            origin = origin_of(teacher, prompts, options, **known)
-            reference = Evaluation(teacher, network, prompts, options, progress).make_reference(origin)
-        reference.save(stored)
-        floor = frechet_distance(reference.second.features, reference.first.features)
-        console.print(f"reference {stored}: the floor's Fréchet distance is {floor:.4g}", soft_wrap=True)
-        return False
-    evaluate(
-        teacher,
-        network,
-        prompts,
-        options,
-        **known,
-        output=args.output,
-        student=student,
-        references=[stored, args.output / REFERENCE],
-        console=console,
-    )
-    return True
-
-
-def measure_on_coco(args: argparse.Namespace, console: Console) -> bool:
-    """FID and CLIP score by a protocol; whether this process has written a report."""
-    from datetime import timedelta
-
-    from accelerate import PartialState
-
-    from .coco.captions import read_coco
-    from .coco.zero_shot import Settings, Sources, zero_shot
-
-    protocol = PROTOCOLS[args.protocol]
-    prompts = read_prompts(args.prompts) if args.prompts else None
-    coco = read_coco(args.coco, protocol, args.samples, prompts)
-    usual = (
-        [SamplingSetting("student", steps) for steps in FEW_STEPS]
-        if args.lora
-        else [SamplingSetting("teacher", args.steps, args.guidance)]
-    )
-    settings = Settings(
-        runs=tuple(dict.fromkeys(args.runs or usual)),
-        seed=args.seed,
-        batch_size=args.batch_size,
-        precision=args.precision,
-        pictures=args.pictures,
-    )
-    # A process waits for the slowest one, which may have many pictures to make.
-    state = PartialState(cpu=pick_device(args) == "cpu", timeout=timedelta(days=7))
-    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != state.num_processes:
-        raise UserError(
-            f"{launched} processes were launched, but {pick_device(args)} can't be shared out between them here; "
-            "launch one, or pass --device cpu"
-        )
-    if not state.is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)
-    device = state.device if args.device in (None, state.device.type) else args.device  # a process, a device
-    return zero_shot(
-        coco,
-        protocol,
-        settings,
-        Sources(
-            lambda: load_generator(args, str(device)),
-            args.lora,
-            args.prompts or args.coco / protocol.annotations,
-            args.inception,
-            None if args.no_clip else args.clip,
-            args.reference or args.output / f"{protocol.name}.safetensors",
-        ),
-        args.output,
-        state,
-        console if state.is_main_process else None,
-    )
-
-
-def pick_device(args: argparse.Namespace) -> str:
-    """The device asked for, else a CUDA device where there is one."""
-    import torch
-
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_generator(args: argparse.Namespace, device: str, task: Task | None = None) -> tuple[Teacher, str, str | None]:
-    """The teacher with the student's LoRA on it, the fingerprint of the teacher's weights, and the student's title.
-
-    Args:
-        task: what both are evaluated on, where it is not text alone.
-
-    Raises:
-        UserError: the model does not read what the task gives it, or the LoRA is for another task.
+    The demo's teacher gets the demo's own adapter of the task where no other adapter is named.
     """
-    from ...flash_core.lora import read_lora
-    from ..config import TaskSection
-    from ..tasks import build_task
-    from ..tasks.requirements import check_channels, check_control
-    from ..teachers import load_teacher
-
-    section = model_section(args)
-    check_control(task or build_task(TaskSection()), section)
-    teacher = load_teacher(section, device, args.resolution)
-    folder = Path(args.teacher) if args.teacher else DEMO_TEACHER
-    if task is not None:
-        check_channels(task, teacher)
-    weights = fingerprint(folder) if folder.is_dir() and not args.model else teacher.weights_hash()
-    if args.lora is None:
-        return teacher, weights, None
-    lora = read_lora(args.lora)
-    check_lora_task(lora, args.lora, TEXT_TO_IMAGE if task is None else task.name)
-    made_for = lora.metadata.teacher_hash if lora.metadata is not None else ""
-    trained_for_it = task is None or (lora.metadata is not None and lora.metadata.task == task.name)
-    if trained_for_it and made_for and made_for != teacher.weights_hash():
-        logger.warning("%s was distilled from a teacher with other weights than %s.", args.lora, teacher.name)
-    teacher.denoiser.load_adapter("student", lora.modules)
-    return teacher, weights, lora.metadata.title if lora.metadata is not None else args.lora.stem
+    family = args.family or (recipe.model.family if recipe else "demo")
+    path = args.teacher or (recipe.model.path if recipe else None)
+    own = recipe.model.model_dump(mode="json", exclude_defaults=True) if recipe else {}
+    fields = [f"{name}={json.dumps(value)}" for name, value in own.items() if name not in ("family", "path")]
+    fields += args.model
+    has_adapter = any(pair.startswith("task_adapter=") for pair in fields)
+    shipped = task != TEXT_TO_IMAGE and (TASK_ADAPTERS / f"{task}.safetensors").is_file()
+    if family == "demo" and path is None and shipped and not has_adapter:
+        fields.append(f"task_adapter={task}")
+    resolution = args.resolution or (recipe.data.resolution if recipe else None)
+    return ModelRequest(model_section(family, path, fields), tuple(fields), lora, args.device, resolution)
 
 
-def model_section(args: argparse.Namespace) -> ModelSection:
-    """Which teacher the options name.
+def model_section(family: str, path: str | None, fields: Sequence[str]) -> ModelSection:
+    """Return a recipe's model section.
 
     Raises:
-        UserError: a ``--model`` that is no field of the section, or no value of it.
+        UserError: ``--model`` names an unknown field, or a value does not fit its field.
     """
     import yaml
     from pydantic import ValidationError
 
-    from ..config import ModelSection, explain
-
-    fields = {"family": args.family, "path": args.teacher}
-    for pair in args.model:
+    section: dict[str, Any] = {"family": family, "path": path}
+    for pair in fields:
         name, found, value = pair.partition("=")
         if not found:
             raise UserError(f"--model: expected KEY=VALUE, got {pair!r}")
         try:
-            fields[name] = yaml.safe_load(value)
+            section[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(
                 f"--model: the value of {name} is not YAML or JSON: {value!r}; expected a value, or fields such as "
                 "'{path: FOLDER, scale: 0.8}'"
             ) from error
     try:
-        return ModelSection.model_validate(fields)
+        return ModelSection.model_validate(section)
     except ValidationError as error:
         lines = explain(error, within=("model",))
-        raise UserError("--model, as a recipe's model section:\n" + "\n".join(lines)) from error
+        raise UserError("--model does not fit a recipe's model section:\n" + "\n".join(lines)) from error
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"{path} holds no prompts; expected one a line")
-    return prompts
+def read_task(name: str, options: dict[str, Any] | None, model: ModelSection) -> Task:
+    """Return the task with its options; options default to the options stored in the task adapter.
+
+    Raises:
+        UserError: an option does not fit the task, or the adapter is for another task.
+    """
+    from ..tasks import build_task
+    from ..teachers.conditions.task_adapters import find_task_adapter
+
+    if model.task_adapter is not None:
+        adapter = find_task_adapter(model.task_adapter)
+        if adapter.task != name:
+            raise UserError(
+                f"--task {name}: the model's task adapter, {model.task_adapter}, was made for {adapter.task}; choose "
+                f"--task {adapter.task}, or an adapter for {name}"
+            )
+        options = adapter.options if options is None else options
+    return build_task(TaskSection(name=name, options=dict(options or {})))

@@ -1,13 +1,13 @@
-"""The teacher's own pictures as a yardstick, kept as features in one small file.
+"""The teacher's own pictures as the reference, stored as features in one small file.
 
-Two sets are made by the teacher in many steps with guidance, from the same prompts and independent noise. Every run is
-generated from the prompts and the noise of the second set, so that it can be compared with that set picture by picture,
-and its distribution is measured against the *first*, whose noise it has never seen. So the distance between the two
-sets, the floor, is what a perfect student would score: sharing noise with the set that is measured against would let a
-distance fall below it. The first set holds several pictures for each one of the second, which lowers the floor (it is
-due to chance alone) and costs nothing when a student is evaluated.
+The teacher makes two sets in many steps with guidance, from the same prompts and independent noise. Every run starts
+from the prompts and the noise of the second set, so each picture of a run can be compared with its twin in the second
+set. The run's distribution is measured against the *first* set, whose noise the run has never seen. The distance
+between the two sets is the floor: a perfect student scores the floor, not 0. The first set holds several pictures per
+picture of the second set. This lowers the floor (which is due to chance alone) and costs nothing when a student is
+evaluated.
 
-What the undistilled teacher makes in few steps is kept as well, since it depends on nothing else.
+The undistilled teacher's runs in few steps are stored too, since they never change.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1  # of the file
-FEW = "few/"  # what the names of few-step runs begin with in the file
-PICTURES_A_PROMPT = 2  # in a row; the least that shows how much pictures of one prompt differ
+FEW = "few/"  # prefix of few-step runs in the file
+PICTURES_A_PROMPT = 2  # in a row; diversity needs at least two pictures of one prompt
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a set of pictures is made from: N prompts and N seeds. The start of a draw is the draw of a smaller set."""
+    """N prompts and N seeds that a set of pictures is made from. The first n of a draw are the draw of n samples."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -40,17 +41,17 @@ class Draw:
         return len(self.seeds)
 
     def rows(self, index: Iterable[int]) -> Draw:
-        """The samples at ``index``."""
+        """Return the samples at ``index``."""
         index = list(index)
         return Draw(tuple(self.prompts[row] for row in index), tuple(self.seeds[row] for row in index))
 
 
 def draw(prompts: Sequence[str], samples: int, seed: int, stream: int, times: int = 1) -> Draw:
-    """Draw ``samples`` prompts, two pictures of each in a row, and all of them ``times`` times, each with its own seed.
+    """Draw ``samples`` prompts, two pictures of each in a row, all of this ``times`` times, with one seed per picture.
 
     Args:
-        prompts: one that stands there several times is drawn so much more often. Their order is shuffled once for all
-            streams of a seed, so that two sets differ in their noise and not in what they show.
+        prompts: a prompt that is listed n times is drawn n times as often. All streams of a seed have the same order of
+            prompts, so two sets differ in their noise and not in their prompts.
         stream: sets of different streams share no noise.
     """
     if not prompts or samples < 2:
@@ -65,13 +66,13 @@ def draw(prompts: Sequence[str], samples: int, seed: int, stream: int, times: in
 
 @dataclass(frozen=True)
 class Origin:
-    """Everything that decides what is in a reference file.
+    """Everything that a reference file depends on.
 
     Attributes:
-        teacher, features: fingerprints of the weights, see :func:`fingerprint`.
+        teacher, features: fingerprints of the weights, see :func:`~..files.fingerprint`.
         prompts: fingerprint of the list of prompts.
         samples: pictures in the second set and in every run.
-        times: pictures in the first set for each one of the second.
+        times: pictures in the first set per picture of the second set.
     """
 
     teacher: str
@@ -87,19 +88,19 @@ class Origin:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """One set as the feature network sees it: embeddings (N, D) and the class it takes each picture for, (N,)."""
+    """One set in feature space: embeddings (N, D) and the predicted class of each picture (N,)."""
 
     features: Tensor
     predicted: Tensor
 
     def rows(self, index: Sequence[int]) -> FeatureSet:
-        """The pictures at ``index``."""
+        """Return the pictures at ``index``."""
         return FeatureSet(self.features[list(index)], self.predicted[list(index)])
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The teacher's sets: ``first`` is measured against, ``second`` shares prompts and noise with every run.
+    """The teacher's sets: runs are measured against ``first``; ``second`` shares prompts and noise with every run.
 
     Attributes:
         few: the undistilled teacher's runs in few steps, by name.
@@ -111,7 +112,7 @@ class Reference:
     few: Mapping[str, FeatureSet]
 
     def mismatch(self, wanted: Origin) -> str | None:
-        """Why this reference can't serve, in words, or None. One with more samples than wanted can."""
+        """Return why this reference does not fit, or None. A reference with more samples than wanted fits."""
         for name, value in asdict(wanted).items():
             own = getattr(self.origin, name)
             if own < value if name == "samples" else own != value:
@@ -119,29 +120,29 @@ class Reference:
         return None
 
     def head(self, samples: int) -> Reference:
-        """The part of it that shows the first ``samples`` prompts of the second set."""
+        """Return the part that belongs to the first ``samples`` pictures of the second set."""
         rows = range(samples)
         first = [row for row in range(len(self.first.features)) if row % self.origin.samples < samples]
         few = {name: made.rows(rows) for name, made in self.few.items()}
         return Reference(replace(self.origin, samples=samples), self.first.rows(first), self.second.rows(rows), few)
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file; the origin goes into its header."""
+        """Write a safetensors file; the origin goes into its header."""
         from safetensors.torch import save_file
 
         tensors = {}
         for name, made in {"first": self.first, "second": self.second, **_prefixed(self.few)}.items():
             tensors[f"{name}.features"] = made.features.contiguous()
             tensors[f"{name}.predicted"] = made.predicted.contiguous()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, {"flash.reference": json.dumps({"version": VERSION, **asdict(self.origin)})})
+        header = {"flash.reference": json.dumps({"version": VERSION, **asdict(self.origin)})}
+        write_whole(path, lambda partial: save_file(tensors, partial, header))
 
     @classmethod
     def load(cls, path: Path) -> Reference:
-        """Read what :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
         Raises:
-            UserError: the file is no reference, or of another version.
+            UserError: the file is not a reference file, or has another version.
         """
         from safetensors import safe_open
 

@@ -1,15 +1,12 @@
-"""How well a student does its teacher's task in few steps: inpainting, super-resolution, face-swap, control.
+"""Compare a student with its teacher on a conditional task: inpainting, super-resolution, face-swap, control.
 
-Every sample has conditions, a caption and noise of its own, which all runs share: the teacher in many steps, the
-student in few, and the undistilled teacher in as few. The task says what is measured of each
-picture (``tasks/figures.py``); here it is decided what is run and what a student is held to, and ``report.json`` and
-the pictures are written.
+Each sample has its own conditions, caption and noise, which all runs share: the teacher in many steps, the student in
+few steps, the undistilled teacher in few steps. The task defines the figures (``tasks/figures.py``). This file decides
+the runs and the targets.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,21 +23,18 @@ from ..metrics.distances import frechet_distance
 from ..tasks.base import Task
 from ..tasks.figures import Figure, Scene
 from ..tasks.scores import distance
+from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
 from .generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents
-from .measure import FEW_STEPS, FeatureNetwork, Options, environment, progress_bar
-from .task_samples import Batch, Subjects, batches
-from .teacher_comparison import save_pictures
+from .request import FEW_STEPS, Options, TaskComparisonRequest
+from .task_samples import Batch, Subjects, batches, read_subjects
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..teachers.base import Teacher
 
-logger = logging.getLogger(__name__)
-
-KIND = "task"  # of the report
-BEST_STEPS = 4  # of the student that is held to the targets
-WITHIN = 0.1  # of the teacher's many-step figure that a student may fall short
+BEST_STEPS = 4  # of the student that has targets
+WITHIN = 0.1  # share of the teacher's many-step figure that the student may fall short
 YARDSTICK = "the originals"
 # From fewer samples a Fréchet distance is mostly its own bias: of 80 of the demo's inpaintings, with 64 features, the
 # teacher against itself scored 5.0, in 4 steps without guidance 5.1, and the originals 4.8.
@@ -49,16 +43,16 @@ FRECHET = Figure(
     "fd",
     "Fréchet distance to the teacher’s pictures",
     "FD",
-    "Between the results as a whole and an independent set of the teacher’s many-step results, of the same conditions "
-    "and other noise. The teacher itself, drawing anew, scores the floor, which is its figure here.",
+    "Distance between the set of results and an independent set of the teacher’s many-step results, with the same "
+    "conditions and other noise. The teacher’s own figure is the floor: two sets of its own pictures.",
     higher_is_better=False,
 )
 FRECHET_ORIGINALS = Figure(
     "fd_originals",
     "Fréchet distance to the originals",
     "FD orig.",
-    "Between the results as a whole and the originals, these brought through the autoencoder too. Guidance moves the "
-    "teacher itself away from them, so a student is not held to it.",
+    "Distance between the set of results and the originals after the autoencoder. Not a target: guidance moves the "
+    "teacher itself away from the originals.",
     higher_is_better=False,
     judged=False,
 )
@@ -66,9 +60,9 @@ PAIRED = Figure(
     "paired",
     "Feature distance to the teacher’s result",
     "to teacher",
-    "Mean distance of a result from the one that the teacher makes in many steps of the same conditions and noise. 0 "
-    "is the same picture. After its first step a student draws fresh noise, which leads to another picture, not to a "
-    "worse one, so it is not held to it.",
+    "Mean distance between a result and the teacher’s many-step result for the same conditions and noise; 0 = the same "
+    "picture. Not a target: after its first step the student draws fresh noise, so it makes another picture, not a "
+    "worse one.",
     higher_is_better=False,
     judged=False,
 )
@@ -76,12 +70,12 @@ PAIRED = Figure(
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to answer the conditions, with its line in the report.
+    """One run, with its line in the report.
 
     Attributes:
-        name: what tables call it.
-        run: who makes the pictures; None are the originals, brought through the autoencoder.
-        conditioned: whether it sees the task's conditions.
+        name: in tables.
+        run: the sampling setting; None = the originals after the autoencoder.
+        conditioned: whether the run sees the task's conditions.
     """
 
     name: str
@@ -100,10 +94,10 @@ class Seen:
 
 
 def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
-    """What is compared: the yardsticks first, then the student, then the undistilled teacher.
+    """Return the runs: the yardsticks first, then the student, then the undistilled teacher.
 
-    The teacher's rivals of the student: as few steps without guidance, which cost as many passes; as few steps with
-    guidance, which cost twice as many; and half of them with guidance, as many again.
+    The undistilled teacher runs in as many steps without guidance (as many passes), in as many steps with guidance
+    (twice the passes), and in half the steps with guidance (as many passes again).
     """
     many = SamplingSetting("teacher", options.steps, options.guidance)
     runs = [many]
@@ -117,113 +111,160 @@ def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
     return entries
 
 
-def compare_on_task(
-    teacher: Teacher,
-    task: Task,
-    subjects: Subjects,
-    network: FeatureNetwork,
-    options: Options,
-    *,
-    output: Path,
-    student: str | None = None,
-    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
-    facts: Mapping[str, Any] | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Run everything, write ``report.json`` and ``pictures/`` into ``output``, and return the report.
+def compare_on_task(request: TaskComparisonRequest, console: Console) -> bool:
+    """Do what the request asks for. Return True: there is a report."""
+    from ..files import fingerprint
+    from ..metrics.feature_network import FeatureNetwork
+    from ..metrics.lpips import lpips_of_unit_pictures
+
+    options = request.options
+    subjects = read_subjects(request.data, request.task, options.samples, options.seed)
+    model = request.model.load(request.model.pick_device(), request.task)
+    network = FeatureNetwork.from_pretrained(request.features).to(model.teacher.device)
+    TaskComparison(
+        model.teacher,
+        request.task,
+        subjects,
+        network,
+        options,
+        output=request.output,
+        student=model.student,
+        perceptual=None if request.vgg is None else lpips_of_unit_pictures(model.teacher.device, request.vgg),
+        origin={
+            "teacher": model.weights,
+            "features": fingerprint(request.features),
+            "lora": str(request.model.lora) if request.model.lora else None,
+            "model": list(request.model.fields),
+        },
+    ).evaluate(console)
+    return True
+
+
+class TaskComparison(Evaluator[Entry]):
+    """All runs on the same samples, batch after batch: memory does not grow with the number of samples' pixels.
 
     Args:
-        student: what the student is called in the report; None evaluates the teacher alone.
-        perceptual: LPIPS of pictures (B, 3, H, W) in [0, 1]; None leaves it out.
-        facts: further lines of the report's origin.
-        console: where the progress bar is drawn; None draws none.
+        student: the student's title in the report; None evaluates the teacher alone.
+        perceptual: LPIPS of pictures (B, 3, H, W) in [0, 1]; None leaves LPIPS out.
+        origin: further entries of the report's origin.
     """
-    entries = entries_of(task, options, student is not None)
-    comparison = _Comparison(teacher, task, network, options, perceptual, entries)
-    comparison.run(subjects, console)
-    figures = comparison.figures()
-    estimates = {entry.name: comparison.estimates(entry.name, figures) for entry in entries}
-    many = entries[1].name
-    records = [comparison.record(entry, estimates[entry.name]) for entry in entries]
-    report = {
-        "kind": KIND,
-        "task": task.name,
-        "student": student,
-        "teacher": teacher.name,
-        "many": many,
-        "put_back": type(task).finished is not Task.finished,
-        "figures": [asdict(figure) for figure in figures],
-        "runs": records,
-        "targets": [],
-        "comparisons": [],
-        "notes": comparison.notes(),
-        "origin": {"data": subjects.origin, "task_options": task.options.model_dump(mode="json"), **(facts or {})},
-        "settings": {name: value for name, value in asdict(options).items() if name not in ("times", "solver")},
-        "environment": environment(teacher.device),
-        "pictures": comparison.save(output),
-    }
-    if student is not None:
-        held = SamplingSetting("student", BEST_STEPS).name
-        rivals = [entry.name for entry in entries[2:] if entry.run is not None and entry.run.role == "teacher"]
-        report["comparisons"] = [comparison.difference(figure, held, rival) for rival in rivals for figure in figures]
-        report["targets"] = targets(figures, estimates, report["comparisons"], held, many)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return report
 
-
-class _Comparison:
-    """The runs at work, batch after batch: what is kept does not grow with the pictures' size."""
+    kind = "task"
 
     def __init__(
         self,
         teacher: Teacher,
         task: Task,
-        network: FeatureNetwork,
+        subjects: Subjects,
+        network: SeesPictures,
         options: Options,
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None,
-        entries: Sequence[Entry],
+        *,
+        output: Path,
+        student: str | None = None,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__(output, student)
         self.teacher = teacher
         self.task = task
+        self.subjects = subjects
         self.network = network
         self.options = options
         self.perceptual = perceptual
-        self.entries = entries
+        self.origin = dict(origin or {})
+        self.entries = entries_of(task, options, student is not None)
         self.many = SamplingSetting("teacher", options.steps, options.guidance)
         blank = torch.ones(1, 3, *teacher.resolution)
-        self.enough = SAMPLES_A_FEATURE * self._look(blank).shape[1]  # samples for a distance of sets
+        self.enough = SAMPLES_A_FEATURE * self._look(blank).shape[1]  # samples that a Fréchet distance needs
         self.measures_sets = task.many_answers and options.samples >= self.enough
-        self.seen = {entry.name: Seen() for entry in entries}
+        self.seen = {entry.name: Seen() for entry in self.entries}
         self.independent: list[Tensor] = []
         self.distances: dict[tuple[str, str], Tensor] = {}
         self.captions: list[str] = []
         self.drawn: dict[str, list[Tensor]] = defaultdict(list)
         self.originals: list[Tensor] = []
 
-    # -- making pictures ---------------------------------------------------------------------------------------------
+    def runs(self) -> list[Entry]:
+        """Return the entries of :func:`entries_of`."""
+        return self.entries
 
-    def run(self, subjects: Subjects, console: Console | None) -> None:
-        """Make and measure everything."""
+    def prepare(self) -> None:
+        """Make and score the pictures of all runs."""
         options, many = self.options, self.many
         passes = sum(entry.run.nfe for entry in self.entries if entry.run) + self.measures_sets * many.nfe
-        with progress_bar(console) as progress, torch.inference_mode():
-            bar = progress.add_task(self.task.name, total=passes * options.samples, unit="passes")
+        bar = self.progress.add_task(self.task.name, total=passes * options.samples, unit="passes")
+        with torch.inference_mode():
             for batch in batches(
-                subjects, self.task, self.teacher.resolution, options.samples, options.seed, options.batch_size
+                self.subjects, self.task, self.teacher.resolution, options.samples, options.seed, options.batch_size
             ):
                 rows, scene = self._encode(batch)
                 if not self.captions:  # a first call allocates memory and loads kernels
                     sample_latents(rows, SamplingSetting("teacher", 1), rows.prompts, batch.seeds)
                 for entry in self.entries:
                     self._answer(entry, rows, scene, batch)
-                    progress.advance(bar, entry.run.nfe * len(batch) if entry.run else 0)
+                    self.progress.advance(bar, entry.run.nfe * len(batch) if entry.run else 0)
                 if self.measures_sets:
                     latents = sample_latents(rows, many, rows.prompts, batch.independent)
                     finished = self.task.finished(decode_pictures(rows, latents), scene)
                     self.independent.append(self._look(finished))
-                    progress.advance(bar, many.nfe * len(batch))
+                    self.progress.advance(bar, many.nfe * len(batch))
                 self._keep(batch, scene)
+        self.figures = self._figures()
+        self.estimates = {entry.name: self._estimates(entry.name) for entry in self.entries}
+        self.comparisons = self._comparisons() if self.student is not None else []
+
+    def measure(self, entry: Entry) -> Record:
+        """Return an entry's line in the report."""
+        run = entry.run
+        return {
+            "name": entry.name,
+            "role": "original" if run is None else run.role if entry.conditioned else "without",
+            "steps": run.steps if run else 0,
+            "guidance": run.guidance if run else 1.0,
+            "nfe": run.nfe if run else 0,
+            "seconds_per_image": self.seen[entry.name].seconds / self.options.samples,
+            "figures": {key: asdict(estimate) for key, estimate in self.estimates[entry.name].items()},
+        }
+
+    def targets(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """Return the targets of :func:`targets_of`."""
+        student = SamplingSetting("student", BEST_STEPS).name
+        return targets_of(self.figures, self.estimates, self.comparisons, student, self.many.name)
+
+    def notes(self, records: Sequence[Record]) -> list[str]:
+        """Return which figures were left out, and why."""
+        notes = []
+        if self.task.many_answers and not self.measures_sets:
+            notes.append(
+                f"The Fréchet distances were left out: {self.options.samples} samples are too few for "
+                f"{self.enough // SAMPLES_A_FEATURE} features. Use --samples {self.enough} or more."
+            )
+        if any(figure.key == "lpips" for figure in self.task.figures) and self.perceptual is None:
+            notes.append("LPIPS was not measured. Give VGG-16’s weights with --vgg.")
+        return notes
+
+    def facts(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Return task, figures, comparisons, origin, settings, environment and pictures."""
+        return {
+            "task": self.task.name,
+            "teacher": self.teacher.name,
+            "many": self.many.name,
+            "put_back": type(self.task).finished is not Task.finished,
+            "figures": [asdict(figure) for figure in self.figures],
+            "comparisons": self.comparisons,
+            "origin": {
+                "data": self.subjects.origin,
+                "task_options": self.task.options.model_dump(mode="json"),
+                **self.origin,
+            },
+            "settings": {
+                name: value for name, value in asdict(self.options).items() if name not in ("times", "solver")
+            },
+            "environment": environment(self.teacher.device),
+            "pictures": self._save(),
+        }
+
+    # -- making pictures ---------------------------------------------------------------------------------------------
 
     def _encode(self, batch: Batch) -> tuple[EncodedPrompts, Scene]:
         device = self.teacher.device
@@ -264,32 +305,20 @@ class _Comparison:
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
-    def figures(self) -> list[Figure]:
-        """What was measured: a distance of sets where there are enough samples, then the task's own."""
+    def _figures(self) -> list[Figure]:
+        """Return the measured figures: Fréchet distances where there are enough samples, then the task's figures."""
         measured = next(iter(self.seen.values())).scores
         own = [figure for figure in self.task.figures if figure.key in measured]
         return [*([FRECHET, FRECHET_ORIGINALS] if self.measures_sets else []), *own, PAIRED]
 
-    def notes(self) -> list[str]:
-        """What was not measured, and why."""
-        notes = []
-        if self.task.many_answers and not self.measures_sets:
-            notes.append(
-                f"The Fréchet distances were left out: {self.options.samples} samples are too few for "
-                f"{self.enough // SAMPLES_A_FEATURE} features; --samples {self.enough} or more measures them."
-            )
-        if any(figure.key == "lpips" for figure in self.task.figures) and self.perceptual is None:
-            notes.append("LPIPS was not measured: --vgg with VGG-16’s weights does.")
-        return notes
-
-    def scores(self, name: str, key: str) -> Tensor:
-        """A figure of every sample (N,)."""
+    def _scores(self, name: str, key: str) -> Tensor:
+        """Return a figure of every sample (N,)."""
         if key == PAIRED.key:
             return distance(*(torch.cat(self.seen[which].features) for which in (name, self.many.name)))
         return torch.cat(self.seen[name].scores[key])
 
-    def set_distances(self, name: str, key: str) -> Tensor:
-        """A distance of sets, of all samples and of those that the bootstrap draws; computed once."""
+    def _set_distances(self, name: str, key: str) -> Tensor:
+        """Return a Fréchet distance of all samples, then of each resampling of the bootstrap; computed once."""
         if (name, key) not in self.distances:
             features = torch.cat(self.seen[name].features)
             reference = torch.cat(self.independent if key == FRECHET.key else self.seen[YARDSTICK].features)
@@ -298,43 +327,35 @@ class _Comparison:
             )
         return self.distances[name, key]
 
-    def estimates(self, name: str, figures: Sequence[Figure]) -> dict[str, Estimate]:
-        """Every figure of an entry."""
+    def _estimates(self, name: str) -> dict[str, Estimate]:
         return {
-            figure.key: bootstrap.of_set_values(self.set_distances(name, figure.key), self.options.samples)
+            figure.key: bootstrap.of_set_values(self._set_distances(name, figure.key), self.options.samples)
             if figure in (FRECHET, FRECHET_ORIGINALS)
-            else bootstrap.mean_of(self.scores(name, figure.key))
-            for figure in figures
+            else bootstrap.mean_of(self._scores(name, figure.key))
+            for figure in self.figures
         }
 
-    def difference(self, figure: Figure, student: str, rival: str) -> dict[str, Any]:
-        """By how much the student is better than a rival on the same samples, and how sure that is."""
+    def _comparisons(self) -> list[dict[str, Any]]:
+        """Compare the student's best run with each run of the undistilled teacher, in each figure."""
+        student = SamplingSetting("student", BEST_STEPS).name
+        rivals = [entry.name for entry in self.entries[2:] if entry.run is not None and entry.run.role == "teacher"]
+        return [self._difference(figure, student, rival) for rival in rivals for figure in self.figures]
+
+    def _difference(self, figure: Figure, student: str, rival: str) -> dict[str, Any]:
+        """Return by how much the student is better than a rival on the same samples, with its interval."""
         sign = 1 if figure.higher_is_better else -1
         if figure in (FRECHET, FRECHET_ORIGINALS):
-            ours, theirs = (self.set_distances(name, figure.key) for name in (student, rival))
+            ours, theirs = (self._set_distances(name, figure.key) for name in (student, rival))
             found = bootstrap.of_set_values(sign * (ours - theirs), self.options.samples)
         else:
-            found = bootstrap.mean_of(sign * (self.scores(student, figure.key) - self.scores(rival, figure.key)))
+            found = bootstrap.mean_of(sign * (self._scores(student, figure.key) - self._scores(rival, figure.key)))
         return {"figure": figure.key, "run": student, "rival": rival, **asdict(found), "verdict": verdict(found)}
 
-    def record(self, entry: Entry, estimates: Mapping[str, Estimate]) -> dict[str, Any]:
-        """An entry's line in the report."""
-        run = entry.run
-        return {
-            "name": entry.name,
-            "role": "original" if run is None else run.role if entry.conditioned else "without",
-            "steps": run.steps if run else 0,
-            "guidance": run.guidance if run else 1.0,
-            "nfe": run.nfe if run else 0,
-            "seconds_per_image": self.seen[entry.name].seconds / self.options.samples,
-            "figures": {key: asdict(estimate) for key, estimate in estimates.items()},
-        }
-
-    def save(self, output: Path) -> dict[str, Any]:
-        """Write the pictures that the page shows."""
+    def _save(self) -> dict[str, Any]:
+        """Write the pictures that the page shows; return their paths."""
 
         def write(pictures: Sequence[Tensor], folder: str) -> list[str]:
-            return save_pictures(torch.stack(list(pictures)), output, folder)
+            return save_pictures(pictures, self.output, folder)
 
         return {
             "prompts": self.captions[: self.options.pictures],
@@ -345,25 +366,26 @@ class _Comparison:
 
 
 def verdict(difference: Estimate) -> str:
-    """``better`` or ``worse`` where the whole interval is on one side of 0, else ``even``."""
+    """Return ``better`` or ``worse`` where the whole interval is on one side of 0, else ``even``."""
     if difference.low is None or difference.high is None:
         return "even"
     return "better" if difference.low > 0 else "worse" if difference.high < 0 else "even"
 
 
-def targets(
+def targets_of(
     figures: Sequence[Figure],
     estimates: Mapping[str, Mapping[str, Estimate]],
     comparisons: Sequence[Mapping[str, Any]],
     student: str,
     many: str,
 ) -> list[dict[str, Any]]:
-    """What a student is held to, in every judged figure.
+    """Return the student's targets, two for every judged figure.
 
-    - ``within``: its figure is at most 1.1 times the teacher's of many steps where lower is better, at least 0.9 times
-      where higher is. ``value`` is that ratio, None where the teacher's figure is 0.
-    - ``better``: it is clearly better than the undistilled teacher with as many passes: the 95 % interval of the mean
-      difference on the same samples is above 0. ``value`` is that difference, positive where the student is better.
+    - ``within``: student / teacher in many steps is at most 1.1 where lower is better, at least 0.9 where higher is
+      better. ``value`` is this ratio, None where the teacher's figure is 0.
+    - ``better``: the student is clearly better than the undistilled teacher with as many passes: the 95 % interval of
+      the mean difference on the same samples is above 0. ``value`` is this difference, positive = the student is
+      better.
     """
     found: list[dict[str, Any]] = []
     rival = SamplingSetting("teacher", BEST_STEPS).name

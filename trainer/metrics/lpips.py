@@ -9,6 +9,7 @@ every value it has returned; a test holds this one against it.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -79,6 +80,12 @@ def lpips(device: torch.device, vgg: Path | None = None) -> Lpips:
     except RuntimeError as error:
         raise UserError(f"{path} does not hold VGG-16's weights; expected the file of {URL} ({error})") from error
     return distance.to(device)
+
+
+def lpips_of_unit_pictures(device: torch.device, vgg: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return LPIPS as a function of two sets of pictures (B, 3, H, W) in [0, 1]; it gives (B,) float64 on the CPU."""
+    network = lpips(device, vgg)
+    return lambda made, wanted: network((made * 2 - 1).to(device), (wanted * 2 - 1).to(device)).double().cpu()
 
 
 def _fitted_weights() -> Path:

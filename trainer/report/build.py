@@ -1,87 +1,124 @@
-"""One self-contained page from an evaluation: `report.json`, its pictures and the training's log become `report.html`.
-
-Which page depends on what was measured: `comparison_report.py`, `task_report.py` or `zero_shot_report.py`.
-"""
+"""`flash-diffusion report`: turn `report.json`, its pictures and the training's log into `report.html` and tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from . import task_page as task_report
-from .comparison_page import comparison_page, summary_table, target_lines
-from .html_page import read_log, training_charts
-from .zero_shot_page import notes, scores_table, zero_shot_page
+from ..files import write_whole
+from .blocks import Page, RunTable, Targets
+from .charts import read_log, training_charts
+from .coco_page import coco_page, comparability
+from .html_page import render
+from .task_page import task_page
+from .teacher_page import teacher_page
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-# Of the kinds of reports: the page, and the table and lines for the terminal. Without a kind it is a comparison.
-PAGES = {"zero-shot": zero_shot_page, "task": task_report.task_page}
-WORDS = {
-    "zero-shot": (scores_table, notes),
-    "task": (task_report.summary_table, task_report.target_lines),
-}
+PAGES = {"teacher": teacher_page, "task": task_page, "zero-shot": coco_page}
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The numbers of an evaluation.
+    """Read the figures of an evaluation; a report of an earlier version gets the entries that it lacks.
 
     Raises:
-        UserError: there is none in ``folder``.
+        UserError: ``folder`` holds no ``report.json``, or a report of an unknown kind.
     """
     source = folder / "report.json"
     if not source.is_file():
         raise UserError(f"{folder} holds no report.json; make one with `flash-diffusion evaluate --output {folder}`")
     report: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    if "runs" not in report or report.setdefault("kind", "teacher") not in PAGES:
+        raise UserError(
+            f"{source} is not a report that this version reads; expected one written by `flash-diffusion evaluate`, of "
+            f"kind {', '.join(PAGES)}"
+        )
+    report.setdefault("gaps", [])
+    if "notes" not in report:
+        whole = report["kind"] == "zero-shot"
+        report["notes"] = comparability(report["protocol"], report["networks"]) if whole else []
     return report
 
 
+def read_page(folder: Path, log: Path | None = None) -> Page:
+    """Return the page of the evaluation in ``folder``.
+
+    Args:
+        log: the ``log.jsonl`` of the student's training, for the curves.
+    """
+    report = read_report(folder)
+    curves = training_charts(read_log(log)) if log is not None and log.is_file() else []
+    return replace(PAGES[report["kind"]](report, folder), curves=tuple(curves))
+
+
 def write_report(folder: Path, log: Path | None = None) -> Path:
-    """Write ``folder/report.html`` from ``folder/report.json`` and the pictures it names.
+    """Write ``folder/report.html`` from ``folder/report.json`` and its pictures; return the page's path.
 
     Args:
         log: the ``log.jsonl`` of the student's training, for the curves.
 
-    Returns:
-        The page's path.
-
     Raises:
         UserError: there is no evaluation in ``folder``.
     """
-    report = read_report(folder)
-    curves = training_charts(read_log(log)) if log is not None and log.is_file() else []
-    make = PAGES.get(report.get("kind"), comparison_page)
+    text = render(read_page(folder, log))
     path = folder / "report.html"
-    path.write_text(make(report, folder, curves), encoding="utf-8")
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
+
+
+def print_report(folder: Path, path: Path, console: Console) -> None:
+    """Print tables, targets, notes and the page's path."""
+    page = read_page(folder)
+    blocks = [block for section in page.sections for block in section.blocks]
+    for block in blocks:
+        if isinstance(block, RunTable) and block.terminal is not None:
+            console.print(terminal_table(block))
+    for line in target_lines(page):
+        console.print(line, highlight=False)
+    for note in page.notes:
+        console.print(f"note: {note}", highlight=False)
+    console.print(f"report  {path}", highlight=False, soft_wrap=True)
+
+
+def target_lines(page: Page) -> list[str]:
+    """Return one line per target."""
+    blocks = [block for section in page.sections for block in section.blocks]
+    return [card.line for block in blocks if isinstance(block, Targets) for card in block.cards]
+
+
+def terminal_table(block: RunTable) -> Table:
+    """Return a table for the terminal: narrow, since 80 columns would break every cell over lines."""
+    from rich.table import Table
+
+    table = Table(title=block.terminal, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = [(column, column.short) for column in block.columns if column.short is not None]
+    for index, (_, short) in enumerate(columns):
+        table.add_column(short, justify="right" if index else "left", no_wrap=True)
+    for group in block.groups:
+        for run in group.runs:
+            cells = [column.of(run).text for column, _ in columns]
+            table.add_row(*cells, style="bold" if group.kind == "student" else None)
+    return table
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `flash-diffusion report`."""
-    parser.add_argument("folder", type=Path, help="what `flash-diffusion evaluate` wrote: report.json and pictures/")
-    parser.add_argument("--log", type=Path, help="log.jsonl of the training (default: the one in the folder, if any)")
+    """Add the options of `flash-diffusion report`."""
+    parser.add_argument("folder", type=Path, help="folder that `flash-diffusion evaluate` wrote (--output)")
+    parser.add_argument("--log", type=Path, help="log.jsonl of the training, for its curves (default: in the folder)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write `report.html` again and print the numbers."""
+    """Write `report.html` again and print the figures."""
     from rich.console import Console
 
     print_report(args.folder, write_report(args.folder, args.log or args.folder / "log.jsonl"), Console())
     return 0
-
-
-def print_report(folder: Path, page: Path, console: Console) -> None:
-    """The numbers, what to know about them, and where the page is, in the terminal."""
-    report = read_report(folder)
-    table, lines = WORDS.get(report.get("kind"), (summary_table, target_lines))
-    console.print(table(report))
-    for line in lines(report):
-        console.print(line, highlight=False)
-    console.print(f"report  {page}", highlight=False, soft_wrap=True)

@@ -1,16 +1,22 @@
-"""Small charts as inline SVG. Colours and fonts are the page's, by class, so that they follow light and dark."""
+"""Draw small charts as inline SVG. Colours and fonts come from the page, by class, so they follow light and dark."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from markupsafe import Markup
+
+NO_CURVE = {"update", "phase", "progress", "lr", "images_per_second", "seconds"}  # a log's numbers that are no losses
 
 LEFT, RIGHT, TOP, BOTTOM = 50, 18, 18, 44  # px around the plot, for its labels
 CURVE_POINTS = 240  # drawn of a training curve; more would not be seen
@@ -20,20 +26,29 @@ WIDE_DECADES = 2.5  # decades from which a logarithmic axis is marked at powers 
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A chart of the page: title, a sentence under the title, and the SVG."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
 class Frame:
-    """A drawing's size, in px of a text size of 13."""
+    """The size of a drawing, in px at a text size of 13."""
 
     width: int
     height: int
 
     @property
     def right(self) -> int:
-        """Where the plot ends."""
+        """The right end of the plot."""
         return self.width - RIGHT
 
     @property
     def bottom(self) -> int:
-        """Where the plot stands on."""
+        """The bottom of the plot."""
         return self.height - BOTTOM
 
 
@@ -42,7 +57,7 @@ LARGE, SMALL = Frame(520, 310), Frame(380, 230)
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y), each with its tooltip; ``kind`` is the class that colours them."""
+    """Points (x, y) with a tooltip each; ``kind`` is the class of their colour."""
 
     kind: str
     points: tuple[tuple[float, float], ...]
@@ -51,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values ``low..high`` to pixels ``start..end``: linear, or logarithmic where ``log``."""
+    """Map values ``low..high`` to pixels ``start..end``: linear, or logarithmic with ``log``."""
 
     low: float
     high: float
@@ -60,12 +75,12 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Where a value lies, in px."""
+        """Return the place of a value, in px."""
         low, high, value = (math.log(number) if self.log else number for number in (self.low, self.high, value))
         return self.start + (value - low) / ((high - low) or 1.0) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """A few round values: 1, 2 and 5 times powers of ten, powers alone where the axis is long."""
+        """Return a few round values: 1, 2 and 5 times powers of ten; only the powers where the axis is long."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             factors = (1,) if math.log10(self.high / self.low) > WIDE_DECADES else (1, 2, 5)
@@ -80,10 +95,10 @@ class Axis:
 
 
 def passes_chart(name: str, lines: Sequence[Line], level: float | None, level_name: str, log: bool = True) -> Markup:
-    """Values over the number of network passes, and a dashed level to compare them with.
+    """Draw values over the number of network passes, and a dashed level to compare with.
 
     Args:
-        log: whether the values' axis is logarithmic, as that of the passes is.
+        log: whether the values' axis is logarithmic; the axis of the passes always is.
     """
     frame = LARGE
     values = [y for line in lines for _, y in line.points if y > 0 or not log] + ([level] if level else [])
@@ -107,7 +122,7 @@ def passes_chart(name: str, lines: Sequence[Line], level: float | None, level_na
 
 
 def curve_chart(name: str, points: Sequence[tuple[float, float]], phases: Sequence[tuple[float, Any]]) -> Markup:
-    """A training curve over updates: every value faint, their running mean strong, a line where a phase begins.
+    """Draw a training curve over updates: values faint, their running mean strong, a line where a phase begins.
 
     Args:
         points: (update, value), in order, finite.
@@ -129,8 +144,43 @@ def curve_chart(name: str, points: Sequence[tuple[float, float]], phases: Sequen
     return _svg(frame, f"{name} over the training", parts)
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the updates of a training's log, one JSON object a line; an unfinished last line is skipped.
+
+    Raises:
+        UserError: another line is not JSON.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    entries = []
+    for index, line in enumerate(lines):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if index + 1 < len(lines):
+                raise UserError(f"{path}, line {index + 1} is not JSON: {error}; expected one object a line") from error
+    return [entry for entry in entries if "update" in entry]
+
+
+def training_charts(entries: Sequence[dict[str, Any]]) -> list[Chart]:
+    """Return one chart for each loss in the log, the total first."""
+
+    def finite(entry: dict[str, Any], name: str) -> bool:
+        value = entry.get(name)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    names = dict.fromkeys(name for entry in entries for name in entry if name not in NO_CURVE and finite(entry, name))
+    phases = [(entry["update"], entry.get("phase", 0)) for entry in entries]
+    charts = []
+    for name in sorted(names, key=lambda name: name != "total"):
+        points = [(float(entry["update"]), float(entry[name])) for entry in entries if finite(entry, name)]
+        if len(points) > 1 and any(value for _, value in points):  # a term with weight 0 is always 0
+            title = name.replace("_", " ")
+            charts.append(Chart(title, "", curve_chart(title, points, phases)))
+    return charts
+
+
 def running_mean(values: Sequence[float]) -> list[float]:
-    """An exponential average, unbiased from the first value on, over ``SMOOTHING`` of the run."""
+    """Return the exponential average over ``SMOOTHING`` of the run, unbiased from the first value on."""
     decay = math.exp(-1 / max(SMOOTHING * len(values), 1.0))
     means, total, weight = [], 0.0, 0.0
     for value in values:
@@ -140,7 +190,7 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about ``CURVE_POINTS`` of them, evenly, the last among them."""
+    """Return about ``CURVE_POINTS`` of the points, evenly spaced, always with the last point."""
     step = math.ceil(len(points) / CURVE_POINTS)
     return [*points[:-1:step], points[-1]]
 

@@ -1,60 +1,115 @@
-"""The page and the table of an evaluation on a conditional task; its text is in ``report_task.html``."""
+"""The page of an evaluation on a conditional task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .charts import Line, passes_chart
-from .html_page import Chart, Column, Columns, Grid, Group, number, render, seconds, terminal_table
+from .blocks import (
+    Cell,
+    Charts,
+    Facts,
+    Group,
+    Page,
+    PictureColumn,
+    PictureGrid,
+    PictureGroup,
+    Run,
+    RunTable,
+    Section,
+    Settings,
+    TableColumn,
+    Target,
+    chart_of,
+    target_section,
+)
+from .numbers import capital, counted, listed, number, seconds, signed
 
-if TYPE_CHECKING:
-    from rich.table import Table
+Report = Mapping[str, Any]
+Figure = Mapping[str, Any]  # one of the ``figures`` of report.json
+GRID_STEPS = 4  # of the undistilled teacher's pictures in the grid
 
 
-def task_page(report: dict[str, Any], folder: Path, curves: Sequence[Chart]) -> str:
-    """The page of a report whose pictures are in ``folder``.
-
-    Args:
-        curves: of the student's training.
-    """
-    runs = {run["name"]: run for run in report["runs"]}
-    titles = {figure["key"]: figure for figure in report["figures"]}
-    rivals = dict.fromkeys(line["rival"] for line in report["comparisons"])
-    return render(
-        "report_task.html",
-        signed=signed,
-        report=report,
-        title=f"{report['student'] or report['teacher']}, {report['task']}",
-        many=runs[report["many"]],
-        students=[run for run in report["runs"] if run["role"] == "student"],
-        groups=run_groups(report),
-        pictures=picture_grid(report, folder),
-        charts=figure_charts(report),
-        rivals=[(runs[rival], [line for line in report["comparisons"] if line["rival"] == rival]) for rival in rivals],
-        headline=target_value,
-        sentence=lambda target: target_sentence(target, titles[target["figure"]]),
-        limit=lambda target: target_limit(target, titles[target["figure"]]),
-        curves=curves,
+def task_page(report: Report, folder: Path) -> Page:
+    """Return the page of a report whose pictures are in ``folder``."""
+    groups = run_groups(report)
+    figures = {figure["key"]: figure for figure in report["figures"]}
+    put_back = " Results are shown put back into their pictures." if report["put_back"] else ""
+    return Page(
+        over=f"Flash Diffusion · {report['task']}",
+        name=f"{report['student'] or report['teacher']}, {report['task']}",
+        title=_title(report),
+        lead=_lead(report),
+        notes=tuple(report["notes"]),
+        sections=(
+            *target_section([target_card(target, figures[target["figure"]]) for target in report["targets"]]),
+            Section(
+                "Pictures",
+                (picture_grid(report, folder),),
+                "One row per set of conditions, with one caption and one initial noise. These are the first samples of "
+                f"the draw, not a selection.{put_back}",
+            ),
+            Section(
+                "Figures",
+                (
+                    Facts(tuple((figure["title"], _meaning(figure)) for figure in report["figures"])),
+                    Charts(figure_charts(report), tuple(group for group in groups if group.lines)),
+                ),
+            ),
+            Section("All runs", (run_table(report),)),
+            *_comparison_section(report),
+        ),
+        method=Section(
+            "How it was measured",
+            (Facts(_facts(report)), Settings({key: report[key] for key in ("settings", "origin", "environment")})),
+        ),
     )
 
 
-def run_groups(report: dict[str, Any]) -> list[Group]:
-    """The runs as a reader compares them: the aim, the student, and the teacher in as few steps."""
-    many = report["many"]
+def _title(report: Report) -> str:
+    many, students = _many(report), [run["nfe"] for run in report["runs"] if run["role"] == "student"]
+    if not students:
+        return f"The teacher in {many['steps']} steps and in fewer"
+    return f"{many['nfe']} passes become {listed(students)}"
 
-    def pick(role: str, guided: bool = False) -> tuple[dict[str, Any], ...]:
+
+def _lead(report: Report) -> str:
+    many, samples = _many(report), f"{report['settings']['samples']} samples per run, from {report['origin']['data']}"
+    if not report["student"]:
+        return f"{capital(report['task'])}: {samples}; no student was given."
+    guided = f" with guidance {many['guidance']:g}" if many["guidance"] != 1 else ""
+    steps = counted(many["steps"], "step")
+    return f"{report['student']} beside its teacher in {steps}{guided}, on {report['task']}: {samples}."
+
+
+def _many(report: Report) -> Run:
+    return next(run for run in report["runs"] if run["name"] == report["many"])
+
+
+def _direction(figure: Figure) -> str:
+    return "Higher" if figure["higher_is_better"] else "Lower"
+
+
+def _meaning(figure: Figure) -> str:
+    unit = f", in {figure['unit']}" if figure["unit"] else ""
+    return f"{_direction(figure)} is better{unit}. {figure['meaning']}"
+
+
+def run_groups(report: Report) -> list[Group]:
+    """Return the yardsticks, the student, the undistilled teacher without guidance and with guidance."""
+    many = _many(report)
+
+    def pick(role: str, guided: bool = False) -> tuple[Run, ...]:
         return tuple(
             run
             for run in report["runs"]
-            if run["role"] == role and run["name"] != many and (run["guidance"] != 1) == guided
+            if run["role"] == role and run is not many and (run["guidance"] != 1) == guided
         )
 
-    teacher = tuple(run for run in report["runs"] if run["name"] == many)
     without = tuple(run for run in report["runs"] if run["role"] == "without")
     groups = [
-        Group("Yardsticks", "aim", (*pick("original"), *teacher, *without), lines=False),
+        Group("Yardsticks", "aim", (*pick("original"), many, *without), lines=False),
         Group("Student", "student", pick("student")),
         Group("Undistilled teacher, no guidance", "plain", pick("teacher")),
         Group("Undistilled teacher, guided", "guided", pick("teacher", guided=True)),
@@ -62,104 +117,159 @@ def run_groups(report: dict[str, Any]) -> list[Group]:
     return [group for group in groups if group.runs]
 
 
-def picture_grid(report: dict[str, Any], folder: Path) -> Grid:
-    """What was given and what came out; of the undistilled teacher what has the steps of the student's best."""
+def picture_grid(report: Report, folder: Path) -> PictureGrid:
+    """Return the grid: the conditions, then the results; of the undistilled teacher only the run in 4 steps."""
     pictures, files = report["pictures"], report["pictures"]["files"]
-    given = [Column(title, (), tuple(drawn)) for title, drawn in pictures["drawn"].items()]
-    groups = [Columns("Given", "aim", (*given, Column("original", (), tuple(pictures["original"]))))]
+    given = [PictureColumn(title, (), tuple(drawn)) for title, drawn in pictures["drawn"].items()]
+    original = PictureColumn("original", (), tuple(pictures["original"]))
+    groups = [PictureGroup("Given", "aim", (*given, original))]
     for group in run_groups(report):
         runs = [run for run in group.runs if run["role"] != "original"]
         if group.kind in ("plain", "guided"):
-            runs = [run for run in runs if run["steps"] == 4]
+            runs = [run for run in runs if run["steps"] == GRID_STEPS]
         title = {"aim": "Teacher", "plain": "No guidance", "guided": "Guided"}.get(group.kind, group.title)
-        if runs:
-            columns = [
-                Column("without" if run["role"] == "without" else column.title, column.notes, column.files)
-                for run in runs
-                for column in [Column.of(run, files[run["name"]])]
-            ]
-            groups.append(Columns(title, group.kind, tuple(columns)))
-    prompts = [prompt or f"no. {row + 1}" for row, prompt in enumerate(pictures["prompts"])]
-    return Grid(tuple(groups), tuple(prompts), folder)
+        columns = []
+        for run in runs:
+            column = PictureColumn.of(run, files[run["name"]])
+            head = "without" if run["role"] == "without" else column.title
+            columns.append(PictureColumn(head, column.notes, column.files))
+        if columns:
+            groups.append(PictureGroup(title, group.kind, tuple(columns)))
+    prompts = tuple(prompt or f"no. {row + 1}" for row, prompt in enumerate(pictures["prompts"]))
+    return PictureGrid(tuple(groups), prompts, folder, small=True)
 
 
-def figure_charts(report: dict[str, Any]) -> list[Chart]:
-    """Every figure against passes."""
-    many = next(run for run in report["runs"] if run["name"] == report["many"])
-
-    def chart(figure: dict[str, Any]) -> Chart:
-        lines = []
-        for group in run_groups(report):
-            runs = sorted((run for run in group.runs if group.lines), key=lambda run: run["nfe"])
-            points = [(run, run["figures"][figure["key"]]["value"]) for run in runs]
-            points = [(run, value) for run, value in points if value is not None]
-            tips = tuple(
-                f"{run['name']}: {run['nfe']} passes, {figure['short']} {number(value)}" for run, value in points
-            )
-            if points:
-                lines.append(Line(group.kind, tuple((run["nfe"], value) for run, value in points), tips))
-        level = many["figures"][figure["key"]]["value"]
-        direction = "Higher" if figure["higher_is_better"] else "Lower"
-        caption = f"{direction} is better{', in ' + figure['unit'] if figure['unit'] else ''}."
-        svg = passes_chart(figure["title"], lines, level, f"teacher, {many['steps']} steps", figure["key"] == "fd")
-        return Chart(figure["title"], caption, svg)
-
-    return [chart(figure) for figure in report["figures"] if many["figures"][figure["key"]]["value"] is not None]
-
-
-def summary_table(report: dict[str, Any]) -> Table:
-    """The runs as a table for the terminal."""
-    table = terminal_table(f"{report['task']}, {report['settings']['samples']} samples")
-    table.add_column("run", no_wrap=True)
+def figure_charts(report: Report) -> tuple[Any, ...]:
+    """Return a chart of every figure against passes."""
+    many, groups = _many(report), run_groups(report)
+    charts = []
     for figure in report["figures"]:
-        table.add_column(f"{figure['short']} {'↑' if figure['higher_is_better'] else '↓'}", justify="right")
-    table.add_column("each", justify="right", no_wrap=True)
-    for run in report["runs"]:
-        table.add_row(
-            run["name"],
-            *(number(run["figures"][figure["key"]]["value"]) for figure in report["figures"]),
-            seconds(run["seconds_per_image"]),
-            style="bold" if run["role"] == "student" else None,
+        level = many["figures"][figure["key"]]["value"]
+        if level is None:
+            continue
+        charts.append(
+            chart_of(
+                groups,
+                lambda run, key=figure["key"]: run["figures"][key]["value"],
+                figure["title"],
+                f"{_direction(figure)} is better{', in ' + figure['unit'] if figure['unit'] else ''}.",
+                level=level,
+                level_name=f"teacher, {counted(many['steps'], 'step')}",
+                log=figure["key"] == "fd",
+                short=figure["short"],
+            )
         )
-    return table
+    return tuple(charts)
 
 
-def target_lines(report: dict[str, Any]) -> Iterator[str]:
-    """Each target in words, then what was not measured."""
-    titles = {figure["key"]: figure for figure in report["figures"]}
-    for target in report["targets"]:
-        figure = titles[target["figure"]]
-        yield (
-            f"{'met' if target['met'] else 'MISSED'}: {target['run']}, {target_sentence(target, figure)}: "
-            f"{target_value(target)} ({target_limit(target, figure)})"
-        )
-    yield from report["notes"]
+def run_table(report: Report) -> RunTable:
+    """Return the table of all runs; in the terminal ``high`` or ``low`` under a figure says which is better."""
+
+    def column(figure: Figure) -> TableColumn:
+        unit = f",\n{figure['unit']}" if figure["unit"] else ""
+        better = "high" if figure["higher_is_better"] else "low"
+        short = f"{figure['short']}\n{better}"
+        return TableColumn(f"{figure['short']}{unit}", short, _interval_cell(figure["key"]), better)
+
+    columns = (
+        TableColumn("Run", "run", lambda run: run["name"]),
+        TableColumn("Passes", None, lambda run: str(run["nfe"]) if run["nfe"] else "–"),
+        *(column(figure) for figure in report["figures"]),
+        TableColumn("Time per\npicture", "time", lambda run: seconds(run["seconds_per_image"])),
+    )
+    return RunTable(
+        columns,
+        tuple(run_groups(report)),
+        f"{report['task']}, {report['settings']['samples']} samples; high, low: the better direction",
+    )
 
 
-def target_value(target: dict[str, Any]) -> str:
-    """``1.04 ×``, or ``+0.3``."""
-    if target["kind"] == "better":
-        return signed(target["value"])
-    return "–" if target["value"] is None else f"{number(target['value'])} ×"
+def _interval_cell(key: str) -> Callable[[Run], Cell]:
+    def cell(run: Run) -> Cell:
+        found = run["figures"][key]
+        below = "" if found["low"] is None else f"{number(found['low'])} … {number(found['high'])}"
+        return Cell(number(found["value"]), below)
+
+    return cell
 
 
-def target_sentence(target: dict[str, Any], figure: dict[str, Any]) -> str:
-    """What is compared with what."""
-    if target["kind"] == "within":
-        return f"{figure['title']}, of the figure of {target['rival']}"
-    return f"{figure['title']}, better than {target['rival']} without guidance"
+def _comparison_section(report: Report) -> tuple[Section, ...]:
+    """Return the student beside each run of the undistilled teacher; empty where there is no student."""
+    lines = {(line["rival"], line["figure"]): line for line in report["comparisons"]}
+    if not lines:
+        return ()
+    names = dict.fromkeys(rival for rival, _ in lines)
+    rivals = tuple(run for name in names for run in report["runs"] if run["name"] == name)
+
+    def column(figure: Figure) -> TableColumn:
+        def cell(run: Run) -> Cell:
+            line = lines[run["name"], figure["key"]]
+            if line["value"] is None:
+                return Cell("–")
+            text = "no clear difference" if line["verdict"] == "even" else line["verdict"]
+            below = f"{signed(line['value'])} ({signed(line['low'])} … {signed(line['high'])})"
+            return Cell(text, below, line["verdict"])
+
+        unit = f", {figure['unit']}" if figure["unit"] else ""
+        return TableColumn(f"{figure['short']}{unit}", None, cell)
+
+    columns = (
+        TableColumn("Against", None, lambda run: run["name"]),
+        TableColumn("Passes", None, lambda run: str(run["nfe"])),
+        *(column(figure) for figure in report["figures"]),
+    )
+    student = report["comparisons"][0]["run"]
+    return (
+        Section(
+            f"{capital(student)} against the undistilled teacher",
+            (RunTable(columns, (Group("", "", rivals),)),),
+            "How much better the student is on the same samples, with the 95 % interval. “Better” and “worse” stand "
+            "only where the whole interval is on one side of 0.",
+        ),
+    )
 
 
-def target_limit(target: dict[str, Any], figure: dict[str, Any]) -> str:
-    """What was asked."""
+def target_card(target: Mapping[str, Any], figure: Figure) -> Target:
+    """Return a target as a card."""
     if target["kind"] == "better":
         unit = f" {figure['unit']}" if figure["unit"] else ""
-        return f"above 0{unit} in 95 %: {signed(target['low'])} … {signed(target['high'])}"
-    return f"at most {target['at_most']:g}" if "at_most" in target else f"at least {target['at_least']:g}"
+        measure = f"better in {figure['title']} than {target['rival']} without guidance"
+        limit = f"95 % interval above 0{unit}; it is {signed(target['low'])} … {signed(target['high'])}"
+        return Target(target["run"], signed(target["value"]), measure, limit, target["met"])
+    value = "–" if target["value"] is None else f"{number(target['value'])} ×"
+    limit = f"at most {target['at_most']:g} ×" if "at_most" in target else f"at least {target['at_least']:g} ×"
+    measure = f"the {figure['title']} of {target['rival']}"
+    return Target(target["run"], value, measure, limit, target["met"])
 
 
-def signed(value: float | None) -> str:
-    """``+0.3`` or ``−0.3``, a dash for no value."""
-    if value is None:
-        return "–"
-    return f"{'−' if value < 0 else '+'}{number(abs(value))}"
+def _facts(report: Report) -> tuple[tuple[str, str], ...]:
+    where = report["environment"]
+    return (
+        (
+            "Data",
+            f"{capital(report['origin']['data'])}. Conditions are drawn anew from their own seed. Where there are "
+            "fewer pictures than samples, a picture comes again with other conditions.",
+        ),
+        (
+            "Runs",
+            "All runs share conditions, captions and the initial noise of each sample. The student uses the few-step "
+            "sampler without guidance; the teacher solves its ODE with guidance w in uncond + w (cond - uncond). “The "
+            "originals” are the data’s own pictures after the autoencoder: the best that any denoiser could reach.",
+        ),
+        (
+            "Targets",
+            "For the student’s 4 steps: student / teacher in many steps is at most 1.1 where lower is better, at least "
+            "0.9 where higher is better; and the student is clearly better than the undistilled teacher with as many "
+            "passes: the 95 % interval of the mean difference on the same samples is above 0.",
+        ),
+        (
+            "Intervals",
+            "95 %, from the bootstrap over samples: 2,000 draws for means, 200 for distances of sets, whose intervals "
+            "lie a little high.",
+        ),
+        (
+            "Passes, time",
+            "Forward passes of the network per picture; guidance needs two per step. Seconds include network and "
+            f"decoder, on {where['device']} with {counted(where['threads'], 'thread')}.",
+        ),
+    )

@@ -1,4 +1,4 @@
-"""COCO's captions and pictures as they come: ``annotations/captions_val2017.json`` and a folder ``val2017``."""
+"""Read COCO's captions and find its pictures: ``annotations/captions_val2017.json`` and the folder ``val2017``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from ...errors import UserError
 from .protocols import CocoProtocol
 
-DRAW_SEED = 0  # of which pictures' captions are taken, and in which order; not of the noise
+DRAW_SEED = 0  # of the choice and the order of captions; not of the noise
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Caption:
     """One caption to draw.
 
     Attributes:
-        number: of COCO's picture; of the line, from 0, where the captions come from a text file.
-        picture: COCO's picture of it, or None.
+        number: of COCO's picture; for captions from a text file the line, from 0.
+        picture: COCO's picture; None for captions from a text file.
     """
 
     number: int
@@ -30,11 +30,11 @@ class Caption:
 
 @dataclass(frozen=True)
 class Coco:
-    """What a protocol takes from a COCO folder.
+    """Captions and pictures of a protocol.
 
     Attributes:
-        captions: what is drawn, in order.
-        pictures: what is compared with, in the order of their numbers.
+        captions: to draw, in order.
+        pictures: the reference, in the order of their numbers.
         rule: how the captions were chosen, in words.
     """
 
@@ -48,15 +48,15 @@ def read_coco(
 ) -> Coco:
     """Read the captions and find every picture.
 
-    The captions of a picture are ordered by their ids and the first is taken; pictures without one are left out. The
-    pictures are shuffled once and for all, so that a smaller sample is the head of a larger one and no worse a sample.
+    Of each picture the caption with the lowest id is taken; pictures without a caption are left out. The order of the
+    pictures is shuffled, always in the same way, so n captions are the first n of any larger draw.
 
     Args:
-        samples: captions to draw; None is the protocol's number.
-        captions: to draw instead of COCO's; the first ``samples`` are taken as they stand.
+        samples: captions to draw; None = the protocol's number.
+        captions: to draw instead of COCO's; the first ``samples`` are taken.
 
     Raises:
-        UserError: the folder is not laid out as COCO is, pictures are missing, or there are too few captions.
+        UserError: the folder is not laid out as COCO, pictures are missing, or there are too few captions.
     """
     names, by_picture = _read_annotations(folder / protocol.annotations)
     pictures = _find_pictures(folder / protocol.pictures, names)
@@ -76,13 +76,13 @@ def read_coco(
         where = "the prompts file" if captions is not None else folder / protocol.annotations
         raise UserError(
             f"{where} has {len(found)} captions to draw, {protocol.name} needs {wanted}; pass --samples {len(found)} "
-            "for a smaller evaluation, which the report says is one"
+            "for a smaller evaluation; the report will say that it is smaller"
         )
     return Coco(tuple(found[:wanted]), tuple(pictures[number] for number in sorted(pictures)), rule)
 
 
 def _read_annotations(path: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """File names by picture, and the first caption by picture."""
+    """Return the file name and the caption with the lowest id of each picture, by the picture's number."""
     if not path.is_file():
         raise UserError(
             f"there is no {path}; --coco takes the folder that holds {path.parent.name}/ and the pictures' folder, as "

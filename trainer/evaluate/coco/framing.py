@@ -1,7 +1,7 @@
-"""From a picture of any size to what is compared and to what Inception sees: how pictures are cut and resized.
+"""Cut and resize pictures for the comparison and for Inception.
 
-Resizing decides over several points of FID. Here it is done as clean-fid recommends (arXiv 2104.11222): with filters
-that look at every pixel when they reduce (Pillow's), and for Inception without rounding in between.
+Resizing decides several points of FID. Here pictures are resized as clean-fid recommends (arXiv 2104.11222): with
+Pillow's filters, which read every pixel when they reduce, and for Inception without rounding in between.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ WORDS = "cut to its centre square, Lanczos to {size} px (8 bits), for Inception 
 
 
 def open_picture(path: Path) -> Image.Image:
-    """An RGB picture from a file.
+    """Load a file as an RGB picture.
 
     Raises:
-        UserError: it can't be read; names the file.
+        UserError: the file can't be read.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -31,12 +31,12 @@ def open_picture(path: Path) -> Image.Image:
             return picture.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(
-            f"{path} can't be read as a picture ({error}); restore it, or remove it if it was made"
+            f"{path} can't be read as a picture ({error}); restore the file, or remove it if the evaluation made it"
         ) from error
 
 
 def square(picture: Image.Image, size: int) -> Image.Image:
-    """The centre square of a picture, at ``size`` x ``size`` pixels."""
+    """Return the centre square of a picture, at ``size`` x ``size`` pixels."""
     from PIL import Image
 
     side = min(picture.size)
@@ -46,7 +46,7 @@ def square(picture: Image.Image, size: int) -> Image.Image:
 
 
 def for_inception(picture: Image.Image) -> Tensor:
-    """A picture (3, 299, 299), values around 0..255: bicubic resizing overshoots a little."""
+    """Return a picture as (3, 299, 299), values around 0..255: bicubic resizing overshoots a little."""
     import numpy as np
     import torch
     from PIL import Image

@@ -1,18 +1,18 @@
-"""A run's pictures on disk, written as they are made, so that a killed evaluation goes on where it was.
+"""A run's pictures on disk, written as they are made, so that a killed evaluation goes on where it stopped.
 
-The folder holds ``000000397133.png``, ... (the numbers are COCO's), ``made_from.json`` (what they were made from) and
-``seconds-0.jsonl``, ... (what they cost, one file a process). A file appears under its name when it is whole.
+The folder holds ``000000397133.png``, ... (COCO's numbers), ``made_from.json`` (everything the pictures depend on) and
+``seconds-0.jsonl``, ... (the time of each batch, one file per process). Files are written whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ...files import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,9 +24,9 @@ class PictureFolder:
     """The pictures of one run.
 
     Args:
-        folder: of this run alone.
-        origin: everything that decides what the pictures look like.
-        process: which of several processes this is. The first one writes ``origin``, all compare.
+        folder: holds this run only.
+        origin: everything that the pictures depend on.
+        process: number of this process. Process 0 writes ``origin``, all processes compare with it.
 
     Raises:
         UserError: the folder holds pictures that were made from something else.
@@ -43,36 +43,35 @@ class PictureFolder:
                 if there.get(name) != origin[name]:
                     raise UserError(
                         f"{folder} holds pictures made from something else: {name} is {there.get(name)!r} there and "
-                        f"{origin[name]!r} now; choose another --output, or remove that folder"
+                        f"{origin[name]!r} now; choose another --output, or remove the folder"
                     )
         elif any(folder.glob("*.png")):
-            raise UserError(f"{folder} holds pictures without {ORIGIN}, which says what they are; remove that folder")
+            raise UserError(
+                f"{folder} holds pictures without {ORIGIN}, so nobody knows what they were made from; remove the folder"
+            )
         elif process == 0:
-            self._publish(path, (json.dumps(dict(origin), indent=2) + "\n").encode())
+            text = json.dumps(dict(origin), indent=2) + "\n"
+            write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def path(self, number: int) -> Path:
-        """Where the picture with a number is or will be."""
+        """Return the path of the picture with a number, written or not."""
         return self.folder / f"{number:012d}.png"
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Those of ``numbers`` whose picture is not there."""
+        """Return the ``numbers`` whose picture is not there."""
         return [number for number in numbers if not self.path(number).is_file()]
 
     def save(self, number: int, picture: Image.Image) -> None:
-        """Write a picture, losslessly; half a picture never stands under its name."""
-        import io
-
-        stream = io.BytesIO()
-        picture.save(stream, "PNG")
-        self._publish(self.path(number), stream.getvalue())
+        """Write a picture without loss."""
+        write_whole(self.path(number), lambda partial: picture.save(partial, "PNG"))
 
     def add_time(self, pictures: int, seconds: float) -> None:
-        """Note what a batch has cost."""
+        """Add the time of a batch."""
         with (self.folder / f"seconds-{self.process}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"pictures": pictures, "seconds": seconds}) + "\n")
 
     def seconds_per_picture(self) -> float | None:
-        """The median batch's, over every start and process: a first batch's extra cost does not show in it."""
+        """Return the median batch's seconds per picture; the median hides the extra cost of first batches."""
         rates = []
         for path in self.folder.glob("seconds-*.jsonl"):
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -82,8 +81,3 @@ class PictureFolder:
                     continue
                 rates.append(entry["seconds"] / entry["pictures"])
         return sorted(rates)[len(rates) // 2] if rates else None
-
-    def _publish(self, path: Path, content: bytes) -> None:
-        partial = path.with_name(f"{path.name}.{self.process}.part")
-        partial.write_bytes(content)
-        os.replace(partial, path)

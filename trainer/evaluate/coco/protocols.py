@@ -1,7 +1,7 @@
-"""The public protocols that few-step models are compared by: which captions, which pictures, which sizes.
+"""The public protocols that few-step models are compared by: captions, pictures, sizes.
 
-Everything that changes a figure and is not the model's is a field of :class:`CocoProtocol`, goes into the report, and is
-said in words in ``docs/evaluation.md``, with what is known of the papers' own choices and what is not.
+Every setting that changes a figure and does not belong to the model is a field of :class:`CocoProtocol` and stands in
+the report. ``docs/evaluation.md`` describes the protocols, and which choices of the papers are known.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ class CocoProtocol:
     """Zero-shot evaluation on COCO.
 
     Attributes:
-        name: what ``--protocol`` calls it.
-        annotations: the captions, inside the COCO folder.
-        pictures: the folder of the pictures, inside the COCO folder. All that ``annotations`` lists are the reference.
-        samples: how many captions are drawn from, one of each picture.
+        name: value of ``--protocol``.
+        annotations: file with the captions, inside the COCO folder.
+        pictures: folder of the pictures, inside the COCO folder. All pictures in ``annotations`` are the reference.
+        samples: number of captions, one per picture.
         size: width and height in pixels at which all pictures, COCO's and the model's, are compared.
-        caption_prefix: what stands before the caption for CLIP.
+        caption_prefix: text before each caption, for CLIP.
     """
 
     name: str

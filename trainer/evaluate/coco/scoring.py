@@ -1,9 +1,8 @@
-"""FID and CLIP score of pictures on disk: read, shown to the networks, and added up; never all features at once."""
+"""Measure FID and CLIP score of pictures on disk; features are summed up, never kept all at once."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from ...files import fingerprint_texts
+from ...files import fingerprint_texts, write_whole
 from ...metrics.distances import Moments
 from ..generate import SamplingSetting
 from .captions import Caption, Coco
@@ -35,12 +34,12 @@ STATISTICS_VERSION = 1  # of the file with the moments of COCO's pictures
 
 @dataclass(frozen=True)
 class Networks:
-    """What looks at the pictures.
+    """The networks of the metrics.
 
     Attributes:
-        inception: (B, 3, 299, 299) with values around 0..255 to features (B, D).
-        inception_hash: of its weights' file.
-        clip: the scorer, or None where CLIP is not wanted.
+        inception: maps (B, 3, 299, 299) with values around 0..255 to features (B, D).
+        inception_hash: hash of Inception's weights file.
+        clip: the CLIP scorer; None = no CLIP score.
     """
 
     inception: torch.nn.Module
@@ -48,7 +47,7 @@ class Networks:
     clip: ClipScorer | None
 
     def to(self, device: torch.device | str) -> Networks:
-        """The same on a device."""
+        """Move the networks to a device; return the networks."""
         self.inception.to(device)
         if self.clip is not None:
             self.clip.model.to(device)
@@ -56,19 +55,19 @@ class Networks:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the networks."""
         return next(self.inception.parameters()).device
 
 
 def load_networks(inception: Path | None, clip: str | None) -> Networks:
-    """Inception and CLIP, on the CPU.
+    """Load Inception and CLIP on the CPU.
 
     Args:
-        inception: FID's weights; None is the published file.
-        clip: a CLIP's folder or Hub name; None leaves CLIP out.
+        inception: FID's weights; None = the published file.
+        clip: folder or Hub name of a CLIP; None = no CLIP score.
 
     Raises:
-        UserError: one can't be had.
+        UserError: a network can't be loaded.
     """
     from ...metrics.clip_score import ClipScorer
     from ...metrics.inception import load_inception
@@ -80,7 +79,7 @@ def load_networks(inception: Path | None, clip: str | None) -> Networks:
 def reference_moments(
     coco: Coco, protocol: CocoProtocol, networks: Networks, stored: Path, progress: Progress
 ) -> Moments:
-    """The moments of COCO's own pictures; kept in the file ``stored``, which later evaluations take them from."""
+    """Return the moments of COCO's own pictures, from the file ``stored`` if it fits; else compute and store them."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -97,7 +96,9 @@ def reference_moments(
             if all(header.get(name) == value for name, value in origin.items()):
                 return Moments(len(coco.pictures), file.get_tensor("sum"), file.get_tensor("products"))
         different = [name for name, value in origin.items() if header.get(name) != value]
-        logger.warning("The statistics in %s are of something else (%s); made anew.", stored, ", ".join(different))
+        logger.warning(
+            "The statistics in %s do not fit this evaluation (%s); they are made anew.", stored, ", ".join(different)
+        )
     task = progress.add_task("COCO's pictures", total=len(coco.pictures), unit="pictures")
     moments: Moments | None = None
     for pictures in _read(coco.pictures, protocol.size):
@@ -105,15 +106,13 @@ def reference_moments(
         moments = seen if moments is None else moments + seen
         progress.advance(task, len(pictures))
     assert moments is not None  # read_coco found pictures
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    partial = stored.with_name(f"{stored.name}.part")
-    save_file({"sum": moments.sum, "products": moments.products}, partial, origin)
-    os.replace(partial, stored)
+    tensors = {"sum": moments.sum, "products": moments.products}
+    write_whole(stored, lambda path: save_file(tensors, path, origin))
     return moments
 
 
-def measure(
-    gallery: PictureFolder,
+def measure_folder(
+    folder: PictureFolder,
     run: SamplingSetting,
     captions: Sequence[Caption],
     reference: Moments,
@@ -121,17 +120,17 @@ def measure(
     networks: Networks,
     progress: Progress,
 ) -> dict[str, Any]:
-    """A run's line in the report.
+    """Return a run's line in the report.
 
     Raises:
         UserError: pictures are missing or damaged.
     """
-    if missing := gallery.missing(caption.number for caption in captions):
-        raise UserError(f"{gallery.folder} lacks {len(missing)} of {len(captions)} pictures; run the command again")
+    if missing := folder.missing(caption.number for caption in captions):
+        raise UserError(f"{folder.folder} lacks {len(missing)} of {len(captions)} pictures; run the command again")
     task = progress.add_task(f"measuring {run.label}", total=len(captions), unit="pictures")
     moments: Moments | None = None
     cosines = 0.0
-    paths = [gallery.path(caption.number) for caption in captions]
+    paths = [folder.path(caption.number) for caption in captions]
     for index, pictures in enumerate(_read(paths, protocol.size)):
         seen = _moments(pictures, networks)
         moments = seen if moments is None else moments + seen
@@ -147,12 +146,12 @@ def measure(
         "nfe": run.nfe,
         "fid": moments.distance(reference),
         "clip": cosines / len(captions) if networks.clip is not None else None,
-        "seconds_per_image": gallery.seconds_per_picture(),
+        "seconds_per_image": folder.seconds_per_picture(),
     }
 
 
 def _read(paths: Sequence[Path], size: int) -> Iterator[list[Image.Image]]:
-    """Pictures at the protocol's size, in batches; the next batch is read while one is looked at."""
+    """Read pictures at the protocol's size, in batches; the next batch is read while a batch is measured."""
 
     def one(path: Path) -> Image.Image:
         return square(open_picture(path), size)

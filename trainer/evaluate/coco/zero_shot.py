@@ -1,32 +1,36 @@
-"""Zero-shot FID and CLIP score on COCO: what few-step models are compared by in print (see ``protocols.py``).
+"""Measure zero-shot FID and CLIP score on COCO, which papers compare few-step models by (see ``protocols.py``).
 
-In two halves. :func:`make_pictures` writes each run's pictures, in one process or several; a picture depends on the
-weights, its caption and its own seed, not on who makes it. ``scoring.py`` reads the files in one process, whoever made
-them and whenever.
+An evaluation has two halves. :func:`make_pictures` writes each run's pictures, in one process or several; a picture
+depends on the weights, its caption and its own seed, not on the process that makes it. ``scoring.py`` then reads the
+files in one process.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ....flash_core.grid import trailing_timesteps
 from ...errors import UserError
 from ...files import file_hash, fingerprint_texts
 from ...metrics.inception import PUBLISHED
+from ...report.coco_page import comparability
 from ...seeds import seed_of
+from ..evaluator import Evaluator, Record, environment, folder_name, progress_bar
 from ..generate import PictureMaker, SamplingSetting, decode_pictures, default_solver, sample_latents
-from ..measure import environment, progress_bar
-from .captions import Caption, Coco
+from ..request import CocoOptions, CocoRequest, Precision, read_prompts
+from .captions import Caption, Coco, read_coco
 from .framing import WORDS, open_picture, square
 from .picture_folder import PictureFolder
 from .protocols import CocoProtocol
-from .scoring import load_networks, measure, reference_moments
+from .scoring import Networks, load_networks, measure_folder, reference_moments
 
 if TYPE_CHECKING:
     import torch
@@ -36,129 +40,180 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
-    from ...teachers.base import Teacher
 
-Precision = Literal["no", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a zero-shot evaluation makes.
-
-    Attributes:
-        runs: who, in how many steps, with how much guidance.
-        seed: of the noise; each picture's own seed follows from it and the caption's number.
-        batch_size: pictures made at once; changes no picture beyond rounding.
-        precision: of the forward passes (autocast).
-        pictures: how many captions the report shows.
-    """
-
-    runs: tuple[SamplingSetting, ...]
-    seed: int = 0
-    batch_size: int = 8
-    precision: Precision = "no"
-    pictures: int = 8
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where everything comes from.
-
-    Attributes:
-        generator: loads the model; gives it, a hash of the teacher's weights, and what the student is called, if any.
-        lora: the student's file or folder, or None.
-        captions: the file that the captions are from.
-        inception: FID's weights; None is the published file.
-        clip: a CLIP's folder or Hub name; None leaves CLIP out.
-        statistics: the file with the moments of COCO's pictures, made where it is missing.
-    """
-
-    generator: Callable[[], tuple[Teacher, str, str | None]]
-    lora: Path | None
-    captions: Path
-    inception: Path | None
-    clip: str | None
-    statistics: Path
-
-
-def zero_shot(
-    coco: Coco,
-    protocol: CocoProtocol,
-    settings: Settings,
-    sources: Sources,
-    output: Path,
-    state: PartialState,
-    console: Console | None = None,
-) -> bool:
-    """Make what pictures are missing, measure all, and write ``report.json`` into ``output``.
-
-    Returns:
-        Whether this process has written the report: the first one does.
+def evaluate_on_coco(request: CocoRequest, console: Console) -> bool:
+    """Make the missing pictures and measure all. Return whether this process has written the report: the first does.
 
     Raises:
-        UserError: a network can't be had, or ``output`` holds pictures of something else.
+        UserError: a network can't be loaded, or ``output`` holds pictures that were made from something else.
     """
-    # First what may be missing: the pictures take hours.
-    networks = load_networks(sources.inception, sources.clip) if state.is_main_process else None
-    with progress_bar(console) as progress:
-        galleries, facts = _all_pictures(coco, protocol, settings, sources, output, state, progress)
+    prompts = read_prompts(request.prompts) if request.prompts else None
+    coco = read_coco(request.coco, request.protocol, request.samples, prompts)
+    state = _join_processes(request.model.pick_device())
+    shown = console if state.is_main_process else None
+    # First the networks, which may be missing: the pictures take hours.
+    networks = load_networks(request.inception, request.clip) if state.is_main_process else None
+    with progress_bar(shown) as progress:
+        folders, facts = _make_all(request, coco, state, progress)
         state.wait_for_everyone()
         state.destroy_process_group()
-        if networks is None:
-            return False
-        networks = networks.to(facts["environment"]["device"])
-        reference = reference_moments(coco, protocol, networks, sources.statistics, progress)
-        records = [
-            measure(gallery, run, coco.captions, reference, protocol, networks, progress)
-            for run, gallery in zip(settings.runs, galleries, strict=True)
-        ]
-    facts["networks"] = {
-        "inception": networks.inception_hash,
-        "published_inception": networks.inception_hash.startswith(PUBLISHED),
-        "clip": networks.clip.name if networks.clip is not None else None,
-    }
-    write_zero_shot(output, coco, protocol, settings, records, galleries, facts)
+    if networks is None:
+        return False
+    ZeroShot(request, coco, networks, folders, facts).evaluate(shown)
     return True
 
 
-def _all_pictures(
-    coco: Coco,
-    protocol: CocoProtocol,
-    settings: Settings,
-    sources: Sources,
-    output: Path,
-    state: PartialState,
-    progress: Progress,
-) -> tuple[list[PictureFolder], dict[str, Any]]:
-    """Every run's pictures, and the report's facts on the model, whose memory is free again afterwards."""
-    generator, teacher, student = sources.generator()
-    weights = {
-        "teacher": teacher,
-        "student": lora_hash(sources.lora),
-        "captions": file_hash(sources.captions),
-    }
-    galleries = [
-        PictureFolder(
-            run_folder(output, run), origin_of(generator, run, protocol, settings, weights), state.process_index
+def _join_processes(device: str) -> PartialState:
+    """Join the other launched processes.
+
+    Raises:
+        UserError: the processes can't share the device.
+    """
+    from accelerate import PartialState
+
+    # A process waits for the slowest process, which may have many pictures to make.
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != state.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but they can't share {device} here; launch one process, or "
+            "pass --device cpu"
         )
-        for run in settings.runs
-    ]
-    state.wait_for_everyone()  # nobody writes pictures before the first process has said what they are
-    for run, gallery in zip(settings.runs, galleries, strict=True):
-        make_pictures(generator, run, coco.captions, gallery, protocol, settings, state, progress)
-    process = generator.denoiser.process
-    return galleries, {
-        "student": student,
-        "teacher": generator.name,
-        "weights": weights,
-        "resolution": list(generator.resolution),
-        "timesteps": {run.label: trailing_timesteps(process, run.steps) for run in settings.runs},
-        "environment": {**environment(generator.device), "processes": state.num_processes},
+    if not state.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+    return state
+
+
+def _make_all(
+    request: CocoRequest, coco: Coco, state: PartialState, progress: Progress
+) -> tuple[list[PictureFolder], dict[str, Any]]:
+    """Make every run's pictures. Return their folders and the report's facts; the model's memory is free afterwards."""
+    named, options = request.model.device, request.options
+    device = state.device if named in (None, state.device.type) else named  # each process has its own device
+    model = request.model.load(str(device))
+    maker = model.teacher
+    weights = {
+        "teacher": model.weights,
+        "student": lora_hash(request.model.lora),
+        "captions": file_hash(request.prompts or request.coco / request.protocol.annotations),
     }
+    folders = [
+        PictureFolder(
+            run_folder(request.output, run),
+            origin_of(maker, run, request.protocol, options, weights),
+            state.process_index,
+        )
+        for run in options.runs
+    ]
+    state.wait_for_everyone()  # no pictures before the first process has written what they are made from
+    for run, folder in zip(options.runs, folders, strict=True):
+        make_pictures(maker, run, coco.captions, folder, request.protocol, options, state, progress)
+    process = maker.denoiser.process
+    return folders, {
+        "student": model.student,
+        "teacher": maker.name,
+        "weights": weights,
+        "resolution": list(maker.resolution),
+        "timesteps": {run.label: trailing_timesteps(process, run.steps) for run in options.runs},
+        "environment": {**environment(maker.device), "processes": state.num_processes},
+    }
+
+
+class ZeroShot(Evaluator[SamplingSetting]):
+    """FID and CLIP score of finished pictures.
+
+    Args:
+        folders: the pictures of each run of the request.
+        made: facts on the making of the pictures: ``student``, ``teacher``, ``weights``, ``environment``, ...
+    """
+
+    kind = "zero-shot"
+
+    def __init__(
+        self,
+        request: CocoRequest,
+        coco: Coco,
+        networks: Networks,
+        folders: Sequence[PictureFolder],
+        made: Mapping[str, Any],
+    ) -> None:
+        super().__init__(request.output, made["student"])
+        self.protocol = request.protocol
+        self.options = request.options
+        self.statistics = request.statistics
+        self.coco = coco
+        self.networks = networks
+        self.folders = dict(zip(request.options.runs, folders, strict=True))
+        self.made = made
+
+    def runs(self) -> list[SamplingSetting]:
+        """Return the request's runs."""
+        return list(self.folders)
+
+    def prepare(self) -> None:
+        """Load or compute the moments of COCO's pictures."""
+        self.networks = self.networks.to(self.made["environment"]["device"])
+        self.reference = reference_moments(self.coco, self.protocol, self.networks, self.statistics, self.progress)
+
+    def measure(self, run: SamplingSetting) -> Record:
+        """Measure FID and CLIP score of a run's pictures."""
+        return measure_folder(
+            self.folders[run], run, self.coco.captions, self.reference, self.protocol, self.networks, self.progress
+        )
+
+    def notes(self, records: Sequence[Record]) -> list[str]:
+        """Return why the scores can't be compared with published scores, if so."""
+        return comparability(self._protocol(), self._networks())
+
+    def facts(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Return protocol, networks, settings, pictures, and the facts on the making."""
+        shown = self.coco.captions[: self.options.pictures]
+        names = [record["name"] for record in records]
+        files = [self._files(folder, shown) for folder in self.folders.values()]
+        return {
+            "protocol": self._protocol(),
+            **self.made,
+            "networks": self._networks(),
+            "settings": {**asdict(self.options), "runs": names},
+            "pictures": {
+                "prompts": [caption.text for caption in shown],
+                "files": dict(zip(names, files, strict=True)),
+                "coco": self._save_originals(shown),
+            },
+        }
+
+    def _protocol(self) -> dict[str, Any]:
+        return {
+            **asdict(self.protocol),
+            "captions": len(self.coco.captions),
+            "references": len(self.coco.pictures),
+            "rule": self.coco.rule,
+            "framing": WORDS.format(size=self.protocol.size),
+        }
+
+    def _networks(self) -> dict[str, Any]:
+        return {
+            "inception": self.networks.inception_hash,
+            "published_inception": self.networks.inception_hash.startswith(PUBLISHED),
+            "clip": self.networks.clip.name if self.networks.clip is not None else None,
+        }
+
+    def _files(self, folder: PictureFolder, shown: Sequence[Caption]) -> list[str]:
+        return [folder.path(caption.number).relative_to(self.output).as_posix() for caption in shown]
+
+    def _save_originals(self, shown: Sequence[Caption]) -> list[str]:
+        """Write COCO's pictures of the shown captions; there are none where the captions are not COCO's."""
+        found = [(caption.number, caption.picture) for caption in shown if caption.picture is not None]
+        if len(found) < len(shown):
+            return []
+        size = self.protocol.size
+        folder = PictureFolder(self.output / "pictures" / "coco", {"size": size, "protocol": self.protocol.name})
+        for number, picture in found:
+            folder.save(number, square(open_picture(picture), size))
+        return self._files(folder, shown)
 
 
 def lora_hash(path: Path | None) -> str | None:
-    """Of a LoRA's weights, a file or a PEFT folder, and of the configuration beside them, which may hold its alpha."""
+    """Return a hash of a LoRA's weights (file or PEFT folder) and of its configuration, which may hold its alpha."""
     if path is None:
         return None
     folder, weights = (path, sorted(path.glob("*.safetensors"))) if path.is_dir() else (path.parent, [path])
@@ -167,64 +222,65 @@ def lora_hash(path: Path | None) -> str | None:
 
 
 def run_folder(output: Path, run: SamplingSetting) -> Path:
-    """Where a run's pictures are."""
-    return output / "pictures" / run.label.replace(",", "").replace(" ", "-")
+    """Return the folder of a run's pictures."""
+    return output / "pictures" / folder_name(run.label)
 
 
 def origin_of(
-    generator: PictureMaker,
+    maker: PictureMaker,
     run: SamplingSetting,
     protocol: CocoProtocol,
-    settings: Settings,
+    options: CocoOptions,
     weights: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    """Everything that decides what a run's pictures look like, but for the captions, which go by their numbers.
+    """Return everything that a run's pictures depend on, but for the captions, which go by their numbers.
 
     Args:
-        weights: hashes of what draws: ``teacher``, ``student`` and ``captions``.
+        weights: hashes of ``teacher``, ``student`` and ``captions``.
     """
     return {
         **asdict(run),
-        "solver": default_solver(generator.denoiser.process) if run.role == "teacher" else "few-step sampler",
+        "solver": default_solver(maker.denoiser.process) if run.role == "teacher" else "few-step sampler",
         **weights,
         "student": weights["student"] if run.role == "student" else None,
-        "latent_shape": list(generator.latent_shape),
+        "latent_shape": list(maker.latent_shape),
         "size": protocol.size,
-        "seed": settings.seed,
-        "precision": settings.precision,
+        "seed": options.seed,
+        "precision": options.precision,
     }
 
 
 def make_pictures(
-    generator: PictureMaker,
+    maker: PictureMaker,
     run: SamplingSetting,
     captions: Sequence[Caption],
-    gallery: PictureFolder,
+    folder: PictureFolder,
     protocol: CocoProtocol,
-    settings: Settings,
+    options: CocoOptions,
     state: PartialState,
     progress: Progress,
 ) -> None:
-    """Make those of a run's pictures that are not there yet.
+    """Make the pictures of a run that are not there yet.
 
-    Every ``num_processes``-th batch is this process'. A batch that is partly there is made again whole and only what
-    was missing is written: so every picture comes from the same batch, and the set is the same to the last bit.
+    This process makes every ``num_processes``-th batch. Where part of a batch is missing, the whole batch is made again
+    and only the missing pictures are written: so every picture comes from the same batch, and the set is the same to
+    the last bit.
     """
-    size = settings.batch_size
+    size = options.batch_size
     batches = [captions[begin : begin + size] for begin in range(0, len(captions), size)]
     own = batches[state.process_index :: state.num_processes]
     task = progress.add_task(run.label, total=run.nfe * sum(map(len, own)), unit="passes")
     for batch in own:
-        if missing := set(gallery.missing(caption.number for caption in batch)):
+        if missing := set(folder.missing(caption.number for caption in batch)):
             start = time.perf_counter()
-            seeds = [seed_of(settings.seed, "zero-shot", caption.number) for caption in batch]
-            with _autocast(settings.precision, generator.device):
-                latents = sample_latents(generator, run, [caption.text for caption in batch], seeds)
-                images = decode_pictures(generator, latents)
-            gallery.add_time(len(batch), time.perf_counter() - start)
+            seeds = [seed_of(options.seed, "zero-shot", caption.number) for caption in batch]
+            with _autocast(options.precision, maker.device):
+                latents = sample_latents(maker, run, [caption.text for caption in batch], seeds)
+                images = decode_pictures(maker, latents)
+            folder.add_time(len(batch), time.perf_counter() - start)
             for caption, image in zip(batch, images, strict=True):
                 if caption.number in missing:
-                    gallery.save(caption.number, square(_to_picture(image), protocol.size))
+                    folder.save(caption.number, square(_to_picture(image), protocol.size))
         progress.advance(task, run.nfe * len(batch))
 
 
@@ -237,62 +293,15 @@ def _autocast(precision: Precision, device: torch.device) -> Any:
 
 
 def _to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to 8 bits.
+    """Return a picture (3, H, W) in [0, 1] with 8 bits a channel.
 
     Raises:
-        UserError: it is not finite.
+        UserError: the picture holds NaN or infinity.
     """
-    from PIL import Image
+    from ...pictures import picture_from_unit
 
     if not bool(image.isfinite().all()):
         raise UserError(
             "the model made NaN instead of a picture; fp16 overflows in some models: use --precision bf16 or no"
         )
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def write_zero_shot(
-    output: Path,
-    coco: Coco,
-    protocol: CocoProtocol,
-    settings: Settings,
-    runs: Sequence[dict[str, Any]],
-    galleries: Sequence[PictureFolder],
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write ``report.json``, and COCO's pictures of the shown captions, into ``output``; returns the report.
-
-    Args:
-        facts: what else the report says: ``student``, ``teacher``, ``networks``, ``environment``.
-    """
-    shown = coco.captions[: settings.pictures]
-
-    def files(gallery: PictureFolder) -> list[str]:
-        return [gallery.path(caption.number).relative_to(output).as_posix() for caption in shown]
-
-    originals: list[str] = []
-    if all(caption.picture for caption in shown):
-        gallery = PictureFolder(output / "pictures" / "coco", {"size": protocol.size, "protocol": protocol.name})
-        for caption in shown:
-            gallery.save(caption.number, square(open_picture(caption.picture), protocol.size))
-        originals = files(gallery)
-    report = {
-        "kind": "zero-shot",
-        "protocol": {
-            **asdict(protocol),
-            "captions": len(coco.captions),
-            "references": len(coco.pictures),
-            "rule": coco.rule,
-            "framing": WORDS.format(size=protocol.size),
-        },
-        **facts,
-        "runs": list(runs),
-        "settings": {**asdict(settings), "runs": [run["name"] for run in runs]},
-        "pictures": {
-            "prompts": [caption.text for caption in shown],
-            "files": {run["name"]: files(gallery) for run, gallery in zip(runs, galleries, strict=True)},
-            "coco": originals,
-        },
-    }
-    (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return report
+    return picture_from_unit(image)
