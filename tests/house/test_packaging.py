@@ -1,21 +1,33 @@
-"""The lives of the package outside ComfyUI: a clone, an editable install, a wheel. (ComfyUI's is in tests/comfy.)"""
+"""Check the package outside ComfyUI: in a clone, installed, as a wheel, for the Comfy registry."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from PIL import Image
+
+import flash_diffusion
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
-    """Run a command apart from the clone's own import path; its output."""
+    """Run a command without PYTHONPATH and return its output."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,7 +47,7 @@ def test_the_command_is_installed(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from the files that git tracks, so that leftovers of the clone can't make it work."""
+    """Build a wheel from the files that git knows. Other files of the clone can't make it work."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     tracked = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
     for name in filter(None, tracked):
@@ -84,3 +96,81 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:
     ]
     missing = [str(path) for path in wanted if f"flash_diffusion/{path.as_posix()}" not in names]
     assert not missing
+
+
+def registry_files() -> set[str]:
+    """Return the files of the Comfy registry's package: git's files without those that .comfyignore names."""
+    known = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    ignored = ("git", "ls-files", "-z", "--cached", "--others", "--ignored", "--exclude-from=.comfyignore")
+    files = [set(filter(None, run(*command, cwd=ROOT).split("\0"))) for command in (known, ignored)]
+    return {name for name in files[0] - files[1] if (ROOT / name).is_file()}
+
+
+def test_the_registry_package_holds_the_rooms_and_nothing_else() -> None:
+    files = registry_files()
+    top = {name.split("/")[0] for name in files}
+    assert {"nodes", "flash_core", "trainer", "workflows", "web", "__init__.py", "pyproject.toml", "LICENSE"} <= top
+    assert not top & {"tests", "benchmarks", "scripts", "docs", ".github", ".ci", "Makefile"}
+    rooms = ("flash_core", "nodes", "trainer", "workflows", "web")
+    for room in rooms:
+        inside = {path.relative_to(ROOT).as_posix() for path in (ROOT / room).rglob("*") if path.is_file()}
+        assert not {name for name in inside - files if "__pycache__" not in name}
+
+
+def test_the_registry_images_are_in_the_repository() -> None:
+    project = read_toml()
+    address = project["project"]["urls"]["Repository"].replace("github.com", "raw.githubusercontent.com") + "/main/"
+    for key, size in (("Icon", (400, 400)), ("Banner", (1400, 600))):
+        link = project["tool"]["comfy"][key]
+        assert link.startswith(address)
+        file = ROOT / link.removeprefix(address)
+        assert file.stat().st_size < 150_000
+        with Image.open(file) as picture:
+            assert picture.size == size
+
+
+def read_toml() -> dict[str, Any]:
+    """Return pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    project = read_toml()["project"]
+    oldest: dict[str, Version] = {}
+    for line in project["dependencies"] + project["optional-dependencies"]["trainer"]:
+        requirement = Requirement(line)
+        (bound,) = (Version(one.version) for one in requirement.specifier if one.operator == ">=")
+        oldest[requirement.name] = max(bound, oldest.get(requirement.name, bound))
+    pinned = {}
+    for line in (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            name, version = line.split("==")
+            pinned[name] = Version(version)
+    assert pinned == oldest
+
+
+def test_the_tested_versions_are_in_the_ranges() -> None:
+    ranges = {one.name: one for one in map(Requirement, read_toml()["project"]["optional-dependencies"]["trainer"])}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            name, version = line.split("==")
+            assert ranges[name].specifier.contains(version)
+
+
+def test_the_version_is_said_the_same_everywhere() -> None:
+    version = read_toml()["project"]["version"]
+    assert flash_diffusion.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_python_versions_are_said_the_same_everywhere() -> None:
+    classifiers = read_toml()["project"]["classifiers"]
+    minors = [text.rsplit(".", 1)[1] for text in classifiers if text.startswith("Programming Language :: Python :: 3.")]
+    assert read_toml()["project"]["requires-python"] == f">=3.{minors[0]}"
+    words = f"Python 3.{minors[0]}-3.{minors[-1]}"
+    for name in ("README.md", "CONTRIBUTING.md", "Makefile"):
+        said = re.findall(r"Python 3\.\d+-3\.\d+", (ROOT / name).read_text(encoding="utf-8"))
+        assert said
+        assert set(said) == {words}, name
+    matrix = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert all(f'python: "3.{minor}"' in matrix for minor in minors)

@@ -48,10 +48,8 @@ def test_a_killed_run_resumes_exactly(recipe_content: dict[str, Any], tmp_path: 
     file.write_text(yaml.safe_dump(recipe_content))
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = trainer_process("distill", file, "--output", killed)
-    started = time.monotonic()
     while not (checkpoint.checkpoints(killed) or list((killed / "trajectories").glob("*.safetensors"))):
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() - started < 600
         time.sleep(0.01)
     moment = random.SystemRandom().uniform(0, 3)
     time.sleep(moment)
