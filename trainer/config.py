@@ -1,4 +1,4 @@
-"""What a recipe may say: every field with its meaning, unit, range and default, and errors that name the field."""
+"""The fields of a recipe: meaning, unit, range and default of each, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -22,95 +22,96 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown fields are errors, and nothing changes once it is read."""
+    """A part of a recipe. Unknown fields are errors, and values cannot change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StyleLora(Section):
-    """A LoRA that the teacher wears."""
+    """A style LoRA merged into the teacher."""
 
     path: Path = Field(description="the LoRA's .safetensors file")
-    strength: float = Field(1.0, description="factor of its update")
+    strength: float = Field(1.0, description="factor of the LoRA's update; 0 is off")
 
 
 class ControlSection(Section):
-    """The frozen network that reads a hint, such as edges, and steers every role."""
+    """A frozen network that reads a hint, such as edges, and steers teacher, student and critic."""
 
     path: str = Field(
-        description="a diffusers folder or Hub name of a ControlNet or T2I-adapter, a single .safetensors file of one "
-        "(a Control-LoRA too), or the name of one of the demo's"
+        description="a ControlNet, Control-LoRA or T2I-adapter: a diffusers folder, a Hub name such as owner/model, a "
+        ".safetensors file, or the name of one of the demo's"
     )
     scale: float | None = Field(
-        None, description="factor of what it adds (default: 1 for ControlNets, 0.8 for T2I-adapters, the paper's)"
+        None, description="factor of its residuals (default: 1 for ControlNets, 0.8 for T2I-adapters, as in the paper)"
     )
 
 
 class ImageAdapterSection(Section):
-    """An IP-Adapter: what lets a UNet read a picture as it reads text (arXiv 2308.06721)."""
+    """An IP-Adapter: a UNet reads a picture by cross-attention, as it reads text (arXiv 2308.06721)."""
 
     path: str = Field(
-        description="the adapter's .safetensors file, or with `weight_name` a folder or Hub name such as owner/name"
+        description="the IP-Adapter's .safetensors file; with `weight_name`, a folder or a Hub name such as owner/name"
     )
     weight_name: str | None = Field(
         None, description="the .safetensors file inside the folder or Hub repository that `path` names"
     )
     image_encoder: str = Field(
-        description="the CLIP vision encoder it was trained with: a folder, a Hub name, or a folder inside a Hub "
-        "repository, such as owner/name/folder"
+        description="the CLIP vision encoder that the IP-Adapter was trained with: a folder, a Hub name, or a "
+        "folder inside a Hub repository, such as owner/name/folder"
     )
-    scale: float = Field(1.0, ge=0, description="factor of what it adds to attention, the student's too")
+    scale: float = Field(1.0, ge=0, description="factor of its attention, in teacher and student")
 
     @property
     def title(self) -> str:
-        """Which adapter it is and how strong."""
+        """The adapter's name and scale."""
         return f"{Path(self.weight_name or self.path).stem} (IP-Adapter) x {self.scale:g}"
 
 
 class ModelSection(Section):
-    """The teacher."""
+    """The teacher: the frozen base of teacher, student and critic."""
 
-    family: str = Field(description="model family: one of the names `flash-diffusion distill --help` lists")
+    family: str = Field(description="model family; `flash-diffusion distill --help` lists the names")
     path: str | None = Field(
         None,
-        description="a diffusers folder, a Hub name such as owner/model, or a single .safetensors checkpoint; not "
-        "needed for `demo`",
+        description="a diffusers folder, a Hub name such as owner/model, or a .safetensors checkpoint; not needed for "
+        "the family demo",
     )
     config: str | None = Field(
         None,
-        description="for a single file: the diffusers folder or Hub name with the configuration of its parts, and with "
-        "the weights of parts that the file lacks (default: the family's own on the Hub)",
+        description="for a .safetensors checkpoint: a diffusers folder or Hub name with the model's "
+        "configuration, and with the weights that the checkpoint lacks (default: the family's own on the Hub)",
     )
     variant: str | None = Field(
         None,
-        description="which weights of a folder, such as fp16 (default: the plain ones, else the only ones there are)",
+        description="variant of a folder's weights, such as fp16 (default: no variant, or else the only one present)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="storage of the frozen base, whatever its file has; what trains is float32 always, and float16 is "
-        "not for training",
+        description="dtype of the frozen base in memory; LoRA and heads are always float32; float16 is not for "
+        "training",
     )
     task_adapter: str | None = Field(
         None,
-        description="what makes a text-to-image UNet read a task's channels: a task adapter's .safetensors file, or "
+        description="a task adapter, with which a text-to-image UNet reads a task's channels: a .safetensors file, or "
         "the name of one of the demo's tasks",
     )
     control: ControlSection | None = Field(
-        None, description="a ControlNet or T2I-adapter on top of a UNet, for the task control"
+        None, description="a ControlNet or T2I-adapter for a UNet, for the task control"
     )
     image_adapter: ImageAdapterSection | None = Field(
-        None, description="an IP-Adapter in a UNet, for tasks that show it a picture (face-swap by tokens)"
+        None,
+        description="an IP-Adapter for a UNet, for tasks that condition on a picture (face-swap with identity: tokens)",
     )
-    t5: bool = Field(True, description="SD3 alone: whether T5 reads the prompts too; without it memory is saved")
+    t5: bool = Field(True, description="SD3 only: encode prompts with T5 too; false saves memory")
     style_lora: list[StyleLora] = Field(
         default_factory=list,
-        description="LoRAs merged into the frozen base, so that the student learns their style in few steps; the "
-        "exported LoRA is then used together with them",
+        description="style LoRAs merged into the frozen base, so that the student learns the style in few steps; use "
+        "the exported LoRA together with the style LoRAs",
     )
 
     @property
     def styles(self) -> str:
-        """The style LoRAs that the teacher wears, each with its strength; empty where there are none."""
+        """The merged style LoRAs, each with its strength; empty without style LoRAs."""
         return ", ".join(f"{style.path.name} x {style.strength:g}" for style in self.style_lora)
 
 
@@ -118,69 +119,77 @@ class DataSection(Section):
     """Pictures and their captions."""
 
     source: Literal["folder", "webdataset", "demo", "demo-swaps"] = Field(
-        description="folder: images with .txt captions beside them; webdataset: .tar shards; demo: the embedded ones; "
-        "demo-swaps: their faces on one another's heads, for face-swap"
+        description="folder: images with a .txt caption beside each; webdataset: .tar shards; demo: the embedded "
+        "pictures; demo-swaps: faces of the embedded pictures on other heads, for the task face-swap"
     )
-    path: Path | None = Field(None, description="the folder, or a shard, or a folder of shards; not for the demo")
+    path: Path | None = Field(
+        None, description="the folder of images, a shard, or a folder of shards; not needed for demo and demo-swaps"
+    )
     resolution: int | None = Field(
-        None, ge=8, description="width and height in pixels (default: the model's own); a multiple of 8"
+        None, ge=8, description="width and height in pixels, a multiple of 8 (default: the model's own)"
     )
-    limit: Count | None = Field(None, description="use the first so many samples only")
-    encode_batch: Count = Field(8, description="images encoded at once while the latents are computed")
+    limit: Count | None = Field(None, description="use only this many samples, the first ones (default: all)")
+    encode_batch: Count = Field(8, description="images that the VAE encodes at once, before training")
 
     @model_validator(mode="after")
     def _path_is_given(self) -> DataSection:
         if not self.source.startswith("demo") and self.path is None:
-            raise ValueError(f"source {self.source!r} needs a path")
+            raise ValueError(f"source {self.source!r} needs data.path, a folder of images or shards")
         if self.resolution is not None and self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8 pixels, not {self.resolution}")
         return self
 
 
 class TaskSection(Section):
-    """What the model is conditioned on beside text."""
+    """The task: the conditions that the model gets beside text."""
 
-    name: str = Field("text-to-image", description="one of the names `flash-diffusion distill --help` lists")
+    name: str = Field("text-to-image", description="the task; `flash-diffusion distill --help` lists the names")
     variants: Count = Field(
-        1, description="different conditions (masks, degradations) that each picture gets; drawn once, then kept"
+        1, description="random conditions (masks, degradations) of each picture; drawn once before training"
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of the task, such as masks or scale")
 
 
 class LoraSection(Section):
-    """The adapters that train."""
+    """The LoRA that trains."""
 
-    rank: Count = Field(64, description="r of the student's LoRA (and the critic's)")
-    alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank (default: rank, so by 1)")
+    rank: Count = Field(64, description="rank r of the student's LoRA, and of the critic's")
+    alpha: float | None = Field(
+        None, gt=0, description="the LoRA's update is scaled by alpha / rank (default: rank, a factor of 1)"
+    )
     targets: list[str] | None = Field(
         None,
         min_length=1,
-        description="names that the adapted layers' paths end in (default: the family's own, all of its attention)",
+        description="ends of the names of the layers that get a LoRA (default: all attention layers of the family)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="storage of the exported file; what trains is float32 always"
+        "float32", description="dtype of the exported file; training is always in float32"
     )
 
 
 class MethodSection(Section):
     """The constants of the method; defaults are the paper's for SD 1.5 (arXiv 2406.02347)."""
 
-    teacher_steps: Count = Field(32, description="K, evaluations of the teacher's grid; a multiple of 4")
+    teacher_steps: Count = Field(32, description="K, steps of the teacher; a multiple of 4")
     solver: Literal["dpmpp_2m", "ddim", "euler"] = Field("dpmpp_2m", description="the teacher's ODE solver")
     guidance: tuple[float, float] = Field(
-        (3.0, 13.0), description="low and high of the teacher's guidance scale w in uncond + w (cond - uncond)"
+        (3.0, 13.0),
+        description="lowest and highest guidance scale w of the teacher, in uncond + w (cond - uncond); drawn "
+        "uniformly",
     )
     distillation: Literal["mse", "l1", "pseudo_huber", "lpips"] = Field("mse", description="the distillation distance")
-    perceptual_crop: Count = Field(32, description="window of `lpips` in latent pixels, placed at random")
+    perceptual_crop: Count = Field(32, description="side of the random crop that lpips compares, in latent pixels")
     adversarial: Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla"] = Field(
         "lsgan", description="the adversarial loss"
     )
     real: Literal["data", "teacher"] = Field(
-        "teacher", description="what the discriminator calls real: the data or the teacher's solutions"
+        "teacher", description="real samples of the discriminator: the data or the teacher's solutions"
     )
-    r1: Weight = Field(0.0, description="weight of the gradient penalty on the discriminator; 0 is off")
+    r1: Weight = Field(0.0, description="weight of the R1 gradient penalty on the discriminator; 0 is off")
     fake_score: Literal["student", "critic"] = Field(
-        "student", description="who stands for the student's distribution: itself (paper) or a critic LoRA (DMD2)"
+        "student",
+        description="network that estimates the score of the student's samples: the student itself (paper) or a "
+        "critic LoRA (DMD2)",
     )
 
     @model_validator(mode="after")
@@ -193,149 +202,170 @@ class MethodSection(Section):
         return self
 
     def settings(self) -> DistillerSettings:
-        """The same constants as the core takes them."""
+        """Return the constants as flash_core takes them."""
         from ..flash_core.distiller import DistillerSettings
 
         return DistillerSettings(**self.model_dump())
 
 
 class PhaseSection(Section):
-    """One stretch of training."""
+    """One phase of training."""
 
-    name: str = Field(description="shown in the log")
-    updates: Count = Field(description="optimiser updates; under `limits.max_minutes` the phase's share of the run")
+    name: str = Field(description="name in the log")
+    updates: Count = Field(description="optimiser updates; with limits.max_minutes, the phase's share of the run")
     modes: tuple[Weight, Weight, Weight, Weight] = Field(
-        description="weights beta of the timesteps around 999, 749, 499, 249"
+        description="weights beta of the four modes: timesteps around 999, 749, 499, 249"
     )
-    adversarial: Weight = Field(0.0, description="factor of the adversarial term; 0 does not compute it")
-    dmd: Weight = Field(0.0, description="factor of the distribution matching term; 0 does not compute it")
-    distillation: Weight = Field(1.0, description="factor of the distillation term; 0 does not compute it")
+    adversarial: Weight = Field(0.0, description="factor of the adversarial loss; 0 is off, and costs nothing")
+    dmd: Weight = Field(0.0, description="factor of the distribution matching loss (DMD); 0 is off, and costs nothing")
+    distillation: Weight = Field(1.0, description="factor of the distillation loss; 0 is off, and costs nothing")
 
     @model_validator(mode="after")
     def _something_counts(self) -> PhaseSection:
         if not sum(self.modes) > 0:
-            raise ValueError("at least one of the modes needs a weight above 0")
+            raise ValueError("all four modes are 0; give at least one mode a weight above 0")
         if not self.adversarial + self.dmd + self.distillation > 0:
-            raise ValueError("all three factors are 0: there is nothing to learn")
+            raise ValueError("adversarial, dmd and distillation are all 0; give at least one a factor above 0")
         return self
 
     def phase(self) -> Phase:
-        """The same phase as the core takes it."""
+        """Return the phase as flash_core takes it."""
         from ..flash_core.distiller import Phase
 
         return Phase(self.modes, self.adversarial, self.dmd, self.distillation)
 
 
 class OptimizerSection(Section):
-    """AdamW for everything that trains."""
+    """AdamW, for student, discriminator heads and critic."""
 
     lr: float = Field(1e-5, gt=0, description="the student's learning rate")
     discriminator_lr: float = Field(1e-5, gt=0, description="the discriminator heads' learning rate")
     critic_lr: float = Field(1e-5, gt=0, description="the critic LoRA's learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's beta1, beta2 of student and critic")
-    discriminator_betas: tuple[float, float] = Field((0.5, 0.999), description="AdamW's betas of the discriminator")
-    weight_decay: Weight = Field(0.01, description="AdamW's decoupled weight decay")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="the learning rates' course over the run")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="beta1, beta2 of student and critic")
+    discriminator_betas: tuple[float, float] = Field(
+        (0.5, 0.999), description="beta1, beta2 of the discriminator heads"
+    )
+    weight_decay: Weight = Field(0.01, description="decoupled weight decay")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="course of the learning rates; cosine falls to 0 at the end of the run"
+    )
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="updates over which the learning rates rise from 0")
     decay_from: float = Field(
-        0.0, ge=0, lt=1, description="share of the run after which `cosine` starts to fall, flat before"
+        0.0, ge=0, lt=1, description="share of the run, 0 to 1, at which cosine starts to fall; flat before"
     )
 
 
 class TrajectorySection(Section):
-    """For small budgets: teacher trajectories computed once and replayed, instead of a rollout for every batch."""
+    """Teacher trajectories recorded once and replayed, for small budgets, instead of a rollout for every batch."""
 
-    count: Annotated[int, Field(ge=0)] = Field(0, description="teacher trajectories; 0 is a fresh rollout (the paper)")
-    batch: Count = Field(32, description="trajectories computed at once")
+    count: Annotated[int, Field(ge=0)] = Field(
+        0, description="trajectories to record; 0 makes a new rollout for every batch (the paper)"
+    )
+    batch: Count = Field(32, description="trajectories recorded at once")
     max_minutes: float | None = Field(
-        None, gt=0, description="stop earlier, with at least one batch, once so much time has passed"
+        None, gt=0, description="stop recording after so many minutes, with at least one batch (default: no limit)"
     )
 
 
 class PreviewSection(Section):
-    """Sample grids while it trains: the teacher beside the student."""
+    """Sample grids during training: the teacher beside the student."""
 
-    every: Annotated[int, Field(ge=0)] = Field(500, description="updates between grids; 0 is only at the end")
+    every: Annotated[int, Field(ge=0)] = Field(
+        500, description="updates between sample grids; 0 draws one only at the end"
+    )
     prompts: list[str] = Field(
-        default_factory=list, description="one row each (default: the first captions of the data)"
+        default_factory=list, description="prompts, one row each (default: the first captions of the data)"
     )
     steps: list[Count] = Field([1, 2, 4], min_length=1, description="the student's step counts, one column each")
-    guidance: float | None = Field(None, ge=1, description="the teacher's scale (default: the middle of the method's)")
+    guidance: float | None = Field(
+        None, ge=1, description="the teacher's guidance scale (default: the middle of method.guidance)"
+    )
 
 
 class CheckpointSection(Section):
-    """What a killed run continues from."""
+    """Checkpoints, from which a killed run continues."""
 
-    every: Annotated[int, Field(ge=0)] = Field(500, description="updates between checkpoints; 0 is only at the end")
-    keep: Count = Field(2, description="how many of the last are kept")
+    every: Annotated[int, Field(ge=0)] = Field(
+        500, description="updates between checkpoints; 0 saves one only at the end"
+    )
+    keep: Count = Field(2, description="checkpoints that are kept, the last ones")
 
 
 class LimitsSection(Section):
-    """Budgets."""
+    """Limits of time."""
 
     max_minutes: float | None = Field(
         None,
         gt=0,
-        description="wall time of the whole run, trajectories included: phases and learning rate follow the clock "
-        "where it is faster than the updates, so that the run ends as planned (such a run is not reproducible)",
+        description="minutes of the whole run, recording included (default: no limit); phases and learning "
+        "rates follow the clock where the clock is ahead of the updates; such a run is not reproducible",
     )
 
 
 class Recipe(Section):
-    """A whole distillation."""
+    """All settings of a distillation."""
 
     model: ModelSection
     data: DataSection
     task: TaskSection = TaskSection()
     lora: LoraSection = LoraSection()
     method: MethodSection = MethodSection()
-    phases: list[PhaseSection] = Field(min_length=1, description="in order")
+    phases: list[PhaseSection] = Field(min_length=1, description="phases of training, in order")
     optimizer: OptimizerSection = OptimizerSection()
-    batch_size: Count = Field(4, description="samples a process takes at once")
-    gradient_accumulation: Count = Field(1, description="batches an update averages over")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 1.3 x the time")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of each adapter's gradient")
+    batch_size: Count = Field(4, description="samples that a process takes at once")
+    gradient_accumulation: Count = Field(1, description="batches that one update averages")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, about 1.3 times the time"
+    )
+    gradient_clip: float = Field(
+        1.0, gt=0, description="largest gradient norm of student, discriminator and critic, each"
+    )
     ema: float = Field(
-        0.999, ge=0, lt=1, description="decay of the average of the student's LoRA, which is what is exported; 0 is off"
+        0.999,
+        ge=0,
+        lt=1,
+        description="decay of the moving average of the student's LoRA; the average is exported; 0 is off",
     )
     trajectories: TrajectorySection = TrajectorySection()
     preview: PreviewSection = PreviewSection()
     checkpoint: CheckpointSection = CheckpointSection()
     precision: Literal["no", "bf16"] = Field(
-        "no", description="autocast of the networks; fp16 is not offered: its range loses small gradients"
+        "no", description="autocast of the networks: no or bf16 (fp16 would lose small gradients)"
     )
-    log_every: Count = Field(10, description="updates between lines of the log; each waits for the device once")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of weights, order, noise")
+    log_every: Count = Field(10, description="updates between lines of the log")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="seed of initial weights, order of samples, and noise"
+    )
     limits: LimitsSection = LimitsSection()
 
     @model_validator(mode="after")
     def _half_precision_keeps_gradients(self) -> Recipe:
         if self.model.dtype == "float16":
             raise ValueError(
-                "model.dtype float16 is for drawing: in training its range loses small gradients, and autocast to "
-                "bfloat16 does not take it; set model.dtype: bfloat16 or float32, which read float16 files as well"
+                "model.dtype float16 cannot train: it loses small gradients; set model.dtype to bfloat16 or float32 "
+                "(both read float16 files too)"
             )
         return self
 
     @property
     def updates(self) -> int:
-        """Optimiser updates of all phases."""
+        """The updates of all phases."""
         return sum(phase.updates for phase in self.phases)
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every field written out."""
+        """Return the recipe as YAML, with every field."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
     def digest(self) -> str:
-        """A hash of everything it says."""
+        """Return a hash of all fields."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def parse_recipe(content: dict[str, Any], where: str = "the recipe") -> Recipe:
-    """Check a recipe's content.
+    """Check a recipe's content and return the recipe.
 
     Raises:
-        UserError: lists every field that does not fit.
+        UserError: lists every wrong field.
     """
     try:
         return Recipe.model_validate(content)
@@ -345,10 +375,10 @@ def parse_recipe(content: dict[str, Any], where: str = "the recipe") -> Recipe:
 
 
 def explain(error: ValidationError, within: Sequence[str] = ()) -> list[str]:
-    """One line per problem: the field, what it wants, what it got.
+    """Return one line for each wrong field: its name, the expected value, the given value.
 
     Args:
-        within: the fields of a recipe that the checked part is in.
+        within: names of the fields that hold the checked part.
     """
     problems = error.errors(include_url=False)
     return [_explain({**problem, "loc": (*within, *problem["loc"])}) for problem in problems]
@@ -369,7 +399,7 @@ def _explain(problem: Any) -> str:
 
 
 def _section(loc: Sequence[Any]) -> type[Section] | None:
-    """The model that the path ``loc`` of fields and list indices ends in."""
+    """Return the section at ``loc``, a path of field names and list positions."""
     model: type[Section] = Recipe
     for part in loc:
         if isinstance(part, int):

@@ -99,7 +99,7 @@ def test_a_missing_field_is_named_with_its_meaning(recipe_content: dict[str, Any
         ("method", {"guidance": [3, 2]}, ("method", "low <= high", "[3.0, 2.0]")),
         ("method", {"solver": "heun"}, ("method.solver", "'dpmpp_2m'", "'heun'")),
         ("data", {"resolution": 100}, ("data", "multiple of 8", "100")),
-        ("data", {"path": None}, ("data", "needs a path", "'folder'")),
+        ("data", {"path": None}, ("data", "needs data.path", "'folder'")),
     ],
 )
 def test_what_does_not_fit_is_said(
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_said(
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_float16_is_refused_for_training(recipe_content: dict[str, Any], precision: str) -> None:
     message = refusal(changed(recipe_content | {"precision": precision}, "model", dtype="float16"))
-    assert "bfloat16 or float32, which read float16 files as well" in message
+    assert "set model.dtype to bfloat16 or float32 (both read float16 files too)" in message
 
 
 def test_problems_of_a_style_lora_are_explained(recipe_content: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def test_problems_of_a_style_lora_are_explained(recipe_content: dict[str, Any]) 
 
 def test_problems_in_a_list_say_which_entry(recipe_content: dict[str, Any]) -> None:
     recipe_content["phases"][1]["modes"] = [0, 0, 0, 0]
-    assert "phases.1: at least one of the modes" in refusal(recipe_content)
+    assert "phases.1: all four modes are 0; give at least one mode a weight" in refusal(recipe_content)
 
 
 def test_overrides_reach_sections_lists_and_absent_sections(recipe_file: Path) -> None:

@@ -308,7 +308,7 @@ def test_a_dry_run_counts_the_network(folders: dict[str, Path], pictures: Path) 
     text = io.StringIO()
     print_plan(parse_recipe(content), Console(file=text, width=200))
     count = sum(value.numel() for value in network("sdxl", "controlnet").parameters()) / 1e6
-    assert f"steered by sdxl_controlnet (ControlNet) x 1, frozen, {count:.1f} M parameters" in text.getvalue()
+    assert f"control: sdxl_controlnet (ControlNet) x 1, frozen, {count:.1f} M parameters" in text.getvalue()
     assert "the base and what steers it" in text.getvalue()
 
 

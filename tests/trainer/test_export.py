@@ -125,7 +125,7 @@ def test_any_kept_checkpoint_can_be_exported(recipe: Recipe, tmp_path: Path) -> 
     assert read_lora(tmp_path / "lora.safetensors").metadata.training["updates"] == "4"  # type: ignore[union-attr]
     export_checkpoint(tmp_path)
     assert len((tmp_path / "lora.safetensors").read_bytes()) == len(last)
-    with pytest.raises(UserError, match="it keeps those of 4, 5"):
+    with pytest.raises(UserError, match="it has checkpoints of the updates 4, 5"):
         export_checkpoint(tmp_path, 3)
 
 

@@ -209,7 +209,7 @@ def test_the_outline_counts_the_adapter(root: Path, pictures: Path, adapter: str
         for name, value in teacher.denoiser.network.named_parameters()
         if "encoder_hid_proj" in name or "_ip." in name
     )
-    assert f"shown pictures by {adapter} (IP-Adapter) x 0.7, frozen, {counted / 1e6:.1f} M parameters" in plan
+    assert f"image adapter: {adapter} (IP-Adapter) x 0.7, frozen, {counted / 1e6:.1f} M parameters" in plan
 
 
 def test_trajectories_depend_on_what_is_beside_the_base(root: Path, pictures: Path) -> None:

@@ -180,7 +180,7 @@ def test_a_flash_lora_of_a_style_is_used_together_with_it(
     recipe = parse_recipe(content)
     plan = Console(record=True, width=120, file=io.StringIO())
     print_plan(recipe, plan)
-    assert "wears style.safetensors x 0.6" in plan.export_text()
+    assert "style LoRAs merged into the teacher: style.safetensors x 0.6" in plan.export_text()
     run = Run(recipe, tmp_path / "run", Accelerator(), None)
     conditioning = run.parts.teacher.unconditional(1)
     lora = run.train()

@@ -1,4 +1,4 @@
-"""``flash-diffusion distill``: read the recipe, show the plan or run it."""
+"""``flash-diffusion distill``: read a recipe, then print its plan or run it."""
 
 from __future__ import annotations
 
@@ -14,33 +14,42 @@ EPILOG = f"""shipped recipes: {", ".join(shipped_recipes())}
 model families: {", ".join(FAMILIES)}
 tasks: {", ".join(TASKS)}
 
-The folder it writes holds lora.safetensors, README.md (a model card), config.yaml (every setting, resolved), log.jsonl,
-previews/ (sample grids), tensorboard/ and checkpoints/. Several processes: accelerate launch -m flash_diffusion.trainer
-distill ..."""
+The run's folder holds:
+  lora.safetensors   the LoRA
+  README.md          its model card
+  config.yaml        every setting of the run
+  log.jsonl          losses, learning rate and speed
+  previews/          sample grids, teacher beside student
+  tensorboard/       the same curves and grids
+  checkpoints/       for --resume and `flash-diffusion export`
+
+Several GPUs: accelerate launch -m flash_diffusion.trainer distill ..."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion distill``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("recipe", help="YAML file, or name of a shipped recipe")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a field, such as optimizer.lr=1e-4 or phases.0.updates=100; repeatable",
+        help="set a field of the recipe, such as optimizer.lr=1e-4 or phases.0.updates=100; can be repeated",
     )
-    parser.add_argument("--output", type=Path, help="the run's folder (default: out/<recipe>)")
-    parser.add_argument("--resume", action="store_true", help="continue exactly from the last checkpoint, if any")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan; no weights are loaded")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: out/NAME OF THE RECIPE)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoint; begin where there is none"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop; loads no weights")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Distil."""
+    """Distil a recipe, or print its plan."""
     recipe = load_recipe(args.recipe, args.overrides)
-    # PEFT warns whenever a network gets its second adapter, which is how roles share one base here.
+    # PEFT warns when a network gets a second adapter. Here this is on purpose: the roles share one base.
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 
     if args.dry_run:
@@ -54,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
     from .loop import distil
 
-    # Adapters start near 0 and their moments pass through denormal numbers, which slow a CPU down tenfold. It is a
-    # setting of the whole process, so it is made here, where the process is ours.
+    # The moments of small adapters pass through denormal numbers, which slow a CPU down tenfold. The setting holds for
+    # the whole process, so it is made here and not in the loop, which others may call.
     torch.set_flush_denormal(True)
     output = args.output or Path("out") / Path(args.recipe).stem
     distil(recipe, output, resume=args.resume)

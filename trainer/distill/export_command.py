@@ -15,37 +15,41 @@ from .checkpoint import checkpoint_path, checkpoints, read_average, read_facts
 
 
 def export_checkpoint(run: Path, update: int | None = None) -> Path:
-    """Write the LoRA and the card of a run from one of its checkpoints.
+    """Write the LoRA and the model card of a run from one of its checkpoints, and return the LoRA's path.
 
     Args:
-        update: which; the last where it is None.
+        update: the checkpoint's update; None is the last checkpoint.
 
     Raises:
-        UserError: no run there, or no such checkpoint.
+        UserError: ``run`` is not the folder of a run, or has no such checkpoint.
     """
     config = run / "config.yaml"
     if not config.is_file():
-        raise UserError(f"{run} is not the folder of a run: it has no config.yaml")
+        raise UserError(
+            f"{run} is not the folder of a run (no config.yaml); give the folder that `flash-diffusion distill` wrote"
+        )
     recipe = parse_recipe(yaml.safe_load(config.read_text(encoding="utf-8")), str(config))
     found = checkpoints(run)
     if not found:
-        raise UserError(f"{run} has no checkpoint yet")
+        raise UserError(f"{run} has no checkpoint yet; wait for its first one, or start it again with --resume")
     chosen = found[-1] if update is None else checkpoint_path(run, update)
     if chosen not in found:
         kept = ", ".join(str(int(path.name)) for path in found)
-        raise UserError(f"{run} has no checkpoint of update {update}; it keeps those of {kept}")
+        raise UserError(f"{run} has no checkpoint of update {update}; it has checkpoints of the updates {kept}")
     state, _ = read_facts(chosen)
     return export_run(run, recipe, read_average(chosen), state)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion export``."""
-    parser.add_argument("run", type=Path, help="the folder that `distill` wrote")
-    parser.add_argument("--checkpoint", type=int, metavar="UPDATE", help="which checkpoint (default: the last)")
+    parser.add_argument("run", type=Path, help="folder of the run, as `flash-diffusion distill` wrote it")
+    parser.add_argument(
+        "--checkpoint", type=int, metavar="UPDATE", help="update of the checkpoint (default: the last one)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export."""
+    """Export a checkpoint."""
     path = export_checkpoint(args.run, args.checkpoint)
     Console().print(f"the LoRA is at {path}", highlight=False, soft_wrap=True)
     return 0

@@ -1,4 +1,4 @@
-"""``--dry-run``: what a recipe would do and need, from configuration files alone."""
+"""``--dry-run``: print the work and the memory that a recipe needs, from configuration files alone."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .assembly import add_adapters, needs_critic, needs_discriminator
 from .time_left import expected_passes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Of each trained parameter: itself, its gradient and AdamW's two moments, all float32.
+# A trained parameter, its gradient and AdamW's two moments, each float32.
 TRAINED_BYTES = 16
 AVERAGE_BYTES = 4
 MILLION = 1e6
 
 
 def print_plan(recipe: Recipe, console: Console) -> None:
-    """Print the phases, the teacher's work, what trains, memory, and what only a measurement can tell.
+    """Print the phases, the teacher's work, the trained parameters, memory and time.
 
     Raises:
         UserError: the recipe does not fit the model.
@@ -42,22 +42,22 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     variants = f", {recipe.task.variants} variants of each picture" if recipe.task.variants > 1 else ""
     say(f"task: {task.name}{variants}; data: {recipe.data.path or recipe.data.source}")
     if recipe.model.style_lora:
-        say(f"the teacher wears {recipe.model.styles}")
+        say(f"style LoRAs merged into the teacher: {recipe.model.styles}")
     beside = count_parameters(outline.control.network) if outline.control is not None else 0
     if outline.control is not None:
-        say(f"steered by {outline.control.title}, frozen, {beside / MILLION:.1f} M parameters")
+        say(f"control: {outline.control.title}, frozen, {beside / MILLION:.1f} M parameters")
     if recipe.model.image_adapter is not None:
         shown = sum(value.numel() for name, value in outline.denoiser.network.named_parameters() if _of_adapter(name))
         title = recipe.model.image_adapter.title
-        say(f"shown pictures by {title}, frozen, {shown / MILLION:.1f} M parameters of the base")
+        say(f"image adapter: {title}, frozen, {shown / MILLION:.1f} M parameters of the base")
     modes = "/".join(f"{t:g}" for t in trailing_timesteps(outline.denoiser.process, NUM_MODES))
-    say(f"modes weigh t = {modes}; passes are the teacher's, expected, with guidance")
+    say(f"modes: weights of the timesteps {modes}; passes: expected forward passes of the teacher, with guidance")
     console.print(_phases(recipe))
     effective = recipe.batch_size * recipe.gradient_accumulation
-    say(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} samples a process")
+    say(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} samples per process")
     if recorded := recipe.trajectories.count:
         passes = recorded * 2 * recipe.method.teacher_steps
-        say(f"before: {recorded} teacher trajectories in {passes} passes; training replays them")
+        say(f"first: record {recorded} teacher trajectories in {passes} passes; updates replay them")
     heads = " and discriminator heads" if needs_discriminator(recipe) else ""
     critic = " and a critic LoRA of the same size" if needs_critic(recipe) else ""
     say(
@@ -67,22 +67,22 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     adapters = student * (2 if critic else 1)
     frozen = (outline.parameters + beside) * BYTES[recipe.model.dtype]
     memory = frozen + adapters * TRAINED_BYTES + student * AVERAGE_BYTES
-    base = "the base" if outline.control is None else "the base and what steers it"
-    recomputed = ", recomputed to save memory" if recipe.gradient_checkpointing else ""
+    base = "the base" if outline.control is None else "the base and its control"
+    recomputed = " (recomputed to save memory)" if recipe.gradient_checkpointing else ""
     say(
-        f"memory: {memory / 2**30:.2f} GiB for {base} in {recipe.model.dtype}, adapters and their optimiser; "
+        f"memory: {memory / 2**30:.2f} GiB for {base} in {recipe.model.dtype}, the LoRA and its optimiser; "
         f"activations come on top{recomputed}"
     )
     channels, height, width = outline.latent_shape
-    say(f"latents: {channels} x {height} x {width} a sample")
+    say(f"latents: {channels} x {height} x {width} per sample")
     if recipe.limits.max_minutes is None:
-        say("time: the progress bar tells it once the first updates are measured")
+        say("time: the progress bar shows the time left after the first measured updates")
     else:
-        say(f"time: at most {recipe.limits.max_minutes:g} minutes; phases and learning rate follow the clock")
+        say(f"time: at most {recipe.limits.max_minutes:g} minutes; phases and learning rates follow the clock")
 
 
 def _of_adapter(name: str) -> bool:
-    """Whether a UNet's parameter is an IP-Adapter's: its projection, or a key or value for pictures."""
+    """Return True for a parameter of an IP-Adapter: its projection, or a key or value for pictures."""
     return name.startswith("encoder_hid_proj.") or ".to_k_ip." in name or ".to_v_ip." in name
 
 
@@ -97,6 +97,6 @@ def _phases(recipe: Recipe) -> Table:
             str(phase.updates),
             "/".join(f"{weight:g}" for weight in phase.modes),
             *(f"{weight:g}" if weight else "off" for weight in (phase.distillation, phase.adversarial, phase.dmd)),
-            "replayed" if recipe.trajectories.count else f"{passes:.0f} a batch",
+            "replayed" if recipe.trajectories.count else f"{passes:.0f} per batch",
         )
     return table
