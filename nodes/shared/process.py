@@ -57,7 +57,7 @@ def process_of(sampling: Any, *, to_distil: bool = False) -> VPProcess | FlowPro
 
 
 def _prediction(sampling: Any) -> Prediction | None:
-    """What the model predicts, or None for a kind of sampling without timesteps."""
+    """Return the model's prediction, or None for a kind of sampling without timesteps."""
     return next(
         (ours for name, ours in PREDICTIONS if isinstance(sampling, getattr(comfy.model_sampling, name, ()))), None
     )

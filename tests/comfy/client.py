@@ -1,4 +1,4 @@
-"""A client of ComfyUI's HTTP and websocket API: queue a workflow, see what ran, fetch what came out."""
+"""A client of ComfyUI's HTTP and websocket API: queue a workflow, follow its run, fetch its outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Prompt = dict[str, dict[str, Any]]
 
 @dataclass
 class Run:
-    """What happened to one queued workflow."""
+    """The events and outputs of one queued workflow."""
 
     prompt_id: str
     executed: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def succeeded(self) -> bool:
-        """Neither an error nor an interrupt."""
+        """True if the run had no error and no interrupt."""
         return self.error is None and not self.interrupted
 
 
@@ -59,7 +59,7 @@ class Client:
         self.socket.close()
 
     def queue(self, prompt: Prompt) -> str:
-        """Queue a workflow in API format; its prompt id. A workflow that ComfyUI refuses raises with its words."""
+        """Queue a workflow in API format and return its prompt id; raise ComfyUI's message for an invalid workflow."""
         body = {"prompt": prompt, "client_id": self.client_id}
         return json.loads(self.server.post("/prompt", body))["prompt_id"]
 
@@ -109,18 +109,18 @@ class Client:
             run.texts[message[8:start].decode()] = message[start:].decode()
 
     def view(self, file: dict[str, str]) -> bytes:
-        """A file that a node reported in its output."""
+        """Fetch a file that a node lists in its output."""
         return self.server.get("/view?" + urlencode(file))
 
     def images(self, run: Run, node: str) -> list[Image.Image]:
-        """The pictures of a SaveImage or PreviewImage node."""
+        """Fetch the pictures of a SaveImage or PreviewImage node."""
         return [Image.open(io.BytesIO(self.view(file))) for file in run.outputs[node]["images"]]
 
     def latent(self, run: Run, node: str) -> Tensor:
-        """The latent of a SaveLatent node, (B, C, H, W)."""
+        """Fetch the latent of a SaveLatent node, (B, C, H, W)."""
         (file,) = run.outputs[node]["latents"]
         return load(self.view(file))["latent_tensor"]
 
     def object_info(self) -> dict[str, Any]:
-        """What the server says of its nodes."""
+        """Fetch the server's description of its nodes."""
         return json.loads(self.server.get("/object_info"))

@@ -14,13 +14,13 @@ from .runtime import ROOT, load_runtime
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The clone."""
+    """The root folder of the clone."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def runtime() -> ModuleType:
-    """``scripts/comfy_runtime.py``; fails with its message where there is no ComfyUI."""
+    """Import ``scripts/comfy_runtime.py``; fail with its message if there is no ComfyUI."""
     module = load_runtime()
     module.comfyui_folder()
     return module
@@ -28,13 +28,13 @@ def runtime() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def server(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    """A running ComfyUI with this extension, for all tests of the session."""
+    """Start a ComfyUI with this extension, for all tests of the session."""
     with runtime.serve(tmp_path_factory.mktemp("comfyui")) as running:
         yield running
 
 
 @pytest.fixture
 def client(server: object) -> Iterator[Client]:
-    """A fresh connection to the server."""
+    """Open a new connection to the server."""
     with Client(server) as connected:
         yield connected

@@ -1,4 +1,4 @@
-"""Scripts that run inside ComfyUI's own process, and how far what they computed lies from a reference."""
+"""Run scripts inside ComfyUI's own process, and compare their results with a reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).resolve().parent / "inside"
 
 
 def run_inside(runtime: ModuleType, script: str, *arguments: str | Path) -> str:
-    """What a script of ``inside/`` prints, given ComfyUI's folder, the clone and ``arguments``; it must succeed."""
+    """Run a script of ``inside/`` with ComfyUI's folder, the clone and ``arguments``; return its output."""
     command = [sys.executable, SCRIPTS / script, runtime.comfyui_folder(), ROOT, *arguments]
     done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -24,7 +24,7 @@ def run_inside(runtime: ModuleType, script: str, *arguments: str | Path) -> str:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference in units of the reference's standard deviation."""
+    """Return the largest difference in units of the reference's standard deviation."""
     assert ours.shape == theirs.shape
     assert bool(torch.isfinite(theirs).all())
     return float((ours - theirs).abs().max() / theirs.std())

@@ -17,7 +17,7 @@ TIMESTEPS = {1: (999.0,), 2: (999.0, 499.0), 4: (999.0, 749.0, 499.0, 249.0)}
 
 
 def save_random_lora(path: Path, teacher: Path, rank: int = 4, alpha: float = 6.0) -> None:
-    """A Flash LoRA for the teacher's UNet as PEFT trains it, with random weights that visibly change its pictures."""
+    """Save a Flash LoRA in PEFT's format for the teacher's UNet; its random weights visibly change the pictures."""
     unet = UNet2DConditionModel.from_pretrained(teacher / "unet")
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False))
     generator = torch.Generator().manual_seed(3)
@@ -34,7 +34,7 @@ def save_random_lora(path: Path, teacher: Path, rank: int = 4, alpha: float = 6.
 
 
 def save_sd15_lora(path: Path) -> None:
-    """A few layers of a LoRA for Stable Diffusion 1.5, without metadata, as the web has thousands of."""
+    """Save a few layers of a LoRA for Stable Diffusion 1.5, without metadata, like most published files."""
     generator = torch.Generator().manual_seed(4)
     layer = "down_blocks.1.attentions.0.transformer_blocks.0"
     shapes = {f"{layer}.attn1.to_q": (640, 640), f"{layer}.attn2.to_k": (768, 640), f"{layer}.attn2.to_v": (768, 640)}

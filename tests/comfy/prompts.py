@@ -1,4 +1,4 @@
-"""Workflows in API format for the tests: the shipped one, changed where a test needs it."""
+"""Workflows in API format for the tests, made from the shipped workflow."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Prompt = dict[str, dict[str, Any]]
 
 
 def shipped() -> Prompt:
-    """The API twin of the shipped workflow."""
+    """Return the API twin of the shipped workflow."""
     return json.loads(SHIPPED.read_text())
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    """One node in API format; an input is a value or ``[node, slot]``."""
+    """Make a node in API format; an input is a value or ``[node, slot]``."""
     return {"class_type": kind, "inputs": inputs}
 
 
 def latents(
     lora: str | None, *, seed: int, steps: int = 4, pictures: int = 2, text: str = PROMPT, **sampler: Any
 ) -> Prompt:
-    """The shipped workflow with another LoRA (None: without), its latent saved beside the picture as node "latent"."""
+    """Make the shipped workflow with another LoRA (None: without); node "latent" saves its latent."""
     prompt = copy.deepcopy(shipped())
     prompt[TEXT]["inputs"]["text"] = text
     prompt[EMPTY]["inputs"]["batch_size"] = pictures

@@ -1,4 +1,4 @@
-"""A teacher with random weights in the demo's layout: small, quick, and free of what training would hide."""
+"""A teacher with random weights in the demo's layout: small and quick; training cannot hide a mistake."""
 
 from __future__ import annotations
 

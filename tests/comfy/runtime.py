@@ -1,4 +1,4 @@
-"""``scripts/*.py`` as modules: they are scripts of the clone, no part of the package."""
+"""Import ``scripts/*.py`` as modules; they are not part of the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_script(name: str) -> ModuleType:
-    """The functions of ``scripts/<name>.py``."""
+    """Import ``scripts/<name>.py``."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
@@ -21,5 +21,5 @@ def load_script(name: str) -> ModuleType:
 
 
 def load_runtime() -> ModuleType:
-    """``scripts/comfy_runtime.py``."""
+    """Import ``scripts/comfy_runtime.py``."""
     return load_script("comfy_runtime")

@@ -1,4 +1,4 @@
-"""ControlNets and T2I-adapters in few steps: equal to diffusers' stock pipelines, in the steps that were asked for.
+"""ControlNets and T2I-adapters in few steps: equal to diffusers' stock pipelines, in exactly the chosen steps.
 
 The same tiny networks, prompts, hints and noise on both sides. Flash Adapter Apply and Flash Sampler run in a process
 with ComfyUI (``inside/adapters.py``), diffusers' pipelines here.
@@ -137,7 +137,7 @@ def adapters() -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def folder(runtime: ModuleType, adapters: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files, and what the script in ComfyUI's process wrote beside them."""
+    """Write the files, run the script in ComfyUI's process, and return the folder with its results."""
     folder = tmp_path_factory.mktemp("adapters")
     for family in ("sd15", "sdxl", "sd3"):
         network = tiny_network("sd3") if family == "sd3" else tiny_unet(family)
@@ -162,7 +162,7 @@ def folder(runtime: ModuleType, adapters: dict[str, nn.Module], tmp_path_factory
 
 
 def spoil(adapters: dict[str, nn.Module], folder: Path) -> None:
-    """Files that are to be refused."""
+    """Write files that must raise an error."""
     weights = adapters["sd15_full_adapter"].state_dict()
     torch.save(weights, folder / "pickle.pth")
     (folder / "broken.safetensors").write_bytes((folder / "sd15_controlnet.safetensors").read_bytes()[:1000])
@@ -197,7 +197,7 @@ def scheduler() -> LCMScheduler:
 
 
 def stock_run(case: Case, networks: dict[str, nn.Module]) -> Tensor:
-    """The stock pipeline of that kind of adapter."""
+    """Run diffusers' stock pipeline for this kind of adapter."""
     given = make_given()
     xl = case.model == "sdxl"
     chosen = [networks[file] for file, *_ in case.adapters]
@@ -256,7 +256,7 @@ def stock_run(case: Case, networks: dict[str, nn.Module]) -> Tensor:
 
 
 def has_stock_pipeline(case: Case) -> bool:
-    """Whether diffusers knows this window: T2I-adapters end early in SDXL's pipeline only, and start late in none."""
+    """Return whether diffusers has this range of steps: T2I-adapters end early only for SDXL, and never start late."""
     (file, _, _, start, end), *_ = case.adapters
     if "controlnet" in file or (start == 1 and end >= case.steps):
         return True
@@ -265,7 +265,7 @@ def has_stock_pipeline(case: Case) -> bool:
 
 @torch.no_grad()
 def t2i_window(case: Case, networks: dict[str, nn.Module]) -> Tensor:
-    """A T2I-adapter's maps in some steps only: the stock pipeline's networks and scheduler in a loop."""
+    """Run the stock pipeline's networks and scheduler in a loop, with a T2I-adapter in some steps."""
     given, unet = make_given(), tiny_unet(case.model)
     ((file, hint, strength, start, end),) = case.adapters
     prompt: dict[str, Any] = {"encoder_hidden_states": given["positive"]}
@@ -287,7 +287,7 @@ def t2i_window(case: Case, networks: dict[str, nn.Module]) -> Tensor:
 
 @torch.no_grad()
 def both_kinds(networks: dict[str, nn.Module]) -> Tensor:
-    """A T2I-adapter in steps 1 and 2 and a ControlNet in all, which no stock pipeline has: its networks in a loop."""
+    """Run the networks in a loop: a T2I-adapter in steps 1 and 2, a ControlNet in all. No stock pipeline has both."""
     given, unet = make_given(), tiny_unet("sdxl")
     generator = torch.Generator().manual_seed(SEED)
     z = torch.randn(SIZE, generator=generator)
@@ -348,7 +348,7 @@ def test_adapters_equal_those_of_comfyuis_own_loader(results: dict[str, Tensor])
 
 
 def test_a_hint_is_resized_to_a_multiple_of_the_unshuffle_factor(results: dict[str, Tensor]) -> None:
-    """120 x 168 pixels in pieces of 16: ComfyUI would leave out maps of another size and say so in its log only."""
+    """120 x 168 pixels, factor 16: ComfyUI would skip maps of another size, with only a line in its log."""
     assert relative(results["sdxl, odd"], results["plain sdxl, odd"]) > 100 * TOLERANCE
 
 
@@ -479,7 +479,7 @@ def test_a_published_adapter_for_another_model_raises_an_error_with_both_names(
 
 @pytest.fixture(scope="module")
 def demo_adapter(server: Any) -> str:
-    """A random T2I-adapter for the demo's UNet, whose first level has no attention, as SDXL's."""
+    """Make a random T2I-adapter for the demo's UNet, whose first level has no attention, as in SDXL."""
     torch.manual_seed(3)
     path = server.base / "models" / "controlnet" / "for_the_demo.safetensors"
     path.parent.mkdir(exist_ok=True)
@@ -488,7 +488,7 @@ def demo_adapter(server: Any) -> str:
 
 
 def demo_graph(server: Any, adapter: str, **settings: Any) -> prompts.Prompt:
-    """The shipped workflow with an adapter on its prompt."""
+    """Make the shipped workflow with an adapter on its prompt."""
     Image.fromarray(np.eye(128, dtype=np.uint8) * 255).save(server.base / "input" / "diagonal.png")
     lora = prompts.shipped()[prompts.LORA]["inputs"]["lora_name"]
     prompt = prompts.latents(lora, seed=3, steps=2, pictures=1)

@@ -1,8 +1,7 @@
-"""Every node and what a user may give it by mistake: a clear refusal, or the obvious right result. One table.
+"""A table of every node and a user's mistakes: each mistake gives a readable error or the right result.
 
-Which kinds of mistake a node must be tried with follows from the types of its inputs, so a node that is new, or an
-input that is, fails here until it has its rows. Most rows are tried in one process with ComfyUI
-(``inside/bad_inputs.py``); those that another test tries say which.
+The types of a node's inputs decide which mistakes must be tried. So a new node or input fails here until the table has
+its rows. Most rows are tried in one process with ComfyUI (``inside/bad_inputs.py``); the others name another test.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Another test tries it: ``file.py`` or ``file.py::test``."""
+    """Another test tries the mistake: ``file.py`` or ``file.py::test``."""
 
     test: str
 
 
 @dataclass(frozen=True)
 class Moot:
-    """It can't go wrong."""
+    """The mistake cannot happen."""
 
     why: str
 
@@ -197,7 +196,7 @@ HERE = [(node, kind) for node, rows in TABLE.items() for kind, row in rows.items
 
 @pytest.fixture(scope="module")
 def folder(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the script in ComfyUI's process wrote."""
+    """Run the script in ComfyUI's process and return its results."""
     folder = tmp_path_factory.mktemp("bad_inputs")
     network = tiny_network("sd15")
     save_file(network.state_dict(), folder / "sd15.safetensors")

@@ -1,4 +1,4 @@
-"""Flash Compare in the real ComfyUI: its columns are the ordinary samplers' pictures, its figures are counted."""
+"""Flash Compare in the real ComfyUI: columns equal the ordinary samplers' pictures, and figures are counted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEACHER = {"teacher_steps": 3, "teacher_guidance": 3.0, "sampler_name": "euler",
 
 
 def graph(*, pictures: int = 1, negative: bool = True, **settings: Any) -> prompts.Prompt:
-    """The shipped workflow with Flash Compare, its grid saved and its table shown."""
+    """Make the shipped workflow with Flash Compare; it saves the grid and shows the table."""
     prompt = prompts.latents("flash_demo.safetensors", seed=5, pictures=pictures)
     for unused in (prompts.SAMPLER, prompts.DECODE, prompts.SAVE, "latent"):
         del prompt[unused]
@@ -164,7 +164,7 @@ def with_the_models_exchanged(prompt: prompts.Prompt) -> None:
 
 
 def test_every_size_and_mask_works(client: Client, server) -> None:
-    """The smallest latent there is, and a mask that is not of its size, as KSampler takes them."""
+    """KSampler accepts the smallest latent, and a mask of another size; so must Flash Compare."""
     prompt = graph(teacher_steps=1, flash_steps="1")
     prompt[prompts.EMPTY]["inputs"] |= {"width": 16, "height": 16}
     prompt["mask"] = prompts.node("SolidMask", value=1.0, width=33, height=60)
@@ -240,7 +240,7 @@ def test_wrong_input_raises_a_readable_error(
 
 @pytest.fixture(scope="module")
 def inside(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script in ComfyUI's process found."""
+    """Run the script in ComfyUI's process and return its results."""
     folder = tmp_path_factory.mktemp("compare")
     weights, configs = {}, {}
     for family in ("sd15", "sdxl"):
@@ -273,7 +273,7 @@ def test_step_counts_are_read_from_a_list(inside: dict[str, Any]) -> None:
 def test_labels_are_readable_on_any_picture(
     inside: dict[str, Any], name: str, batch: int, height: int, column: int
 ) -> None:
-    """Black on white, inside their columns, whatever is below."""
+    """Labels are black on white and stay inside their columns."""
     grid = inside["grids"][name]
     assert grid["shape"] == [1, grid["top"] + batch * (height + GAP), GAP + 3 * (column + GAP), 3]
     assert max(grid["darkest"]) < 0.2

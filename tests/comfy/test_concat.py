@@ -1,4 +1,4 @@
-"""Concat models in the real ComfyUI: channels and pictures are the trainer's, and wrong channels are refused."""
+"""Concat models in the real ComfyUI: channels and latents equal the trainer's; wrong channels raise an error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOLERANCE = 1e-3  # of the latents' standard deviation
 def run(
     runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Teacher, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """The same random task adapter on the demo's base in the trainer and in ComfyUI."""
+    """Run the same random task adapter on the demo's base in the trainer and in ComfyUI."""
     folder = tmp_path_factory.mktemp("concat")
     generator = torch.Generator().manual_seed(2)
 

@@ -1,7 +1,7 @@
-"""Control-LoRAs are those that were trained, under a Flash LoRA too: the base model's weights plus their update.
+"""Control-LoRAs equal the base model's weights plus their update, also under a Flash LoRA.
 
-Compared with the whole ControlNet of the same sum, with random weights. The demo's adapters are tried in the formats
-that they ship in, as the trainer writes them; there diffusers' ControlNet is the whole one.
+The reference is the whole ControlNet with the same sums, with random weights. The demo's adapters are tried in their
+published formats, as the trainer writes them; their reference is diffusers' ControlNet.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RANK, SPREAD = 8, 0.05  # of the demo's random Control-LoRA
 
 @pytest.fixture(scope="module")
 def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and prompts, and what the script in ComfyUI's process wrote beside them."""
+    """Write models and prompts, run the script in ComfyUI's process, and return the folder with its results."""
     folder = tmp_path_factory.mktemp("control_lora")
     for family in FAMILIES:
         network = tiny_unet(family)
@@ -55,7 +55,7 @@ def folder(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def save_demo_adapters(folder: Path, teacher: Path) -> None:
-    """The demo's two adapters with random weights, and the second one as a whole ControlNet of diffusers."""
+    """Save the demo's two adapters with random weights, and the second one as a whole ControlNet of diffusers."""
     torch.manual_seed(3)
     sizes = {"channels": [64, 128, 128, 128], "num_res_blocks": 1, "downscale_factor": 16}
     adapter = T2IAdapter(in_channels=1, adapter_type="full_adapter_xl", **sizes)
@@ -111,7 +111,7 @@ def test_a_control_lora_equals_its_whole_controlnet_under_a_flash_lora(
 def test_a_control_lora_works_for_every_place_of_the_weights(
     results: dict[str, Tensor], said: dict[str, Any], family: str, state: str
 ) -> None:
-    """Patched in, patched on the fly where memory is short, and some of each; the counts say that it is so."""
+    """Weights patched in, patched on the fly (low memory), and some of each; counts confirm which."""
     assert relative(results[f"{family}, residuals, {state}"], results[f"{family}, residuals, whole"]) < TOLERANCE
     loaded, fly, half = (said[f"{family}, {name}"] for name in ("loaded", "patched on the fly", "half"))
     assert loaded > half > fly == 0
@@ -144,7 +144,7 @@ def test_a_wrong_control_lora_raises_a_readable_error(said: dict[str, Any], case
 
 
 def test_loaders_list_the_demos_adapters(client: Client, root: Path) -> None:
-    """Core's loader sees them too."""
+    """Core's loader lists them too."""
     shipped = {file.name for file in (root / "trainer" / "demo" / "control").glob("*.safetensors")}
     nodes = client.object_info()
     core = nodes["ControlNetLoader"]["input"]["required"]["control_net_name"]

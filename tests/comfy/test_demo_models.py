@@ -1,4 +1,4 @@
-"""The demo's models in ComfyUI compute what diffusers and transformers compute (random weights of the same layout)."""
+"""The demo's models in ComfyUI equal those in diffusers and transformers (random weights of the same layout)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.comfy
 def pipeline_and_results(
     runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[StableDiffusionPipeline, dict[str, Tensor], dict[str, Tensor]]:
-    """The diffusers pipeline in float32, the inputs, and what ComfyUI made of them."""
+    """Return the diffusers pipeline in float32, the inputs, and ComfyUI's outputs."""
     folder = tmp_path_factory.mktemp("teacher")
     save_random_teacher(folder)
     generator = torch.Generator().manual_seed(1)
@@ -75,7 +75,7 @@ def test_vae_equals_diffusers(pipeline_and_results) -> None:
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
 def test_core_sampler_equals_diffusers_ddim(pipeline_and_results, sampler: str) -> None:
-    """Core's KSampler with guidance on the demo's MODEL is diffusers' DDIM on the same noise, schedule included."""
+    """Core's KSampler with guidance on the demo's MODEL equals diffusers' DDIM with the same noise and schedule."""
     pipeline, _, results = pipeline_and_results
     expected = pipeline(
         [PROMPTS[0]] * 2,

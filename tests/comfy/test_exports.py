@@ -1,6 +1,6 @@
-"""What the trainer exports works in ComfyUI: every layer is patched, and the model computes what diffusers computes.
+"""LoRAs of the trainer's export work in ComfyUI: every layer is patched, and the output equals diffusers'.
 
-Both with this extension's loader and with core's, on the same tiny weights of every family.
+This holds for this extension's loader and for core's, on the same tiny weights of every family.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Case:
     """One family in both worlds.
 
     Attributes:
-        answer: what the script in ComfyUI's process counted.
-        expected: what diffusers with PEFT computes.
-        outputs: what ComfyUI computes: ``bare``, ``ours``, ``core``.
-        total: layers of the LoRA.
+        answer: the counts of the script in ComfyUI's process.
+        expected: the output of diffusers with PEFT.
+        outputs: ComfyUI's outputs: ``bare``, ``ours``, ``core``.
+        total: the number of the LoRA's layers.
     """
 
     answer: dict[str, Any]
@@ -50,7 +50,7 @@ class Case:
 
 
 def conditions(family: str, network: nn.Module, generator: torch.Generator) -> tuple[Conditioning, dict[str, Tensor]]:
-    """The same conditions for diffusers and, by its own argument names, for ComfyUI's model."""
+    """Return the same conditions for diffusers and for ComfyUI's model, with the argument names of each."""
     text = torch.randn(2, TOKENS, TEXT_WIDTH, generator=generator)
     if family == "sdxl":
         vector = torch.randn(2, POOLED_WIDTH, generator=generator)
@@ -69,7 +69,7 @@ def conditions(family: str, network: nn.Module, generator: torch.Generator) -> t
 
 
 def prepare(family: str, folder: Path) -> tuple[Tensor, int]:
-    """Write what the script needs; the output of diffusers with the adapter on, and the number of its layers."""
+    """Write the script's inputs; return diffusers' output with the adapter, and the number of its layers."""
     network = tiny_network(family)
     generator = torch.Generator().manual_seed(1)
     teacher = teacher_of(family)
@@ -101,7 +101,7 @@ def prepare(family: str, folder: Path) -> tuple[Tensor, int]:
 
 @pytest.fixture(scope="module")
 def cases(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Every family, from one process with ComfyUI in it."""
+    """Run every family in one process with ComfyUI."""
     folder = tmp_path_factory.mktemp("exports")
     prepared = {family: prepare(family, folder) for family in FAMILIES}
     printed = run_inside(runtime, "exports.py", folder)

@@ -1,4 +1,4 @@
-"""Face-swap in the real ComfyUI: the channels are the trainer's, bad input is refused, saved pictures are marked."""
+"""Face-swap in the real ComfyUI: channels equal the trainer's, wrong input raises errors, pictures have the mark."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CENTRE, RADIUS = (0.5, 0.5), (0.3, 0.35)  # of the face, as shares of the pictur
 
 
 def face_ellipse() -> Tensor:
-    """(1, SIDE, SIDE), 1 within."""
+    """Return an ellipse (1, SIDE, SIDE): 1 inside, 0 outside."""
     places = (torch.arange(SIDE) + 0.5) / SIDE
     across = ((places[None, :] - CENTRE[0]) / RADIUS[0]) ** 2
     down = ((places[:, None] - CENTRE[1]) / RADIUS[1]) ** 2
@@ -63,7 +63,7 @@ def make_given() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random face-swap adapter on the demo's base, and what the script in ComfyUI's process wrote beside it."""
+    """Write a random face-swap adapter, run the script in ComfyUI's process, and return the folder with its results."""
     folder = tmp_path_factory.mktemp("face_swap")
     generator = torch.Generator().manual_seed(2)
 
@@ -109,7 +109,7 @@ def teacher(folder: Path) -> Teacher:
 def test_channels_equal_the_trainers(
     results: dict[str, Tensor], teacher: Teacher, case: str, targets: str, sources: str
 ) -> None:
-    """The same pictures and masks through the trainer's task, in both branches of guidance."""
+    """The trainer's task gives the same channels for the same pictures and masks, in both branches of guidance."""
     given = make_given()
     images, faces = (given[name].movedim(-1, 1) * 2 - 1 for name in (targets, sources))
     companions = {"mask": results[f"{case}.noise_mask"], "identity": faces.expand_as(images)}
@@ -122,7 +122,7 @@ def test_channels_equal_the_trainers(
 
 
 def test_the_identity_is_framed_as_in_training(results: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training's own framing of a face, without what it changes at random; a mirrored one is mirrored back."""
+    """The reference is training's framing of a face, without its random changes."""
     for name, value in {"IDENTITY_ZOOM": (1.0, 1.0), "IDENTITY_SHIFT": 0.0, "IDENTITY_COLOUR": 0.0}.items():
         monkeypatch.setattr(face_swap, name, value)
     task = FaceSwap(FaceSwapOptions(centre=CENTRE, radius=RADIUS))
@@ -213,7 +213,7 @@ MARK = "A face is swapped here by Flash Diffusion. Only for pictures that one ha
 
 
 def graph(server: Any, seed: int = 3, **settings: Any) -> prompts.Prompt:
-    """Load, prepare, sample, stitch; the whole picture and the crop are saved."""
+    """Make the graph: load, prepare, sample, stitch, save the whole picture and the crop."""
     picture = (make_given()["target"][0].numpy() * 255).astype(np.uint8)
     alpha = 255 - (face_ellipse()[0].numpy() * 255).astype(np.uint8)  # Load Image: transparent is masked
     Image.fromarray(np.dstack([picture, alpha])).save(server.base / "input" / "head.png")
@@ -244,7 +244,7 @@ def graph(server: Any, seed: int = 3, **settings: Any) -> prompts.Prompt:
 
 
 def marks(client: Client, run: Run, node: str) -> list[str]:
-    """The notices in a saving node's files."""
+    """Return the notices in a save node's files."""
     assert run.succeeded, run.error
     return [
         step["inputs"]["notice"]
@@ -255,7 +255,7 @@ def marks(client: Client, run: Run, node: str) -> list[str]:
 
 
 def test_every_saved_picture_carries_the_mark(client: Client, server: Any) -> None:
-    """Also where the node was cached: a second run with another seed, a third with another file name alone."""
+    """A cached node's pictures have the mark too: the second run has another seed, the third another file name."""
     first = client.run(graph(server))
     second = client.run(graph(server, seed=4))
     renamed = graph(server, seed=4)

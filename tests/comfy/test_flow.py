@@ -20,7 +20,7 @@ LEVELS = {1: [1.0], 2: [1.0, 0.75], 4: [1.0, 0.9, 0.75, 0.5]}
 
 @pytest.fixture(scope="module")
 def results(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What the script in ComfyUI's process wrote."""
+    """Run the script in ComfyUI's process and return its results."""
     outputs = tmp_path_factory.mktemp("flow") / "outputs.safetensors"
     run_inside(runtime, "flow.py", outputs)
     return load_file(outputs)
@@ -44,7 +44,7 @@ def test_the_sampler_equals_diffusers_stochastic_flow_scheduler(results: dict[st
 
 
 def test_a_soft_mask_gives_the_model_noise_of_full_strength(results: dict[str, Tensor]) -> None:
-    """ComfyUI's own mixture of fresh and first noise would have a deviation of .71 where the mask is a half."""
+    """ComfyUI's own mixture of fresh and first noise has a standard deviation of .71 where the mask is 1/2."""
     sigma, mask = results["soft.sigma"], results["soft.mask"]
     z0 = mask * results["soft.first_prediction"] + (1 - mask) * 0.5  # the latent that the mask keeps
     noise = (results["soft.given"] - (1 - sigma) * z0) / sigma

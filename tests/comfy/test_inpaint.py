@@ -1,4 +1,4 @@
-"""Inpainting and outpainting with the demo in the real ComfyUI: what changes, what keeps its bits, what is refused."""
+"""Inpainting and outpainting with the demo in the real ComfyUI: changed pixels, kept bits, and errors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GROW, FEATHER = 3, 6
 
 
 def picture(width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """Smooth colours, every pixel another one."""
+    """Make a picture of smooth colours; every pixel has another colour."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x / max(width - 1, 1), y / max(height - 1, 1), (x + y) % 32 / 31], axis=-1)
 
 
 def save(server, name: str, pixels: np.ndarray, mask: tuple[int, int, int, int] | None = None) -> str:
-    """A PNG in ComfyUI's input folder; Load Image takes what is transparent for the mask."""
+    """Save a PNG in ComfyUI's input folder; Load Image makes the mask from its transparency."""
     rgb = (pixels * 255).round().astype(np.uint8)
     alpha = np.full((*rgb.shape[:2], 1), 255, np.uint8)
     if mask is not None:
@@ -36,7 +36,7 @@ def save(server, name: str, pixels: np.ndarray, mask: tuple[int, int, int, int] 
 
 
 def graph(name: str, pictures: int = 1, **settings: object) -> prompts.Prompt:
-    """Load, prepare, sample, stitch, save; "before" saves the loaded picture as it is."""
+    """Make the graph: load, prepare, sample, stitch, save; "before" saves the loaded picture."""
     prompt = prompts.latents(None, seed=3, steps=2, text="red apple")
     for unused in (prompts.EMPTY, prompts.DECODE, prompts.SAVE, "latent"):
         del prompt[unused]
@@ -179,7 +179,7 @@ def test_wrong_input_raises_a_readable_error(
 
 
 def test_a_smaller_mask_of_the_same_shape_fits(client: Client, server) -> None:
-    """As a mask from a thumbnail does, or Load Image's empty 64 x 64 one with padding."""
+    """Examples: a mask of a thumbnail, or Load Image's empty 64 x 64 mask with padding."""
     prompt = graph(save(server, "small.png", picture(), MASK))
     use_mask(prompt, 1.0, WIDTH // 2, HEIGHT // 2)
     (after,) = arrays(client, client.run(prompt), "after")

@@ -46,7 +46,7 @@ TIMESTEPS = {
 
 
 def network(family: str, channels: int) -> UNet2DConditionModel:
-    """A tiny UNet, or its inpainting sibling with five channels more."""
+    """Make a tiny UNet, or an inpainting UNet with five more channels."""
     plain = tiny_network(family)
     if channels == 4:
         return plain
@@ -59,7 +59,7 @@ def network(family: str, channels: int) -> UNet2DConditionModel:
 
 
 def make_given(family: str) -> dict[str, Tensor]:
-    """Prompts, a picture's latent, a masked one's, and a hard mask, 1 where something new is made."""
+    """Make prompts, a picture's latent, a masked picture's latent, and a hard mask (1: made anew)."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.zeros(1, 1, *SHAPE[2:])
     mask[..., 4:13, 2:10] = 1
@@ -78,7 +78,7 @@ def make_given(family: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The networks, and what the script in ComfyUI's process wrote beside them."""
+    """Write the networks, run the script in ComfyUI's process, and return the folder with its results."""
     folder = tmp_path_factory.mktemp("inpainting")
     for channels in CHANNELS:
         (folder / str(channels)).mkdir()
@@ -100,11 +100,11 @@ def results(folder: Path) -> dict[str, Tensor]:
 def stock_run(
     family: str, channels: int, timesteps: list[int], *, full: bool, blended: bool = False, guidance: float = 1.0
 ) -> Tensor:
-    """The stock pipeline from one generator, whose first draw is the noise that ComfyUI starts from.
+    """Run the stock pipeline with one generator, whose first draw is ComfyUI's first noise.
 
     Args:
-        full: strength 1; else the strength below it at which just these timesteps are left.
-        blended: put the picture back after each step, which the pipelines do for 4 channels by themselves.
+        full: strength 1; else a lower strength that leaves exactly these timesteps.
+        blended: put the picture back after each step; for 4 channels the pipelines do so themselves.
     """
     given = make_given(family)
     xl = family == "sdxl"
@@ -164,7 +164,7 @@ def stock_run(
 def test_flash_sampler_equals_diffusers_inpainting(
     results: dict[str, Tensor], family: str, run: str, kind: str
 ) -> None:
-    """A 9-channel model under a noise mask, as Flash Inpaint Prepare gives it, keeps the picture besides."""
+    """With a noise mask, as from Flash Inpaint Prepare, a 9-channel model also keeps the picture."""
     expected = stock_run(
         family, int(kind[0]), TIMESTEPS[run], full=run.endswith("1.0"), blended=kind.endswith("masked")
     )
@@ -196,9 +196,9 @@ def test_at_denoise_1_a_replaced_picture_leaves_no_trace(results: dict[str, Tens
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flash_sampler_select_in_core_equals_flash_sampler(results: dict[str, Tensor], family: str) -> None:
-    """Core noises the picture there, too, and Flash Sampler Select puts it right; core's own samplers do not.
+    """Core adds noise to the picture; Flash Sampler Select corrects this, core's own samplers do not.
 
-    With one step they all predict once, from the same noise, and so differ in what they start from alone.
+    With one step all samplers predict once from the same noise, so only their starting points differ.
     """
     assert torch.equal(results[f"{family}, SamplerCustom"], results[f"{family}, 4, 1.0, 4"])
     made = make_given(family)["mask"].expand(SHAPE) > 0
@@ -208,5 +208,5 @@ def test_flash_sampler_select_in_core_equals_flash_sampler(results: dict[str, Te
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_noise_a_noised_latent_is_not_changed(results: dict[str, Tensor], family: str) -> None:
-    """As core's sampler takes it; with one step it predicts the same."""
+    """Core's sampler does not change it either; with one step both predict the same."""
     assert relative(results[f"{family}, continued"], results[f"{family}, euler, continued"]) < TOLERANCE

@@ -1,6 +1,6 @@
-"""LoRA files as diffusers and PEFT write them fit ComfyUI's models of every family, layer for layer, or are refused.
+"""LoRA files of diffusers and PEFT fit ComfyUI's models of every family, layer by layer, or raise an error.
 
-Names and shapes come from diffusers' model classes, which hold no memory here ("meta" tensors), as do ComfyUI's.
+Names and shapes come from diffusers' model classes. All models are "meta" tensors, without memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PREFIX = {"sd15": "unet.", "sdxl": "base_model.model.", "sd3": "transformer.", "
 
 
 def diffusers_model(family: str) -> torch.nn.Module:
-    """A model of the family at its published sizes (Flux with fewer blocks), without memory."""
+    """Build a model of the family at its published sizes (Flux with fewer blocks), without memory."""
     if family == "flux":
         with torch.device("meta"):
             return FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
@@ -53,7 +53,7 @@ def diffusers_model(family: str) -> torch.nn.Module:
 
 
 def save_lora(path: Path, model: torch.nn.Module, prefix: str) -> int:
-    """A LoRA on the model's layers in the PEFT spelling; the number of its layers."""
+    """Save a LoRA on the model's layers in PEFT's format, and return the number of its layers."""
     targets = UNET_TARGETS if isinstance(model, UNet2DConditionModel) else TARGETS
     tensors = {}
     for name, module in model.named_modules():
@@ -70,7 +70,7 @@ def save_lora(path: Path, model: torch.nn.Module, prefix: str) -> int:
 def answers(
     runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
-    """What ComfyUI's models say of the LoRAs, and how many layers each LoRA has."""
+    """Return the answers of ComfyUI's models to the LoRAs, and each LoRA's number of layers."""
     folder = tmp_path_factory.mktemp("families")
     requests, totals = {}, {}
     for family in ("sd15", "sd21", "sd_x4", "sdxl", "sd3", "pixart", "flux"):

@@ -1,4 +1,4 @@
-"""Every dialect in every family: all layers are patched in the real ComfyUI, and the output is diffusers' with PEFT."""
+"""Every file format in every family: all layers are patched in ComfyUI; the output equals diffusers' with PEFT."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Adapter:
 
 
 def adapter(family: str, *, fused: bool) -> Adapter:
-    """PEFT's LoRA on every linear layer and convolution, with random weights.
+    """Add PEFT's LoRA to every linear layer and convolution, with random weights.
 
     Args:
-        fused: one rank, alpha = rank, and one down half for all layers of the same input, as the layers have that
-            native transformers fuse.
+        fused: one rank, alpha = rank, and one down half for all layers of the same input, as for layers that native
+            transformers fuse.
     """
     network = tiny_network(family)
     paths = [path for path, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
@@ -87,7 +87,7 @@ def adapter(family: str, *, fused: bool) -> Adapter:
 
 
 def spelled(adapter: Adapter, key: Callable[[str], str], halves: tuple[str, str], alpha: bool) -> dict[str, Tensor]:
-    """The LoRA under other keys; a spelling without alpha has it folded into the up half, as its writers do."""
+    """Rename the LoRA's keys; a format without alpha has alpha folded into the up half, as its writers do."""
     tensors = {}
     for path, (down, up, value) in adapter.layers.items():
         tensors[f"{key(path)}.{halves[0]}"] = down.clone()
@@ -118,7 +118,7 @@ NATIVE = ("native", "kohya native")
 
 
 def write_files(family: str, folder: Path, apart: Adapter, fused: Adapter) -> None:
-    """All files of a family."""
+    """Write all files of a family."""
     folder.mkdir()
     for name, (key, halves, alpha) in SPELLINGS.items():
         save_file(spelled(apart, key, halves, alpha), folder / name)
@@ -149,7 +149,7 @@ def write_files(family: str, folder: Path, apart: Adapter, fused: Adapter) -> No
 
 
 def attention(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """The layers of the old attention processors."""
+    """Return the layers of the old attention processors."""
     ends = ("attn1.to_q", "attn1.to_k", "attn2.to_v", "attn2.to_out.0")
     return {path: halves for path, halves in adapter.layers.items() if path.endswith(ends)}
 
@@ -174,7 +174,7 @@ CROSSES: dict[str, tuple[str, str, bool]] = {
 
 
 def write_crosses(folder: Path) -> None:
-    """The files of CROSSES that no family has."""
+    """Write the files of CROSSES that no family has."""
     (folder / "crosses.json").write_text(json.dumps(CROSSES))
     layers = read_lora(folder / "pixart_sigma" / "peft folder").modules
     said = FlashMetadata("pixart", "epsilon", "vp", {4: (999.0, 749.0, 499.0, 249.0)})
@@ -186,7 +186,7 @@ def write_crosses(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What became of every file, and what should have."""
+    """The result of every file, and the expected result."""
 
     folder: Path
     answers: dict[str, dict[str, Any]]
@@ -197,7 +197,7 @@ class Matrix:
 
 @pytest.fixture(scope="module")
 def matrix(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    """One process for all."""
+    """Run all files in one process."""
     folder = tmp_path_factory.mktemp("matrix")
     expected: dict[str, dict[str, Tensor]] = {}
     layers = {}
@@ -231,7 +231,7 @@ def matrix(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Mat
 
 
 def inputs(family: str, network: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch as ComfyUI's networks take it."""
+    """Return a batch in the form that ComfyUI's networks take."""
     result = {"z": given["z0"], "t": given["t"], "context": given["tokens"]}
     if family == "sdxl":
         height, width = (8.0 * side for side in given["z0"].shape[-2:])
@@ -285,7 +285,7 @@ def test_files_of_old_attention_processors_load(matrix: Matrix, family: str) -> 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in UNETS])
 def test_native_transformers_become_diffusers_layers(matrix: Matrix, family: str) -> None:
-    """The names and splits of ``convert``, against ComfyUI's own table, by which the file was written."""
+    """The names and splits of ``convert`` agree with ComfyUI's own table, with which the file was written."""
     wanted = read_lora(matrix.folder / family / "fused").modules
     for name in NATIVE:
         converted = with_diffusers_names(read_lora(matrix.folder / family / name).modules)
@@ -297,7 +297,7 @@ def test_native_transformers_become_diffusers_layers(matrix: Matrix, family: str
 
 @pytest.mark.parametrize("family", UNETS)
 def test_native_unets_become_diffusers_layers(matrix: Matrix, family: str) -> None:
-    """At the published sizes, on which the names depend."""
+    """The names depend on the sizes, so the sizes are the published ones."""
     names = json.loads((matrix.folder / "names.json").read_text())[family]
     checked = 0
     for theirs, native in names.items():

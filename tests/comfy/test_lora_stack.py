@@ -1,4 +1,4 @@
-"""A Flash LoRA with styles in the real ComfyUI: equal to one loader after another, and a true word where they fight."""
+"""A Flash LoRA with styles in the real ComfyUI: equal to one loader after another, with warnings of conflicts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT_LAYERS = ("self_attn_q_proj", "self_attn_v_proj", "mlp_fc1")
 
 
 def save_style(path: Path, seed: int, size: float, *, unet: bool = True, text: bool = False) -> None:
-    """A random style LoRA on the demo's layers, in kohya's spelling, which core's loader reads as well."""
+    """Save a random style LoRA on the demo's layers, in kohya's format, which core's loader also reads."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {}
     if unet:
@@ -50,7 +50,7 @@ def save_style(path: Path, seed: int, size: float, *, unet: bool = True, text: b
 
 
 def save_fighting_style(path: Path) -> None:
-    """A style that reads and writes what the Flash LoRA does, and does something else with it."""
+    """Save a style that uses the Flash LoRA's directions, but with another update."""
     generator = torch.Generator().manual_seed(3)
     modules = {}
     for name, module in read_lora(SHIPPED).modules.items():
@@ -61,7 +61,7 @@ def save_fighting_style(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(server) -> Path:
-    """ComfyUI's LoRA folder, with styles in it."""
+    """Fill ComfyUI's LoRA folder with styles."""
     loras: Path = server.base / "models" / "loras"
     save_style(loras / "style_a.safetensors", 1, 0.06, text=True)
     save_style(loras / "style_b.safetensors", 2, 0.04)
@@ -78,7 +78,7 @@ def folder(server) -> Path:
 
 
 def stack(flash: str = FLASH, flash_strength: float = 1.0, *, clip: bool = True, steps: int = 2, **styles) -> dict:
-    """The workflow of :func:`prompts.latents` with the stack; ``style_a=.7`` puts that file at .7 into a slot."""
+    """Make the workflow of :func:`prompts.latents` with the stack; ``style_a=.7`` puts this file at .7 into a slot."""
     prompt = prompts.latents("", seed=11, steps=steps, pictures=1)
     inputs = {"model": [prompts.MODELS, 0], "flash_lora": flash, "flash_strength": flash_strength}
     if clip:
@@ -92,7 +92,7 @@ def stack(flash: str = FLASH, flash_strength: float = 1.0, *, clip: bool = True,
 
 
 def one_after_another(**styles: float) -> dict:
-    """The same with our loader for the Flash LoRA and core's for the styles."""
+    """Make the same workflow with our loader for the Flash LoRA and core's loaders for the styles."""
     prompt = prompts.latents(FLASH, seed=11, steps=2, pictures=1)
     model, clip = [prompts.LORA, 0], [prompts.MODELS, 1]
     for name, strength in styles.items():
@@ -135,7 +135,7 @@ def refusal(client: Client, prompt: dict) -> str:
 
 @pytest.mark.parametrize("strengths", [{"style_a": 0.7, "style_b": 1.0}, {"style_b": -0.5, "style_a": 1.5}])
 def test_a_stack_equals_one_loader_after_another(client: Client, folder: Path, strengths: dict[str, float]) -> None:
-    """Strengths are core's, for the model and for the text encoder."""
+    """Strengths have the meaning of core's loader, for the model and for the text encoder."""
     expected = latent_of(client, one_after_another(**strengths))
     assert distance(latent_of(client, stack(**strengths)), expected) < TOLERANCE
     assert distance(latent_of(client, stack()), expected) > 0.1
@@ -169,7 +169,7 @@ def test_the_sampler_gets_the_flash_loras_timesteps(client: Client, folder: Path
 
 
 def chained(first: dict, **styles: float) -> dict:
-    """A second stack, of styles or with another Flash LoRA, on top of a workflow's first."""
+    """Add a second stack, with styles or another Flash LoRA, after a workflow's first stack."""
     prompt = first
     inputs = {"model": [prompts.LORA, 0], "clip": [prompts.LORA, 1], "flash_lora": "none", "flash_strength": 1.0}
     for slot, (name, strength) in enumerate(styles.items(), 1):

@@ -1,4 +1,4 @@
-"""A ComfyUI MODEL behind the trainer's protocol: the headless trainer's losses, diffusers' outputs in every family."""
+"""A ComfyUI MODEL as a Denoiser: losses equal the headless trainer's, outputs equal diffusers' in every family."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UPDATES = 100
 
 
 def run_inside(runtime: ModuleType, root: Path, script: str, *arguments: Any) -> str:
-    """What a script of ``inside`` prints, in a process of its own with ComfyUI in it."""
+    """Run a script of ``inside`` in a process with ComfyUI, and return its output."""
     path = Path(__file__).resolve().parent / "inside" / script
     command = [sys.executable, path, runtime.comfyui_folder(), root, *(str(argument) for argument in arguments)]
     done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
@@ -46,7 +46,7 @@ def run_inside(runtime: ModuleType, root: Path, script: str, *arguments: Any) ->
 def demo(
     runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Tensor], dict[str, list[float]], Path]:
-    """What ComfyUI's process made of the demo, the headless trainer's losses, and the folder."""
+    """Return the results of ComfyUI's process for the demo, the headless trainer's losses, and the folder."""
     folder = tmp_path_factory.mktemp("model_denoiser")
     teacher = load_teacher(ModelSection(family="demo"))
     denoiser = teacher.denoiser
@@ -148,7 +148,7 @@ def batch_of(family: str, network: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def diffusers_output(family: str, network: torch.nn.Module, given: dict[str, Tensor], z_t: Tensor) -> Tensor:
-    """What the diffusers network makes of latents under the batch's conditions."""
+    """Return the diffusers network's output for latents with the batch's conditions."""
     t, tokens, pooled = given["t"], given["tokens"], given.get("pooled_output")
     height, width = (8 * side for side in z_t.shape[-2:])
     if family in ("sd15", "sd21"):
@@ -180,7 +180,7 @@ def diffusers_output(family: str, network: torch.nn.Module, given: dict[str, Ten
 def families(
     runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[torch.nn.Module, dict[str, Tensor], dict[str, Tensor], Path]]:
-    """For each family its network, the batch, what ComfyUI made of both, and the LoRA it trained."""
+    """Return for each family its network, the batch, ComfyUI's results and the trained LoRA."""
     folder = tmp_path_factory.mktemp("families")
     networks = {family: tiny_network(family) for family in FAMILIES}
     batches = {}
@@ -203,7 +203,7 @@ def families(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_and_gradient_equal_diffusers(families, family: str) -> None:
-    """The raw output in the method's convention, and its gradient, where Flux writes in place in ComfyUI alone."""
+    """The raw output is in the method's convention. For Flux, only ComfyUI writes in place."""
     network, given, results, _ = families[family]
     z_t = given["z0"].clone().requires_grad_()
     output = diffusers_output(family, network, given, z_t)
@@ -289,7 +289,7 @@ def test_the_lora_gives_the_student_in_comfyui_and_in_diffusers(families, family
 
 @pytest.fixture(scope="module")
 def facts(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script of cases found."""
+    """Run the script of cases and return its results."""
     folder = tmp_path_factory.mktemp("cases")
     for family in ("sd15", "sd3", "flux"):
         network = tiny_network(family)

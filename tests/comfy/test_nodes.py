@@ -1,4 +1,4 @@
-"""What the nodes do in a running ComfyUI: composition with core, previews, interrupts, masks, and their errors."""
+"""The nodes in a running ComfyUI: use with core's nodes, previews, interrupts, masks, and errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture(scope="module")
 def lora(server) -> str:
-    """A Flash LoRA with random weights, by the name under which ComfyUI offers it."""
+    """Save a Flash LoRA with random weights, and return its name in ComfyUI."""
     path: Path = server.base / "models" / "loras" / "random_nodes.safetensors"
     save_random_lora(path, prompts.TEACHER)
     return path.name
 
 
 def custom_sampling(lora: str, seed: int, sampler: list, steps: int = 4, denoise: float = 1.0) -> prompts.Prompt:
-    """The workflow of :func:`prompts.latents` with SamplerCustomAdvanced in the place of Flash Sampler."""
+    """Make the workflow of :func:`prompts.latents` with SamplerCustomAdvanced instead of Flash Sampler."""
     prompt = prompts.latents(lora, seed=seed)
     prompt["noise"] = prompts.node("RandomNoise", noise_seed=seed)
     prompt["guider"] = prompts.node("BasicGuider", model=[prompts.LORA, 0], conditioning=[prompts.TEXT, 0])
@@ -57,14 +57,14 @@ def test_scheduler_and_sampler_in_custom_sampling_equal_flash_sampler(client: Cl
 
 
 def test_stochasticity_0_equals_ddim(client: Client, lora: str) -> None:
-    """Core's euler on the same noise levels is DDIM, written by somebody else."""
+    """Core's euler on the same noise levels is an independent DDIM."""
     ours = latent_of(client, custom_sampling(lora, 6, ["ddim", 0]))
     core = latent_of(client, custom_sampling(lora, 6, ["euler", 0]))
     assert float((ours - core).abs().max() / core.std()) < 1e-4
 
 
 def test_split_sigmas_pass_a_noisy_latent_on(client: Client, lora: str) -> None:
-    """Two samplers, one for the first two steps and one for the rest, are one sampler (without fresh noise)."""
+    """One sampler for the first two steps and one for the rest equal a single sampler (without fresh noise)."""
     whole = custom_sampling(lora, 7, ["ddim", 0])
     split = custom_sampling(lora, 7, ["ddim", 0])
     split["split"] = prompts.node("SplitSigmas", sigmas=["sigmas", 0], step=2)
@@ -77,7 +77,7 @@ def test_split_sigmas_pass_a_noisy_latent_on(client: Client, lora: str) -> None:
 
 
 def test_one_step_equals_cores_one_step(client: Client, lora: str) -> None:
-    """With one step every sampler predicts once from the same first noise: KSampler's noise, our timestep."""
+    """With one step every sampler predicts once, from KSampler's first noise, at our timestep."""
     ours = latent_of(client, prompts.latents(lora, seed=8, steps=1))
     core = prompts.latents(lora, seed=8)
     core[prompts.SAMPLER] = prompts.node(
@@ -108,7 +108,7 @@ def test_a_batch_item_alone_gives_the_same_latent_in_custom_sampling(client: Cli
 
 
 def test_a_run_split_in_two_gives_each_picture_fresh_noise_of_its_own(client: Client, lora: str) -> None:
-    """The second sampler of a split run is given no noise, by which items could be told apart."""
+    """The second sampler of a split run gets no noise that would distinguish the items."""
     prompt = custom_sampling(lora, 9, ["flash", 0])
     prompt["split"] = prompts.node("SplitSigmas", sigmas=["sigmas", 0], step=1)
     prompt["none"] = prompts.node("DisableNoise")
@@ -200,9 +200,9 @@ def test_a_mask_keeps_the_rest_of_the_latent(client: Client, lora: str) -> None:
 
 
 def test_image_to_image_keeps_more_of_the_picture_the_lower_denoise_is(client: Client) -> None:
-    """The shipped LoRA redraws an animal as a fruit: less is left of the animal's latent the earlier it starts.
+    """The shipped LoRA redraws an animal as a fruit: the higher denoise, the less remains of the animal's latent.
 
-    At .75 next to nothing is: the demo's schedule has an alpha_bar of .0034 at t = 749.
+    At .75 almost nothing remains: the demo's alpha_bar is .0034 at t = 749.
     """
     distances = []
     for denoise in (0.25, 0.5, 0.75):

@@ -1,7 +1,7 @@
-"""One LoRA file, one seed: the same latents and the same picture in diffusers and in ComfyUI.
+"""One LoRA file and one seed give the same latents and the same picture in diffusers and in ComfyUI.
 
-ComfyUI makes a batch of two. Its first picture is the one that diffusers makes alone; its second one has noise of its
-own, and is the one that ComfyUI makes of that item alone.
+ComfyUI makes a batch of two. Its first picture equals diffusers' single picture. Its second picture has its own noise,
+and equals the picture that ComfyUI makes of this item alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOLERANCE = 1e-3  # of the latents' standard deviation
 
 @pytest.fixture(scope="module")
 def lora(server) -> Path:
-    """A LoRA with random weights that ComfyUI can choose; the shipped one is tried beside it."""
+    """Save a LoRA with random weights for ComfyUI; tests try the shipped LoRA too."""
     path = server.base / "models" / "loras" / "random_flash.safetensors"
     save_random_lora(path, prompts.TEACHER)
     return path
@@ -35,7 +35,7 @@ def lora(server) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
-    """The demo's teacher as a stock pipeline with diffusers' few-step scheduler."""
+    """Make a stock pipeline of the demo's teacher with diffusers' few-step scheduler."""
     stock = StableDiffusionPipeline.from_pretrained(prompts.TEACHER, torch_dtype=torch.float32, safety_checker=None)
     stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)
     stock.set_progress_bar_config(disable=True)
@@ -43,7 +43,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def diffusers_run(pipeline: StableDiffusionPipeline, lora: Path | None, steps: int, output: str) -> Tensor:
-    """The latent or picture of a stock pipeline on the trained timesteps: no guidance, noise from one generator."""
+    """Run a stock pipeline at the trained timesteps, without guidance, with noise from one generator."""
     if lora is not None:
         pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
     try:

@@ -1,4 +1,4 @@
-"""The script behind ``make comfy`` and ``make demo``: runs a workflow headless, and says what is wrong."""
+"""The script behind ``make comfy`` and ``make demo``: it runs a workflow headless, and its errors are readable."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def is_flow(family: str) -> bool:
 
 
 def make_given(family: str) -> dict[str, Tensor]:
-    """What a model is conditioned on (two prompts, and one to avoid), and a picture's latent."""
+    """Make two prompts, a negative prompt, and a picture's latent."""
     # PixArt's position embeddings are equal on both sides at these sizes only (see tests/families/networks.py).
     height, width = (40, 48) if family.startswith("pixart") else (16, 24)
     generator = torch.Generator().manual_seed(9)
@@ -72,7 +72,7 @@ def make_given(family: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The networks, and what the script in ComfyUI's process wrote beside them."""
+    """Write the networks, run the script in ComfyUI's process, and return the folder with its results."""
     folder = tmp_path_factory.mktemp("sampling_families")
     for family in FAMILIES:
         network = tiny_network(family)
@@ -110,7 +110,7 @@ def network(family: str) -> nn.Module:
 
 @torch.no_grad()
 def predict(family: str, network: nn.Module, z: Tensor, t: Tensor, name: str) -> Tensor:
-    """The diffusers network's output, conditioned as its stock pipeline does it."""
+    """Return the diffusers network's output, conditioned as in its stock pipeline."""
     given = make_given(family)
     text, pooled = given[name][:1], given.get(f"{name}.pooled")
     t = t.reshape(1).to(z.dtype) if is_flow(family) else t.reshape(1)
@@ -133,7 +133,7 @@ def predict(family: str, network: nn.Module, z: Tensor, t: Tensor, name: str) ->
 
 
 def few_step_scheduler(family: str, timesteps: list[float] | None, steps: int = 4, **options: Any) -> Any:
-    """diffusers' scheduler on these timesteps, or on those it chooses by itself."""
+    """Make diffusers' scheduler with these timesteps, or with its default timesteps."""
     if is_flow(family):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
         if timesteps is None:
@@ -152,7 +152,7 @@ def few_step_scheduler(family: str, timesteps: list[float] | None, steps: int = 
 def diffusers_run(
     family: str, network: nn.Module, scheduler: Any, *, guidance: float = 1.0, picture: Tensor | None = None
 ) -> Tensor:
-    """The loop of a stock pipeline: one generator, its first draw the initial noise."""
+    """Run the loop of a stock pipeline with one generator; its first draw is the first noise."""
     generator = torch.Generator().manual_seed(SEED)
     z = torch.randn(make_given(family)["picture"].shape, generator=generator)
     if picture is not None and is_flow(family):
@@ -234,9 +234,9 @@ def test_image_to_image_equals_diffusers_from_the_trained_timestep(
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_zero_terminal_snr_is_close_to_diffusers(folder: Path, steps: int) -> None:
-    """ComfyUI caps the last noise level at 4519, where a v model's z0 keeps 1 / 4519 of the noise.
+    """ComfyUI's last noise level is 4519 instead of infinity, so a v model's z0 keeps 1 / 4519 of the noise.
 
-    In diffusers it keeps none. The later, finite levels wash the difference out.
+    In diffusers z0 keeps no noise. The later, finite noise levels reduce the difference.
     """
     scheduler = few_step_scheduler("sd21", TRAINED[steps], rescale_betas_zero_snr=True)
     expected = diffusers_run("sd21", tiny_network("sd21"), scheduler)
@@ -254,7 +254,7 @@ def test_the_same_seed_gives_the_same_picture_bit_by_bit(results: dict[str, Tens
 
 @pytest.mark.parametrize("place", range(4))
 def test_a_picture_does_not_depend_on_its_place_in_the_batch(results: dict[str, Tensor], place: int) -> None:
-    """Its noise does not at all; what is left is how a network rounds for another batch size."""
+    """Its noise does not depend on the place at all; networks only round differently for another batch size."""
     assert relative(results[f"alone.{place}"], results["batch"][place : place + 1]) < TOLERANCE
     other = results["batch"][(place + 1) % 4][None]
     assert relative(results[f"alone.{place}"], other) > 0.1

@@ -1,4 +1,4 @@
-"""Tiled upscaling in the real ComfyUI: one tile is the ordinary sampler, several show no seam, and any picture fits."""
+"""Tiled upscaling in the real ComfyUI: one tile equals the ordinary sampler, several show no seam, every size works."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = {"width": 96, "height": 72}
 
 
 def tiny_x4() -> UNet2DConditionModel:
-    """The x4 upscaler's architecture, small: 7 input channels, and the noise level as a class."""
+    """Make a tiny x4 upscaler: 7 input channels, and the noise level as a class."""
     torch.manual_seed(5)
     network = UNet2DConditionModel(
         sample_size=16,
@@ -49,7 +49,7 @@ def tiny_x4() -> UNet2DConditionModel:
 
 @pytest.fixture(scope="module")
 def given() -> dict[str, Tensor]:
-    """A prompt and a small picture for the x4 upscaler."""
+    """Make a prompt and a small picture for the x4 upscaler."""
     generator = torch.Generator().manual_seed(1)
     return {
         "tokens": torch.randn(1, 7, TEXT_WIDTH, generator=generator),
@@ -61,7 +61,7 @@ def given() -> dict[str, Tensor]:
 def results(
     runtime: ModuleType, given: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Tensor]:
-    """What the script in ComfyUI's process wrote."""
+    """Run the script in ComfyUI's process and return its results."""
     folder = tmp_path_factory.mktemp("upscale")
     network = tiny_x4()
     weights = {f"x4.{name}": value for name, value in network.state_dict().items()}
@@ -73,16 +73,16 @@ def results(
 
 @pytest.mark.parametrize("denoise", ["0.25", "1.0"])
 def test_one_tile_equals_the_ordinary_samplers_image_to_image(results: dict[str, Tensor], denoise: str) -> None:
-    """Of two pictures; sampled together there, one after the other here, hence the last bits."""
+    """The two pictures are sampled together there and one after the other here, so the last bits differ."""
     assert torch.allclose(results[f"one.{denoise}"], results[f"whole.{denoise}"], atol=1e-5)
 
 
 def excess(picture: Tensor, lines: Tensor, axis: int) -> float:
-    """How much steeper colours get at tile borders than elsewhere: 1 where nothing shows.
+    """Return the colours' slope at tile borders / elsewhere: 1 if no seam shows.
 
     Args:
         picture: (1, H, W, 3).
-        lines: where the borders are along ``axis``, in pixels.
+        lines: the borders along ``axis``, in pixels.
     """
     others = [dimension for dimension in range(4) if dimension != axis]
     steepness = picture.diff(dim=axis).abs().mean(dim=others)
@@ -95,7 +95,7 @@ def excess(picture: Tensor, lines: Tensor, axis: int) -> float:
 
 
 def test_the_models_tiles_show_no_seam(results: dict[str, Tensor]) -> None:
-    """The demo wants to draw an emoji into each tile of a picture that is none: unblended, every border shows."""
+    """The demo draws an emoji into each tile of any other picture: without blending, every border shows."""
     starts = results["starts"] * PATCH  # of rows and columns alike: the picture is a square
     borders = torch.cat([starts[1:], starts[:-1] + TILE])
     middles = (starts[1:] + starts[:-1] + TILE) / 2
@@ -111,7 +111,7 @@ def test_the_models_tiles_show_no_seam(results: dict[str, Tensor]) -> None:
 
 
 def test_the_vaes_tiles_show_no_seam(results: dict[str, Tensor]) -> None:
-    """To the latent and back, 576 pixels in tiles of 512, beside the VAE without tiles."""
+    """Encode and decode 576 pixels in tiles of 512, and compare with the VAE without tiles."""
     tiled, whole = results["vae.tiled"], results["vae.whole"]
     starts = results["vae.starts"] * PATCH
     borders = torch.cat([starts[1:], starts[:-1] + 512])
@@ -122,7 +122,7 @@ def test_the_vaes_tiles_show_no_seam(results: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("kind", ["masked", "hinted"])
 def test_masks_hints_guidance_and_noise_belong_to_the_whole_picture(results: dict[str, Tensor], kind: str) -> None:
-    """A model that looks at one position at a time does not notice the tiles, over four steps with fresh noise."""
+    """For a model that sees one position at a time, tiles change nothing over four steps with fresh noise."""
     assert torch.allclose(results[f"{kind}.128"], results[f"{kind}.512"], atol=1e-5)
     assert float(results[f"{kind}.512"].std()) > 0.01
 
@@ -139,12 +139,12 @@ def test_an_area_is_cut_to_the_tile(results: dict[str, Tensor]) -> None:
 
 
 def test_models_that_read_a_size_get_the_tiles_size(results: dict[str, Tensor]) -> None:
-    """At 8 pixels a position, unless the prompt says another, as this one does for the height."""
+    """The size is 8 pixels for each latent position, unless the prompt has a size, as here for the height."""
     assert results["told"].tolist() == [256, 300]
 
 
 def test_the_x4_upscaler_equals_its_network_in_diffusers(results: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    """Four steps from noise, written out over diffusers' network and noise schedule."""
+    """The reference is four steps from noise, written out with diffusers' network and noise schedule."""
     network = tiny_x4()
     schedule = DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear").alphas_cumprod
     small = given["picture"].movedim(-1, 1) * 2 - 1
@@ -184,7 +184,7 @@ def test_noise_augmentation_adds_the_levels_noise_to_the_small_picture(results: 
 def test_other_super_resolution_models_get_the_picture_or_its_latent(
     results: dict[str, Tensor], given: dict[str, Tensor]
 ) -> None:
-    """By how many channels they have: 3 more take the picture, as many as the latent has take the enlarged latent."""
+    """Models with 3 more channels get the picture; models with twice the latent's channels get the latent."""
     shape = (12, 20)  # 24 x 40 pixels, 4 times larger, at 8 pixels a position
     small = torch.nn.functional.interpolate(given["picture"].movedim(-1, 1), shape, mode="bicubic", antialias=True)
     large = torch.nn.functional.interpolate(
@@ -216,13 +216,13 @@ def test_wrong_channels_and_sizes_raise_a_readable_error(
 
 
 def picture(width: int = SIZE["width"], height: int = SIZE["height"], channels: int = 3) -> np.ndarray:
-    """Smooth colours; a fourth channel that falls from opaque to transparent."""
+    """Make a picture of smooth colours; its fourth channel goes from opaque to transparent."""
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     return np.stack([x, y, (x + y) / 2, 1 - x][:channels], axis=-1)
 
 
 def graph(server, name: str, pixels: np.ndarray | None = None, **settings: object) -> prompts.Prompt:
-    """Load a picture, enlarge it, save it."""
+    """Make the graph: load a picture, enlarge it, save it."""
     Image.fromarray(((picture() if pixels is None else pixels) * 255).round().astype(np.uint8)).save(
         server.base / "input" / f"{name}.png"
     )
@@ -279,7 +279,7 @@ def test_an_alpha_channel_is_enlarged_too(client: Client, server) -> None:
 
 
 def test_pictures_of_a_batch_are_enlarged_one_by_one(client: Client, server) -> None:
-    """The first of two is what it is alone."""
+    """The first of two pictures equals the picture enlarged alone."""
     prompt = graph(server, "batch")
     (alone,) = arrays(client, client.run(prompt))
     prompt["two"] = prompts.node("RepeatImageBatch", image=["load", 0], amount=2)
@@ -356,7 +356,7 @@ def test_values_out_of_range_raise_an_error_on_the_page(client: Client, server, 
 
 
 def test_an_enlarged_picture_made_small_again_equals_the_original(client: Client) -> None:
-    """In the shipped workflow, at half of its scale."""
+    """The shipped workflow runs at half of its scale."""
     prompt = json.loads((prompts.SHIPPED.parent / "flash_demo_upscale.json").read_text())
     prompt["9"]["inputs"]["scale"] = 2.0
     prompt["before"] = prompts.node("PreviewImage", images=["6", 0])

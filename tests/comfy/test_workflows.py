@@ -1,7 +1,7 @@
-"""The shipped workflows: valid, the same in both formats, listed as templates with what they download, and they run.
+"""The shipped workflows: valid, the same in both formats, listed as templates with their downloads, and they run.
 
-The demo's run as they are. The published models' workflows run on tiny stand-ins of the published files, under the same
-names and with the same architectures (see ``stand_ins``), and make smaller pictures.
+The demo's workflows run unchanged. The published models' workflows run on tiny stand-ins with the same file names and
+architectures (see ``stand_ins``), and make smaller pictures.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ def api(name: str) -> dict[str, Any]:
 
 
 def nodes_of(prompt: dict[str, Any], kind: str) -> list[str]:
-    """The ids of the workflow's nodes whose class ends so."""
+    """Return the ids of the workflow's nodes whose class ends with this."""
     return [identity for identity, node in prompt.items() if node["class_type"].endswith(kind)]
 
 
 def node_of(prompt: dict[str, Any], kind: str) -> str:
-    """The id of the only one."""
+    """Return the id of the only such node."""
     (identity,) = nodes_of(prompt, kind)
     return identity
 
 
 def widgets(info: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """A node's widgets in the page's order, from what the server says of it."""
+    """Return a node's widgets in the page's order, from the server's description."""
     found = []
     for section in ("required", "optional"):
         for name, (kind, *options) in info["input"].get(section, {}).items():
@@ -73,7 +73,7 @@ def widgets(info: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def to_api(workflow: dict[str, Any], nodes: dict[str, Any]) -> dict[str, Any]:
-    """What the page would queue for a workflow that it saved."""
+    """Convert a saved workflow to the prompt that the page would queue."""
     links = {link[0]: link for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
@@ -161,7 +161,7 @@ def test_every_workflow_has_its_twin() -> None:
 
 
 def assert_the_second_run_is_cached(client: Client, prompt: dict[str, Any]) -> Run:
-    """Run a workflow twice; what happened in the first run."""
+    """Run a workflow twice, check that the second run is cached, and return the first run."""
     first = client.run(prompt)
     assert first.succeeded, first.error
     assert set(first.executed) | set(first.cached) == set(prompt)
@@ -210,7 +210,7 @@ def test_controlled_pictures_follow_the_edges(client: Client, name: str) -> None
 
 @pytest.fixture(scope="module")
 def stand_in_server(runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A ComfyUI whose model folders hold the stand-ins."""
+    """Start a ComfyUI whose model folders hold the stand-ins."""
     base = tmp_path_factory.mktemp("stand_ins")
     write_stand_ins(base, runtime)
     with runtime.serve(base) as running:
@@ -219,16 +219,16 @@ def stand_in_server(runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def stand_in_client(stand_in_server) -> Iterator[Client]:
-    """A fresh connection to it."""
+    """Open a new connection to this server."""
     with Client(stand_in_server) as connected:
         yield connected
 
 
 def small_size(name: str) -> tuple[dict[str, Any], int]:
-    """A workflow whose pictures have half their width and height, SDXL's a quarter, and that saves its last latent too.
+    """Make a workflow with half the width and height (SDXL: a quarter) that also saves its last latent.
 
     Returns:
-        It, and the width.
+        ``(workflow, width)``.
     """
     prompt = copy.deepcopy(api(name))
     for node in prompt.values():
@@ -302,7 +302,7 @@ def test_a_lora_of_another_family_raises_a_readable_error(stand_in_client: Clien
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_each_tasks_lora_is_on_the_model_of_its_task(name: str) -> None:
-    """Read off the graph: from the loader of a LoRA back to the demo's model."""
+    """Follow the graph from the loader of a LoRA back to the demo's model."""
     prompt = api(name)
     for node in prompt.values():
         file = node["inputs"].get("lora_name", "")

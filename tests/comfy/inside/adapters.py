@@ -24,7 +24,7 @@ SEED = 2024
 
 
 def main(comfyui: Path, root: Path, folder: Path) -> None:
-    """Sample the cases, then ask for what can't be."""
+    """Sample the cases, then try wrong inputs."""
     boot(comfyui, root)
     import folder_paths
 
@@ -67,7 +67,7 @@ def sample(model: Any, positive: Any, size: tuple[int, ...], steps: int, guidanc
 
 
 def run(model: Any, given: dict[str, Tensor], case: dict[str, Any]) -> Tensor:
-    """One case: adapters, one after the other, then Flash Sampler."""
+    """Run one case: adapters, one after the other, then Flash Sampler."""
     positive, negative = (prompt(given, case["model"], name) for name in ("positive", "negative"))
     negative = negative if case["guidance"] > 1 else None
     for file, hint, strength, start, end in case["adapters"]:
@@ -79,7 +79,7 @@ def run(model: Any, given: dict[str, Tensor], case: dict[str, Any]) -> Tensor:
 
 
 def by_itself(model: Any, sdxl: Any, given: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """What is compared with each other, or with what ComfyUI's own nodes make."""
+    """Sample pairs of cases that must agree with each other, or with ComfyUI's own nodes."""
     import comfy.controlnet
 
     import nodes as core_nodes
@@ -178,7 +178,7 @@ class Recorder(nn.Module):
 
 
 def windows(models: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """For each model, grid and pair of steps, the evaluations in which ComfyUI asks the adapter."""
+    """Record the evaluations with the adapter, for each model, grid and pair of steps."""
     import comfy.controlnet
     from comfy_extras import nodes_model_advanced as core
     from dropped_in.nodes.control.nodes import step_window
@@ -215,7 +215,7 @@ def windows(models: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def refused(models: dict[str, Any], given: dict[str, Tensor], folder: Path) -> dict[str, str]:
-    """What the node says to bad input."""
+    """Collect the node's errors for wrong input."""
     hint = given["hint"].movedim(1, -1)
     sd15, sdxl, sd3 = models["sd15"], models["sdxl"], models["sd3"]
     loaded = apply(sd15, prompt(given, "sd15", "positive"), hint, "sd15_controlnet.safetensors")[0][0][1]["control"]
@@ -257,7 +257,7 @@ def refused(models: dict[str, Any], given: dict[str, Tensor], folder: Path) -> d
 
 
 def published(folder: Path) -> dict[str, Any]:
-    """Published sizes, without weights: where a T2I-adapter's maps are added, and what fits what."""
+    """Collect the places of T2I-adapters' maps and the errors of wrong pairs, for published sizes without weights."""
     from types import SimpleNamespace
 
     import comfy.cldm.cldm

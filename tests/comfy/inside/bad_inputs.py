@@ -1,4 +1,4 @@
-"""What a user may give a node by mistake, given to each node on the demo (see ``test_bad_inputs.py``).
+"""Give each node on the demo the mistakes of a user (see ``test_bad_inputs.py``).
 
 python bad_inputs.py COMFYUI ROOT FOLDER
 
@@ -27,7 +27,7 @@ NAN = float("nan")
 
 
 class Given:
-    """What the nodes are given where nothing is wrong."""
+    """The nodes' inputs in a case without a mistake."""
 
     def __init__(self, folder: Path) -> None:
         import folder_paths
@@ -64,7 +64,7 @@ class Given:
 
 
 class OtherVAE:
-    """A VAE of another model, as far as it is looked at."""
+    """A stand-in for the VAE of another model, with the attributes that nodes read."""
 
     latent_channels = 4
 
@@ -73,7 +73,7 @@ Case = Callable[[], Tensor] | tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 
 def sampler_cases(given: Given) -> dict[str, Case]:
-    """Flash Sampler, Flash Scheduler and Flash Sampler Select."""
+    """List the cases of Flash Sampler, Flash Scheduler and Flash Sampler Select."""
     from dropped_in.nodes.sampling.nodes import FlashSampler, FlashSamplerSelect, FlashScheduler
 
     def run(latent: Any = None, **changes: Any) -> Tensor:
@@ -108,7 +108,7 @@ def sampler_cases(given: Given) -> dict[str, Case]:
 
 
 def compare_cases(given: Given) -> dict[str, Case]:
-    """Flash Compare; what its grid shows depends on seconds, so only that there is one."""
+    """List the cases of Flash Compare; its grid shows seconds, so tests only check that there is a grid."""
     from dropped_in.nodes.sampling.compare import FlashCompare
 
     def run(latent: Any = None, **changes: Any) -> Tensor:
@@ -129,7 +129,7 @@ def compare_cases(given: Given) -> dict[str, Case]:
 
 
 def inpaint_cases(given: Given) -> dict[str, Case]:
-    """Flash Inpaint Prepare and Flash Inpaint Stitch."""
+    """List the cases of Flash Inpaint Prepare and Flash Inpaint Stitch."""
     from dropped_in.nodes.picture.inpaint import FlashInpaintPrepare, FlashInpaintStitch
 
     def run(**changes: Any) -> Any:
@@ -164,7 +164,7 @@ def inpaint_cases(given: Given) -> dict[str, Case]:
 
 
 def concat_cases(given: Given) -> dict[str, Case]:
-    """Flash Concat Conditioning on the demo's inpainting model, which reads a mask and a picture's latent."""
+    """List the cases of Flash Concat Conditioning on the demo's inpainting model (mask, picture's latent)."""
     from dropped_in.nodes.picture.concat import FlashConcatConditioning
 
     def run(**changes: Any) -> Tensor:
@@ -217,7 +217,7 @@ def upscale_cases(given: Given) -> dict[str, Case]:
 
 
 def lora_cases(given: Given) -> dict[str, Case]:
-    """Flash LoRA Loader and Flash LoRA Stack."""
+    """List the cases of Flash LoRA Loader and Flash LoRA Stack."""
     from dropped_in.nodes.lora.loader import FlashLoraLoader
     from dropped_in.nodes.lora.stack import FlashLoraStack
 
@@ -228,7 +228,7 @@ def lora_cases(given: Given) -> dict[str, Case]:
 
 
 def main(comfyui: Path, root: Path, folder: Path) -> None:
-    """Give each node each of them."""
+    """Run every case of every node."""
     boot(comfyui, root)
     import comfy.utils
     from dropped_in.nodes import NODES

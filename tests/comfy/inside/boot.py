@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: they run in a process of their own, with ComfyUI and this extension in it."""
+"""Start a script of this folder: a process with ComfyUI and this extension."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 
 def refusal(function: Any, *arguments: Any) -> str | None:
-    """What a function says where it refuses."""
+    """Return the message of a function's ValueError, or None."""
     try:
         function(*arguments)
     except ValueError as error:
@@ -27,7 +27,7 @@ def refusal(function: Any, *arguments: Any) -> str | None:
 
 
 def timing() -> list[str]:
-    """In which order the device is waited for and the work is done."""
+    """Record the order of waiting for the device and of the work."""
     from dropped_in.nodes.sampling import compare
 
     events: list[str] = []

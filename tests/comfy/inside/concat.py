@@ -13,7 +13,7 @@ from boot import boot
 
 
 def main(comfyui: Path, root: Path, adapter: Path, inputs: Path, outputs: Path) -> None:
-    """Sample with the demo under the adapter; refusals go to stdout as JSON."""
+    """Sample with the demo and the task adapter; print the errors of wrong inputs as JSON."""
     boot(comfyui, root)
     sys.path.insert(0, str(comfyui))
     import comfy.sample

@@ -29,7 +29,7 @@ FLASH_SPREAD = 0.3  # of a Flash LoRA's change, relative to each weight's own de
 
 
 def main(comfyui: Path, root: Path, folder: Path) -> None:
-    """Steer tiny models and the demo."""
+    """Sample tiny models and the demo with Control-LoRAs."""
     boot(comfyui, root)
     import folder_paths
 
@@ -62,9 +62,9 @@ def empty_network(model: Any) -> torch.nn.Module:
 
 
 def control_lora(model: Any, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A random Control-LoRA in Stability's layout, and the whole ControlNet that it stands for.
+    """Make a random Control-LoRA in Stability's layout, and the equal whole ControlNet.
 
-    Every layer that the ControlNet has in common with the model gets an update; what it has alone is whole.
+    Layers that the model also has get an update; layers of the ControlNet alone are stored whole.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -91,7 +91,7 @@ def control_lora(model: Any, seed: int) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def flash_lora(model: Any, strength: float) -> Any:
-    """The model with random changes of its attention and of a norm, as a LoRA makes them."""
+    """Patch random changes into the model's attention and one norm, as a LoRA does."""
     generator = torch.Generator().manual_seed(11)
     patches = {}
     for name, value in model.model.state_dict().items():
@@ -107,7 +107,7 @@ def flash_lora(model: Any, strength: float) -> Any:
 def steer(
     family: str, model: Any, given: dict[str, Tensor], folder: Path, results: dict[str, Tensor], said: dict[str, Any]
 ) -> None:
-    """A tiny model without and with a Flash LoRA: ours, ComfyUI's own, and the whole ControlNet."""
+    """Sample with our Control-LoRA, ComfyUI's own and the whole ControlNet, without and with a Flash LoRA."""
     import comfy.controlnet
 
     positive, hint = prompt(given, family, "positive"), given["hint"].movedim(1, -1)
@@ -153,7 +153,7 @@ def steer(
 
 
 def residuals(patched: Any, control: Any, given: dict[str, Tensor], family: str) -> Tensor:
-    """What a control adds at one evaluation of the model as it is loaded, all maps in one row."""
+    """Return a control's outputs at one evaluation of the loaded model, all maps in one row."""
     patched.pre_run()
     control.pre_run(patched.model, patched.get_model_object("model_sampling").percent_to_sigma)
     cond: dict[str, Any] = {"c_crossattn": given["positive"]}
@@ -170,7 +170,7 @@ def residuals(patched: Any, control: Any, given: dict[str, Tensor], family: str)
 
 
 def demo(given: dict[str, Tensor], folder: Path, results: dict[str, Tensor]) -> None:
-    """The demo with its Flash LoRA under adapters in the formats that ship with it."""
+    """Sample the demo with its Flash LoRA and with the demo's adapters in their formats."""
     import comfy.controlnet
     from dropped_in.nodes.demo.models import SHIPPED_LORAS, build_demo
     from dropped_in.nodes.lora.loader import read_lora
@@ -194,7 +194,7 @@ def demo(given: dict[str, Tensor], folder: Path, results: dict[str, Tensor]) -> 
 
 
 def refused(model: Any, given: dict[str, Tensor], folder: Path) -> dict[str, str]:
-    """What is said to broken Control-LoRAs, and to one of another model."""
+    """Collect the errors for broken Control-LoRAs, and for one of another model."""
     whole = load_file(folder / "sd15_control_lora.safetensors")
     hint = given["hint"].movedim(1, -1)
     broken = {

@@ -13,7 +13,7 @@ from boot import boot
 
 
 def main(comfyui: Path, root: Path, folder: Path, inputs: Path, outputs: Path) -> None:
-    """Build the demo's models of ``folder`` and write what they make of the tensors in ``inputs``."""
+    """Build the demo's models of ``folder`` and write their outputs for the tensors in ``inputs``."""
     boot(comfyui, root)
     import comfy.sample
     import torch

@@ -19,7 +19,7 @@ from boot import boot
 
 
 class Listener(logging.Handler):
-    """Keeps what is logged."""
+    """Keep the log's messages."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

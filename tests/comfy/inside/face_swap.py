@@ -17,7 +17,7 @@ from boot import boot
 
 
 def main(comfyui: Path, root: Path, folder: Path) -> None:
-    """The demo's face-swap model as its node loads it, then the cases."""
+    """Load the demo's face-swap model with its node, then run the cases."""
     boot(comfyui, root)
     import torch
     from dropped_in.nodes.demo import models as demo_models
@@ -132,13 +132,13 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
 
 
 class OtherVAE:
-    """Of Stable Diffusion's latents."""
+    """A stand-in for a VAE with Stable Diffusion's latents."""
 
     latent_channels = 4
 
 
 def inpainting_model(demo_models: Any) -> Any:
-    """The demo's model with a mask and one picture for further channels."""
+    """Build the demo's model with a mask and one picture as further channels."""
     import torch
     from dropped_in.flash_core.task_adapter import TaskAdapter
 
@@ -147,7 +147,7 @@ def inpainting_model(demo_models: Any) -> Any:
 
 
 def transformer() -> Any:
-    """A model of another kind, whose latents have the demo's 16 channels: SD3's configuration without weights."""
+    """Build a transformer with the demo's 16 latent channels: SD3's configuration without weights."""
     from types import SimpleNamespace
 
     import comfy.latent_formats

@@ -1,4 +1,4 @@
-"""The few-step sampler on a flow model (see ``test_flow.py``): a velocity field written down, ComfyUI's own sampling.
+"""The few-step sampler on a flow model (see ``test_flow.py``): a velocity in closed form, ComfyUI's own sampling.
 
 python flow.py COMFYUI ROOT OUTPUTS
 """
@@ -13,7 +13,7 @@ from boot import boot
 
 
 def main(comfyui: Path, root: Path, outputs: Path) -> None:
-    """Write the trained noise levels of a flow model with shift 3, and what the sampler makes of them."""
+    """Write the trained noise levels of a flow model with shift 3, and the sampler's outputs."""
     boot(comfyui, root)
     import comfy.model_sampling
     import comfy.sample
@@ -22,7 +22,7 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
     from safetensors.torch import save_file
 
     class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-        """What ComfyUI puts together for SD3."""
+        """ComfyUI's sampling class for SD3."""
 
     sampling = Sampling(SimpleNamespace(sampling_settings={"shift": 3.0}))
     inner = SimpleNamespace(
@@ -34,7 +34,7 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
     seen = []
 
     class Model:
-        """The velocity ``tanh(z) / 2 + s``, as ComfyUI's guider hands a model to a sampler."""
+        """The velocity ``tanh(z) / 2 + s`` in the form in which ComfyUI's guider gives a model to a sampler."""
 
         inner_model = inner
         model_patcher, cfg = SimpleNamespace(model=inner), 1.0  # newer ComfyUI writes them into its log

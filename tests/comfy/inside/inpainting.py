@@ -25,7 +25,7 @@ GUIDANCE = 3.0
 
 
 def main(comfyui: Path, root: Path, folder: Path) -> None:
-    """Sample with Flash Sampler; 9-channel models get what InpaintModelConditioning attaches."""
+    """Sample with Flash Sampler; 9-channel models get the channels of InpaintModelConditioning."""
     boot(comfyui, root)
     import torch
     from dropped_in.nodes.sampling.few_step import flash_grid
@@ -48,7 +48,7 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
 
 
 def inpaint(ordinary: Any, wide: Any, given: dict[str, Any], steps: int, denoise: float) -> dict[str, Any]:
-    """Hard masks: the ordinary model, and the 9-channel one without and with the noise mask."""
+    """Sample hard masks with the ordinary model, and with the 9-channel model without and with the noise mask."""
     positive = conditioning(given, "positive")
     picture = {"samples": ordinary.model.process_latent_out(given["picture"].clone())}
     masked = {**picture, "noise_mask": given["mask"]}
@@ -66,7 +66,7 @@ def inpaint(ordinary: Any, wide: Any, given: dict[str, Any], steps: int, denoise
 
 
 def others(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """An ordinary model in further ways: guided, with an almost hard mask, from no picture, in core's own nodes."""
+    """Sample an ordinary model with guidance, with an almost hard mask, without a picture, and in core's own nodes."""
     import comfy.samplers
     import torch
     from comfy_extras.nodes_custom_sampler import SamplerCustom

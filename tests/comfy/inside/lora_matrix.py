@@ -71,7 +71,7 @@ def forward(model, given):
 
 
 def apply(model, path, given, allow_partial=False):
-    """The output with the LoRA, and what the loader says of it."""
+    """Return the output with the LoRA, and the loader's report or error."""
     from dropped_in.flash_core.lora import LoraError, read_lora
     from dropped_in.nodes.lora.patches import LoraMismatch, apply_lora
 
@@ -89,7 +89,7 @@ def apply(model, path, given, allow_partial=False):
 
 
 def write_native(model, folder):
-    """The LoRA ``fused`` under ComfyUI's own names: layers that it fuses share their down half, and become one."""
+    """Write the LoRA ``fused`` under ComfyUI's own names: fused layers share their down half and become one."""
     import comfy.utils
     import torch
     from safetensors.torch import load_file, save_file

@@ -1,4 +1,4 @@
-"""What a MODEL may bring along, and what may go wrong (see ``test_model_denoiser.py``).
+"""Patches, hooks and conditions of a MODEL, and errors (see ``test_model_denoiser.py``).
 
 python model_denoiser_cases.py COMFYUI ROOT FOLDER
 

@@ -16,7 +16,7 @@ from model_denoiser_updates import TERMS, Updates
 
 
 def main(comfyui: Path, root: Path, folder: Path, count: int) -> None:
-    """Distil, as a node would: in inference mode, on what ComfyUI hands a node."""
+    """Distil as a node would: in inference mode, with the objects that ComfyUI gives a node."""
     boot(comfyui, root)
     import comfy.sample
     import torch

@@ -43,7 +43,7 @@ def main(comfyui: Path, root: Path, folder: Path, families: list[str]) -> None:
 
 
 def distil(family: str, folder: Path) -> None:
-    """As a node would: in inference mode, on what ComfyUI hands a node."""
+    """Distil as a node would: in inference mode, with the objects that ComfyUI gives a node."""
     import comfy.sample
     import torch
     from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
@@ -126,7 +126,7 @@ def distil(family: str, folder: Path) -> None:
 
 
 def slopes(denoiser, rollout, weight) -> tuple[float, float]:
-    """How steeply the student's output rises with its adapter, along the gradient: autograd's and the difference's."""
+    """Return the slope of the student's output along the gradient: by autograd and by finite difference."""
     import torch
 
     parameters = list(denoiser.adapter_parameters("student").values())

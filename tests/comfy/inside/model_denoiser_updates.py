@@ -1,6 +1,6 @@
-"""Distillation with all its losses, for any denoiser: the same lines run in ComfyUI's process and in the test's.
+"""Distillation with all its losses, for any denoiser: the same code runs in ComfyUI's process and in the test's.
 
-The package goes by another name in each, so it is asked for by name.
+The package has another name in each process, so the name is an argument.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Updates:
     """The trainer's three updates (student, discriminator, critic) on one batch of latents.
 
     Args:
-        package: what this package is called here.
+        package: this package's name in the process.
         denoiser: with an adapter for ``student`` and for ``critic``.
         discriminator: the weights of a discriminator for the denoiser's features.
         channels: of those features.
@@ -60,7 +60,7 @@ class Updates:
         return self.distiller.rollout(z0, conditions, unconditional, self.phase, torch.Generator().manual_seed(seed))
 
     def update(self, rollout: Any, seed: int) -> dict[str, float]:
-        """One step of each optimiser on a rollout; every loss term."""
+        """Make one step of each optimiser on a rollout, and return every loss term."""
         generator = torch.Generator().manual_seed(seed)
         step = self.distiller.student_step(rollout, self.phase, generator)
         self._step("student")
@@ -73,7 +73,7 @@ class Updates:
 
     @torch.no_grad()
     def error(self, rollout: Any) -> float:
-        """The student's mean squared distance to the teacher's solutions."""
+        """Return the student's mean squared distance to the teacher's solutions."""
         with self.distiller.denoiser.role("student"):
             return float((self.distiller.student_output(rollout) - rollout.z_teacher).square().mean())
 

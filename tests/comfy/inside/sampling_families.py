@@ -23,7 +23,7 @@ GUIDANCE = 3.0
 
 
 def main(comfyui: Path, root: Path, folder: Path, *families: str) -> None:
-    """Sample each family's model; then ask for grids that need more than a model."""
+    """Sample each family's model, then describe grids of changed models and of LoRAs."""
     boot(comfyui, root)
     import torch
     from safetensors.torch import load_file, save_file
@@ -65,7 +65,7 @@ def conditioning(given, name, rows=slice(0, 1)):
 
 
 def sample(model, positive, latent, *, seed=SEED, steps=4, guidance=1.0, denoise=1.0, **options):
-    """Flash Sampler's own ``execute``; the latent as the network sees it."""
+    """Run Flash Sampler's ``execute`` and return the latent as the network sees it."""
     from dropped_in.nodes.sampling.nodes import FlashSampler
 
     result = FlashSampler.execute(model, positive, latent, seed, steps, guidance, denoise, **options)
@@ -73,7 +73,7 @@ def sample(model, positive, latent, *, seed=SEED, steps=4, guidance=1.0, denoise
 
 
 def describe(model, *arguments, metadata=None):
-    """A grid, or why there is none."""
+    """Describe a grid, or return its error."""
     from dropped_in.nodes.sampling.few_step import METADATA_KEY, flash_grid
 
     if metadata is not None:
@@ -93,7 +93,7 @@ def describe(model, *arguments, metadata=None):
 
 
 def parity(family, model, given, grids):
-    """What is compared with diffusers, with itself, and with a place elsewhere in a batch."""
+    """Sample the cases that tests compare with diffusers, with a repetition, and with another place in a batch."""
     import torch
 
     positive, negative = conditioning(given, "positive"), conditioning(given, "negative")
@@ -123,7 +123,7 @@ def parity(family, model, given, grids):
 
 
 def features(family, model, given):
-    """Each of KSampler's abilities: Flash Sampler without fresh noise beside core's euler on the same levels."""
+    """Try each of KSampler's features: Flash Sampler without fresh noise beside core's euler."""
     import comfy.sample
     import comfy.samplers
     import torch
@@ -212,7 +212,7 @@ def controlled(model, given):
 
 
 def special_grids(models, grids):
-    """Grids of models that core nodes have changed, and of LoRAs that say what they are."""
+    """Describe grids of models that core nodes have changed, and of LoRAs with metadata."""
     from comfy_extras import nodes_model_advanced as core
     from dropped_in.flash_core.grid import trailing_timesteps
     from dropped_in.flash_core.lora import FlashMetadata
@@ -260,7 +260,7 @@ def special_grids(models, grids):
 
 
 def refused_sizes(model, given):
-    """What Flash Sampler says of sizes that ComfyUI's PixArt cannot do."""
+    """Collect Flash Sampler's errors for sizes that ComfyUI's PixArt does not support."""
     import torch
 
     said = []

@@ -32,7 +32,7 @@ def waves(height: int, width: int) -> Tensor:
 
 
 class PatchVAE:
-    """Stands in for a VAE: the mean of each patch and back, so that nothing else hides what was sampled."""
+    """A stand-in for a VAE: the mean of each patch, and back. So the picture shows the sampled latent directly."""
 
     def __init__(self, ratio: int, channels: int = 4) -> None:
         self.ratio, self.latent_channels = ratio, channels
@@ -52,17 +52,17 @@ class PatchVAE:
 
 
 class Results(dict[str, Tensor]):
-    """What goes into the file."""
+    """The results for the file."""
 
     def run(self, name: str, *arguments: Any, **settings: Any) -> Tensor:
-        """The node's picture, kept under a name."""
+        """Run the node and keep its picture under a name."""
         from dropped_in.nodes.picture.upscale import FlashUpscale
 
         self[name] = FlashUpscale.execute(*arguments, **{**SETTINGS, **settings}).args[0].clone()
         return self[name]
 
     def refuse(self, name: str, *arguments: Any, **settings: Any) -> None:
-        """What the node says where it refuses, as bytes."""
+        """Keep the node's error as bytes."""
         try:
             self.run(name, *arguments, **settings)
         except ValueError as error:
@@ -70,7 +70,7 @@ class Results(dict[str, Tensor]):
 
 
 def demo(results: Results) -> None:
-    """One tile against the ordinary sampler; and the seams of several tiles."""
+    """Upscale in one tile and with the ordinary sampler, and in several tiles to measure seams."""
     import comfy.sample
     import comfy.samplers
     from dropped_in.flash_core.image import plan_tiles
@@ -118,7 +118,7 @@ def demo(results: Results) -> None:
 
 
 def round_trip(results: Results, model: Any, vae: Any) -> None:
-    """A picture to its latent and back: in the VAE's tiles, and as a whole."""
+    """Encode and decode a picture in the VAE's tiles, and as a whole."""
     from dropped_in.nodes.picture.tiled import decode_tiled, encode_tiled
     from dropped_in.nodes.picture.upscale import plan
 
@@ -133,7 +133,7 @@ def round_trip(results: Results, model: Any, vae: Any) -> None:
 
 
 def pointwise(results: Results, model: Any, clip: Any) -> None:
-    """A model that looks at one position at a time: tiles must change nothing, whatever the prompts hold."""
+    """Upscale with a model that sees one position at a time: tiles must not change its result, for any prompt."""
     import nodes as core_nodes
 
     def answer(apply: Callable[..., Tensor], call: dict[str, Any]) -> Tensor:
@@ -179,7 +179,7 @@ class PatchControl:
 
 
 def x4(results: Results, given: Path) -> None:
-    """The x4 upscaler's architecture: what its network is given, in one tile and in several."""
+    """Record the inputs of the x4 upscaler's network, in one tile and in several."""
     import comfy.model_patcher
     import comfy.supported_models
     import tiny
@@ -241,13 +241,13 @@ def x4(results: Results, given: Path) -> None:
 
 
 def too_large(results: Results, model: Any, vae: Any, prompt: Any) -> None:
-    """A picture whose result no machine can hold, without holding it either."""
+    """Try a picture whose result no machine can hold, without allocating the picture."""
     picture = torch.zeros(1, 1, 1, 3).expand(1, 400_000, 300_000, 3)
     results.refuse("too_large", model, vae, prompt, picture, scale=8.0, denoise=0.25, tile_size=0)
 
 
 def areas(results: Results) -> None:
-    """An area of a prompt, cut to tiles; and the size that a model is told."""
+    """Cut a prompt's area to tiles, and record the size that a model gets."""
     from dropped_in.flash_core.image import Box, plan_tiles
     from dropped_in.nodes.picture.tiled import Cut
     from dropped_in.nodes.picture.upscale import with_tile_size
@@ -263,7 +263,7 @@ def areas(results: Results) -> None:
 
 
 def main(comfyui: Path, root: Path, given: Path, outputs: Path) -> None:
-    """Run everything, as ComfyUI runs nodes: without gradients, its server absent."""
+    """Run everything as ComfyUI runs nodes: without gradients. There is no server."""
     boot(comfyui, root)
     import comfy.utils
     import folder_paths

@@ -33,10 +33,10 @@ PEFT = ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
 
 
 def stand_in_network(family: str) -> nn.Module:
-    """The tiny network of a family.
+    """Make the tiny network of a family.
 
-    SDXL's has three levels, for its adapters; SD3's reads text as wide as ComfyUI pads it, and larger pictures;
-    ``sd15_inpainting`` is SD 1.5's with the channels of a mask and a masked picture.
+    SDXL's network has three levels, for its adapters. SD3's reads text at the width to which ComfyUI pads it, and
+    larger pictures. ``sd15_inpainting`` is SD 1.5's with the channels of a mask and a masked picture.
     """
     if family == "sdxl":
         return tiny_unet(family)

@@ -1,7 +1,7 @@
-"""Lets ComfyUI's loaders recognise the stand-ins' reduced models. For the tests' server alone: it registers no node.
+"""Let ComfyUI's loaders recognise the stand-ins' small models, in the tests' server only. It registers no node.
 
-ComfyUI tells published models by their sizes. Each class here is ComfyUI's own class of a family, under the same name,
-with the sizes of ``tests/families/networks.py``; text encoders get theirs through the option that ComfyUI has for that.
+ComfyUI recognises published models by their sizes. Each class here is ComfyUI's own class of a family, under the same
+name, with the sizes of ``tests/families/networks.py``; text encoders get their sizes through ComfyUI's own option.
 """
 
 from __future__ import annotations
