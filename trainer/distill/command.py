@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 
 from ..recipes import load_recipe, shipped_recipes
@@ -49,9 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Distil a recipe, or print its plan."""
     recipe = load_recipe(args.recipe, args.overrides)
-    # PEFT warns when a network gets a second adapter. Here this is on purpose: the roles share one base.
-    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-
     if args.dry_run:
         from rich.console import Console
 
