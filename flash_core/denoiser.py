@@ -17,18 +17,18 @@ Role: TypeAlias = Literal["teacher", "student", "critic"]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything a backbone is conditioned on, for a batch of B samples. Parts that a model lacks are None.
+    """The conditions of a batch of B samples. Parts that the model does not read are None.
 
     Attributes:
         cross_attention: (B, L, D) token embeddings.
-        attention_mask: (B, L), 1 where a token counts (PixArt).
+        attention_mask: (B, L), 1 for a token, 0 for padding (PixArt).
         vector: (B, D) pooled embedding (SDXL, SD3).
         size_ids: (B, N) size and crop micro-conditioning (SDXL, PixArt-alpha).
         concat: (B, C, h, w) channels joined to the latent: masks, masked images, low-resolution images.
-        image_tokens: (B, N, D) embeddings of an image, which attention reads as it reads words.
-        hint: (B, 3, H, W) the picture that a ControlNet looks at beside the noisy latent: edges, poses, depth.
-        noise_level: (B,) how much noise the low-resolution image was given (super-resolution).
-        embedded_guidance: (B,) the guidance scale that a guidance-distilled model is told (Flux); no scale to guide by.
+        image_tokens: (B, N, D) embeddings of an image, which cross-attention reads (IP-Adapter).
+        hint: (B, 3, H, W) in [0, 1], the picture that a ControlNet reads: edges, poses, depth.
+        noise_level: (B,) level of the noise in the low-resolution image (super-resolution).
+        embedded_guidance: (B,) the guidance scale that a guidance-distilled model reads (Flux); not CFG's scale.
         residuals: adapter or ControlNet residuals, each (B, C, h, w), in the order the backbone adds them.
     """
 
@@ -56,15 +56,15 @@ class Conditioning:
         )
 
     def rows(self, index: Tensor) -> Conditioning:
-        """The samples at ``index`` (b,)."""
+        """Return the samples at ``index`` (b,)."""
         return self.map(lambda tensor: tensor[index.to(tensor.device)])
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """The same conditions on another device."""
+        """Return the same conditions on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
     def joined(self, other: Conditioning) -> Conditioning:
-        """These conditions and those of ``other``, for the same samples; each kind comes from one of the two."""
+        """Join with the conditions of ``other`` for the same samples; each part is set in one of the two only."""
         both = [name for name in (*_TENSOR_FIELDS, "residuals") if _carries(self, name) and _carries(other, name)]
         if both:
             raise ValueError(f"both conditions carry {', '.join(both)}; expected each kind in one of them")
@@ -99,14 +99,14 @@ def _carries(conditioning: Conditioning, name: str) -> bool:
 def unconditional_branch(
     conditioning: Conditioning, empty: Conditioning, dropped: Collection[str] = ()
 ) -> Conditioning:
-    """What classifier-free guidance compares with: the empty prompt beside the task's own conditions.
+    """Return the conditions of the unconditional branch: the empty prompt with the task's own conditions.
 
-    A mask, a low-resolution picture or an adapter's residuals say where and what the picture is, in both branches; what
-    a task's guidance should strengthen, it drops here.
+    Both branches see a mask, a low-resolution picture or an adapter's residuals. Guidance strengthens the parts that
+    the unconditional branch lacks: the prompt, and the parts in ``dropped``.
 
     Args:
         conditioning: (B) the full conditions.
-        empty: (B) what stands for no prompt; every other part comes from ``conditioning``.
+        empty: (B) the conditions of the empty prompt; every other part comes from ``conditioning``.
         dropped: the names of parts that become zeros.
 
     Raises:
@@ -140,15 +140,15 @@ class Denoiser(Protocol):
 
     @property
     def process(self) -> Process:
-        """How noise enters this model's latents."""
+        """The noise process of the model."""
         ...
 
     def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output (B, C, H, W) at latents (B, C, H, W) and timesteps (B,), in the current role."""
+        """Return the network's output (B, C, H, W) at latents (B, C, H, W) and timesteps (B,), in the current role."""
         ...
 
     def features(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
-        """Hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role."""
+        """Return hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role."""
         ...
 
     def role(self, role: Role) -> AbstractContextManager[None]:
@@ -157,7 +157,7 @@ class Denoiser(Protocol):
 
 
 def predict_z0(denoiser: Denoiser, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    """The clean latent the backbone sees in ``z_t``, in its current role."""
+    """Return the predicted clean latent at ``(z_t, t)``, in the current role."""
     return denoiser.process.z0_from_output(z_t, denoiser.predict(z_t, t, conditioning), t)
 
 

@@ -11,17 +11,17 @@ FEATURE_DEPTHS = 4  # blocks of a transformer that the discriminator reads
 
 
 def feature_depths(blocks: int) -> list[int]:
-    """Which of a transformer's blocks the discriminator reads: those at 1/5, 2/5, 3/5 and 4/5 of the depth, ascending.
+    """Return the indices of the transformer blocks that the discriminator reads: at 1/5, 2/5, 3/5 and 4/5 of the depth.
 
-    The first blocks still carry mostly the noise that came in, and the last ones already turn into the prediction;
-    what the picture shows lies between.
+    The first blocks hold mostly the input's noise and the last blocks mostly the prediction; the blocks between hold
+    what the picture shows.
     """
     parts = FEATURE_DEPTHS + 1
     return sorted({blocks * part // parts for part in range(1, parts)})
 
 
 class Discriminator(nn.Module):
-    """Scores feature maps of several depths of the teacher; only these heads are trained.
+    """Score the teacher's feature maps of several depths; only these heads are trained.
 
     Args:
         channels: the channel count of each feature map, as ``Denoiser.features`` returns them.
@@ -36,7 +36,7 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleList(_head(width, hidden) for width in channels)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Feature maps (B, C_i, H_i, W_i) to logit maps (B, 1, H'_i, W'_i)."""
+        """Map features (B, C_i, H_i, W_i) to logits (B, 1, H'_i, W'_i)."""
         if len(features) != len(self.heads):
             raise ValueError(f"expected {len(self.heads)} feature maps, got {len(features)}")
         return [head(feature.float()) for head, feature in zip(self.heads, features, strict=True)]

@@ -1,8 +1,8 @@
 """One training step of Flash Diffusion over any :class:`~.denoiser.Denoiser` (arXiv 2406.02347, section 4).
 
-The caller owns optimisers, devices, precision and the loop. A step is: draw a :class:`Rollout` (the dear part: the
-teacher's solution), let :meth:`Distiller.student_step` leave gradients in the student's adapter, then let
-:meth:`Distiller.discriminator_step` and :meth:`Distiller.critic_step` leave theirs from the SAME rollout.
+The caller owns optimisers, devices, precision and the loop. One step: draw a :class:`Rollout` (expensive: the teacher
+solves an ODE); :meth:`Distiller.student_step` leaves gradients in the student's adapter; then
+:meth:`Distiller.discriminator_step` and :meth:`Distiller.critic_step` leave their gradients from the SAME rollout.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RECORDED_PROBABILITY = 1e-3
 
 @dataclass(frozen=True)
 class StudentStep:
-    """What :meth:`Distiller.student_step` hands back.
+    """The result of :meth:`Distiller.student_step`.
 
     Attributes:
         z_student: (B, C, H, W) the student's outputs, detached.
@@ -55,12 +55,12 @@ class StudentStep:
 
 
 class Distiller:
-    """The method over one backbone.
+    """Flash Diffusion on one backbone.
 
     Args:
         denoiser: the backbone, its roles on one frozen base.
         settings: the method's constants.
-        discriminator: needed once a phase weighs the adversarial term.
+        discriminator: needed if a phase has an adversarial weight above 0.
         decode: latents -> images in [-1, 1], differentiable; needed by ``lpips``.
         perceptual: ``(images, images) -> (B,)``; needed by ``lpips``.
     """
@@ -118,7 +118,7 @@ class Distiller:
         start: Sequence[int] | None = None,
         observe: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """The guided teacher's solution from each sample's own grid index (default: pure noise) to t = 0."""
+        """Return the guided teacher's solution at t = 0 from each sample's own grid index (default: pure noise)."""
 
         def guided(z: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             return guided_z0(self.denoiser, z, t, conditioning.rows(rows), unconditional.rows(rows), guidance[rows])
@@ -133,8 +133,8 @@ class Distiller:
     ) -> Trajectory:
         """Solve from pure noise and keep the states that training can start from.
 
-        Every state on the way has the same end, so that one solution serves every mode: what small budgets want. The
-        states come from the teacher's own path instead of noised data; both have the teacher's marginals.
+        Every state on the path has the same solution, so one recorded path serves all four modes: less work for small
+        budgets. The states come from the teacher's own path instead of noised data; both have the teacher's marginals.
         """
         modes = len(PUBLISHED_PHASES[0].modes)
         reachable = timestep_mixture(self.settings.teacher_steps, [1.0] * modes) > RECORDED_PROBABILITY
@@ -151,7 +151,7 @@ class Distiller:
         return Trajectory(kept, torch.stack(states), z_teacher, z0, guidance, conditioning, unconditional)
 
     def replay(self, trajectory: Trajectory, phase: Phase, generator: torch.Generator) -> Rollout:
-        """A rollout from a recorded trajectory, each sample starting at an index drawn for this phase."""
+        """Return a rollout from a recorded trajectory; each sample starts at an index drawn for this phase."""
         batch = len(trajectory.z_teacher)
         drawn = self._draw_indices(phase, trajectory.indices, batch, generator)
         position = torch.tensor([trajectory.indices.index(index) for index in drawn], device=trajectory.states.device)
@@ -172,9 +172,9 @@ class Distiller:
     ) -> StudentStep:
         """Compute the student's loss and leave ``scale`` times its gradient in the student's adapter.
 
-        The backward pass is split. The terms run on a detached leaf of the student's output while roles change freely;
-        then the leaf's gradient goes through the student's graph with the student's adapter on. So activations that
-        gradient checkpointing recomputes are recomputed in the role that made them.
+        The backward pass is split. First the loss terms run on a detached leaf of the student's output, while roles
+        change. Then the leaf's gradient goes through the student's graph with the student's adapter on. So gradient
+        checkpointing recomputes each activation in the role that made the activation.
         """
         with self.denoiser.role("student"):
             z_student = self.student_output(rollout)
@@ -201,7 +201,7 @@ class Distiller:
         return StudentStep(leaf.detach(), terms)
 
     def student_output(self, rollout: Rollout) -> Tensor:
-        """``c_skip z_t + c_out z0_hat(z_t, t, c)`` (B, C, H, W) in the current role."""
+        """Return ``c_skip z_t + c_out z0_hat(z_t, t, c)`` (B, C, H, W), in the current role."""
         z0_hat = predict_z0(self.denoiser, rollout.z_t, rollout.t, rollout.conditioning)
         c_skip, c_out = (broadcast(value, z0_hat) for value in self.denoiser.process.boundary_scaling(rollout.t))
         return c_skip * rollout.z_t + c_out * z0_hat
@@ -209,7 +209,7 @@ class Distiller:
     def discriminator_step(
         self, rollout: Rollout, z_student: Tensor, generator: torch.Generator, scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """Leave ``scale`` times the discriminator's gradient in its heads, from the same rollout, detached."""
+        """Leave ``scale`` times the gradient of the discriminator's loss in its heads; ``z_student`` is detached."""
         discriminator = self._require_discriminator()
         t, noise = self._draw_adversarial(z_student, generator)
         real = rollout.z0 if self.settings.real == "data" else rollout.z_teacher
@@ -234,7 +234,7 @@ class Distiller:
     def critic_step(
         self, rollout: Rollout, z_student: Tensor, generator: torch.Generator, scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """Leave ``scale`` times the critic's gradient in its adapter: diffusion training on the student's samples."""
+        """Leave ``scale`` times the gradient of the diffusion loss on the student's samples in the critic's adapter."""
         process = self.denoiser.process
         t = process.uniform_timestep(_integers(NUM_TIMESTEPS, len(z_student), generator).to(z_student.device))
         noise = _normal(z_student, generator)

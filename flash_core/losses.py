@@ -17,7 +17,7 @@ DMD_NORMALISER_FLOOR = 1e-5
 
 
 def latent_loss(kind: LatentLoss, prediction: Tensor, target: Tensor) -> Tensor:
-    """Distance of two batches of latents (B, C, H, W), mean over everything.
+    """Return the mean distance of two batches of latents (B, C, H, W).
 
     ``pseudo_huber`` is ``sqrt(d^2 + c^2) - c`` per element: quadratic below c, linear above.
     """
@@ -33,7 +33,7 @@ def latent_loss(kind: LatentLoss, prediction: Tensor, target: Tensor) -> Tensor:
 def random_crops(generator: torch.Generator, size: int, *latents: Tensor) -> list[Tensor]:
     """Cut one random ``size`` x ``size`` window per sample, the same window from each of the ``latents``.
 
-    Random, not centred: a fixed centre crop leaves three quarters of a 1024 px image without a gradient.
+    Random windows, since a fixed centre crop leaves three quarters of a 1024 px image without a gradient.
     """
     batch, _, height, width = latents[0].shape
     tall, wide = min(size, height), min(size, width)
@@ -53,7 +53,7 @@ def perceptual_loss(
     crop: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """A perceptual distance (LPIPS) of random decoded crops.
+    """Return a perceptual distance (LPIPS) of random decoded crops.
 
     Args:
         perceptual: ``(images, images) -> (B,)`` or scalar, images (B, 3, H, W) in [-1, 1].
@@ -67,12 +67,12 @@ def perceptual_loss(
 
 
 def generator_loss(kind: AdversarialLoss, fake: Sequence[Tensor]) -> Tensor:
-    """What the student minimises, given the discriminator's logits of its samples at each depth."""
+    """Return the student's adversarial loss from the discriminator's logits of its samples at each depth."""
     return torch.stack([_generator_term(kind, logits) for logits in fake]).mean()
 
 
 def discriminator_loss(kind: AdversarialLoss, real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """What the discriminator minimises, given its logits of real and fake samples at each depth."""
+    """Return the discriminator's loss from its logits of real and fake samples at each depth."""
     terms = [_discriminator_term(kind, r, f) for r, f in zip(real, fake, strict=True)]
     return torch.stack(terms).mean()
 
@@ -102,14 +102,14 @@ def _discriminator_term(kind: AdversarialLoss, real: Tensor, fake: Tensor) -> Te
 
 
 def r1_penalty(real_logits: Sequence[Tensor], real_features: Sequence[Tensor]) -> Tensor:
-    """``|grad of D at the real features|^2``, mean over the batch (Mescheder et al., arXiv 1801.04406)."""
+    """Return ``|grad of D at the real features|^2``, mean over the batch (Mescheder et al., arXiv 1801.04406)."""
     total = torch.stack([logits.sum() / max(logits[0].numel(), 1) for logits in real_logits]).sum()
     gradients = torch.autograd.grad(total, list(real_features), create_graph=True)
     return torch.stack([gradient.flatten(1).pow(2).sum(1).mean() for gradient in gradients]).sum()
 
 
 def distribution_matching_loss(z_student: Tensor, z0_real: Tensor, z0_fake: Tensor) -> Tensor:
-    """A loss whose gradient in ``z_student`` is the normalised difference of the fake and the real score.
+    """Return a loss whose gradient in ``z_student`` is the normalised difference of the fake and the real score.
 
     ``L = mean |z - stopgrad(z - w g)|^2``, ``g = z0_fake - z0_real``, and per sample
     ``w = 1 / (mean |z - z0_real| + 1e-5)`` (Yin et al., arXiv 2311.18828, as arXiv 2406.02347 uses it).

@@ -1,4 +1,4 @@
-"""What one training step starts from: the teacher's solutions, drawn for the step or recorded once and replayed."""
+"""The start of a training step: the teacher's solutions, drawn for the step or recorded once and replayed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .denoiser import Conditioning
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one batch costs most: where each sample starts and where the teacher takes it. All of B samples.
+    """The start of each sample of a batch, and the teacher's solution from there.
 
     Attributes:
         z_t: (B, C, H, W) latents at their start.
@@ -32,7 +32,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A teacher's solutions from pure noise with the states it passed: several rollouts for the price of one.
+    """The teacher's solutions from pure noise with the states on the path: the starts of several rollouts.
 
     Attributes:
         indices: the M grid indices that were kept, ascending.
@@ -48,7 +48,7 @@ class Trajectory:
     unconditional: Conditioning
 
     def rows(self, index: Tensor) -> Trajectory:
-        """The samples at ``index`` (b,)."""
+        """Return the samples at ``index`` (b,)."""
         return Trajectory(
             self.indices,
             self.states[:, index],

@@ -21,7 +21,7 @@ def few_step_sample(
     stochasticity: float = 1.0,
     callback: SampleCallback | None = None,
 ) -> Tensor:
-    """Few-step sampling as the student was trained for (arXiv 2406.02347, section 4.1; the scheme of LCM).
+    """Sample in few steps, as the student is trained for (arXiv 2406.02347, section 4.1; LCM's scheme).
 
     Args:
         denoise: ``(z, i) -> z0``, the model's clean prediction at level ``i``, ``z`` and z0 of shape (B, C, H, W).
@@ -59,7 +59,7 @@ def few_step_sample(
 
 
 def generator_noise(like: Tensor, generator: torch.Generator) -> Callable[[], Tensor]:
-    """A noise source for :func:`few_step_sample`: one generator's stream, drawn where the generator lives."""
+    """Return a noise source for :func:`few_step_sample`: one generator's stream, drawn on the generator's device."""
 
     def draw() -> Tensor:
         return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
@@ -68,10 +68,10 @@ def generator_noise(like: Tensor, generator: torch.Generator) -> Callable[[], Te
 
 
 def item_noise(initial: Tensor, seed: int, z: Tensor | None = None) -> Callable[[], Tensor]:
-    """A noise source for :func:`few_step_sample` in which every item of a batch has a stream of its own.
+    """Return a noise source for :func:`few_step_sample` in which every item of a batch has its own stream.
 
-    What an item is re-noised with depends on ``seed`` and on the item's own initial noise, and so neither on its place
-    in the batch nor on the batch's size. The item that begins with the seed's first draw, a single picture or the
+    An item's noise depends on ``seed`` and on the item's own initial noise. It depends neither on the item's place in
+    the batch nor on the batch's size. The item that begins with the seed's first draw, a single picture or the
     first of a batch, continues the stream of the seed, as diffusers does with one generator. Any other item draws from
     a generator that is seeded by a hash. All noise is drawn in float32 on the CPU: the same on every device.
 

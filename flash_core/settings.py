@@ -1,4 +1,4 @@
-"""The choices of a distillation: the constants of the method, and what each stretch of training weighs."""
+"""The settings of a distillation: the constants of the method and the phases of the curriculum."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .solvers import Solver
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training: where the timesteps fall, and how much each term counts.
+    """One phase of training: the distribution of timesteps and the weight of each loss term.
 
     Attributes:
-        modes: the weights beta of the modes from pure noise on.
-        adversarial, dmd, distillation: the factors lambda; a term whose factor is 0 is not computed.
+        modes: the weights beta of the modes of the timesteps, from pure noise on.
+        adversarial, dmd, distillation: the weights lambda of the loss terms; a term of weight 0 is not computed.
     """
 
     modes: tuple[float, ...]
@@ -37,18 +37,18 @@ DistillationLoss: TypeAlias = Literal["mse", "l1", "pseudo_huber", "lpips"]
 
 @dataclass(frozen=True)
 class DistillerSettings:
-    """The constants of the method; the defaults are the paper's for SD 1.5.
+    """The constants of the method. Defaults: the paper's for SD 1.5.
 
     Attributes:
-        teacher_steps: K, the teacher's grid.
+        teacher_steps: K, the number of timesteps of the teacher's grid.
         solver: the teacher's ODE solver; flow models take ``euler``.
         guidance: (low, high) of the uniform guidance scale, ``uncond + w (cond - uncond)``.
-        distillation: which distance; ``lpips`` needs ``decode`` and ``perceptual``.
+        distillation: the distance of student and teacher; ``lpips`` needs ``decode`` and ``perceptual``.
         perceptual_crop: window of the perceptual distance in latent pixels.
-        adversarial: which adversarial loss.
+        adversarial: the adversarial loss.
         real: what the discriminator calls real: the data, or the teacher's solutions.
         r1: weight of the gradient penalty on the discriminator at real features; 0 is off.
-        fake_score: who stands for the student's distribution: the student itself (paper) or a critic adapter.
+        fake_score: the model of the student's distribution: the student itself (paper) or a critic adapter (DMD2).
     """
 
     teacher_steps: int = 32

@@ -33,11 +33,11 @@ def solve(
     """Solve the probability-flow ODE from ``timesteps[start]`` down to the clean latent.
 
     Args:
-        predict_z0: asked once per grid point, for the samples that have started by then, in one batch.
+        predict_z0: called once per grid point with the samples that have started by then, in one batch.
         z: (B, ...) latents, each at the noise level of its own start.
         timesteps: the grid, descending, K values.
-        start: for each sample the index in 0..K-1 it starts at (default: all at 0). Kept on the host, so that no
-            device is waited for.
+        start: each sample's first index, in 0..K-1 (default: 0 for all). Python numbers, so that nothing waits for the
+            device.
         solver: ``dpmpp_2m`` is DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), first order at a sample's own first
             step and at the last; ``ddim`` (arXiv 2010.02502, eta = 0) and ``euler`` are one formula, since Euler on a
             flow's straight path and DDIM both keep the noise implied by z0.

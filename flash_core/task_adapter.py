@@ -29,10 +29,10 @@ VERSION = "1"
 
 @dataclass(frozen=True)
 class TaskAdapter:
-    """What a task adds to a base.
+    """The weights that a task adds to a base.
 
     Attributes:
-        task: its name, as recipes call it.
+        task: the task's name in recipes.
         options: the settings it was trained with.
         channels: (out, E, kh, kw), the input layer's weights for the E extra channels.
         modules: the LoRA, by any name; paths are diffusers'.
@@ -100,7 +100,7 @@ def read_task_adapter(path: str | os.PathLike[str]) -> TaskAdapter:
 
 @torch.no_grad()
 def with_task_adapter(weights: Mapping[str, Tensor], adapter: TaskAdapter) -> dict[str, Tensor]:
-    """A UNet's weights with a task adapter merged in.
+    """Return a UNet's weights with a task adapter merged in.
 
     Args:
         weights: the base's, by diffusers' names; not changed.

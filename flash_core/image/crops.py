@@ -15,7 +15,7 @@ SHAPE_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a picture, in pixels."""
+    """A rectangle of a picture, in pixels."""
 
     top: int
     left: int
@@ -24,17 +24,17 @@ class Box:
 
     @property
     def bottom(self) -> int:
-        """The first row below it."""
+        """The first row below the box."""
         return self.top + self.height
 
     @property
     def right(self) -> int:
-        """The first column to the right of it."""
+        """The first column to the right of the box."""
         return self.left + self.width
 
 
 def context_box(box: Box, height: int, width: int, context: float, least: int = 0) -> Box:
-    """Widen a box so that a model sees what is around it, within a picture of ``height`` x ``width``.
+    """Widen a box so that a model sees its surroundings, within a picture of ``height`` x ``width``.
 
     Args:
         context: how many times the box's size the result should have; 1 adds nothing.
@@ -50,7 +50,7 @@ def context_box(box: Box, height: int, width: int, context: float, least: int = 
 
 
 def working_size(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:
-    """The (height, width) at which a model works on a part of this shape: about ``side`` x ``side`` pixels in area.
+    """Return the (height, width) at which a model works on a part of this shape: about ``side`` x ``side`` pixels.
 
     Args:
         multiple: both are multiples of this, at least one time.
@@ -63,17 +63,17 @@ def working_size(height: int, width: int, side: int, multiple: int) -> tuple[int
 
 
 def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two sizes (height, width) have the same ratio, so that one is the other enlarged."""
+    """Return whether two sizes (height, width) have the same ratio."""
     return abs((size[1] / size[0]) / (other[1] / other[0]) - 1) <= SHAPE_TOLERANCE
 
 
 def crop(picture: Tensor, box: Box) -> Tensor:
-    """The box's part of pictures (B, H, W, C) or masks (B, H, W); a view."""
+    """Return the box's part of pictures (B, H, W, C) or masks (B, H, W), as a view."""
     return picture[:, box.top : box.bottom, box.left : box.right]
 
 
 def resize(picture: Tensor, height: int, width: int) -> Tensor:
-    """Another size, antialiased: bicubic for pictures (B, H, W, C), bilinear for masks (B, H, W)."""
+    """Resize with antialiasing: bicubic for pictures (B, H, W, C), bilinear for masks (B, H, W)."""
     if tuple(picture.shape[1:3]) == (height, width):
         return picture
     if picture.ndim == 3:
@@ -83,14 +83,14 @@ def resize(picture: Tensor, height: int, width: int) -> Tensor:
 
 
 def pad_picture(picture: Tensor, left: int, top: int, right: int, bottom: int) -> Tensor:
-    """A larger picture whose border repeats the outermost pixels (B, H, W, C)."""
+    """Pad pictures (B, H, W, C) by repeating the outermost pixels."""
     if min(left, top, right, bottom) < 0:
         raise ValueError(f"padding is 0 or more on each side, got {left}, {top}, {right}, {bottom}")
     return F.pad(picture.movedim(-1, 1), (left, right, top, bottom), mode="replicate").movedim(1, -1)
 
 
 def blend_into(picture: Tensor, part: Tensor, mask: Tensor, box: Box) -> Tensor:
-    """Put ``part`` into the box of a picture, mixed by ``mask``; where the mask is 0 every bit stays as it was.
+    """Put ``part`` into the box of a picture, mixed by ``mask``; where the mask is 0 every bit stays.
 
     Args:
         picture: (B, H, W, C).
@@ -106,5 +106,5 @@ def blend_into(picture: Tensor, part: Tensor, mask: Tensor, box: Box) -> Tensor:
 
 
 def _centred(start: int, length: int, wanted: int, limit: int) -> int:
-    """Where a window of ``wanted`` begins that is centred on ``start .. start + length`` and lies in ``0 .. limit``."""
+    """Return the start of a window of ``wanted`` centred on ``start .. start + length`` and inside ``0 .. limit``."""
     return min(max(start - (wanted - length) // 2, 0), limit - wanted)

@@ -25,7 +25,7 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
 
 
 def feather(mask: Tensor, radius: int) -> Tensor:
-    """Soften a mask's edge OUTWARD over ``radius`` pixels; what was masked stays masked to its full value.
+    """Soften a mask's edge OUTWARD over ``radius`` pixels; masked pixels keep their value.
 
     The ramp falls from the mask's value at its edge to 0 at ``radius`` pixels from it. ``radius`` 0 returns the mask.
     """
@@ -44,7 +44,7 @@ def feather(mask: Tensor, radius: int) -> Tensor:
 
 
 def mask_box(mask: Tensor, threshold: float = 0.0) -> Box | None:
-    """The smallest box around all pixels above ``threshold``, of all masks of the batch; None where there are none."""
+    """Return the smallest box around the pixels above ``threshold`` of all masks, or None without such pixels."""
     hit = (mask > threshold).any(0)
     rows, columns = hit.any(1).nonzero()[:, 0], hit.any(0).nonzero()[:, 0]
     if len(rows) == 0:
@@ -54,6 +54,6 @@ def mask_box(mask: Tensor, threshold: float = 0.0) -> Box | None:
 
 
 def _bell(radius: int, like: Tensor) -> Tensor:
-    """A Hann window of ``2 radius + 1`` weights that sum to 1."""
+    """Return a Hann window of ``2 radius + 1`` weights that sum to 1."""
     window = torch.hann_window(2 * radius + 3, periodic=False, dtype=like.dtype, device=like.device)[1:-1]
     return window / window.sum()

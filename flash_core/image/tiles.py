@@ -17,12 +17,12 @@ from .crops import Box
 class Tiling:
     """Tiles of one size that cover a picture, row by row; neighbours overlap.
 
-    It counts whatever a box counts: pixels, or positions of a latent. Parts and wholes are (..., H, W).
+    The unit is pixels, or positions of a latent. Parts and wholes are (..., H, W).
 
     Attributes:
-        height, width: of the whole.
-        tile_height, tile_width: of each tile.
-        tops, lefts: where the rows and columns of tiles begin, ascending.
+        height, width: size of the whole.
+        tile_height, tile_width: size of each tile.
+        tops, lefts: the first row and the first column of the tiles, ascending.
     """
 
     height: int
@@ -37,11 +37,11 @@ class Tiling:
 
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
-        """Every tile's place."""
+        """Return every tile's box."""
         return tuple(Box(top, left, self.tile_height, self.tile_width) for top in self.tops for left in self.lefts)
 
     def scaled(self, factor: int) -> Tiling:
-        """The same tiles on a grid that is ``factor`` times finer, as a latent's tiles in pixels."""
+        """Return the same tiles on a grid that is ``factor`` times finer: a latent's tiles in pixels."""
         return Tiling(
             self.height * factor,
             self.width * factor,
@@ -52,15 +52,15 @@ class Tiling:
         )
 
     def take(self, whole: Tensor, index: int) -> Tensor:
-        """A tile of ``whole``; a view. Smaller than the others where ``whole`` ends before the tile does."""
+        """Return a tile of ``whole`` as a view. The tile is smaller where ``whole`` ends before the tile does."""
         box = self.boxes[index]
         return whole[..., box.top : box.bottom, box.left : box.right]
 
     def add(self, whole: Tensor, part: Tensor, index: int) -> None:
         """Add a tile, times its weights, to ``whole`` in place.
 
-        When every tile has been added to zeros, each position holds the weighted mean of the tiles that cover it. What
-        reaches beyond the end of ``whole`` is left out.
+        When every tile has been added to zeros, each position holds the weighted mean of its tiles. Values beyond the
+        end of ``whole`` are dropped.
 
         Args:
             part: (..., tile_height, tile_width).
@@ -70,7 +70,7 @@ class Tiling:
         region += (part.to(region) * self.weight(index).to(region))[..., :height, :width]
 
     def weight(self, index: int) -> Tensor:
-        """A tile's weights, (tile_height, tile_width) float32; those of all tiles sum to 1 at each position."""
+        """Return a tile's weights, (tile_height, tile_width) float32; all tiles' weights sum to 1 at each position."""
         row, column = divmod(index, len(self.lefts))
         return self._row_weights[row][:, None] * self._column_weights[column]
 
@@ -84,10 +84,10 @@ class Tiling:
 
 
 def plan_tiles(height: int, width: int, tile: int, overlap: int) -> Tiling:
-    """Tiles of ``tile`` x ``tile``, or as large as the whole where that is smaller.
+    """Plan tiles of ``tile`` x ``tile``, or as large as the whole if the whole is smaller.
 
     Args:
-        overlap: by how much neighbours overlap at least; they are evenly spaced, so it is mostly a little more.
+        overlap: the least overlap of neighbours; tiles are evenly spaced, so most overlaps are a little larger.
 
     Raises:
         ValueError: a size is not positive, or the overlap is not smaller than the tile.
@@ -107,7 +107,7 @@ def plan_tiles(height: int, width: int, tile: int, overlap: int) -> Tiling:
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """Where tiles begin on one axis: as few as cover ``length`` with that overlap, evenly spaced, from end to end."""
+    """Return the starts of the fewest tiles that cover ``length`` with that overlap, evenly spaced, on one axis."""
     if tile >= length:
         return (0,)
     last = math.ceil((length - tile) / (tile - overlap))
@@ -115,7 +115,7 @@ def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
 
 
 def blend_weights(length: int, tile: int, starts: Sequence[int]) -> Tensor:
-    """The weights of the tiles of one axis, (tiles, tile) float32: raised cosines over each overlap, summing to 1.
+    """Return the tiles' weights on one axis, (tiles, tile) float32: raised cosines over each overlap, summing to 1.
 
     A single tile has weights of exactly 1.
     """
@@ -136,5 +136,5 @@ def blend_weights(length: int, tile: int, starts: Sequence[int]) -> Tensor:
 
 
 def _ramp(distance: Tensor, overlap: int) -> Tensor:
-    """From 0 at the tile's edge to 1 at ``overlap`` positions from it."""
+    """Return weights that rise from 0 at the tile's edge to 1 at ``overlap`` positions from the edge."""
     return torch.sin(math.pi / 2 * (distance / overlap).clamp(max=1)) ** 2 if overlap > 0 else torch.ones_like(distance)

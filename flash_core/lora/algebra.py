@@ -18,13 +18,13 @@ from .weights import LoraModule, computable
 
 @dataclass(frozen=True)
 class Truncation:
-    """LoRA layers at a lower rank, and what that cost.
+    """LoRA layers cut to a lower rank, with the error of the cut.
 
     Attributes:
-        modules: by the names they had.
+        modules: the layers by their names.
         error: ``||new - old|| / ||old||`` over all layers, Frobenius; 0 where nothing was cut.
-        worst: the layer with the largest error of its own.
-        worst_error: that error.
+        worst: the layer with the largest error.
+        worst_error: the error of the worst layer.
     """
 
     modules: dict[str, LoraModule]
@@ -34,7 +34,7 @@ class Truncation:
 
 
 def resize(modules: Mapping[str, LoraModule], rank: int) -> Truncation:
-    """The nearest updates (Frobenius) of at most ``rank``; layers of that rank or less stay as they are.
+    """Return the nearest updates (Frobenius) of at most ``rank``; layers of this rank or less do not change.
 
     The halves of a cut layer are balanced, ``up = U sqrt(S)``, ``down = sqrt(S) V``, and its scale stays.
 
@@ -42,7 +42,7 @@ def resize(modules: Mapping[str, LoraModule], rank: int) -> Truncation:
         ValueError: a rank below 1.
     """
     if rank < 1:
-        raise ValueError(f"a rank is at least 1, got {rank}")
+        raise ValueError(f"the rank should be at least 1, but is {rank}")
     resized: dict[str, LoraModule] = {}
     lost = total = 0.0
     worst, worst_error = "", -1.0
@@ -56,13 +56,13 @@ def resize(modules: Mapping[str, LoraModule], rank: int) -> Truncation:
 
 
 def merge(loras: Sequence[tuple[Mapping[str, LoraModule], float]]) -> dict[str, LoraModule]:
-    """The weighted sum of LoRAs, exactly: ``[w1 s1 u1, w2 s2 u2] [d1; d2]``, of the sum of their ranks and scale 1.
+    """Return the exact weighted sum ``[w1 s1 u1, w2 s2 u2] [d1; d2]`` of LoRAs, at scale 1 and the sum of the ranks.
 
     Args:
         loras: layers by common names, and each LoRA's weight.
 
     Raises:
-        ValueError: a layer that has different shapes in two of them.
+        ValueError: a layer has different shapes in two LoRAs.
     """
     merged: dict[str, LoraModule] = {}
     parts: dict[str, list[tuple[LoraModule, float]]] = {}
@@ -85,7 +85,7 @@ def merge(loras: Sequence[tuple[Mapping[str, LoraModule], float]]) -> dict[str, 
 
 
 def _truncate(module: LoraModule, rank: int) -> tuple[LoraModule, float, float]:
-    """The layer at ``rank``, its squared norm, and how much of that was cut."""
+    """Return the layer at ``rank``, its squared norm, and the squared norm of the cut part."""
     up, down = module.up.float().flatten(1), module.down.float().flatten(1)
     if module.rank <= rank:  # ||u d||^2 = <u'u, d d'>
         return module, module.scale**2 * float(((up.T @ up) * (down @ down.T)).double().sum()), 0.0

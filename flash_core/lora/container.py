@@ -1,7 +1,7 @@
-"""The safetensors container: its header is checked before anything is mapped, its tensors are mapped, never copied.
+"""The safetensors container: the header is checked first, then the tensors are mapped, never copied.
 
-A file from the web may be cut off, mislabelled or made to hurt. The header alone tells all tensors' types, shapes and
-places, so it is held against the file's size with bounds on time and memory, and only then believed.
+A file from the web may be truncated, mislabelled or malicious. The header gives the type, shape and place of every
+tensor. So the header is checked against the file's size, with bounds on time and memory, before anything is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 LENGTH_BYTES = 8  # the header's length, little-endian, is what a file begins with
-# Real headers stay far below: a LoRA on every layer of SDXL has 4,000 tensors in 0.6 MB; trainers add tag counts.
+# Real headers are far smaller: a LoRA on every layer of SDXL has 4,000 tensors in 0.6 MB; trainers add tag counts.
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 20_000
 MAX_STRINGS = 150_000  # five a tensor, and what trainers tell of themselves
@@ -53,19 +53,19 @@ NUMBER_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i
 
 
 class LoraError(ValueError):
-    """A file that can't be used as a LoRA; the message says what was found, what was expected and what to do."""
+    """Raised for a file that can't be used as a LoRA; the message names the problem and a solution."""
 
 
 @dataclass(frozen=True)
 class Container:
-    """A safetensors file whose header holds together, mapped.
+    """A mapped safetensors file whose header was checked.
 
-    It is opened once: what replaces it on the disk later does not change what is read here.
+    The file is opened once: a file that replaces it on the disk later does not change the tensors here.
 
     Attributes:
-        path: where it lay.
+        path: the file.
         shapes: every tensor's shape by its key, in the file's order.
-        places: its type, and where its bytes begin in the file.
+        places: every tensor's type and the position of its first byte in the file, by key.
         header: the file's own strings (``__metadata__``).
         memory: the file's bytes.
     """
@@ -77,8 +77,7 @@ class Container:
     memory: mmap.mmap | bytearray
 
     def number(self, key: str) -> float | None:
-        """The first number of a tensor, without torch: files have hundreds of alphas. None where its type is none of
-        the ordinary ones."""
+        """Return the first number of a tensor without torch (files have hundreds of alphas); None for a rare type."""
         dtype, begin = self.places[key]
         raw = self.memory[begin : begin + DTYPE_BYTES[dtype]]
         if dtype == "BF16":  # a float32 without its lower half
@@ -87,9 +86,9 @@ class Container:
         return None if number is None else float(struct.unpack(number, raw)[0])
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor: its bytes are read from the disk when they are first used.
+        """Return a tensor whose bytes are read from the disk at first use.
 
-        The header is checked by now; the library would take as long for a file's tensors as all the rest does.
+        The header is checked already; safetensors' own reader would double the time of loading a LoRA.
         """
         dtype, begin = self.places[key]
         shape = self.shapes[key]
@@ -102,7 +101,7 @@ class Container:
         return torch.frombuffer(self.memory, dtype=DTYPES[dtype], count=count, offset=begin).reshape(shape)
 
     def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Some of its tensors, by key."""
+        """Return the tensors with these keys."""
         return {key: self.tensor(key) for key in keys}
 
 
@@ -110,7 +109,7 @@ def open_container(path: Path, *, mapped: bool = True) -> Container:
     """Check a file's header, and map it.
 
     Args:
-        mapped: whether to map its bytes, or to read them all now: for network drives that map badly.
+        mapped: True maps the bytes, False reads all of them now, for network drives that map badly. Default: True.
 
     Raises:
         LoraError: no such file, not safetensors (a pickle is named as such), cut off, or a header that is too large,
@@ -134,28 +133,30 @@ def open_container(path: Path, *, mapped: bool = True) -> Container:
 
 
 def _header(path: Path, file: BinaryIO) -> tuple[bytes, int]:
-    """The header's bytes, bounded, and the file's size."""
+    """Return the header's bytes and the file's size, with bounds on the header."""
     size = os.fstat(file.fileno()).st_size
     start = file.read(LENGTH_BYTES)
     length = int.from_bytes(start, "little")
     if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
         raise unreadable(path, "it is shorter than its header says" if start else "it is empty", start)
     if length > MAX_HEADER_BYTES:
-        raise unreadable(path, f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read", start)
+        raise unreadable(path, f"its header has {length:,} bytes; the limit is {MAX_HEADER_BYTES:,}", start)
     text = file.read(length)
     if not text.startswith(b"{"):
         raise unreadable(path, "its header is not JSON", start)
     # Each tensor is an object with two lists and five strings; counted before anything is built from them.
     strings = (text.count(b'"') - text.count(b'\\"')) // 2
     if text.count(b"{") + text.count(b"[") > 4 * MAX_TENSORS or strings > MAX_STRINGS:
-        raise unreadable(path, f"its header lists more than {MAX_TENSORS:,} tensors, or as much else")
+        raise unreadable(
+            path, f"its header lists more than {MAX_TENSORS:,} tensors, or more than {MAX_STRINGS:,} strings"
+        )
     return text, size
 
 
 def _parse(
     path: Path, text: bytes, size: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, int]], dict[str, str]]:
-    """Shapes, types and places of the tensors, and the file's strings."""
+    """Return the shapes, the types and places of the tensors, and the file's strings."""
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
         header = entries.pop("__metadata__", {})
@@ -170,14 +171,15 @@ def _parse(
 
 
 def unreadable(path: Path, reason: str, start: bytes = b"") -> LoraError:
-    """The error of a file that is no sound safetensors file, or a pickle by its first bytes."""
+    """Return the error for a damaged safetensors file, or for a pickle (told by its first bytes)."""
     if start.startswith((b"PK", b"\x80")):
         return LoraError(
-            f"{path.name} is a pickle (a PyTorch .pt/.ckpt/.bin file), whatever its name says. Loading it could "
-            "run code, so it is refused; ask for a .safetensors file, or convert it on a machine you trust to"
+            f"{path.name} is a pickle (a PyTorch .pt/.ckpt/.bin file), although its name says otherwise. Loading "
+            "a pickle can run code, so pickles are refused. Ask the author for a .safetensors file, or convert the "
+            "pickle on a computer without valuable data"
         )
     return LoraError(
-        f"{path.name} is not a readable safetensors file ({reason}); download it again, it may be truncated"
+        f"{path.name} is not a readable safetensors file ({reason}). The file may be truncated: download it again"
     )
 
 
@@ -193,7 +195,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _layout(
     entries: Mapping[str, Any], start: int, size: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, int]]]:
-    """Every tensor's shape, and its type and place, where all agree and the tensors fill the file without a gap."""
+    """Return every tensor's shape, and its type and place; check that the tensors fill the file without a gap."""
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, tuple[str, int]] = {}
     spans: list[tuple[int, int]] = []
@@ -205,7 +207,7 @@ def _layout(
         if width is None:
             raise ValueError(f"tensor {key[:80]!r} has the type {str(dtype)[:20]!r}, which PyTorch can't hold")
         if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(span) or len(span) != 2:
-            raise ValueError(f"tensor {key[:80]!r} has a shape or a place that is not a short list of counts")
+            raise ValueError(f"tensor {key[:80]!r} has a shape or a place that is not a short list of whole numbers")
         begin, end = span
         if end - begin != width * math.prod(shape):
             raise ValueError(f"tensor {key[:80]!r} of shape {shape} does not fill its place of {end - begin:,} bytes")

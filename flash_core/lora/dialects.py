@@ -71,12 +71,12 @@ _PATH = re.compile(r"(?=.{1,256}$)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")
 
 
 class LoraKey(NamedTuple):
-    """One key, understood.
+    """One parsed key of a LoRA file.
 
     Attributes:
-        dialect: who spells keys so.
+        dialect: the tool that spells keys this way.
         path: the layer; a text encoder's keeps its prefix, which tells several encoders apart.
-        part: which tensor of the layer.
+        part: the tensor of the layer: down, up, alpha ...
         text_encoder: whether the layer is a text encoder's.
         algorithm: the algorithm's name where ``part`` is ``foreign``: not plain LoRA.
     """
@@ -89,7 +89,7 @@ class LoraKey(NamedTuple):
 
 
 def parse_key(key: str) -> LoraKey | None:
-    """What a key of a LoRA file means, or None where it belongs to no dialect we know."""
+    """Parse a key of a LoRA file; return None for a key of no known dialect."""
     dialect, path, text_encoder = "bare", key, False
     for prefix, name, is_text in _PREFIXES:
         if key.startswith(prefix):

@@ -1,4 +1,4 @@
-"""Reading LoRA files. Nothing is ever unpickled: a file is safetensors or it is refused."""
+"""Read LoRA files. Only safetensors are read; pickles are refused."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _HALVES: tuple[Part, ...] = ("down", "up", "mid")
 def read_lora(path: str | os.PathLike[str], *, mapped: bool = True) -> LoraFile:
     """Read a LoRA file, or a PEFT folder, at its true scale.
 
-    alpha is taken from the file's keys, else from its header, else from ``adapter_config.json`` beside it, else from
-    the table of published files; else it is unknown, ``alpha_source`` says so, and the scale is 1. Tensors are mapped:
-    a layer's bytes are read once here, for the check that they are numbers, and stay in the system's cache.
+    alpha comes from the file's keys, else the file's header, else ``adapter_config.json`` beside the file, else the
+    table of published files. Without any of them ``alpha_source`` is "unknown" and the scale is 1. Tensors are mapped;
+    every byte is read once here, to check for NaN and infinity.
 
     Args:
         path: the file, or the folder that PEFT wrote.
-        mapped: whether to map the file (see :func:`~.container.open_container`).
+        mapped: see :func:`~.container.open_container`.
 
     Raises:
-        LoraError: no such file, not safetensors, no LoRA in it, another algorithm, incomplete or non-finite layers.
+        LoraError: no such file, not safetensors, no LoRA inside, another algorithm, incomplete or non-finite layers.
     """
     path = Path(path)
     if path.is_dir():
@@ -61,7 +61,7 @@ def read_lora(path: str | os.PathLike[str], *, mapped: bool = True) -> LoraFile:
     notes: tuple[str, ...] = ()
     ranks = {name: container.shapes[layer.keys["down"]][0] for name, layer in grouped.items() if not layer.text_encoder}
     if settings is not None and not settings.belong_to(ranks):
-        settings, notes = None, (f"{PEFT_CONFIG} beside the file is another adapter's, and is not used",)
+        settings, notes = None, (f"{PEFT_CONFIG} beside the file belongs to another adapter and is not used",)
     modules: dict[str, LoraModule] = {}
     text_encoder: dict[str, LoraModule] = {}
     sources: Counter[AlphaSource] = Counter()
@@ -95,17 +95,17 @@ def read_lora(path: str | os.PathLike[str], *, mapped: bool = True) -> LoraFile:
 
 
 def _alpha_source(sources: Counter[AlphaSource]) -> tuple[AlphaSource, tuple[str, ...]]:
-    """Where most alphas came from, and a note where some layers have none while others do."""
+    """Return the source of most alphas, and a note if some layers have an alpha and others have none."""
     told = [(source, count) for source, count in sources.most_common() if source != "unknown"]
     if not told:
         return "unknown", ()
     count = sources["unknown"]
-    return told[0][0], ((f"{count} layers tell no alpha: scale 1 is used for them",) if count else ())
+    return told[0][0], ((f"{count} layers have no alpha: scale 1 is used for them",) if count else ())
 
 
 def _idle(modules: Mapping[str, LoraModule]) -> tuple[str, ...]:
     count = sum(module.alpha == 0 for module in modules.values())
-    return (f"alpha is 0 on {count} layers: they change nothing",) if count else ()
+    return (f"alpha is 0 on {count} layers: these layers change nothing",) if count else ()
 
 
 class _Layer:
@@ -118,7 +118,7 @@ class _Layer:
 
 
 def _group(name: str, keys: Iterable[str]) -> tuple[dict[str, _Layer], list[str], Counter[str]]:
-    """The file's layers by name, the keys that belong to none, and how often each dialect is spoken."""
+    """Return the file's layers by name, the keys of no layer, and how many keys each dialect has."""
     layers: dict[str, _Layer] = {}
     unknown: list[str] = []
     dialects: Counter[str] = Counter()
@@ -144,7 +144,7 @@ def _group(name: str, keys: Iterable[str]) -> tuple[dict[str, _Layer], list[str]
 
 
 def _check(name: str, layer: _Layer, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Whether a layer is whole and its halves fit, by shapes alone."""
+    """Raise LoraError if a layer is incomplete or the shapes of its halves do not fit."""
     if "down" not in layer.keys or "up" not in layer.keys:
         has = ", ".join(sorted(layer.keys))
         raise LoraError(f"{name}: layer {layer.path} has only {has}; expected both halves, down and up")
@@ -192,9 +192,9 @@ def _module(container: Container, layer: _Layer, settings: FileSettings | None) 
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether all are finite, without a copy: a sum with a NaN or an infinity in it is one.
+    """Return whether all numbers are finite, without a copy: a sum with a NaN or an infinity is not finite.
 
-    A sum of finite numbers may overflow as well; then the extremes decide.
+    A sum of finite numbers may overflow too; then the minimum and the maximum decide.
     """
     if values.element_size() == 1:  # torch has no arithmetic in 8 bits
         values = values.to(torch.float16)  # exact for both formats

@@ -1,4 +1,4 @@
-"""Does this LoRA fit this model? Count what matches, and name both architectures when it does not."""
+"""Compare a LoRA with a model: count the layers that match, and name both families if the LoRA does not fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .weights import LoraFile, LoraModule
 
 @dataclass(frozen=True)
 class MatchReport:
-    """How a LoRA's layers meet a model's.
+    """The result of comparing a LoRA's layers with a model's layers.
 
     Attributes:
         matched: layers of the file that the model has.
@@ -26,7 +26,7 @@ class MatchReport:
 
     @property
     def total(self) -> int:
-        """All layers of the file."""
+        """The number of layers of the file."""
         return len(self.matched) + len(self.missing) + len(self.mismatched)
 
     @property
@@ -57,19 +57,19 @@ def match(file: LoraFile, layers: dict[str, tuple[int, ...]] | Collection[str]) 
 
 
 def same_weight(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two shapes are of one weight: a linear layer and a 1x1 convolution hold the same numbers."""
+    """Return whether two shapes hold the same weight: a linear layer and a 1x1 convolution do."""
     return one[0] == other[0] and one[1:2] == other[1:2] and math.prod(one) == math.prod(other)
 
 
 def base_of(file: LoraFile) -> str | None:
-    """The base as Flash metadata names it (``sd15``, ``sdxl``, ...), where the file leaves no doubt; else None."""
+    """Return the key of the family that the LoRA was made for (``sd15``, ``sdxl``, ...); None if it is not certain."""
     if file.metadata is not None:
         return file.metadata.base
     return _by_layers(file)[0] or None
 
 
 def describe_base(file: LoraFile) -> str:
-    """The base a LoRA was made for, in words: from what it says or is known to be, else from its layers."""
+    """Return the name of the family that the LoRA was made for: from its metadata, else from its layers."""
     if file.published is not None and file.metadata is not None:
         return f"{name_of(file.metadata.base)} (it is {file.published} by its layers and their shapes)"
     if file.metadata is not None:
@@ -78,7 +78,7 @@ def describe_base(file: LoraFile) -> str:
 
 
 def _by_layers(file: LoraFile) -> tuple[str, str]:
-    """The base's key, empty where in doubt, and its description."""
+    """Return the family's key, empty if it is not certain, and its description."""
     names = file.modules
     if any(name.startswith(("single_transformer_blocks_", "single_blocks_", "double_blocks_")) for name in names):
         return "flux", name_of("flux")

@@ -1,4 +1,4 @@
-"""What a Flash LoRA says of itself in its safetensors header."""
+"""The metadata of a Flash LoRA in its safetensors header."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ MAX_GRIDS = 64
 
 @dataclass(frozen=True)
 class FlashMetadata:
-    """The facts a sampler needs to set itself up, and where the file comes from.
+    """The settings that a sampler needs, and the origin of the file.
 
     Attributes:
         base: the key of the family in :data:`~..families.FAMILIES`: ``sd15``, ``sdxl``, ``flash-demo`` ...
         task: ``text-to-image``, ``inpainting``, ...
-        prediction: what the base predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
+        prediction: the output of the base: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
         process: ``vp`` or ``flow``.
-        timesteps: for each step count the timesteps the student evaluates, from noise on.
-        steps: the step count that looks best.
-        guidance: the classifier-free guidance to sample with; 1 is none.
+        timesteps: {step count: the timesteps that the student evaluates, from noise on}.
+        steps: the best step count. Default: 4.
+        guidance: the scale of classifier-free guidance to sample with; 1 is no guidance. Default: 1.
         teacher: the teacher's name; ``teacher_hash`` identifies its weights.
-        recipe_hash: identifies the configuration it was trained with.
-        training: further facts of the training, as strings.
+        recipe_hash: identifies the recipe of the training.
+        training: more facts of the training, as strings.
     """
 
     base: str
@@ -48,7 +48,7 @@ class FlashMetadata:
     training: Mapping[str, str] = field(default_factory=dict)
 
     def to_header(self) -> dict[str, str]:
-        """The header's strings."""
+        """Return the header's strings."""
         family = family_of(self.base)
         header = {
             "modelspec.sai_model_spec": "1.0.0",
@@ -77,10 +77,10 @@ class FlashMetadata:
 
     @classmethod
     def from_header(cls, header: Mapping[str, str]) -> FlashMetadata | None:
-        """Read them back; None for a file that has no ``flash.version``.
+        """Read the metadata from a header; return None without ``flash.version``.
 
         Raises:
-            ValueError: a Flash header that can't be read, naming the field.
+            ValueError: a field of the header is missing or unreadable; the message names the field.
         """
         if "flash.version" not in header:
             return None
@@ -115,10 +115,10 @@ class FlashMetadata:
 
 
 def _timesteps(grids: Mapping[str, Sequence[float]]) -> dict[int, tuple[float, ...]]:
-    """Grids of timesteps in [0, 1000], by step count.
+    """Return {step count: timesteps in [0, 1000]}.
 
     Raises:
-        ValueError: numbers that no sampler can use.
+        ValueError: too many grids, or a number outside of 0..1000.
     """
     timesteps = {int(steps): tuple(float(t) for t in grid) for steps, grid in grids.items()}
     if len(timesteps) > MAX_GRIDS or not all(0 <= t <= NUM_TIMESTEPS for grid in timesteps.values() for t in grid):

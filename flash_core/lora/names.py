@@ -33,7 +33,7 @@ _TOKEN = re.compile(
 
 
 def dotted(name: str) -> str | None:
-    """diffusers' path of a flattened name (``mid_block_attentions_0_proj_in``), or None where it has none."""
+    """Return diffusers' path of a flattened name (``mid_block_attentions_0_proj_in``), or None without one."""
     parts: list[str] = []
     position = 0
     while position < len(name):
@@ -69,7 +69,7 @@ _UNET_BLOCK = re.compile(
 
 
 def unet_path(name: str, layers_per_block: int = 2) -> str | None:
-    """diffusers' path of a layer in a UNet.
+    """Return diffusers' path of a layer in a UNet.
 
     Args:
         name: Stable Diffusion's own, flattened (``input_blocks_1_0_in_layers_2``).
@@ -182,16 +182,16 @@ _NATIVE_MARKS = (("joint_blocks_", _MMDIT), ("double_blocks_", _FLUX), ("single_
 
 
 def is_transformer(modules: Mapping[str, LoraModule]) -> bool:
-    """Whether the layers are a transformer's (SD3, PixArt, Flux) rather than a UNet's."""
+    """Return True for the layers of a transformer (SD3, PixArt, Flux), False for the layers of a UNet."""
     marks = ("transformer_blocks_", "single_transformer_blocks_", *(mark for mark, _ in _NATIVE_MARKS))
     return any(name.startswith(marks) for name in modules)
 
 
 def with_diffusers_names(modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
-    """The same updates on diffusers' layers, by dotted path: fused native layers are split, flattened names dotted.
+    """Return the same updates by diffusers' dotted paths; fused native layers are split.
 
     Raises:
-        ValueError: a layer that has no place in diffusers' networks, by its name.
+        ValueError: a layer does not exist in diffusers' networks; the message names the layer.
     """
     table = next((table for mark, table in _NATIVE_MARKS if any(name.startswith(mark) for name in modules)), None)
     result: dict[str, LoraModule] = {}
@@ -202,7 +202,7 @@ def with_diffusers_names(modules: Mapping[str, LoraModule]) -> dict[str, LoraMod
         else:
             parts = _split(name, module, table)
         if parts is None:
-            raise ValueError(f"layer {module.path} has no place that is known in diffusers' networks")
+            raise ValueError(f"layer {module.path} does not exist in diffusers' networks")
         for part in parts:
             result[part.path] = part
     return result
@@ -236,7 +236,7 @@ def _split(name: str, module: LoraModule, table: tuple[tuple[str, tuple[str, ...
 
 
 def _is_final_modulation(name: str, module: LoraModule) -> bool:
-    """Whether scale and shift are in another order in diffusers: in the last layers, which have those two alone."""
+    """Return whether diffusers has scale and shift in another order: in last layers with these two parts only."""
     return name == "final_layer_adaLN_modulation_1" or (
         name.endswith("context_block_adaLN_modulation_1") and module.up.shape[0] == 2 * module.down.shape[1]
     )
@@ -254,8 +254,8 @@ _DIFFUSERS_TEXT = re.compile(r"^text_encoder(?:_(?P<number>[23]))?\.(?P<rest>.+)
 
 
 def text_encoder_path(path: str) -> tuple[int, str] | None:
-    """Which text encoder a layer belongs to (1, 2, 3) and its dotted path in it; None where the name is neither
-    kohya's nor diffusers'."""
+    """Return a layer's text encoder (1, 2, 3) and the dotted path inside it; None for a name of neither kohya's nor
+    diffusers' form."""
     kohya = _KOHYA_TEXT.match(path)
     if kohya:
         inner = dotted(kohya["rest"])
@@ -265,5 +265,5 @@ def text_encoder_path(path: str) -> tuple[int, str] | None:
 
 
 def kohya_text_name(number: int, path: str, several: bool) -> str:
-    """kohya's name of a text encoder's layer: ``lora_te_``, or ``lora_te1_``, ``lora_te2_`` where there are several."""
+    """Return kohya's name of a text encoder's layer: ``lora_te_``, or ``lora_te1_`` and ``lora_te2_`` of several."""
     return f"lora_te{number if several else ''}_{flat_name(path)}"

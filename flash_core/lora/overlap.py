@@ -43,7 +43,7 @@ class LayerOverlap:
     Attributes:
         first, second: the updates' norms (Frobenius, strengths included).
         inner: ``<A, B>``.
-        inside: ``||P B Q||``, what the second one changes inside the first one's directions.
+        inside: ``||P B Q||``, the norm of the second update inside the first update's directions.
     """
 
     first: float
@@ -54,11 +54,11 @@ class LayerOverlap:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two LoRAs over all the layers that both change.
+    """Two LoRAs compared over the layers that both change.
 
     Attributes:
         layers: by common name (:func:`common_names`).
-        others: how many layers only the second one changes.
+        others: the number of layers that only the second LoRA changes.
     """
 
     layers: Mapping[str, LayerOverlap]
@@ -66,35 +66,35 @@ class Overlap:
 
     @property
     def first(self) -> float:
-        """The first one's norm over the shared layers."""
+        """The norm of the first LoRA over the shared layers."""
         return math.hypot(*(layer.first for layer in self.layers.values()))
 
     @property
     def second(self) -> float:
-        """The second one's."""
+        """The norm of the second LoRA over the shared layers."""
         return math.hypot(*(layer.second for layer in self.layers.values()))
 
     @property
     def size(self) -> float:
-        """The second one's norm as a multiple of the first one's; 0 where the first one changes nothing."""
+        """``second / first``; 0 if the first LoRA changes nothing."""
         return self.second / self.first if self.first else 0.0
 
     @property
     def cosine(self) -> float:
-        """In -1..1: 1 for the same update, -1 for one that takes the other back, 0 without shared layers."""
+        """In -1..1: 1 for the same update, -1 for the opposite update, 0 without shared layers."""
         inner = sum(layer.inner for layer in self.layers.values())
         both = self.first * self.second
         return max(-1.0, min(1.0, inner / both)) if both else 0.0
 
     @property
     def inside(self) -> float:
-        """The part of the second one, in 0..1, that lies in the first one's directions: ``||P B Q|| / ||B||``."""
+        """The share of the second update in the first update's directions, ``||P B Q|| / ||B||``, in 0..1."""
         inside = math.hypot(*(layer.inside for layer in self.layers.values()))
         return min(1.0, inside / self.second) if self.second else 0.0
 
     @property
     def largest(self) -> str | None:
-        """The layer in which the second one changes most; None without shared layers."""
+        """The layer that the second LoRA changes most; None without shared layers."""
         return max(self.layers, key=lambda name: self.layers[name].second, default=None)
 
 
@@ -124,9 +124,9 @@ def overlap(
 
 
 def cosine(first: Mapping[str, LoraModule], second: Mapping[str, LoraModule]) -> float:
-    """``<A, B> / (||A|| ||B||)`` over all layers of both, in -1..1; 0 where one changes nothing.
+    """Return ``<A, B> / (||A|| ||B||)`` over all layers of both LoRAs, in -1..1; 0 if one LoRA changes nothing.
 
-    Layers that only one of them has count as 0 in the other: two LoRAs that share one layer of a hundred hardly meet.
+    A layer that only one LoRA has counts as 0 in the other.
     """
     inner = sum(_inner(*_halves(one), *_halves(other)) for _, one, other in _shared(first, second))
     both = norm(first) * norm(second)
@@ -134,12 +134,12 @@ def cosine(first: Mapping[str, LoraModule], second: Mapping[str, LoraModule]) ->
 
 
 def norm(modules: Mapping[str, LoraModule]) -> float:
-    """A LoRA's norm over all its layers, at strength 1."""
+    """Return a LoRA's norm over all its layers, at strength 1."""
     return math.hypot(*(_norm(*_halves(module)) for module in modules.values()))
 
 
 def suggested_strength(strength: float, size: float, limit: float = SIZE_LIMIT) -> float:
-    """The strength, lowered until the size measured at ``strength`` (:attr:`Overlap.size`) is within the limit.
+    """Return the strength at which the size (:attr:`Overlap.size`, measured at ``strength``) is within the limit.
 
     The size is proportional to the strength. Rounded towards 0, to hundredths, as widgets are.
     """
@@ -149,9 +149,9 @@ def suggested_strength(strength: float, size: float, limit: float = SIZE_LIMIT) 
 
 
 def common_names(modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
-    """The layers by diffusers' names in :func:`~.weights.flat_name`'s spelling, whichever dialect they came in.
+    """Return the layers by diffusers' names in :func:`~.weights.flat_name`'s spelling, from any dialect.
 
-    Layers of a network that diffusers' names are not known for keep their own.
+    Layers of a network without known diffusers' names keep their own names.
     """
     try:
         return {flat_name(path): module for path, module in with_diffusers_names(modules).items()}
@@ -169,7 +169,7 @@ def _shared(
 
 
 def _halves(module: LoraModule, strength: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(out, r) with the scale and the strength in it, and (r, in)."""
+    """Return the halves (out, r), with scale and strength multiplied in, and (r, in)."""
     return module.up.float().flatten(1) * (module.scale * strength), module.down.float().flatten(1)
 
 
@@ -182,7 +182,7 @@ def _norm(up: Tensor, down: Tensor) -> float:
 
 
 def _directions(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases of ``up @ down``'s column space (out, k) and row space (in, k); k is its true rank."""
+    """Return orthonormal bases of ``up @ down``'s column space (out, k) and row space (in, k); k is its true rank."""
     # up = Qu Ru, down' = Qd Rd: the singular vectors of up down are those of the small matrix Ru Rd' in these bases.
     up_basis, up_core = torch.linalg.qr(up)
     down_basis, down_core = torch.linalg.qr(down.T)

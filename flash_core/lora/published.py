@@ -1,8 +1,8 @@
-"""The published Flash LoRAs: told by what they hold, loaded at the scale that they were trained with.
+"""The published Flash LoRAs: recognised by their layers, and loaded at the scale of their training.
 
-None of the files says what it is. Two are PEFT adapters whose alpha stands in a JSON file that is easily left behind;
-one names modules that only its training code has. The facts below are those of the authors' public training scripts and
-Hub pages; each count is what the stated layers come to, and four bytes a value give the size of the published file.
+The published files have no metadata. Two are PEFT adapters: their alpha is in a JSON file that users often lose. One
+names modules that only its training code has. The facts below come from the authors' public training scripts and Hub
+pages. The number of values times four bytes is the size of the published file.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class PublishedLora:
     """One published file.
 
     Attributes:
-        name: its place on the Hub.
-        base: the family, as :class:`FlashMetadata` names it.
-        teacher: the base model's place on the Hub.
+        name: the Hub name.
+        base: the key of the family.
+        teacher: the Hub name of the base model.
         rank, alpha: of every layer.
-        layers: how many layers it adapts.
-        values: how many numbers its halves hold in all.
-        license: as its page states.
-        flow_shift: of a flow model, the schedule's shift; None for a variance-preserving one.
+        layers: the number of adapted layers.
+        values: the number of values of all halves.
+        license: as the Hub page states.
+        flow_shift: the shift of a flow model's schedule; None for a variance-preserving model.
     """
 
     name: str
@@ -45,7 +45,7 @@ class PublishedLora:
     flow_shift: float | None = None
 
     def metadata(self) -> FlashMetadata:
-        """What the file would say of itself, had it a header."""
+        """Return the metadata that the file lacks."""
         process = VPProcess.from_betas() if self.flow_shift is None else FlowProcess(self.flow_shift)
         return FlashMetadata(
             base=self.base,
@@ -98,12 +98,12 @@ PUBLISHED: tuple[PublishedLora, ...] = (
     ),
 )
 
-# Headers of other tools: a file that tells who made it is not one of the published, which hold no such thing.
+# Headers of other tools: the published files have no such headers.
 _FOREIGN_HEADER = re.compile(r"^(ss_|modelspec\.|flash\.)")
 
 
 def recognise(modules: Mapping[str, LoraModule], header: Mapping[str, str]) -> PublishedLora | None:
-    """The published file that these layers are, told by their ranks, their number and the number of their values.
+    """Return the published file with these ranks, this number of layers and this number of values, or None.
 
     Args:
         modules: the denoiser's layers as the file names them.
@@ -124,13 +124,13 @@ _STOCK = "adaln_single.emb"
 
 
 def with_stock_names(modules: Mapping[str, LoraModule]) -> tuple[dict[str, LoraModule], tuple[str, ...]]:
-    """Layers of the published PixArt training code under the names that stock PixArt models have for them.
+    """Rename the layers of the published PixArt training code to the names of stock PixArt models.
 
     Stock models embed height and width with one module, the training code with two. Their updates are applied as the
     mean: ``u0 d0 / 2 + u1 d1 / 2`` is a LoRA of twice the rank, and the nearest single update to both.
 
     Returns:
-        All layers by flat name, and what was done, in words; empty for every other file.
+        All layers by flat name, and notes for the user; no notes for other files.
     """
     if not any(name.startswith("adaln_single_") for name in modules):
         return dict(modules), ()
@@ -151,7 +151,7 @@ def with_stock_names(modules: Mapping[str, LoraModule]) -> tuple[dict[str, LoraM
             f"{' and '.join(module.path for module in pair)} share {stock} in stock models: their mean is used"
         )
     if len(renamed) < len(modules) or any(name not in modules for name in renamed):
-        notes.insert(0, "the size and time embedders bear the names of Flash PixArt's training code")
+        notes.insert(0, "the size and time embedders have the names of Flash PixArt's training code")
     return renamed, tuple(notes)
 
 

@@ -1,4 +1,4 @@
-"""What was found in a LoRA file and what became of it, for people and for programs."""
+"""The report on a LoRA file and on how it fits a model, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ ALPHA_SOURCES: dict[AlphaSource, str] = {
     "file": "from the file",
     "header": "from the file's header",
     "adapter_config": "from adapter_config.json beside the file",
-    "published": "known of this published file",
+    "published": "known for this published file",
     "unknown": "unknown",
 }
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something of a file that a model does not get.
+    """Layers or keys of a file that are not applied to the model.
 
     Attributes:
-        count: how many layers or keys.
-        what: of what kind, and why it is left out.
-        example: one of them.
-        harmless: whether the denoiser loses nothing by it.
+        count: the number of layers or keys.
+        what: the kind, and the reason.
+        example: one layer or key.
+        harmless: True if the denoiser does not need them.
     """
 
     count: int
@@ -35,26 +35,26 @@ class LeftOut:
     harmless: bool
 
     def words(self) -> str:
-        """For the user."""
+        """Return a line for the user."""
         return f"{self.what}: {self.count}, e.g. {self.example}"
 
 
 @dataclass(frozen=True)
 class LoraReport:
-    """A LoRA file, and where a model is at hand, how the two met.
+    """The facts of a LoRA file, and how it fits a model if a model is given.
 
     Attributes:
-        base: the base as Flash metadata names it, or None where in doubt.
-        made_for: the base in words.
-        dialect: how its keys are spelt.
-        ranks, alphas, scales: the distinct ones, ascending; no alphas where they are unknown.
-        alpha_source: where alpha came from.
-        layers: of the denoiser.
-        matched: how many of them the model has; None without a model.
-        left_out: what does not go into the model.
-        notes: what was done to the layers, and what the user should know.
-        metadata: what a Flash LoRA says of itself.
-        published: the published file that it is.
+        base: the key of the family; None if it is not certain.
+        made_for: the family in words.
+        dialect: the spelling of the keys.
+        ranks, alphas, scales: the distinct values, ascending; no alphas if they are unknown.
+        alpha_source: the source of alpha.
+        layers: the number of the denoiser's layers.
+        matched: the number of layers that the model has; None without a model.
+        left_out: the layers and keys that are not applied to the model.
+        notes: changes to the layers, and hints for the user.
+        metadata: of a Flash LoRA; None for other files.
+        published: the Hub name of a recognised published file, or None.
     """
 
     base: str | None
@@ -73,11 +73,11 @@ class LoraReport:
 
     @property
     def complete(self) -> bool:
-        """Whether the denoiser gets all that the file has for it."""
+        """Return whether all of the denoiser's layers in the file are applied."""
         return all(item.harmless for item in self.left_out)
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``: plain values only."""
+        """Return plain values for ``--json``."""
         metadata = self.metadata
         return {
             "base": self.base,
@@ -113,7 +113,7 @@ class LoraReport:
         }
 
     def text(self) -> str:
-        """A few lines for the user."""
+        """Return the report as lines for the user."""
         lines = [f"made for: {self.made_for}", self._scale()]
         layers = f"{self.layers} layers" if self.matched is None else f"matched: {self.matched}/{self.layers} layers"
         lines.append(f"{layers}   dialect: {self.dialect}")
@@ -135,7 +135,7 @@ class LoraReport:
         ranks = _numbers(self.ranks)
         if self.alpha_source == "unknown":
             return (
-                f"rank: {ranks}   alpha: unknown (scale 1 is used; if the picture is overdone, lower the strength to "
+                f"rank: {ranks}   alpha: unknown (scale 1 is used; if the effect is too strong, lower the strength to "
                 "alpha / rank)"
             )
         return (
@@ -145,11 +145,11 @@ class LoraReport:
 
 
 def report_on(file: LoraFile, met: MatchReport | None = None, notes: tuple[str, ...] = ()) -> LoraReport:
-    """The report of a file, and of how it met a model.
+    """Return the report on a file, and on how it fits a model.
 
     Args:
-        met: the comparison with the model, where there is one.
-        notes: what else the user should know.
+        met: the comparison with the model. Default: no model.
+        notes: more hints for the user. Default: none.
     """
     left_out = []
     if met is not None:
@@ -184,7 +184,7 @@ def report_on(file: LoraFile, met: MatchReport | None = None, notes: tuple[str, 
 
 
 def _numbers(values: tuple[float, ...]) -> str:
-    """At most a handful: files trained with a rank a layer have dozens."""
+    """Return up to six values; files with a rank for each layer have dozens."""
     if len(values) > 6:
         return f"{values[0]:g} to {values[-1]:g} ({len(values)} different)"
     return ", ".join(f"{value:g}" for value in values)

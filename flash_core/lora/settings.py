@@ -1,4 +1,4 @@
-"""PEFT's settings of an adapter, without which its weights have no scale: alpha, rank-stabilised scaling, patterns."""
+"""PEFT's settings of an adapter, which give its scale: alpha, rank-stabilised scaling, patterns."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _PLAIN_PATTERN = re.compile(r"^\^?[\w.]+\$?$")
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What one adapter was trained with.
+    """The scale settings of one adapter.
 
     Attributes:
         alpha: ``lora_alpha``.
         rslora: the update is scaled by ``alpha / sqrt(r)`` instead of ``alpha / r`` (arXiv 2312.03732).
-        alpha_pattern: exceptions, by the ends of layers' paths.
+        alpha_pattern: {end of a layer's path: alpha} of layers with another alpha.
     """
 
     alpha: float
@@ -38,7 +38,7 @@ class AdapterSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def effective_alpha(self, path: str, rank: int) -> float:
-        """The alpha that gives the right scale when it is divided by the rank."""
+        """Return the alpha for which ``alpha / rank`` is the scale of the layer."""
         matching = (value for end, value in self.alpha_pattern.items() if path == end or path.endswith(f".{end}"))
         alpha = next(matching, self.alpha)
         return alpha * math.sqrt(rank) if self.rslora else alpha
@@ -46,13 +46,13 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class FileSettings:
-    """The settings that belong to a file, by component of the pipeline where it tells them apart.
+    """The settings of a file, by component of the pipeline.
 
     Attributes:
-        source: where they were found.
+        source: where the settings were found.
         components: by component; ``""`` for the denoiser.
-        ranks, targets: the ranks and the ends of layers' names that ``adapter_config.json`` tells; empty where it
-            does not.
+        ranks, targets: the ranks and the ends of layers' names in ``adapter_config.json``; empty if the file has
+            none.
     """
 
     source: Literal["header", "adapter_config"]
@@ -61,7 +61,7 @@ class FileSettings:
     targets: tuple[str, ...] = ()
 
     def belong_to(self, ranks: Mapping[str, int]) -> bool:
-        """Whether these are the settings of a file with these layers' ranks, by flat name.
+        """Return whether these settings fit a file with these ranks, by flat name of the layers.
 
         A folder of LoRAs may hold one adapter's ``adapter_config.json`` beside others' files.
         """
@@ -72,16 +72,16 @@ class FileSettings:
         return not ends or all(name in ends or name.endswith(inner) for name in ranks)
 
     def of(self, path: str) -> AdapterSettings | None:
-        """The settings of a layer by its path; a text encoder's begins with its name."""
+        """Return the settings of the layer with that path; the path of a text encoder's layer begins with its name."""
         component = path.split(".")[0] if path.startswith("text_encoder") else ""
         return self.components.get(component)
 
 
 def find_settings(path: Path, header: Mapping[str, str]) -> FileSettings | None:
-    """The settings in a file's header, else in the ``adapter_config.json`` beside it, else None.
+    """Return the settings in a file's header, else in the ``adapter_config.json`` beside the file, else None.
 
     Raises:
-        LoraError: settings that can't be read, or of another algorithm than LoRA.
+        LoraError: the settings can't be read, or are of another algorithm than LoRA.
     """
     if HEADER_FIELD in header:
         where = f"the header of {path.name}"
@@ -98,7 +98,8 @@ def find_settings(path: Path, header: Mapping[str, str]) -> FileSettings | None:
         return None
     if beside.stat().st_size > MAX_CONFIG_BYTES:
         raise LoraError(
-            f"{beside.name} beside {path.name} has more than {MAX_CONFIG_BYTES:,} bytes: no LoRA's settings"
+            f"{beside.name} beside {path.name} has more than {MAX_CONFIG_BYTES:,} bytes; the settings of a LoRA are "
+            "smaller. Remove it"
         )
     try:
         text = beside.read_text(encoding="utf-8")
@@ -133,15 +134,17 @@ def _settings(written: Mapping[str, Any], where: str) -> AdapterSettings:
     algorithm = str(written.get("peft_type", "LORA")).rsplit(".", 1)[-1]
     if algorithm.upper() != "LORA" or written.get("use_dora"):
         name = "DoRA" if written.get("use_dora") else algorithm
-        raise LoraError(f"{where} names the algorithm {name}; only plain LoRA is supported")
+        raise LoraError(f"{where} names the algorithm {name}; only plain LoRA can be read")
     patterns = written.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise LoraError(f"{where}: alpha_pattern should be a table of layers and alphas, but is {patterns!r:.60}")
     exceptions = {}
     for end, value in patterns.items():
-        # PEFT takes these for regular expressions; every tool writes plain names, and a wrong guess is a wrong scale.
+        # PEFT reads these as regular expressions. Every tool writes plain names; a wrong guess would be a wrong scale.
         if not _PLAIN_PATTERN.match(end):
-            raise LoraError(f"{where}: alpha_pattern {end[:60]!r} is a regular expression; only layers' names are read")
+            raise LoraError(
+                f"{where}: alpha_pattern {end[:60]!r} is a regular expression; only names of layers can be read"
+            )
         exceptions[end.strip("^$")] = _number(value, f"{where}: alpha_pattern of {end[:60]!r}")
     alpha = _number(written.get("lora_alpha", DEFAULT_ALPHA), f"{where}: lora_alpha")
     return AdapterSettings(alpha, bool(written.get("use_rslora")), exceptions)

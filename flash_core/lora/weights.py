@@ -1,4 +1,4 @@
-"""What a LoRA file holds, independent of the dialect it was written in."""
+"""The content of a LoRA file, independent of its dialect."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ AlphaSource: TypeAlias = Literal["file", "header", "adapter_config", "published"
 
 
 def flat_name(path: str) -> str:
-    """A module path with underscores for dots: the one spelling that every dialect can be brought to.
+    """Return a module path with underscores for dots: the spelling that every dialect can be converted to.
 
-    Some dialects only keep this form (``lora_unet_down_blocks_0_...``), from which the dots can't be recovered without
-    the model, while no two modules of a diffusion model share it.
+    Some dialects have this form only (``lora_unet_down_blocks_0_...``); the dots can't be recovered without the model.
+    No two modules of a diffusion model have the same flat name.
     """
     return path.replace(".", "_")
 
 
 def computable(dtype: torch.dtype) -> torch.dtype:
-    """The type in which results computed from numbers of ``dtype`` are kept: float16 for those of 8 bits."""
+    """Return the type for results computed from ``dtype``: float16 for 8-bit types, else ``dtype``."""
     return torch.float16 if dtype.itemsize == 1 else dtype
 
 
@@ -34,10 +34,10 @@ class LoraModule:
     """The update ``scale * up @ down`` of one layer.
 
     Attributes:
-        path: the module's path as the file tells it, dotted where known.
+        path: the module's path as in the file, dotted if the file has dots.
         down: (r, in) or (r, in, kh, kw).
         up: (out, r) or (out, r, 1, 1).
-        alpha: the update is scaled by ``alpha / r``; None where nothing tells it, and then the scale is 1.
+        alpha: the update is scaled by ``alpha / r``; None if unknown, and then the scale is 1.
     """
 
     path: str
@@ -61,31 +61,31 @@ class LoraModule:
         return (int(self.up.shape[0]), *(int(size) for size in self.down.shape[1:]))
 
     def update(self) -> Tensor:
-        """``scale * up @ down`` in float32, of :attr:`shape`: what is added to the layer's weight."""
+        """Return ``scale * up @ down`` in float32, of :attr:`shape`: the change of the layer's weight."""
         up, down = self.up.float().flatten(1), self.down.float().flatten(1)
         return (self.scale * up @ down).reshape(self.shape)
 
     @property
     def values(self) -> int:
-        """How many numbers the file holds for it."""
+        """The number of values of both halves."""
         return self.down.numel() + self.up.numel()
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file, read.
+    """A LoRA file in memory.
 
     Attributes:
         modules: the denoiser's layers by :func:`flat_name`.
         text_encoder: the text encoders' layers by prefix and flat name, kept apart.
-        unknown: keys that belong to no layer we can name.
+        unknown: keys that belong to no known layer.
         embeddings: keys of textual-inversion embeddings that were packed into the file.
-        dialect: how the keys were spelt.
-        alpha_source: where alpha came from.
-        metadata: what a Flash LoRA says of itself, or is known of a published one, or None.
+        dialect: the spelling of the keys.
+        alpha_source: the source of alpha.
+        metadata: from the header, or known for a published Flash LoRA; else None.
         header: the file's other header strings.
         published: the published file it was recognised as, or None.
-        notes: what was done to its layers to fit stock models, in words.
+        notes: hints for the user, such as layers that were renamed to fit stock models.
     """
 
     modules: Mapping[str, LoraModule]

@@ -37,24 +37,24 @@ def write_lora(
     text_encoder: Mapping[str, LoraModule] | None = None,
     header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a LoRA; the file, or folder, appears whole or not at all.
+    """Write a LoRA file or folder, completely or not at all.
 
-    ``portable`` is what stock diffusers and ComfyUI both load at its true scale. UNets: kohya keys
+    Stock diffusers and ComfyUI both load ``portable`` at its true scale. UNets: kohya keys
     (``lora_unet_<diffusers name>``) with alpha. Transformers: ``transformer.<path>.lora_A/B.weight`` with ``alpha / r``
-    folded into B and no alpha key, since the readers disagree about that one. ``diffusers`` writes the latter form for
+    folded into B and no alpha key, since readers disagree about alpha keys. ``diffusers`` writes the latter form for
     UNets too; ``peft`` a folder for ``PeftModel.from_pretrained`` on the network. Layers of several ranks or scales are
-    brought to one in the first two forms (see :func:`uniform`).
+    brought to one rank and scale in ``portable`` and ``diffusers`` (see :func:`uniform`).
 
     Args:
         path: the file; for ``peft`` the folder.
         modules: by any name; each module's own dotted ``path`` in diffusers' network is what is written.
-        transformer: whether the denoiser is a transformer (SD3, PixArt, Flux) rather than a UNet.
-        dtype: of the halves; None keeps each one's own.
+        transformer: True for a transformer (SD3, PixArt, Flux), False for a UNet.
+        dtype: type of the stored halves. Default: each half's own type.
         text_encoder: text encoders' layers, in kohya's or diffusers' names.
-        header: further strings for the file's header.
+        header: more strings for the file's header.
 
     Raises:
-        LoraError: the dialect has no place for the layers.
+        LoraError: the dialect can't hold these layers.
     """
     strings = {**(header or {}), **(metadata.to_header() if metadata is not None else {})}
     text = _text_paths(text_encoder or {})
@@ -103,10 +103,10 @@ def write_lora(
 
 
 def uniform(modules: Mapping[Name, LoraModule]) -> dict[Name, LoraModule]:
-    """The same updates at one rank and one scale.
+    """Return the same updates at one rank and one scale.
 
-    diffusers (0.39) takes one rank or alpha for another where a file's layers differ, and scales those layers wrongly.
-    Smaller ranks are filled up with zeros, which change nothing, and differing scales are folded into the up half.
+    diffusers (0.39) confuses ranks and alphas if a file's layers differ, and scales these layers wrongly. Smaller ranks
+    are padded with zeros, which change nothing; differing scales are folded into the up half.
     """
     ranks = {module.rank for module in modules.values()}
     scales = {module.scale for module in modules.values()}
@@ -143,7 +143,7 @@ def _text_paths(modules: Mapping[str, LoraModule]) -> dict[tuple[int, str], Lora
 
 
 def _peft_config(modules: Mapping[str, LoraModule]) -> dict[str, object]:
-    """``adapter_config.json``: the commonest rank and alpha, and the layers that differ by name."""
+    """Return ``adapter_config.json``: the commonest rank and alpha, and the layers that differ, by name."""
     rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
     alphas = {module.path: module.scale * module.rank for module in modules.values()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -171,7 +171,7 @@ def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> Non
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
-    """The layers that a fused one was split into share their down half; a file holds one for each."""
+    """Save tensors; parts of a split fused layer share their down half, but the file holds one copy for each."""
     places: set[int] = set()
     own = {}
     for key, tensor in tensors.items():

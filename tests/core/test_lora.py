@@ -134,7 +134,7 @@ def test_another_adapters_config_beside_the_file_is_not_used(settings: dict, tmp
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     file = read_lora(tmp_path / "style.safetensors")
     assert (file.alpha_source, file.scales) == ("unknown", (1.0,))
-    assert file.notes == ("adapter_config.json beside the file is another adapter's, and is not used",)
+    assert file.notes == ("adapter_config.json beside the file belongs to another adapter and is not used",)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_layers_without_effect_and_without_alpha_are_told_of(tmp_path: Path) -> 
     assert file.alpha_source == "file"
     assert file.scales == (0.0, 0.5, 1.0)
     assert file.notes == (
-        "1 layers tell no alpha: scale 1 is used for them",
-        "alpha is 0 on 1 layers: they change nothing",
+        "1 layers have no alpha: scale 1 is used for them",
+        "alpha is 0 on 1 layers: these layers change nothing",
     )
 
 

@@ -47,7 +47,7 @@ def test_a_bare_file_is_recognised_and_has_its_true_scale(name: str, tmp_path: P
     assert metadata.timesteps[4] == pytest.approx((1000, 900, 750, 500) if flow else (999, 749, 499, 249))
     assert metadata.process == ("flow" if flow else "vp")
     assert f"it is jasperai/{name} by its layers" in describe_base(file)
-    assert "known of this published file" in report_on(file).text()
+    assert "known for this published file" in report_on(file).text()
 
 
 def test_the_kohya_twin_has_its_alpha_in_the_file(tmp_path: Path) -> None:
