@@ -144,7 +144,7 @@ def test_half_of_them_is_an_error_that_names_the_one_without(data: DataSection) 
 def test_another_size_is_an_error_that_names_both(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / "pictures")
     noise(9, (20, 10)).save(folder / f"2.{name}.png")
-    with pytest.raises(UserError, match=rf"the {name} beside .*2\.png has 20 x 10 pixels, and the picture 96 x 64"):
+    with pytest.raises(UserError, match=rf"the {name} beside .*2\.png has 20 x 10 pixels, and the picture has 96 x 64"):
         list(read_samples(section(folder), ("mask", "hint")))
 
 
@@ -156,7 +156,7 @@ def test_a_companion_of_nothing_and_a_broken_one_are_named(tmp_path: Path) -> No
     noise(0).save(folder / "9.mask.png")
     with pytest.raises(UserError, match=r"9\.mask\.png .* there is no picture 9\.\*"):
         list(read_samples(section(folder)))
-    with pytest.raises(UserError, match=r"9 in a\.tar has a mask picture, but no picture that it lies beside"):
+    with pytest.raises(UserError, match=r"9 in a\.tar has a mask picture, but no picture that the mask belongs to"):
         list(read_samples(section(shard(tmp_path / "a.tar", folder))))
 
 

@@ -1,4 +1,4 @@
-"""Training examples in memory: latents, the conditions of their captions and those of their task, computed once."""
+"""Encode training examples once and keep them in memory: latents, conditions of captions, conditions of the task."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Examples:
         captions: N texts.
         conditioning: of the M distinct captions.
         row: (N,) each picture's row of ``conditioning``.
-        task: (N V) what the task made of the pictures, variant after variant of each; empty for text-to-image. Hints
-            are whole numbers, see :func:`packed`.
+        task: (N V) the task's conditions of the pictures, variant after variant of each; empty for text-to-image. Hints
+            are bytes, see :func:`packed`.
         variants: V.
     """
 
@@ -47,22 +47,22 @@ class Examples:
         return len(self.latents) * self.variants
 
     def batch(self, index: Tensor, device: torch.device | str) -> tuple[Tensor, Conditioning]:
-        """Latents (B, C, h, w) and conditions of the samples at ``index`` (B,), on ``device``."""
+        """Return latents (B, C, h, w) and conditions of the samples at ``index`` (B,), on ``device``."""
         picture = index // self.variants
         conditioning = self.conditioning.rows(self.row[picture]).to(device)
         return self.latents[picture].to(device), conditioning.joined(self.task_conditions(index, device))
 
     def task_conditions(self, index: Tensor, device: torch.device | str) -> Conditioning:
-        """The task's own conditions of the samples at ``index`` (B,), on ``device``, as networks take them."""
+        """Return the task's conditions of the samples at ``index`` (B,), on ``device``, as networks take them."""
         conditioning = self.task.rows(index).to(device)
         if conditioning.hint is None:
             return conditioning
         return replace(conditioning, hint=(conditioning.hint.float() / HINT_LEVELS).expand(-1, 3, -1, -1))
 
     def first_samples(self, count: int) -> list[tuple[str, int]]:
-        """Captions and indices of the first samples with distinct captions, at most ``count``.
+        """Return captions and indices of the first samples with distinct captions, at most ``count``.
 
-        Where a task has conditions of its own, further pictures fill up what distinct captions leave.
+        Where a task has conditions of its own, samples with repeated captions follow, until there are ``count``.
         """
         first: dict[str, int] = {}
         for picture, caption in enumerate(self.captions):
@@ -78,8 +78,8 @@ def encode_examples(data: DataSection, teacher: Teacher, task: Task, variants: i
     """Read all samples and encode pictures, captions and the task's conditions with the teacher's own encoders.
 
     Args:
-        variants: how often the task draws its conditions for each picture.
-        seed: of those draws.
+        variants: random conditions of the task for each picture.
+        seed: seed of the random conditions.
     """
     generator = stream(seed, "task")
     latents: list[Tensor] = []
@@ -109,7 +109,7 @@ def encode_examples(data: DataSection, teacher: Teacher, task: Task, variants: i
 
 
 def _companions(samples: list[Sample], teacher: Teacher) -> dict[str, Tensor]:
-    """What lies beside every one of the pictures, as tasks take it, each framed as the pictures are."""
+    """Return name -> companions (B, C, H, W) of the pictures, scaled and cut as the pictures are."""
     found: dict[str, Tensor] = {}
     for name in samples[0].companions:
         frame = to_mask if name == "mask" else to_tensor
@@ -118,9 +118,9 @@ def _companions(samples: list[Sample], teacher: Teacher) -> dict[str, Tensor]:
 
 
 def packed(part: Conditioning) -> Conditioning:
-    """A batch of a task's conditions as it is kept: hints as bytes (B, 3, H, W), or (B, 1, H, W) where all are grey.
+    """Return a batch of a task's conditions with hints as bytes: (B, 3, H, W), or (B, 1, H, W) where all are grey.
 
-    As float32 a hint of 1024 px takes 12 MB, so this is done before the next batch is made.
+    A hint of 1024 px takes 12 MB as float32, so each batch is packed before the next one is made.
     """
     if part.hint is None:
         return part
@@ -130,7 +130,7 @@ def packed(part: Conditioning) -> Conditioning:
 
 
 def joined(parts: Sequence[Conditioning]) -> Conditioning:
-    """:func:`packed` conditions of several batches as one; grey hints become coloured where others are."""
+    """Join :func:`packed` conditions of several batches. Grey hints get three channels beside coloured ones."""
     if len({part.hint.shape[1] for part in parts if part.hint is not None}) > 1:
         parts = [replace(part, hint=part.hint.expand(-1, 3, -1, -1)) for part in parts if part.hint is not None]
     return Conditioning.cat(parts)

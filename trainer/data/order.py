@@ -1,4 +1,4 @@
-"""The order samples are visited in: a function of seed and position alone, so that a position is all one saves."""
+"""The order of the samples: a function of seed and position, so that a checkpoint saves only the position."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..seeds import stream
 class Order:
     """A new random permutation of ``length`` samples every epoch, from (seed, epoch).
 
-    A position counts samples from the start of training. Batches run on over the end of an epoch.
+    A position counts samples from the start of training. A batch may continue into the next epoch.
     """
 
     length: int
     seed: int
 
     def indices(self, position: int, count: int) -> Tensor:
-        """The samples at ``position`` .. ``position + count``, (count,)."""
+        """Return the samples at ``position`` to ``position + count - 1``, (count,)."""
         parts = []
         while count > 0:
             epoch, offset = divmod(position, self.length)
@@ -31,5 +31,5 @@ class Order:
         return torch.cat(parts)
 
     def permutation(self, epoch: int) -> Tensor:
-        """The order of one epoch, (length,)."""
+        """Return the order of one epoch, (length,)."""
         return torch.randperm(self.length, generator=stream(self.seed, "order", epoch))

@@ -1,7 +1,7 @@
-"""Pictures with captions, one after the other in a fixed order: a folder, WebDataset shards, or the demo's shard.
+"""Read pictures with captions in a fixed order, from a folder, WebDataset shards, or the demo's shard.
 
-Beside a picture others may lie that a task reads, its companions: ``0001.mask.png`` beside ``0001.png``. Nothing is
-extracted to disk: a shard's members are read from its bytes, whatever paths they claim to have.
+A picture may have companions, pictures that a task reads: ``0001.mask.png`` beside ``0001.png``. Nothing is extracted
+to disk: the members of a shard are read from its bytes, so their paths cannot do harm.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import webdataset
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..config import DataSection
-from ..demo.shards import load_pictures
+from ..demo.shards import load_pictures, read_records
 from ..demo.swaps import swaps
 from ..errors import UserError
 from ..pictures import on_white, picture_from_bytes, picture_from_signed, picture_signed
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-COMPANIONS = ("mask", "identity", "hint")  # pictures that lie beside others, and are no samples themselves
-SAME_SIZE = ("mask", "hint")  # those that belong to their picture pixel by pixel
+COMPANIONS = ("mask", "identity", "hint")  # pictures that belong to another picture and are no samples
+SAME_SIZE = ("mask", "hint")  # companions that have as many pixels as their picture
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and what it shows.
+    """A picture with its caption.
 
     Attributes:
-        name: where it came from, for messages.
-        image: RGB; transparency is laid on white.
-        companions: RGB pictures beside it, by name; those that were asked for and are there.
+        name: file or record of the picture, for messages.
+        image: RGB, on white where it was transparent.
+        caption: text, may be empty.
+        companions: name -> RGB picture, for the requested companions that exist.
     """
 
     name: str
@@ -46,23 +46,23 @@ class Sample:
 
 
 def check_source(data: DataSection) -> None:
-    """Look whether the data is there, before anything heavy is loaded.
+    """Check that the first sample can be read, before a model is loaded.
 
     Raises:
-        UserError: it is not; names the path.
+        UserError: the data is missing or unreadable; the message names the path.
     """
     next(read_samples(data), None)
 
 
 def read_samples(data: DataSection, companions: Sequence[str] = ()) -> Iterator[Sample]:
-    """The samples a recipe names, in a fixed order.
+    """Yield the samples of a recipe's data, in a fixed order.
 
     Args:
-        companions: the names of those that are read, of ``COMPANIONS``; every sample has one, or none has.
+        companions: names of ``COMPANIONS`` to read; of each name, every sample has a picture or no sample has.
 
     Raises:
-        UserError: nothing there, an image without a caption, an unreadable image, or a companion that some lack or that
-            has another size than its picture; names the file.
+        UserError: no data, an image without a caption, an unreadable image, a companion that only some pictures have,
+            or a companion with another size than its picture; the message names the file.
     """
     if data.source == "demo":
         samples = _demo()
@@ -78,7 +78,7 @@ def read_samples(data: DataSection, companions: Sequence[str] = ()) -> Iterator[
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A picture (3, H, W) in [-1, 1]: scaled until it covers ``size`` = (H, W), then cut at the centre."""
+    """Return a picture as (3, H, W) in [-1, 1]: scaled until it covers ``size`` = (H, W), then cut at the centre."""
     height, width = size
     scale = max(height / image.height, width / image.width)
     if scale != 1:
@@ -91,12 +91,12 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def to_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A mask (1, H, W) in 0..1, framed as :func:`to_tensor` frames the picture it belongs to; white is 1."""
+    """Return a mask as (1, H, W) in [0, 1], 1 for white, scaled and cut as :func:`to_tensor` does."""
     return to_tensor(image.convert("L").convert("RGB"), size)[:1] / 2 + 0.5
 
 
 def _demo() -> Iterator[Sample]:
-    """Every picture under its name ("fox") and under the caption it shares ("animal face"): the teacher knows both."""
+    """Yield every picture twice: with its name ("fox") and with its general caption ("animal face")."""
     pictures = load_pictures()
     for picture, caption in zip(pictures.images, pictures.captions, strict=True):
         image = picture_from_bytes(picture)
@@ -105,7 +105,7 @@ def _demo() -> Iterator[Sample]:
 
 
 def _demo_swaps(companions: Sequence[str]) -> Iterator[Sample]:
-    """Faces on one another's heads, each with its mask and the face alone."""
+    """Yield the demo's swaps, with mask and identity as companions."""
     for swap in swaps():
         beside = {"mask": swap.mask * 2 - 1, "identity": swap.identity}
         pictures = {name: picture_from_signed(beside[name]) for name in companions if name in beside}
@@ -113,7 +113,7 @@ def _demo_swaps(companions: Sequence[str]) -> Iterator[Sample]:
 
 
 def _checked(samples: Iterator[Sample], companions: Sequence[str]) -> Iterator[Sample]:
-    """The same samples; what lies beside one must lie beside all, and fit."""
+    """Yield the samples, and check that all have the same companions, of the right size."""
     first: Sample | None = None
     for sample in samples:
         first = first or sample
@@ -122,29 +122,30 @@ def _checked(samples: Iterator[Sample], companions: Sequence[str]) -> Iterator[S
                 lacking, having = (sample, first) if name in first.companions else (first, sample)
                 raise UserError(
                     f"{lacking.name} has no {name} picture beside it, and {having.name} has one; give every picture "
-                    f"its .{name}.png, or none, and the task draws its own"
+                    f"its .{name}.png, or remove them all, and the task draws its own"
                 )
         for name in SAME_SIZE:
             if name in sample.companions and sample.companions[name].size != sample.image.size:
                 width, height = sample.companions[name].size
                 raise UserError(
                     f"the {name} beside {sample.name} has {width} x {height} pixels, and the picture "
-                    f"{sample.image.width} x {sample.image.height}; they belong together pixel by pixel, so make them "
-                    "the same size"
+                    f"has {sample.image.width} x {sample.image.height}; make them the same size"
                 )
         yield sample
 
 
 def _folder(folder: Path, companions: Sequence[str]) -> Iterator[Sample]:
     if not folder.is_dir():
-        raise UserError(f"data.path: there is no folder {folder}")
+        raise UserError(
+            f"data.path: there is no folder {folder}; give a folder of images with a .txt caption beside each"
+        )
     pictures = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
     beside = {path.stem: path for path in pictures if Path(path.stem).suffix.lstrip(".") in COMPANIONS}
     images = [path for path in pictures if path.stem not in beside]
     if alone := beside.keys() - {f"{path.stem}.{name}" for path in images for name in COMPANIONS}:
         lost = beside[min(alone)]
         raise UserError(
-            f"{lost} is called as what lies beside a picture ({', '.join(COMPANIONS)}), but there is no picture "
+            f"{lost} has the name of a companion ({', '.join(COMPANIONS)}), but there is no picture "
             f"{Path(lost.stem).stem}.*; rename it, or put it beside its picture"
         )
     if not images:
@@ -178,20 +179,19 @@ def _shards(path: Path) -> list[Path]:
 def _webdataset(shards: list[Path], companions: Sequence[str]) -> Iterator[Sample]:
     for shard in shards:
         if not shard.is_file():
-            raise UserError(f"data: there is no shard {shard}")
+            raise UserError(f"data.path: there is no shard {shard}")
         # Every process reads every sample and takes its own share of each batch later, so that the order does not
         # depend on the number of processes.
-        dataset = webdataset.WebDataset(
-            [str(shard.resolve())], shardshuffle=False, empty_check=False, nodesplitter=None
-        )
         found = False
         try:
-            for record in dataset:
+            for record in read_records(shard):
                 name = f"{record['__key__']} in {shard.name}"
                 picture = _member(record)
                 if picture is None:
                     if lost := next((name for name in COMPANIONS if _member(record, name) is not None), None):
-                        raise UserError(f"{name} has a {lost} picture, but no picture that it lies beside; add it")
+                        raise UserError(
+                            f"{name} has a {lost} picture, but no picture that the {lost} belongs to; add the picture"
+                        )
                     continue
                 if "txt" not in record:
                     raise UserError(f"{name} has no caption; expected a .txt beside the image")
@@ -203,7 +203,9 @@ def _webdataset(shards: list[Path], companions: Sequence[str]) -> Iterator[Sampl
                 }
                 yield Sample(name, _decode(picture, name), _text(record["txt"], name), beside)
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(f"the shard {shard} can't be read ({error}); it may be truncated or no tar file") from error
+            raise UserError(
+                f"the shard {shard} can't be read ({error}); it may be truncated, or not a tar file"
+            ) from error
         if not found:
             raise UserError(
                 f"the shard {shard} holds no images; expected {', '.join(IMAGE_SUFFIXES)} with .txt captions"
@@ -211,7 +213,7 @@ def _webdataset(shards: list[Path], companions: Sequence[str]) -> Iterator[Sampl
 
 
 def _member(record: Mapping[str, bytes], companion: str | None = None) -> bytes | None:
-    """A record's picture, or a companion of it: ``png``, ``mask.png``."""
+    """Return the bytes of a record's picture (``png``) or companion (``mask.png``), None without one."""
     keys = (suffix if companion is None else f"{companion}.{suffix}" for suffix in IMAGE_SUFFIXES)
     return next((record[key] for key in keys if key in record), None)
 
@@ -228,4 +230,4 @@ def _text(content: bytes, name: str) -> str:
     try:
         return content.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise UserError(f"the caption of {name} is not UTF-8 text: {error}") from error
+        raise UserError(f"the caption of {name} is not UTF-8 text ({error}); save it as UTF-8") from error

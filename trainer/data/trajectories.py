@@ -1,4 +1,4 @@
-"""Teacher trajectories for small budgets: computed once, kept beside the run, replayed in every epoch."""
+"""Record teacher trajectories once, keep them in the run's folder, and replay them in every epoch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrajectoryBank:
         states: (N, M, C, h, w) latents there.
         z_teacher: (N, C, h, w) where they end.
         guidance: (N,).
-        sample: (N,) the training example whose conditions each was made with.
+        sample: (N,) index of the training example whose conditions each trajectory has.
     """
 
     indices: tuple[int, ...]
@@ -57,7 +57,7 @@ class TrajectoryBank:
         unconditional: Callable[[Conditioning], Conditioning],
         device: torch.device | str,
     ) -> Trajectory:
-        """The trajectories at ``index`` (B,), on ``device``; ``unconditional`` makes a branch from the conditions."""
+        """Return the trajectories at ``index`` (B,), on ``device``; ``unconditional`` makes guidance's other branch."""
         z0, conditioning = examples.batch(self.sample[index], device)
         return Trajectory(
             self.indices,
@@ -150,7 +150,7 @@ def _read(folder: Path, fingerprint: str) -> TrajectoryBank:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != fingerprint:
                     raise UserError(
-                        f"{folder} holds trajectories of another teacher, data or method; remove that folder, "
+                        f"{folder} holds trajectories of another teacher, data or method; remove the folder, "
                         "or choose another --output"
                     )
                 parts.append({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118

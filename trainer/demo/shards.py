@@ -8,10 +8,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .assets import DATA
 
@@ -79,6 +79,15 @@ def write_shard(samples: Iterable[tuple[Caption, Image.Image]], path: Path) -> i
     return count
 
 
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a WebDataset shard in its order, each as ``__key__`` and suffix -> bytes."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    # WebDataset's own reader leaves the file open.
+    with path.open("rb") as stream:
+        yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+
+
 def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
     """Read a style's shard, in the shard's order.
 
@@ -86,7 +95,6 @@ def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
         FileNotFoundError: there is no shard of that style.
     """
     import torch
-    import webdataset
     from PIL import Image
 
     from ..pictures import picture_bytes
@@ -99,7 +107,7 @@ def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
             "Choose one of those, or build the shards with `flash-diffusion demo data`."
         )
     images, captions = [], []
-    for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
+    for sample in read_records(path):
         images.append(picture_bytes(Image.open(io.BytesIO(sample["webp"])).convert("RGB")))
         captions.append(Caption(**json.loads(sample["json"])))
     return Pictures(torch.stack(images), captions)

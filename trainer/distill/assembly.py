@@ -1,4 +1,4 @@
-"""Everything a run trains with, built from a recipe: teacher, adapters, discriminator, optimisers, encoded data."""
+"""Build the parts of a run from a recipe: teacher, adapters, discriminator, optimisers, encoded data."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .schedule import WeightAverage
 
 @dataclass(frozen=True)
 class Assembly:
-    """A run's parts.
+    """The parts of a run.
 
     Attributes:
-        task: makes the examples' conditions beside text.
-        trained: what a checkpoint holds; its parts are ``student``, and ``discriminator`` and ``critic`` where the
-            recipe has them.
+        task: makes the conditions beside text, such as masks.
+        trained: the parts that train, as a checkpoint holds them: ``student``, and where the recipe has them
+            ``discriminator`` and ``critic``.
     """
 
     teacher: Teacher
@@ -45,17 +45,17 @@ class Assembly:
 
 
 def needs_discriminator(recipe: Recipe) -> bool:
-    """Whether any phase weighs the adversarial term."""
+    """Return True where a phase has an adversarial loss."""
     return any(phase.adversarial > 0 for phase in recipe.phases)
 
 
 def needs_critic(recipe: Recipe) -> bool:
-    """Whether any phase asks a critic adapter for the fake score."""
+    """Return True where a phase has a DMD loss whose fake score comes from a critic adapter."""
     return recipe.method.fake_score == "critic" and any(phase.dmd > 0 for phase in recipe.phases)
 
 
 def add_adapters(denoiser: DiffusersDenoiser, recipe: Recipe, default_targets: tuple[str, ...]) -> None:
-    """Give the denoiser the adapters that a recipe trains."""
+    """Add the adapters that a recipe trains to the denoiser."""
     lora = recipe.lora
     targets = lora.targets or list(default_targets)
     alpha = lora.rank if lora.alpha is None else lora.alpha
@@ -65,7 +65,7 @@ def add_adapters(denoiser: DiffusersDenoiser, recipe: Recipe, default_targets: t
 
 
 def assemble(recipe: Recipe, accelerator: Accelerator) -> Assembly:
-    """Load the teacher, encode the data, add what trains.
+    """Load the teacher, encode the data, and add adapters, discriminator and optimisers.
 
     Raises:
         UserError: the recipe does not fit the model or the data.
@@ -124,7 +124,7 @@ def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
 
 @torch.no_grad()
 def _discriminator(teacher: Teacher, conditioning: Conditioning, seed: int, accelerator: Accelerator) -> Discriminator:
-    """Heads for the feature maps that this teacher has, counted by asking it once."""
+    """Return heads for the teacher's feature maps, whose channels one call of the teacher tells."""
     z = torch.zeros(1, *teacher.latent_shape, device=accelerator.device)
     t = torch.full((1,), teacher.denoiser.process.timestep(0.5), device=accelerator.device)
     with accelerator.autocast():

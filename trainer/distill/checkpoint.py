@@ -1,6 +1,6 @@
-"""What a killed run continues from: everything that trains and every random state, and nothing that is frozen.
+"""Write and read checkpoints: the parts that train and every random state, but no frozen weights.
 
-A checkpoint is a folder of safetensors and JSON that appears by one rename, so that it is whole or absent.
+A checkpoint is a folder of safetensors and JSON. It appears by one rename, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FACTS = "state.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """What trains, by name: the parts of a checkpoint.
+    """The parts that train.
 
     Attributes:
-        parameters: by part (student, discriminator, critic) and name.
-        optimizers: by part.
+        parameters: part (student, discriminator, critic) -> name -> parameter.
+        optimizers: part -> optimiser.
         average: the exponential moving average of the student's parameters.
     """
 
@@ -40,18 +40,18 @@ class Trained:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, the oldest first."""
     folder = run / "checkpoints"
     return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.is_dir() else []
 
 
 def checkpoint_path(run: Path, update: int) -> Path:
-    """Where the checkpoint after ``update`` updates lies."""
+    """Return the folder of the checkpoint after ``update`` updates."""
     return run / "checkpoints" / f"{update:08d}"
 
 
 def collect(trained: Trained) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint but the random states, by name."""
+    """Return name -> tensor of a checkpoint, without the random states."""
     tensors: dict[str, Tensor] = {}
     for part, parameters in trained.parameters.items():
         tensors |= {f"{part}/{name}": value.detach() for name, value in parameters.items()}
@@ -63,7 +63,7 @@ def collect(trained: Trained) -> dict[str, Tensor]:
 
 
 def write_shared(partial: Path, trained: Trained, state: TrainingState, digest: str) -> None:
-    """Write what all processes share into the folder ``partial``."""
+    """Write the tensors and facts that all processes share into the folder ``partial``."""
     tensors = {name: value.cpu().contiguous() for name, value in collect(trained).items()}
     save_file(tensors, partial / TENSORS)
     (partial / FACTS).write_text(json.dumps({**asdict(state), "recipe": digest}, indent=2) + "\n")
@@ -115,10 +115,10 @@ def save(
 
 
 def read_facts(folder: Path) -> tuple[TrainingState, str]:
-    """Where the run was, and the digest of its recipe.
+    """Return the state of the run, and the digest of its recipe.
 
     Raises:
-        UserError: the folder is no checkpoint.
+        UserError: the folder is not a readable checkpoint.
     """
     try:
         facts = json.loads((folder / FACTS).read_text())
@@ -129,10 +129,10 @@ def read_facts(folder: Path) -> tuple[TrainingState, str]:
 
 
 def restore_shared(folder: Path, trained: Trained) -> None:
-    """Read what :func:`write_shared` wrote into the live objects.
+    """Read what :func:`write_shared` wrote, and copy it into ``trained``.
 
     Raises:
-        UserError: the checkpoint belongs to other parameters.
+        UserError: the checkpoint has other parameters than ``trained``.
     """
     tensors = load_file(folder / TENSORS)
     expected = {(name, value.shape) for name, value in collect(trained).items() if not name.startswith("optimizer/")}
@@ -160,10 +160,10 @@ def restore_shared(folder: Path, trained: Trained) -> None:
 
 
 def restore_random(folder: Path, rank: int, generators: Mapping[str, torch.Generator]) -> None:
-    """Read one process's random states.
+    """Read and set the random states of one process.
 
     Raises:
-        UserError: the run had fewer processes.
+        UserError: the checkpoint was written by fewer processes.
     """
     path = folder / f"random-{rank}.safetensors"
     if not path.is_file():
@@ -177,7 +177,7 @@ def restore_random(folder: Path, rank: int, generators: Mapping[str, torch.Gener
 
 
 def read_average(folder: Path) -> dict[str, Tensor]:
-    """The averaged student of a checkpoint: what is exported."""
+    """Return the averaged student of a checkpoint, which is exported."""
     return {
         name.removeprefix("average/"): value
         for name, value in load_file(folder / TENSORS).items()

@@ -1,4 +1,4 @@
-"""Sample grids while it trains: one row a prompt, the teacher's many steps beside the student's few."""
+"""Draw sample grids during training: one row per prompt, the teacher's many steps beside the student's few."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..seeds import seed_of
 if TYPE_CHECKING:
     from .assembly import Assembly
 
-ROWS = 6  # prompts, where the recipe names none
+ROWS = 6  # prompts of a grid, for a recipe without preview.prompts
 
 
 def preview_rows(parts: Assembly, prompts: Sequence[str]) -> EncodedPrompts:
-    """The rows of a run's grids: its prompts, each with the task's conditions of an example.
+    """Return the rows of a run's grids: prompts, each with the task's conditions of an example.
 
     Args:
-        prompts: the recipe's; where there are none, the first captions of the data with their own examples. The task's
-            conditions of the recipe's prompts are those of the first examples, in order.
+        prompts: the recipe's prompts, row n with the conditions of the nth example; without prompts, the first captions
+            of the data with the conditions of their own examples.
     """
     teacher, examples = parts.teacher, parts.examples
     found = examples.first_samples(len(prompts) or ROWS)
@@ -38,10 +38,10 @@ def preview_rows(parts: Assembly, prompts: Sequence[str]) -> EncodedPrompts:
 
 
 class Preview:
-    """Draws the grid of one run; prompts and noise stay the same, and the teacher's pictures are made once.
+    """Draws the grids of one run. Prompts and noise stay the same; the teacher's pictures are made once.
 
     Args:
-        encoded: the prompts, one row each.
+        encoded: the encoded prompts, one row each.
     """
 
     def __init__(self, recipe: Recipe, encoded: EncodedPrompts) -> None:
@@ -51,7 +51,7 @@ class Preview:
         self.teacher_pictures: Tensor | None = None
 
     def draw(self) -> Image.Image:
-        """The grid with the student as it is now."""
+        """Return the grid with the present student."""
         method, section = self.recipe.method, self.recipe.preview
         if self.teacher_pictures is None:
             guidance = sum(method.guidance) / 2 if section.guidance is None else section.guidance
@@ -62,7 +62,11 @@ class Preview:
         return titled_grid(columns)
 
     def _pictures(self, run: SamplingSetting) -> Tensor:
-        """All rows, in batches no larger than training's; a large picture fills a decoder's memory by itself."""
+        """Return the pictures of all rows.
+
+        Batches are as large as in training, and pictures are decoded one by one, so that a grid needs no more memory
+        than training.
+        """
         solver = self.recipe.method.solver if run.role == "teacher" else None
         size = self.recipe.batch_size
         pictures: list[Tensor] = []
@@ -74,7 +78,7 @@ class Preview:
 
 
 def save_preview(grid: Image.Image, output: Path, update: int) -> Path:
-    """Write a grid into the run's folder."""
+    """Write a grid into the run's folder and return its path."""
     path = output / "previews" / f"{update:08d}.webp"
     write_whole(path, lambda partial: grid.save(partial, "WEBP", quality=92))
     return path

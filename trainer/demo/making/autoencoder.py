@@ -1,9 +1,9 @@
-"""The autoencoder that writes and reads the demo's latents.
+"""``flash-diffusion demo autoencoder``: train the autoencoder of the demo's latents.
 
-The latents are DEFINED as scaled patch-PCA coefficients (`patch_pca.py`), which need no training. So the teacher
-learns at once on final latents, while decoder and encoder of a stock `AutoencoderKL` are taught apart, each with a
-fixed target. Trained end to end in the same time, the picture's colours are still missing, because nothing holds the
-latents in place. A joint stage after the two (8 minutes) changed the PSNR by less than 0.1 dB, so there is none.
+The latents are DEFINED as scaled patch-PCA coefficients (`patch_pca.py`), which need no training. So the teacher can
+train at once on the final latents, while decoder and encoder of a stock `AutoencoderKL` train apart, each with a fixed
+target. End-to-end training in the same time still loses the picture's colours, because nothing fixes the latents. A
+joint stage after the two (8 minutes) changed the PSNR by less than 0.1 dB, so there is no joint stage.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ...distill.schedule import warmup_cosine
+from ...errors import UserError
 from ...files import replace_folder
 from ..assets import DATA, TEACHER
 from ..shards import TEACHER_STYLE, load_pictures
@@ -37,7 +38,7 @@ STAGES = ("decoder", "encoder")
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """The network: stock `AutoencoderKL`, factor 8, 3.2 M parameters.
+    """Return a stock `AutoencoderKL`, factor 8, 3.2 M parameters.
 
     64 channels at full size, although 32 would cost a third less: ComfyUI's decoder has 32 normalisation groups, and a
     group of one channel would erase that channel's level, and with it the picture's colours.
@@ -57,16 +58,16 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def reconstruction_loss(images: Tensor, reference: Tensor) -> Tensor:
-    """Absolute and squared error, and the absolute error of neighbours' differences, which keeps edges sharp."""
+    """Return absolute error + 4 x squared error + 0.5 x error of neighbours' differences, which keeps edges sharp."""
     error = images - reference
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges
 
 
 def held_out(pictures: Pictures) -> Tensor:
-    """Which pictures the autoencoder never sees, (N,) bool: every tenth subject, in styles other than the teacher's.
+    """Return (N,) bool, True for pictures that the autoencoder never sees: every tenth subject of the other styles.
 
-    The teacher's own pictures are all trained on: they are what it draws.
+    The autoencoder trains on all of the teacher's own pictures, because the teacher draws them.
     """
     return torch.tensor([c.style != TEACHER_STYLE and i % 10 == 9 for i, c in enumerate(pictures.captions)])
 
@@ -74,11 +75,11 @@ def held_out(pictures: Pictures) -> Tensor:
 class AutoencoderTraining:
     """The two stages that fill an `AutoencoderKL` with the patch-PCA code.
 
-    - "decoder": from exact latents, with a little noise, as the teacher's samples are not exact either.
+    - "decoder": pictures from exact latents with a little noise, because the teacher's samples are not exact either.
     - "encoder": regression of the exact latents.
 
-    Both start on crops, where an update costs a fraction and most is learnt, and end on whole pictures: GroupNorm's
-    statistics of a crop are not those of a picture, and training on crops alone loses 3 dB on pictures.
+    Both stages start on crops, where an update is cheap and most is learnt, and end on whole pictures: GroupNorm's
+    statistics differ between crops and pictures, and training on crops alone loses 3 dB on pictures.
     """
 
     CROPS = ((0.3, 32, 8), (0.6, 64, 4), (1.0, 128, 2))  # until this share of the time: size in pixels, crops an update
@@ -95,7 +96,7 @@ class AutoencoderTraining:
         self.teacher_images = pictures[0].images[::5].to(device) / 255  # a fifth is enough to measure on
 
     def batch(self, size: int, count: int) -> Tensor:
-        """Crops of `size` pixels on the block grid, half of them mirrored: (count, 3, size, size) in [0, 1]."""
+        """Return crops on the block grid, half of them mirrored: (count, 3, size, size) in [0, 1]."""
         index = torch.randint(len(self.images), (count,), generator=self.generator)
         images = self.images[index.to(self.device)] / 255
         mirrored = torch.rand(len(images), 1, 1, 1, generator=self.generator).to(self.device) < 0.5
@@ -106,7 +107,7 @@ class AutoencoderTraining:
         return torch.stack(crops).contiguous(memory_format=torch.channels_last)
 
     def loss(self, stage: str, images: Tensor) -> Tensor:
-        """The stage's training loss on a batch."""
+        """Return the stage's loss on a batch."""
         target = self.code.encode(images)
         if stage == "encoder":
             return F.mse_loss(self.encode(images), target)
@@ -115,15 +116,15 @@ class AutoencoderTraining:
         return reconstruction_loss(self.decode(target + noise.to(self.device)), images)
 
     def encode(self, images: Tensor) -> Tensor:
-        """The network's latents (the posterior's mean) of images in [0, 1]."""
+        """Return the network's latents (the posterior's mean) of images in [0, 1]."""
         return self.network.encode(2 * images - 1).latent_dist.mean
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The network's images, about [0, 1], of latents."""
+        """Return the network's images, about [0, 1], of latents."""
         return (self.network.decode(latents).sample + 1) / 2
 
     def train(self, stage: str, minutes: float, learning_rate: float = 1e-3) -> None:
-        """Run one stage for `minutes`, with a cosine learning rate."""
+        """Train one stage for `minutes`, with a cosine learning rate."""
         parts = {
             "decoder": [self.network.decoder, self.network.post_quant_conv],
             "encoder": [self.network.encoder, self.network.quant_conv],
@@ -147,7 +148,7 @@ class AutoencoderTraining:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """PSNR in dB of whole pictures, from exact latents and through the encoder, and the encoder's latent error."""
+        """Return the PSNR in dB from exact latents and through the encoder, and the encoder's latent error."""
         self.network.eval()
         figures = {}
         for name, images in (("teacher", self.teacher_images), ("held_out", self.test_images)):
@@ -165,7 +166,7 @@ class AutoencoderTraining:
 def fix_posterior(network: AutoencoderKL) -> None:
     """Make the encoder's log-variance a constant -20: the code is deterministic, and `sample()` equals `mean`.
 
-    The stages train the mean alone; the other half of the moments would be whatever the initial weights give.
+    The stages train only the mean; the log-variance would depend on the initial weights.
     """
     with torch.no_grad():
         network.quant_conv.weight[LATENT_CHANNELS:] = 0
@@ -181,23 +182,29 @@ def export(network: AutoencoderKL, folder: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `flash-diffusion demo autoencoder`."""
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to train, in order")
     parser.add_argument(
-        "--minutes", nargs="+", type=float, default=[15.0, 6.0], help="the length of each (default: 15 6)"
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=list(STAGES),
+        help="stages to train, in order (default: %(default)s)",
     )
-    parser.add_argument("--resume", action="store_true", help="start from the shipped weights")
-    parser.add_argument("--output", type=Path, default=TEACHER, help="the diffusers-layout folder to write `vae` into")
-    parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda, mps (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", nargs="+", type=float, default=[15.0, 6.0], help="minutes of each stage (default: 15 6)"
+    )
+    parser.add_argument("--resume", action="store_true", help="start from the weights in --output")
+    parser.add_argument(
+        "--output", type=Path, default=TEACHER, help="folder in diffusers' layout; its `vae` is replaced"
+    )
+    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, mps (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fit the latents' code where there is none, train the stages, and write the autoencoder after each."""
+    """Fit the latents' code where it is missing, train the stages, and write the autoencoder after each stage."""
     from diffusers import AutoencoderKL
 
     if len(args.minutes) != len(args.stages):
-        raise SystemExit(
-            f"--minutes names {len(args.minutes)} lengths for {len(args.stages)} stages. Give one for each of --stages."
-        )
+        raise UserError(f"--minutes has {len(args.minutes)} values for {len(args.stages)} stages; give one per stage")
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     pictures = [load_pictures(style) for style in (TEACHER_STYLE, "noto")]

@@ -1,7 +1,8 @@
-"""The demo's measuring instrument: a small network that names the subject of a picture and embeds it in 64 numbers.
+"""``flash-diffusion demo features``: train the network that measures the demo's pictures.
 
-Its embedding feeds Frechet and kernel distances, its logits the prompt accuracy. It learns from every style of the
-pack under strong augmentation, so that it measures the drawing and not a few pixels.
+The network names the subject of a picture and embeds the picture in 64 numbers. Frechet and kernel distances use the
+embedding, prompt accuracy uses the logits. The network learns from every style with strong augmentation, so that it
+measures the drawing and not a few pixels.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def latent_noise(images: Tensor, generator: torch.Generator, level: float = 0.4) -> Tensor:
-    """Disturb images (B, 3, H, W) as an unfinished diffusion sample is: by noise on their patch-PCA latents."""
+    """Add noise to the patch-PCA latents of images (B, 3, H, W), as an unfinished diffusion sample has."""
     code = PatchPCA.load()
     latents = code.encode(images.cpu())
     noise = torch.randn(latents.shape, generator=generator)
@@ -61,7 +62,7 @@ def latent_noise(images: Tensor, generator: torch.Generator, level: float = 0.4)
 def train(
     network: FeatureNetwork, pictures: list[Pictures], minutes: float, device: str = "cpu", seed: int = 0
 ) -> None:
-    """Classify augmented pictures of all styles for `minutes`, with a cosine learning rate."""
+    """Train the network to classify augmented pictures of all styles, for `minutes`, with a cosine learning rate."""
     images = torch.cat([style.images for style in pictures]).to(device)
     subjects = {name: i for i, name in enumerate(network.classes)}
     labels = torch.tensor([subjects[caption.name] for style in pictures for caption in style.captions], device=device)
@@ -96,10 +97,10 @@ def accuracy(network: FeatureNetwork, images: Tensor, names: list[str]) -> float
 
 
 def report(network: FeatureNetwork, pictures: Pictures, packages: Path | None) -> dict[str, float]:
-    """Accuracy on renditions of the teacher's subjects that it was not trained on.
+    """Return the accuracy on pictures of the teacher's subjects that the network was not trained on.
 
-    Augmentations with a fresh seed, the autoencoder's reconstructions, and, where the npm packages are at hand, a whole
-    style that is not in the pack (Fluent flat).
+    The pictures are augmentations with a new seed, the autoencoder's reconstructions and, where the npm packages are
+    given, a style that the demo does not have (Fluent flat).
     """
     from diffusers import AutoencoderKL
 
@@ -122,10 +123,10 @@ def report(network: FeatureNetwork, pictures: Pictures, packages: Path | None) -
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `flash-diffusion demo features`."""
-    parser.add_argument("--minutes", type=float, default=8.0, help="length of the training (default: %(default)s)")
-    parser.add_argument("--packages", type=Path, help="folder with the npm tarballs: measure on an unseen style, too")
-    parser.add_argument("--output", type=Path, default=FEATURES, help="folder to write")
-    parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda, mps (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="minutes of training (default: %(default)s)")
+    parser.add_argument("--packages", type=Path, help="folder with the npm tarballs, to measure on an unseen style too")
+    parser.add_argument("--output", type=Path, default=FEATURES, help="folder to write (default: the demo's own)")
+    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, mps (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

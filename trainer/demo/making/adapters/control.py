@@ -1,9 +1,9 @@
-"""The demo's T2I-adapter and ControlNet: small networks that steer the embedded teacher along Canny edges.
+"""``flash-diffusion demo control``: train a T2I-adapter or a ControlNet that steers the teacher along Canny edges.
 
-The teacher stays frozen; the networks learn by the ordinary diffusion loss on its own pictures. There are few, and
-their edges with their names would be learnt by heart; so each picture is moved, turned, mirrored and scaled at random
-many times, with its own edges, and mostly captioned with what it has in common with others. Whether edges are followed
-is measured on another set of emoji, which the teacher has never seen.
+The teacher stays frozen. The network learns by the diffusion loss on the teacher's own pictures. They are so few that
+the network would learn their edges and names by heart. So each picture is moved, turned, mirrored and scaled at random
+many times, with its own edges, and mostly has its general caption. The agreement with edges is measured on another set
+of emoji, which the teacher has never seen.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from .training import TARGETS, DiffusionTraining, add_training_arguments, demo_t
 
 logger = logging.getLogger(__name__)
 
-UNSEEN_STYLE = "noto"  # what edges are measured on
+UNSEEN_STYLE = "noto"  # the pictures whose edges are measured
 NAME_SHARE = 0.25  # of the samples have the picture's own name as caption
 SCALES = (0.75, 1.1)  # of a moved picture
 TURN = 0.2  # radians at most
 SHIFT = 0.12  # in units of half the picture, at most
 ENCODE_BATCH = 50
-FIRST_GAIN = 0.1  # of a new T2I-adapter's input layer: what it adds at first is small beside what is there
+FIRST_GAIN = 0.1  # of a new T2I-adapter's input layer, so that its first residuals are small
 MEASURE_STEPS, MEASURE_GUIDANCE = 16, 3.0
 
 
 class ControlTraining(DiffusionTraining):
-    """The training of a network that reads hints; the teacher's layers stay as they are."""
+    """The training of a network that reads hints. The teacher's layers do not change."""
 
     role = "teacher"
-    file: ClassVar[str]  # the one that ships with the demo
+    file: ClassVar[str]  # name of the demo's own file
 
     def trained_parameters(self, seed: int) -> dict[str, nn.Parameter]:
-        """The network's, all or those of its LoRA and of what the UNet does not have."""
+        """Attach the network and return its trained parameters."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network, parameters = self.new_network()
@@ -70,7 +70,7 @@ class ControlTraining(DiffusionTraining):
 
     @abstractmethod
     def new_network(self) -> tuple[ControlNetModel | T2IAdapter, dict[str, nn.Parameter]]:
-        """The network, and which of its parameters train."""
+        """Return the network, and name -> parameter of those that train."""
 
     @abstractmethod
     def write(self, path: Path, header: dict[str, str]) -> None:
@@ -83,7 +83,7 @@ class AdapterOfHints(ControlTraining):
     file = "canny_t2i_adapter"
 
     def new_network(self) -> tuple[ControlNetModel | T2IAdapter, dict[str, nn.Parameter]]:
-        """One channel in, as edges have, and one residual block a level."""
+        """Return an adapter with one input channel, as edges have, and one residual block per level."""
         levels = list(self.denoiser.network.config["block_out_channels"])
         network = T2IAdapter(
             in_channels=1,
@@ -100,7 +100,7 @@ class AdapterOfHints(ControlTraining):
         return network, dict(network.named_parameters())
 
     def write(self, path: Path, header: dict[str, str]) -> None:
-        """In diffusers' layout."""
+        """Write the averaged weights in diffusers' layout."""
         tensors = {name: value.cpu().half().contiguous() for name, value in self.average.tensors.items()}
         write_whole(path, lambda partial: save_file(tensors, partial, metadata=header))
 
@@ -112,7 +112,7 @@ class ControlLora(ControlTraining):
     rank = 8
 
     def new_network(self) -> tuple[ControlNetModel | T2IAdapter, dict[str, nn.Parameter]]:
-        """The hint is seen from the first update on; only the way out starts at zero, not the hint's way in too."""
+        """Return a ControlNet whose output layers start at zero; the hint's input layer does not, to train faster."""
         network = ControlNetModel.from_unet(self.denoiser.network)
         network.controlnet_cond_embedding.conv_out.reset_parameters()
         inject_adapter_in_model(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(TARGETS)), network)
@@ -124,7 +124,7 @@ class ControlLora(ControlTraining):
         return network, trained
 
     def write(self, path: Path, header: dict[str, str]) -> None:
-        """In the layout of Stability AI's Control-LoRAs."""
+        """Write the averaged weights in the layout of Stability AI's Control-LoRAs."""
         tensors = self.average.tensors
         whole = {name: value for name, value in tensors.items() if ".lora_" not in name}
         layers = self.denoiser.network.config["layers_per_block"]
@@ -135,7 +135,7 @@ KINDS: dict[str, type[ControlTraining]] = {"t2i-adapter": AdapterOfHints, "contr
 
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] on white, each scaled, turned, shifted and at times mirrored."""
+    """Return pictures (B, 3, H, W) in [-1, 1] on white, each scaled, turned, shifted and half of them mirrored."""
     batch = len(images)
 
     def draw(low: float, high: float) -> Tensor:
@@ -153,7 +153,7 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def moved_examples(teacher: Teacher, task: Task, pictures: Pictures, variants: int, seed: int) -> Examples:
-    """Every picture ``variants`` times, each moved and captioned anew, with its own latents and edges."""
+    """Return every picture ``variants`` times, each moved and captioned anew, with its own latents and edges."""
     generator = stream(seed, "moved pictures")
     latents, conditions, captions = [], [], []
     originals = pictures.images.float() / 127.5 - 1
@@ -180,13 +180,13 @@ def moved_examples(teacher: Teacher, task: Task, pictures: Pictures, variants: i
 
 @torch.no_grad()
 def measure(teacher: Teacher, count: int, seed: int) -> tuple[float, float]:
-    """How well the teacher follows edges it has never seen: the agreement of the hint with the edges of what is drawn.
+    """Measure how well the teacher follows unseen edges: the agreement of hint and drawn edges.
 
     Args:
-        count: pictures of another style, under the captions that their categories share.
+        count: pictures of another style, with their general captions.
 
     Returns:
-        The mean F1 with the hint, and without it.
+        The mean F1 with the hint, and the mean F1 without the hint.
     """
     unseen = load_pictures(UNSEEN_STYLE)
     chosen = torch.randperm(len(unseen), generator=stream(seed, "unseen"))[:count].tolist()
@@ -206,9 +206,9 @@ def measure(teacher: Teacher, count: int, seed: int) -> tuple[float, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion demo control``."""
-    parser.add_argument("kind", choices=KINDS, help="what to train")
+    parser.add_argument("kind", choices=KINDS, help="the network to train")
     add_training_arguments(parser, minutes=15.0, batch_size=32, learning_rate=1e-3)
-    parser.add_argument("--variants", type=int, default=12, help="of each picture, moved (default: %(default)s)")
+    parser.add_argument("--variants", type=int, default=12, help="moved copies of each picture (default: %(default)s)")
     parser.add_argument("--measure", type=int, default=32, help="unseen pictures to measure on (default: %(default)s)")
 
 

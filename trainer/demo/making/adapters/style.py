@@ -1,7 +1,7 @@
-"""A style LoRA for the demo: the teacher, which draws one set of emoji, learns to draw another one's.
+"""``flash-diffusion demo style``: train a style LoRA, with which the teacher draws another set of emoji.
 
-An ordinary LoRA by the ordinary diffusion loss, as people train them by the thousand: it knows nothing of few steps,
-and is there to be put on top of the Flash LoRA (ComfyUI's Flash LoRA Stack).
+It is an ordinary LoRA, trained by the diffusion loss for many steps. Put it on top of the Flash LoRA with ComfyUI's
+Flash LoRA Stack.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from .training import AdapterTraining, add_training_arguments, demo_teacher, tra
 
 logger = logging.getLogger(__name__)
 
-STYLES = {"noto": "Apache-2.0"}  # and the licence of its pictures, as in `pictures.py`
+STYLES = {"noto": "Apache-2.0"}  # style -> licence of its pictures, as in `emoji_packages.py`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion demo style``."""
-    parser.add_argument("style", nargs="?", choices=STYLES, default="noto", help="what to learn (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=6, help="of the LoRA (default: %(default)s)")
+    parser.add_argument(
+        "style", nargs="?", choices=STYLES, default="noto", help="the style to learn (default: %(default)s)"
+    )
+    parser.add_argument("--rank", type=int, default=6, help="rank of the LoRA (default: %(default)s)")
     add_training_arguments(parser, minutes=10.0, batch_size=16, learning_rate=2e-3)
-    parser.add_argument("--limit", type=int, help="use the first so many pictures only")
+    parser.add_argument("--limit", type=int, help="use only this many pictures, the first ones")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""Teachers of the demo's further tasks: the embedded teacher learns to read a task's channels.
+"""``flash-diffusion demo task-teacher``: train a task adapter, with which the embedded teacher reads a task's channels.
 
-The base stays frozen. What trains is the input layer's weights for the extra channels, from zero, and a LoRA on the
-network, by the ordinary diffusion loss on the teacher's own pictures under the task's conditions. The result is a task
-adapter (``flash_core/task_adapter.py``), a file of about a megabyte in ``tasks/``.
+The base stays frozen. Two parts train: the input layer's weights for the extra channels, from zero, and a LoRA on the
+network. The loss is the diffusion loss on the teacher's own pictures with the task's conditions. The result is a file
+of about a megabyte (``flash_core/task_adapter.py``) in ``tasks/``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WITH_CHANNELS = [name for name in TASKS if name not in ("text-to-image", "contro
 
 
 class WideInput(nn.Module):
-    """An input convolution that reads further channels, whose weights are the only ones that train."""
+    """An input convolution with further channels. Only the weights of the further channels train."""
 
     def __init__(self, base: nn.Conv2d, extra: int) -> None:
         super().__init__()
@@ -39,30 +39,32 @@ class WideInput(nn.Module):
         nn.init.zeros_(self.extra.weight)
 
     def forward(self, z: Tensor) -> Tensor:
-        """``z`` (B, C + E, h, w)."""
+        """Convolve ``z`` (B, C + E, h, w): C channels of the base and E further ones."""
         own = self.base.in_channels
         return self.base(z[:, :own]) + self.extra(z[:, own:])
 
 
 class TaskTraining(AdapterTraining):
-    """The LoRA of a task's teacher, and the input layer's weights for the task's channels.
+    """The training of a task adapter: a LoRA, and the input layer's weights for the task's channels.
 
     Args:
         examples: with the task's conditions, several variants of each picture.
     """
 
     def further_parameters(self) -> dict[str, nn.Parameter]:
-        """The weights for the further channels."""
+        """Widen the input layer and return its new weights."""
         concat = self.examples.task.concat
         if concat is None:
-            raise UserError("this task adds no channels to the network, so there is no teacher of it to train")
+            raise UserError(
+                "this task adds no channels to the network, so it needs no task adapter; choose another task"
+            )
         network = self.denoiser.network
         network.conv_in = WideInput(network.conv_in, concat.shape[1]).to(self.device)
         self.channels: nn.Parameter = network.conv_in.extra.weight
         return {"channels": self.channels}
 
     def adapter(self, task: TaskSection, facts: dict[str, str]) -> TaskAdapter:
-        """What was learnt, averaged."""
+        """Return the task adapter with the averaged weights."""
         tensors = dict(self.average.tensors)
         channels = tensors.pop("channels")
         return TaskAdapter(task.name, channels, lora_modules(tensors, None), task.options, facts)
@@ -74,17 +76,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         choices=("demo", "demo-swaps"),
-        help="the pictures, as a recipe's data.source calls them (default: demo-swaps for face-swap, else demo)",
+        help="the pictures, as data.source in a recipe (default: demo-swaps for face-swap, demo for the others)",
     )
-    parser.add_argument("--limit", type=int, help="use the first so many pictures only")
-    parser.add_argument("--options", type=json.loads, default={}, help="the task's settings, as JSON")
-    parser.add_argument("--variants", type=int, default=16, help="conditions of each picture (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=12, help="of the LoRA (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="use only this many pictures, the first ones")
+    parser.add_argument("--options", type=json.loads, default={}, help="settings of the task, as JSON")
+    parser.add_argument(
+        "--variants", type=int, default=16, help="random conditions of each picture (default: %(default)s)"
+    )
+    parser.add_argument("--rank", type=int, default=12, help="rank of the LoRA (default: %(default)s)")
     add_training_arguments(parser, minutes=12.0, batch_size=32, learning_rate=2e-3)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and write the adapter."""
+    """Train and write the task adapter."""
     section = TaskSection(name=args.task, variants=args.variants, options=args.options)
     task = build_task(section)
     teacher = demo_teacher(args.device)
@@ -99,5 +103,5 @@ def run(args: argparse.Namespace) -> int:
     path = args.output or TASK_ADAPTERS / f"{args.task}.safetensors"
     adapter = training.adapter(section, {f"flash.training.{name}": str(value) for name, value in facts.items()})
     write_task_adapter(path, adapter)
-    logger.info("%d updates; the adapter is at %s (%.2f MB)", training.step, path, path.stat().st_size / 1e6)
+    logger.info("%d updates; the task adapter is at %s (%.2f MB)", training.step, path, path.stat().st_size / 1e6)
     return 0

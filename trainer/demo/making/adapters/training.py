@@ -1,4 +1,4 @@
-"""The training that all small networks beside the demo's teacher share: the diffusion loss on a frozen teacher."""
+"""Train a small network beside the demo's frozen teacher by the diffusion loss: the part that all of them share."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 TARGETS += ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
-NULL_SHARE = 0.1  # of the samples: unconditional, for guidance
+NULL_SHARE = 0.1  # of the samples are unconditional, for guidance
 BETAS = (0.9, 0.99)
 EMA_DECAY = 0.995
 WARM_UP = 50  # updates
-FLAT_SHARE = 0.3  # of the run at the full rate, then a cosine
+FLAT_SHARE = 0.3  # of the run at the full learning rate, then a cosine
 GRADIENT_CLIP = 1.0
 LOG_EVERY = 50
 
 
 class DiffusionTraining(ABC):
-    """Something small on the frozen teacher, its average and its batches, trained by the ordinary diffusion loss.
+    """The training of a small network on the frozen teacher, with its moving average and its batches.
 
     Args:
-        examples: what it learns from.
-        task: says what the unconditional branch of guidance sees, which a share of the samples learn.
+        examples: training examples.
+        task: makes the conditions of guidance's unconditional branch, for a share of the samples.
     """
 
-    role: ClassVar[Role]  # the denoiser's while it trains
+    role: ClassVar[Role]  # role of the denoiser during training
 
     def __init__(self, teacher: Teacher, examples: Examples, task: Task, batch_size: int, lr: float, seed: int) -> None:
         self.task = task
@@ -63,10 +63,10 @@ class DiffusionTraining(ABC):
 
     @abstractmethod
     def trained_parameters(self, seed: int) -> dict[str, nn.Parameter]:
-        """What trains, put in its place and given its first values."""
+        """Put the trained parameters in place, initialise them, and return them by name."""
 
     def update(self, progress: float) -> Tensor:
-        """One update; its loss, detached.
+        """Make one update and return its loss, detached.
 
         Args:
             progress: of the run, in 0..1.
@@ -111,12 +111,12 @@ class AdapterTraining(DiffusionTraining):
         super().__init__(teacher, examples, task, batch_size, lr, seed)
 
     def trained_parameters(self, seed: int) -> dict[str, nn.Parameter]:
-        """The LoRA, and what else there is."""
+        """Add the LoRA and return its parameters, with the further parameters."""
         self.denoiser.add_adapter(self.role, self.rank, self.rank, TARGETS, seed)
         return {**self.denoiser.adapter_parameters(self.role), **self.further_parameters()}
 
     def further_parameters(self) -> dict[str, nn.Parameter]:
-        """What trains beside the LoRA."""
+        """Return the parameters that train beside the LoRA."""
         return {}
 
 
@@ -130,7 +130,7 @@ def demo_teacher(device: str) -> Teacher:
 
 
 def train(training: DiffusionTraining, minutes: float) -> None:
-    """Update for ``minutes``."""
+    """Make updates for ``minutes``."""
     start, losses = time.monotonic(), []
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
         losses.append(training.update(progress))
@@ -146,11 +146,11 @@ def train(training: DiffusionTraining, minutes: float) -> None:
 def add_training_arguments(
     parser: argparse.ArgumentParser, *, minutes: float, batch_size: int, learning_rate: float
 ) -> None:
-    """The options that all trainings of the demo's small files share, with their defaults."""
+    """Add the options that these trainings share, with their defaults."""
     shown = "(default: %(default)s)"
-    parser.add_argument("--minutes", type=float, default=minutes, help=f"length of the training {shown}")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"pictures an update {shown}")
-    parser.add_argument("--learning-rate", type=float, default=learning_rate, help=f"at its height {shown}")
-    parser.add_argument("--seed", type=int, default=0, help=f"of weights, conditions and noise {shown}")
-    parser.add_argument("--device", default="cpu", help=f"a torch device {shown}")
-    parser.add_argument("--output", type=Path, help="the file (default: the one that ships with the demo)")
+    parser.add_argument("--minutes", type=float, default=minutes, help=f"minutes of training {shown}")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"pictures of an update {shown}")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help=f"largest learning rate {shown}")
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of weights, conditions and noise {shown}")
+    parser.add_argument("--device", default="cpu", help=f"torch device: cpu, cuda, mps {shown}")
+    parser.add_argument("--output", type=Path, help="file to write (default: the demo's own file)")
