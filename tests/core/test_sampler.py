@@ -38,11 +38,12 @@ def sample(process: Process, network: Network, steps: int, seed: int, **options:
 
 
 def run(scheduler: Any, network: Network, seed: int, **step: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(SHAPE, generator=generator)
-    options = {name: generator for name in ("generator",) if step.get("stochastic", True)}
-    for t in scheduler.timesteps:
-        z = scheduler.step(network(z, t.expand(len(z))), t, z, **options).prev_sample
+    with torch.random.fork_rng(devices=[]):
+        generator = torch.default_generator.manual_seed(seed)  # diffusers 0.35's flow scheduler reads no other one
+        z = torch.randn(SHAPE, generator=generator)
+        options = {name: generator for name in ("generator",) if step.get("stochastic", True)}
+        for t in scheduler.timesteps:
+            z = scheduler.step(network(z, t.expand(len(z))), t, z, **options).prev_sample
     return z
 
 
