@@ -222,6 +222,23 @@ def test_vp_uniform_timesteps_are_themselves_and_scale_with_the_schedule() -> No
     assert short.uniform_timestep(tau).tolist() == [0, 1, 25, 50, 75, 99]
 
 
+@pytest.mark.parametrize(
+    ("process", "kind", "timesteps", "others", "words"),
+    [
+        (VPProcess.from_betas(), "vp", [0, 1, 999, 999.0], [-1, 0.5, 1000, math.nan], "whole numbers of 0 to 999"),
+        (VPProcess.from_betas(num_timesteps=100), "vp", [0, 99], [100], "whole numbers of 0 to 99"),
+        (FlowProcess(3.0), "flow", [0.1, 500, 1000], [0, 1000.1, math.nan], "numbers above 0 and up to 1000"),
+    ],
+)
+def test_a_process_knows_its_timesteps(
+    process: Process, kind: str, timesteps: list[float], others: list[float], words: str
+) -> None:
+    assert process.kind == kind
+    assert all(process.is_timestep(t) for t in timesteps)
+    assert not any(process.is_timestep(t) for t in others)
+    assert process.timesteps_in_words.startswith(words)
+
+
 # -- boundary scaling ------------------------------------------------------------------------------------------------
 
 

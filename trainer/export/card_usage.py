@@ -1,4 +1,4 @@
-"""The Python of a model card: how stock diffusers draws a task with the LoRA, or why it can't."""
+"""The Python of a model card: code for diffusers that uses the LoRA, or the reason why diffusers can't."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...flash_core.grid import trailing_fractions, trailing_timesteps
-from ...flash_core.process import FlowProcess, Process
+from ...flash_core.process import Process
 from ..config import Recipe
 from ..tasks import build_task
 from ..teachers import family
@@ -30,11 +30,11 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Usage:
-    """How a picture is drawn.
+    """The code of a model card.
 
     Attributes:
-        code: Python, given ``pipe``, the base's stock pipeline, and what ``words`` say; empty where there is none.
-        words: what else the code is given; without code, why there is none: "no stock pipeline ...".
+        code: Python that expects ``pipe`` (the base's pipeline) and the inputs in ``words``; empty if diffusers can't.
+        words: the other inputs of the code; without code the reason: "no stock pipeline ...".
     """
 
     code: str
@@ -43,17 +43,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a task's stock pipeline is, and is called with.
+    """A task's diffusers pipeline and its arguments.
 
     Attributes:
-        given: what the code is given beside ``pipe``, in words.
-        arguments: of the call, before those that all tasks share.
-        names: to import of ``diffusers``.
-        imports: further lines of imports.
-        loading: lines before the LoRA is loaded.
-        switching: lines after it is.
-        sized: whether it is told height and width; else they follow from its picture.
-        takes_timesteps: whether it takes a list of timesteps; else their number, and the scheduler finds them.
+        given: the inputs beside ``pipe``, in words.
+        arguments: of the call, before the arguments that all tasks share.
+        names: imports from ``diffusers``.
+        imports: more import lines.
+        loading: lines before loading the LoRA.
+        switching: lines after loading the LoRA.
+        sized: True if the call has height and width; else they follow from the picture.
+        takes_timesteps: True if the call has a list of timesteps; else a number of steps.
     """
 
     given: str = "`prompt`"
@@ -67,15 +67,15 @@ class Drawing:
 
 
 class NoStockPipeline(Exception):
-    """Stock diffusers can't draw it; the message says why, as the end of a sentence."""
+    """Raised if diffusers has no pipeline for the task; the message is the end of a sentence."""
 
 
 def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> Usage:
-    """Python that draws a picture with stock diffusers.
+    """Return Python that makes a picture with diffusers.
 
     Args:
-        folder: where the LoRA is.
-        rank: of the LoRA; its alpha is the same as it is written for transformers.
+        folder: the LoRA's folder.
+        rank: of the LoRA; transformers' LoRAs have alpha = rank.
     """
     teacher = family(recipe.model.family)
     try:
@@ -85,7 +85,7 @@ def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> Usage:
     options = [*drawing.arguments, *(f"{name}={value!r}" for name, value in teacher.call_options.items())]
     if drawing.sized and recipe.data.resolution is not None:
         options += [f"height={recipe.data.resolution}", f"width={recipe.data.resolution}"]
-    if isinstance(process, FlowProcess):
+    if process.kind == "flow":
         scheduler, settings = "FlowMatchEulerDiscreteScheduler", ", stochastic_sampling=True"
         # The scheduler shifts uniform time itself.
         options.append(f"sigmas={trailing_fractions(BEST_STEPS)}")
@@ -108,10 +108,10 @@ def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> Usage:
 
 
 def _drawing(recipe: Recipe, teacher: type[Teacher]) -> Drawing:
-    """How a stock pipeline draws the recipe's task.
+    """Return the pipeline and the arguments for the recipe's task.
 
     Raises:
-        NoStockPipeline: none does.
+        NoStockPipeline: no pipeline can do the task.
     """
     model, task = recipe.model, build_task(recipe.task)
     if model.task_adapter is not None:
@@ -207,12 +207,12 @@ def _switched(pipeline: str, *parts: str) -> str:
 
 
 def shown(path: str) -> str:
-    """A Hub name as it is; of a folder on a disk its name, since where it lies is nobody else's business."""
+    """Return a Hub name unchanged, and only the last name of a path on a disk, since paths are private."""
     return Path(path).name if is_on_disk(path) else path
 
 
 def is_on_disk(path: str) -> bool:
-    """Whether it names a file or folder, which may lie on another machine than this, and no repository of the Hub."""
+    """Return True for a path of a file or folder, also on another machine; False for a Hub name."""
     return Path(path).exists() or path.startswith(("/", ".", "~")) or "\\" in path or path.endswith(".safetensors")
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from ... import __version__
 from ...flash_core.grid import MAX_FEW_STEPS, trailing_timesteps
 from ...flash_core.lora import FlashMetadata, LoraModule, write_lora
-from ...flash_core.process import FlowProcess
 from ..config import Recipe
 from ..teachers import family, outline_teacher
 from .card_usage import BEST_STEPS, LORA
@@ -23,8 +22,8 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
     """Write the LoRA and the card.
 
     Args:
-        average: the student's averaged parameters by their names in the network.
-        state: where the run is.
+        average: the student's averaged parameters, by name.
+        state: the state of the run.
     """
     teacher = family(recipe.model.family)
     outline = outline_teacher(recipe.model, recipe.data.resolution)
@@ -33,7 +32,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
     metadata = FlashMetadata(
         base=teacher.base,
         prediction=process.prediction,
-        process="flow" if isinstance(process, FlowProcess) else "vp",
+        process=process.kind,
         task=recipe.task.name,
         timesteps={steps: tuple(trailing_timesteps(process, steps)) for steps in range(1, MAX_FEW_STEPS + 1)},
         steps=BEST_STEPS,
@@ -57,7 +56,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
 
 
 def lora_modules(parameters: Mapping[str, Tensor], alpha: float | None) -> dict[str, LoraModule]:
-    """Pair up an adapter's parameters, ``<path>.lora_A.<role>.weight`` and its ``lora_B``, by path."""
+    """Pair an adapter's parameters, ``<path>.lora_A.<role>.weight`` and its ``lora_B``, by path."""
     modules: dict[str, LoraModule] = {}
     for name, down in parameters.items():
         path, marker, rest = name.partition(".lora_A.")
