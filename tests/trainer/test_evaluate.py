@@ -1,4 +1,4 @@
-"""Metrics against scipy and values worked by hand; pictures, reference sets and report on a model solved exactly."""
+"""Check metrics against scipy and values worked by hand; pictures, reference sets and report on a model solved exactly."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_diversity_by_hand() -> None:
     assert metrics.diversity(torch.ones(4, 2), ["a"] * 4) == 0
 
 
-def test_metrics_refuse_what_means_nothing() -> None:
+def test_metrics_refuse_nan_wrong_shapes_and_single_samples() -> None:
     good = torch.randn(4, 3)
     with pytest.raises(ValueError, match="one feature network"):
         metrics.frechet_distance(good, torch.randn(4, 2))
@@ -165,7 +165,7 @@ def test_metrics_refuse_what_means_nothing() -> None:
         SamplingSetting("student", 1),
     ],
 )
-def test_a_seed_is_one_picture_in_any_batch_and_costs_what_it_says(
+def test_seed_gives_one_picture_in_any_batch_and_nfe_counts_passes(
     run: SamplingSetting, process: VPProcess | FlowProcess
 ) -> None:
     model = Paints(0.2, process)
@@ -179,7 +179,7 @@ def test_a_seed_is_one_picture_in_any_batch_and_costs_what_it_says(
     assert 0 <= pictures.min() <= pictures.max() <= 1
 
 
-def test_the_student_renoises_with_fresh_noise_on_the_trailing_grid() -> None:
+def test_student_renoises_with_fresh_noise_on_the_trailing_grid() -> None:
     model = Paints(0.2)
     generator = torch.Generator().manual_seed(3)
     mean = torch.tensor(COLOURS["red"])[:, None, None] + 0.2
@@ -191,7 +191,7 @@ def test_the_student_renoises_with_fresh_noise_on_the_trailing_grid() -> None:
     torch.testing.assert_close(sample_latents(model, SamplingSetting("student", 4), ["red"], [3])[0], z0)
 
 
-def test_the_teacher_solves_its_ode_with_guidance() -> None:
+def test_teacher_solves_its_ode_with_guidance() -> None:
     # Without guidance the flow carries noise eps to mean + SPREAD eps, whatever the mean.
     model = Paints()
     noise = noise_source([1, 2], SHAPE, "cpu")()
@@ -204,7 +204,7 @@ def test_the_teacher_solves_its_ode_with_guidance() -> None:
     assert default_solver(VPProcess.from_betas()) == "dpmpp_2m"
 
 
-def test_names_and_passes_of_runs() -> None:
+def test_sampling_setting_has_a_name_and_counts_passes() -> None:
     runs = [
         SamplingSetting("teacher", 32, 2.5),
         *few_step_runs(2.5),
@@ -222,7 +222,7 @@ def test_names_and_passes_of_runs() -> None:
 # -- reference sets --------------------------------------------------------------------------------------------------
 
 
-def test_a_draw_begins_with_the_draw_of_a_smaller_set_and_pairs_its_prompts() -> None:
+def test_draw_begins_with_the_smaller_draw_and_pairs_prompts() -> None:
     prompts = [str(number) for number in range(10)]
     small, large = draw(prompts, 8, 0, 1), draw(prompts, 30, 0, 1)
     assert large.rows(range(8)) == small
@@ -231,7 +231,7 @@ def test_a_draw_begins_with_the_draw_of_a_smaller_set_and_pairs_its_prompts() ->
     assert {large.prompts.count(prompt) for prompt in prompts} == {2, 4}
 
 
-def test_two_sets_show_the_same_prompts() -> None:
+def test_two_sets_have_the_same_prompts_and_other_seeds() -> None:
     prompts = [str(number) for number in range(10)]
     second, first = draw(prompts, 8, 0, 1), draw(prompts, 8, 0, 0, times=3)
     assert first.prompts == second.prompts * 3
@@ -245,7 +245,7 @@ def test_sets_share_no_noise() -> None:
     assert len({tuple(noise_source([seed], (4,), "cpu")().flatten().tolist()) for seed in seeds}) == 900
 
 
-def test_a_reference_survives_the_file_and_says_what_it_is_of(tmp_path: Path) -> None:
+def test_reference_survives_its_file_and_names_a_mismatch(tmp_path: Path) -> None:
     report = run_evaluation(tmp_path)
     reference = Reference.load(tmp_path / "reference.safetensors")
     origin = reference.origin
@@ -265,7 +265,7 @@ def test_a_reference_survives_the_file_and_says_what_it_is_of(tmp_path: Path) ->
         Reference.load(tmp_path / "other.safetensors")
 
 
-def test_a_fingerprint_follows_weights_and_configuration_alone(tmp_path: Path) -> None:
+def test_fingerprint_depends_only_on_weights_and_configuration(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     with pytest.raises(FileNotFoundError, match="safetensors"):
         fingerprint(tmp_path)
@@ -283,12 +283,12 @@ def test_a_fingerprint_follows_weights_and_configuration_alone(tmp_path: Path) -
     assert len({before, changed, fingerprint(tmp_path)}) == 3
 
 
-def test_a_prompt_names_a_class_or_all_that_share_a_caption() -> None:
+def test_prompt_fits_its_class_or_all_classes_of_its_caption() -> None:
     known = {prompt: fitting_classes(Eye(), prompt) for prompt in ("red", "white", "primary", "grey", "purple")}
     assert known == {"red": {0}, "white": {3}, "primary": {0, 1, 2}, "grey": {3}, "purple": set()}
 
 
-def test_a_prompt_is_drawn_as_often_as_it_stands_in_the_list() -> None:
+def test_prompt_is_drawn_as_often_as_it_is_listed() -> None:
     drawn = draw(["a", "b", "a"], 60, 0, 0).prompts
     assert drawn.count("a") == 2 * drawn.count("b") == 40
 
@@ -307,7 +307,7 @@ def run_evaluation(output: Path, model: Paints | None = None, student: str | Non
     ).evaluate()
 
 
-def test_the_report_has_the_agreed_schema_and_files(tmp_path: Path) -> None:
+def test_report_has_its_schema_and_files(tmp_path: Path) -> None:
     report = run_evaluation(tmp_path)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert set(report["floor"]) == {"fd", "kid"}
@@ -327,7 +327,7 @@ def test_the_report_has_the_agreed_schema_and_files(tmp_path: Path) -> None:
         assert all((tmp_path / name).is_file() for name in files)
 
 
-def test_the_teachers_many_steps_score_the_floor_and_match_themselves(tmp_path: Path) -> None:
+def test_teacher_in_many_steps_scores_the_floor_and_matches_itself(tmp_path: Path) -> None:
     report = run_evaluation(tmp_path)
     many = report["runs"][0]
     assert many["fd"] == report["floor"]["fd"] > 0
@@ -336,7 +336,7 @@ def test_the_teachers_many_steps_score_the_floor_and_match_themselves(tmp_path: 
     assert many["prompt_accuracy"] == 1
 
 
-def test_a_worse_student_scores_worse(tmp_path: Path) -> None:
+def test_worse_student_scores_worse(tmp_path: Path) -> None:
     """A student off in all its colours is farther in every distance, by the squared shift of its features in one."""
     close, off = (run_evaluation(tmp_path / str(bias), Paints(bias)) for bias in (0.0, 0.9))
     for line, other in zip(close["runs"][1:4], off["runs"][1:4], strict=True):
@@ -348,7 +348,7 @@ def test_a_worse_student_scores_worse(tmp_path: Path) -> None:
                                  for line, other in zip(off["runs"][4:], close["runs"][4:], strict=True)]  # fmt: skip
 
 
-def test_a_seed_decides_every_number(tmp_path: Path) -> None:
+def test_seed_decides_every_figure(tmp_path: Path) -> None:
     def numbers(seed: int, batch_size: int) -> list[dict]:
         report = run_evaluation(tmp_path / f"{seed}-{batch_size}", seed=seed, batch_size=batch_size)
         return [{name: value for name, value in line.items() if name != "seconds_per_image"} for line in report["runs"]]
@@ -359,7 +359,7 @@ def test_a_seed_decides_every_number(tmp_path: Path) -> None:
     assert numbers(0, 10) != numbers(1, 10)
 
 
-def test_a_stored_reference_is_used_and_a_wrong_one_is_made_anew(
+def test_stored_reference_is_used_and_a_wrong_reference_is_made_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, again = Paints(), Paints()
@@ -379,9 +379,7 @@ def test_a_stored_reference_is_used_and_a_wrong_one_is_made_anew(
     assert "teacher is 'paints' there and 'retrained' now" in caplog.text
 
 
-def test_a_reference_that_this_machine_cannot_reproduce_is_made_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_reference_that_cannot_be_reproduced_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_evaluation(tmp_path)
     path = tmp_path / "reference.safetensors"
     reference = Reference.load(path)
@@ -393,7 +391,7 @@ def test_a_reference_that_this_machine_cannot_reproduce_is_made_anew(
     assert not report["reference"]["stored"]
 
 
-def test_the_teacher_alone(tmp_path: Path) -> None:
+def test_teacher_alone_has_no_targets(tmp_path: Path) -> None:
     report = run_evaluation(tmp_path, student=None)
     assert len(report["runs"]) == 7
     assert report["targets"] == []
@@ -413,7 +411,7 @@ def test_targets_are_the_floor_and_the_gap_closed() -> None:
     assert left_out(gaps) == []
 
 
-def test_a_perfect_student_closes_the_gap_and_meets_every_target() -> None:
+def test_perfect_student_closes_the_gap_and_meets_every_target() -> None:
     perfect = [Gap(4, 1.0, 1.6, 1.0), Gap(2, 1.0, 7.0, 1.0), Gap(1, 1.0, 30.0, 1.0)]
     assert [gap.closed for gap in perfect] == [1.0, 1.0, 1.0]
     assert all(line["met"] for line in targets_of(perfect))
@@ -434,13 +432,13 @@ def test_no_target_for_the_gap_where_the_undistilled_teacher_is_near_the_floor(u
     assert Gap(4, 1.2, 0.9, 1.0).closed is None
 
 
-def test_pairs_are_all_pairs() -> None:
+def test_diversity_averages_all_pairs() -> None:
     features = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pairs = [float((features[i] - features[j]).norm()) for i, j in combinations(range(5), 2)]
     assert metrics.diversity(features, ["a"] * 5) == pytest.approx(sum(pairs) / len(pairs))
 
 
-def test_an_origin_is_complete() -> None:
+def test_origin_has_every_input() -> None:
     assert set(Origin.__dataclass_fields__) >= {"teacher", "features", "prompts", "seed", "guidance", "solver"}
 
 
@@ -463,7 +461,7 @@ def lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_lora(tiny_model, tmp_path_factory.mktemp("lora") / "lora.safetensors")
 
 
-def test_the_command_on_a_diffusers_folder(
+def test_command_evaluates_a_diffusers_folder(
     tiny_model: Path, features: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reference, output = tmp_path / "teacher.safetensors", tmp_path / "out"
@@ -496,7 +494,7 @@ def test_the_command_on_a_diffusers_folder(
         (["--lora", "nowhere.safetensors"], "no LoRA at nowhere.safetensors"),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_command_names_the_wrong_option(
     arguments: list[str], message: str, tiny_model: Path, features: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["evaluate", "--family", "sd15", "--teacher", str(tiny_model), "--features", str(features)]

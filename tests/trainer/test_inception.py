@@ -1,4 +1,4 @@
-"""FID's Inception against torch-fidelity's, and weights that are read without being unpickled."""
+"""Compare FID's Inception with torch-fidelity's; check that nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def waves() -> torch.Tensor:
     return torch.stack([picture, 255 - picture.flip(1)]).round().clamp(0, 255)
 
 
-def test_features_are_torch_fidelitys(file: Path) -> None:
+def test_features_equal_torch_fidelitys_features(file: Path) -> None:
     # What torch-fidelity 0.4.0's network (as torchmetrics 1.9.0 runs it, NoTrainInceptionV3) makes of the same weights
     # and pictures on torch 2.13.0; every 300th feature, mean and standard deviation.
     network, _ = load_inception(file, "cpu")
@@ -48,7 +48,7 @@ def test_features_are_torch_fidelitys(file: Path) -> None:
     assert not network.training
 
 
-def test_a_safetensors_file_serves_as_well(file: Path, tmp_path: Path) -> None:
+def test_safetensors_file_gives_the_same_network(file: Path, tmp_path: Path) -> None:
     tensors = {name: value.contiguous() for name, value in read_tensors(file).items() if not name.startswith("fc.")}
     save_file(tensors, tmp_path / "inception.safetensors")
     network, digest = load_inception(tmp_path / "inception.safetensors", "cpu")
@@ -58,7 +58,7 @@ def test_a_safetensors_file_serves_as_well(file: Path, tmp_path: Path) -> None:
     assert digest != other_digest
 
 
-def test_another_network_is_refused(file: Path, tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(file: Path, tmp_path: Path) -> None:
     tensors = dict(read_tensors(file))
     path = tmp_path / "torchvision.pth"
     torch.save({**tensors, "AuxLogits.conv0.conv.weight": torch.zeros(1)}, path)
@@ -91,14 +91,14 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"no weights", b"\x00" * 100])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_damaged_files_are_named(content: bytes, suffix: str, tmp_path: Path) -> None:
+def test_damaged_file_error_names_the_file(content: bytes, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"weights{suffix} can't be read"):
         read_tensors(path)
 
 
-def test_what_is_no_table_of_tensors_is_refused(tmp_path: Path) -> None:
+def test_file_without_named_tensors_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     torch.save({"a": 1}, tmp_path / "numbers.pth")
     for name in ("list.pth", "numbers.pth"):
@@ -106,7 +106,7 @@ def test_what_is_no_table_of_tensors_is_refused(tmp_path: Path) -> None:
             read_tensors(tmp_path / name)
 
 
-def test_published_files_are_looked_for_in_the_hubs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_files_are_found_in_the_hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     asked = []
 
@@ -115,7 +115,7 @@ def test_published_files_are_looked_for_in_the_hubs_folder(tmp_path: Path, monke
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(UserError, match="can't be downloaded .no network.; fetch it elsewhere and put it at"):
+    with pytest.raises(UserError, match="can't be downloaded .no network.; download it on another machine"):
         hub_file(URL)
     assert asked == [(URL, "6726825d")]
     there = tmp_path / "hub" / "checkpoints" / URL.rsplit("/", 1)[1]

@@ -1,4 +1,4 @@
-"""LPIPS against torchmetrics' own, and distillation by it from the recipe to the LoRA."""
+"""Compare LPIPS with torchmetrics', and distil with LPIPS from the recipe to the LoRA."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ torch.save({"distance": distance.detach(), "gradient": gradient}, f"{folder}/the
 """
 
 
-def test_the_distance_is_torchmetrics(vgg: Path, tmp_path: Path) -> None:
+def test_lpips_equals_torchmetrics_lpips(vgg: Path, tmp_path: Path) -> None:
     # Theirs needs torchvision, which is not in the trainer's environment: in a process that has ComfyUI's.
     runtime = load_runtime()
     environment = {**runtime.environment(), "OMP_NUM_THREADS": "1"}
@@ -79,7 +79,7 @@ def test_the_distance_is_torchmetrics(vgg: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(gradient, theirs["gradient"], rtol=1e-3, atol=1e-8)
 
 
-def test_a_distance_is_zero_symmetric_and_grows(vgg: Path) -> None:
+def test_lpips_is_zero_for_equal_pictures_symmetric_and_grows(vgg: Path) -> None:
     distance = lpips(torch.device("cpu"), vgg)
     source = torch.Generator().manual_seed(2)
     pictures = torch.rand(2, 3, 32, 32, generator=source) - 0.5
@@ -95,13 +95,13 @@ def test_a_distance_is_zero_symmetric_and_grows(vgg: Path) -> None:
     assert bool(flat.grad.isfinite().all())
 
 
-def test_another_network_is_refused(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "alexnet.pth")
     with pytest.raises(UserError, match="does not hold VGG-16's weights"):
         lpips(torch.device("cpu"), tmp_path / "alexnet.pth")
 
 
-def test_a_recipe_distils_by_it(
+def test_recipe_distils_with_lpips(
     recipe_content: dict[str, Any], vgg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = tmp_path / "home" / "hub" / "checkpoints"

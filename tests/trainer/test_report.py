@@ -1,4 +1,4 @@
-"""The report's page: complete, self-contained, honest about missed targets, and its charts to scale."""
+"""Check the report's page: complete, self-contained, with missed targets, and charts to scale."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Page(HTMLParser):
         self.texts.append(data.strip())
 
 
-def test_the_page_is_whole_and_fetches_nothing(folder: Path) -> None:
+def test_page_is_whole_and_fetches_nothing(folder: Path) -> None:
     page = Page((write_report(folder)).read_text(encoding="utf-8"))
     assert page.open == []
     assert len(page.addresses) == 2 * 7
@@ -174,13 +174,13 @@ def test_report_of_another_kind_is_refused(tmp_path: Path) -> None:
         read_report(tmp_path)
 
 
-def test_prompts_are_text_and_never_markup(folder: Path) -> None:
+def test_prompts_are_escaped(folder: Path) -> None:
     text = (write_report(folder)).read_text(encoding="utf-8")
     assert "a &lt;red&gt; heart" in text
     assert "<red>" not in text
 
 
-def test_a_report_of_a_teacher_alone(folder: Path) -> None:
+def test_report_of_a_teacher_alone_has_no_targets(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     report |= {"student": None, "targets": [], "gaps": []}
     report["runs"] = [run for run in report["runs"] if run["name"].startswith("teacher")]
@@ -194,7 +194,7 @@ def test_a_report_of_a_teacher_alone(folder: Path) -> None:
     assert terminal_table(run_table(read_report(folder))).row_count == 7
 
 
-def test_a_folder_without_an_evaluation(tmp_path: Path) -> None:
+def test_folder_without_an_evaluation_raises_a_readable_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="flash-diffusion evaluate"):
         write_report(tmp_path)
 
@@ -236,7 +236,7 @@ def scores(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_of_zero_shot_scores(scores: Path) -> None:
+def test_zero_shot_page_shows_scores_and_pictures(scores: Path) -> None:
     text = write_report(scores).read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
@@ -254,7 +254,7 @@ def test_the_page_of_zero_shot_scores(scores: Path) -> None:
     assert terminal_table(score_table(read_report(scores))).row_count == 4
 
 
-def test_scores_that_stand_beside_no_published_ones_say_so(scores: Path) -> None:
+def test_scores_that_are_not_comparable_say_so(scores: Path) -> None:
     report = json.loads((scores / "report.json").read_text())
     assert comparability(report["protocol"], report["networks"]) == []
     report["protocol"]["captions"] = 100
@@ -271,7 +271,7 @@ def test_scores_that_stand_beside_no_published_ones_say_so(scores: Path) -> None
     assert any("100 of 5000 captions" in part for part in page.texts)
 
 
-def test_a_linear_chart_is_to_scale() -> None:
+def test_linear_chart_is_to_scale() -> None:
     line = Line("student", ((1, 0.30), (2, 0.31), (4, 0.33)), ("a", "b", "c"))
     svg = passes_chart("CLIP", [line], None, "", log=False)
     heights = [float(y) for y in re.findall(r'<circle[^>]*cy="([\d.]+)"', svg)]
@@ -290,7 +290,7 @@ def test_groups_hold_every_run_once(folder: Path) -> None:
     )
 
 
-def test_the_training_log_becomes_curves(folder: Path) -> None:
+def test_training_log_becomes_curves(folder: Path) -> None:
     log = folder / "log.jsonl"
     lines = [
         {"update": update, "phase": "warm-up" if update < 50 else "phase 1", "images_per_second": 9, "lr": 1e-4,
@@ -309,7 +309,7 @@ def test_the_training_log_becomes_curves(folder: Path) -> None:
         read_log(log)
 
 
-def test_numbers_as_people_read_them() -> None:
+def test_numbers_are_written_for_people() -> None:
     written = [number(value) for value in (0.012345, 1.2345, 12.345, 1234.5, 0.0, -0.05, None)]
     assert written == ["0.0123", "1.23", "12.3", "1234", "0", "-0.0500", "–"]
     assert [share(value) for value in (0.987, None)] == ["99 %", "–"]
@@ -318,7 +318,7 @@ def test_numbers_as_people_read_them() -> None:
     assert [listed(values) for values in ([4, 2, 1], [4])] == ["4, 2 or 1", "4"]
 
 
-def test_marks_lie_where_their_values_say() -> None:
+def test_chart_marks_are_to_scale() -> None:
     line = Line("student", ((1, 10.0), (2, 1.0), (4, 0.1)), ("a", "b", "<c>"))
     svg = passes_chart("x & y", [line], 1.0, "level")
     dots = [(float(x), float(y)) for x, y in re.findall(r'<circle[^>]*cx="([\d.]+)" cy="([\d.]+)"', svg)]
@@ -333,7 +333,7 @@ def test_marks_lie_where_their_values_say() -> None:
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1.5, 1e4), st.booleans())
-def test_ticks_are_few_round_and_inside(low: float, ratio: float, log: bool) -> None:
+def test_axis_ticks_are_few_round_and_inside(low: float, ratio: float, log: bool) -> None:
     axis = Axis(low, low * ratio, 100, 0, log)
     ticks = axis.ticks()
     assert len(ticks) <= 12
@@ -345,14 +345,14 @@ def test_ticks_are_few_round_and_inside(low: float, ratio: float, log: bool) -> 
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=50), st.floats(-3, 3))
-def test_a_running_mean_stays_between_its_values(values: list[float], constant: float) -> None:
+def test_running_mean_stays_between_its_values(values: list[float], constant: float) -> None:
     means = running_mean(values)
     assert means[0] == values[0]
     assert all(min(values) - 1e-9 <= mean <= max(values) + 1e-9 for mean in means)
     assert running_mean([constant] * 9) == pytest.approx([constant] * 9)
 
 
-def test_long_curves_are_thinned_and_end_where_they_end() -> None:
+def test_long_curves_are_thinned_and_keep_their_end() -> None:
     points = [(float(index), 1.0) for index in range(10_001)]
     few = thinned(points)
     assert len(few) <= 241

@@ -1,4 +1,4 @@
-"""Figures of conditional tasks against values worked by hand, and whole evaluations on tiny models."""
+"""Check figures of conditional tasks against values worked by hand, and whole evaluations on tiny models."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_psnr_is_torchmetrics_own_and_ends_at_100_decibels() -> None:
     assert psnr(flat(0.6, 0.5), flat(0.5, 0.5)).tolist() == pytest.approx([20, 100], rel=1e-5)
 
 
-def test_psnr_counts_the_pixels_it_is_told_to() -> None:
+def test_psnr_counts_only_the_masked_pixels() -> None:
     mask = square()
     made = torch.where(mask > 0, torch.ones(()), flat(0.6))
     assert float(psnr(made, flat(0.5), 1 - mask)) == pytest.approx(20, rel=1e-5)
     assert math.isnan(float(psnr(made, flat(0.5), torch.zeros_like(mask))))
 
 
-def test_a_black_square_on_white_has_a_seam_and_a_white_one_has_none() -> None:
+def test_black_square_on_white_has_a_seam_and_white_square_has_none() -> None:
     white, mask = flat(1.0), square()
     assert float(seam(white, white, mask)) == pytest.approx(1)
     assert float(seam(torch.where(mask > 0, 0.0, white), white, mask)) == pytest.approx((1 + SEAM_FLOOR) / SEAM_FLOOR)
@@ -98,7 +98,7 @@ def test_a_black_square_on_white_has_a_seam_and_a_white_one_has_none() -> None:
     assert float(seam(red, white, mask)) == pytest.approx((0.5 / 3 + SEAM_FLOOR) / SEAM_FLOOR, rel=1e-5)
 
 
-def test_a_seam_is_measured_by_what_is_around_it() -> None:
+def test_seam_is_relative_to_its_surroundings() -> None:
     """On a ramp, every step is as steep as every other one; a step of twice that across the border shows."""
     ramp = (torch.arange(32) / 64).expand(1, 3, 32, 32)
     mask = torch.zeros(1, 1, 32, 32)
@@ -130,7 +130,7 @@ def test_edges_agree_within_two_pixels(found: Tensor, precision: float, recall: 
     assert float(agreement["f1"]) == pytest.approx(2 * precision * recall / both if both else 0)
 
 
-def test_edges_that_nobody_asked_for_do_not_count() -> None:
+def test_edge_agreement_is_nan_without_wanted_edges() -> None:
     agreement = edge_agreement(torch.cat([line(), line()]), torch.cat([torch.zeros(1, 1, 32, 32), line()]))
     assert torch.isnan(agreement["f1"]).tolist() == [True, False]
 
@@ -155,7 +155,7 @@ def test_distance_and_cosine_by_hand() -> None:
 # -- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_perfect_filling_scores_perfectly_and_the_rest_is_put_back() -> None:
+def test_perfect_filling_scores_perfectly_and_the_rest_is_put_back() -> None:
     inpainting, mask = task("inpainting"), square()
     seen = scene(flat(0.7), mask=mask)
     perfect = inpainting.scores(flat(0.7), seen)
@@ -187,7 +187,7 @@ def test_every_figure_of_a_task_is_measured() -> None:
         assert all(value.shape == (2,) for value in scores.values()), name
 
 
-def test_detail_that_keeps_the_means_is_consistent_with_the_small_picture() -> None:
+def test_detail_that_keeps_the_means_is_consistent() -> None:
     upscaling = task("super-resolution", scale=4)
     original = flat(0.5)
     checks = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 0.2 - 0.1
@@ -198,7 +198,7 @@ def test_detail_that_keeps_the_means_is_consistent_with_the_small_picture() -> N
     torch.testing.assert_close(reduced(original + checks, 4), flat(0.5, size=8))
 
 
-def test_a_swapped_identity_is_told_from_the_targets_own() -> None:
+def test_identity_tells_source_from_target() -> None:
     swap = task("face-swap", centre=[0.5, 0.5], radius=[0.25, 0.25])
     source, target = (torch.tensor(rgb).reshape(1, 3, 1, 1).expand(1, 3, 32, 32) for rgb in ([1.0, 0, 0], [0, 1.0, 0]))
     seen = scene(target, source, mask=square(first=6, last=26))  # all of the box around the face
@@ -214,7 +214,7 @@ def test_a_swapped_identity_is_told_from_the_targets_own() -> None:
     assert float(between["identity"]) == pytest.approx(0.5, rel=1e-4)
 
 
-def test_faces_are_swapped_with_another_picture_whatever_lies_beside_the_target() -> None:
+def test_face_swap_takes_its_source_from_another_picture() -> None:
     swap, generator = task("face-swap"), torch.Generator().manual_seed(0)
     images, others, beside = flat(-0.5), flat(0.5), {"identity": flat(-1.0), "mask": square()}
     drawn = swap.draw_for_evaluation(images, others, beside, generator)
@@ -226,7 +226,7 @@ def test_faces_are_swapped_with_another_picture_whatever_lies_beside_the_target(
 # -- samples ---------------------------------------------------------------------------------------------------------
 
 
-def test_samples_do_not_depend_on_the_batch_and_sources_are_other_pictures(pictures: Path) -> None:
+def test_samples_do_not_depend_on_the_batch_size(pictures: Path) -> None:
     swap = task("face-swap")
     subjects = read_subjects(str(pictures), swap, 16, 0)
     assert len(subjects.samples) == 6
@@ -243,7 +243,7 @@ def test_samples_do_not_depend_on_the_batch_and_sources_are_other_pictures(pictu
     assert not any(torch.equal(whole.images[row], whole.others[row]) for row in range(16))
 
 
-def test_the_demos_pictures_have_general_captions_and_a_style_nobody_learnt() -> None:
+def test_demo_pictures_have_general_captions_and_an_unseen_style() -> None:
     inpainting = task("inpainting")
     seen, unseen = (read_subjects(name, inpainting, 200, 0) for name in ("demo", "demo:noto"))
     assert "the teacher learnt from them" in seen.origin
@@ -253,18 +253,18 @@ def test_the_demos_pictures_have_general_captions_and_a_style_nobody_learnt() ->
     assert len(captions) < 20 < len(seen.samples)
     faces = read_subjects("demo", task("face-swap"), 200, 0).samples
     assert {sample.caption for sample in faces} == {"smiley face"}
-    with pytest.raises(UserError, match="No pictures of style 'oil'"):
+    with pytest.raises(UserError, match="no pictures of style 'oil'"):
         read_subjects("demo:oil", inpainting, 4, 0)
 
 
-def test_a_runs_own_pictures_are_said_to_be_what_it_was_trained_on() -> None:
+def test_origin_says_that_the_run_was_trained_on_its_pictures() -> None:
     section = DataSection(source="demo-swaps", limit=5)
     found = read_subjects(section, task("face-swap"), 4, 0)
     assert found.origin == "the first 4 pictures of demo-swaps, which the run was trained on, without captions"
 
 
 @pytest.mark.parametrize("network", ["control={path: canny_t2i_adapter}", "image_adapter={path: x, image_encoder: y}"])
-def test_text_alone_is_not_evaluated_beside_a_network_that_it_gives_nothing(
+def test_text_to_image_refuses_control_and_image_adapters(
     network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["evaluate", "--model", network, "--samples", "2", "--output", str(tmp_path)]
@@ -272,13 +272,13 @@ def test_text_alone_is_not_evaluated_beside_a_network_that_it_gives_nothing(
     assert f"model.{network.partition('=')[0]}" in capsys.readouterr().err
 
 
-def test_a_tasks_lora_is_not_measured_on_text_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_to_image_refuses_the_lora_of_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora = LORAS / "flash_demo_face_swap.safetensors"
     assert main(["evaluate", "--lora", str(lora), "--samples", "2", "--output", str(tmp_path)]) != 0
     assert "was distilled for face-swap, not for text-to-image; choose --task face-swap" in capsys.readouterr().err
 
 
-def test_options_come_before_the_runs(tmp_path: Path) -> None:
+def test_option_wins_over_the_run(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path / "model", tmp_path / "data")
     (tmp_path / "config.yaml").write_text(json.dumps({**recipe, "model": {"family": "sd15", "path": "there"}}))
     (tmp_path / "lora.safetensors").touch()
@@ -309,7 +309,7 @@ def test_bootstrap_intervals_are_those_of_the_mean() -> None:
     assert bootstrap.of_set_values(drawn - drawn, 400) == Estimate(0, 0, 0, 400)
 
 
-def test_targets_are_ratios_and_clear_differences() -> None:
+def test_task_targets_are_ratios_and_clear_differences() -> None:
     lower = Figure("seam", "Seam", "seam", "", higher_is_better=False)
     higher = Figure("psnr", "PSNR", "PSNR", "", higher_is_better=True)
     context = Figure("own", "Own", "own", "", higher_is_better=False, judged=False)
@@ -360,7 +360,7 @@ def wide_model(folder: Path, channels: int) -> Path:
 
 
 @pytest.mark.parametrize("name", list(CHANNELS))
-def test_an_evaluation_of_each_task(name: str, lora: Path, pictures: Path, tmp_path: Path) -> None:
+def test_each_task_is_evaluated(name: str, lora: Path, pictures: Path, tmp_path: Path) -> None:
     model = wide_model(tmp_path / "model", CHANNELS[name])
     student = for_task(lora, name, tmp_path / "lora.safetensors")
     command = ["evaluate", "--task", name, "--family", "sd15", "--teacher", str(model), "--lora", str(student)]
@@ -400,7 +400,7 @@ def test_an_evaluation_of_each_task(name: str, lora: Path, pictures: Path, tmp_p
         assert first == pytest.approx(second, rel=1e-3)
 
 
-def test_distances_of_sets_from_enough_samples(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enough_samples_give_frechet_distances(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "flash_diffusion.trainer.evaluate.task_comparison.SAMPLES_A_FEATURE", 1
     )  # 256 would take minutes
@@ -416,7 +416,7 @@ def test_distances_of_sets_from_enough_samples(pictures: Path, tmp_path: Path, m
     assert report["targets"] == []  # there is no student
 
 
-def test_a_runs_folder_says_what_it_is(lora: Path, pictures: Path, tmp_path: Path) -> None:
+def test_run_folder_names_model_task_and_options(lora: Path, pictures: Path, tmp_path: Path) -> None:
     model, run = wide_model(tmp_path / "model", 8), tmp_path / "run"
     run.mkdir()
     recipe = tiny_recipe(model, pictures, task={"name": "super-resolution", "options": {"scale": 2, "jpeg": None}})
@@ -445,7 +445,7 @@ def test_a_runs_folder_says_what_it_is(lora: Path, pictures: Path, tmp_path: Pat
         (["--run", "nowhere"], ["config.yaml"]),
     ],
 )
-def test_options_that_do_not_fit_are_named(
+def test_command_names_options_that_do_not_fit(
     options: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", "--output", str(tmp_path), *options]) == 2
@@ -454,7 +454,7 @@ def test_options_that_do_not_fit_are_named(
         assert word in message
 
 
-def test_a_lora_or_a_model_of_another_task_is_refused(
+def test_lora_or_model_of_another_task_is_refused(
     tiny_model: Path, lora: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = for_task(lora, "face-swap", tmp_path / "other.safetensors")

@@ -1,4 +1,4 @@
-"""COCO protocols: captions, framing, pictures that survive a kill, and scores against torchmetrics' own."""
+"""Check COCO protocols: captions, framing, pictures that survive a kill, and scores against torchmetrics' own."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Eye(nn.Module):
 # -- captions and pictures -------------------------------------------------------------------------------------------
 
 
-def test_a_picture_gives_the_caption_with_the_lowest_id(coco: Path) -> None:
+def test_coco_gives_the_caption_with_the_lowest_id(coco: Path) -> None:
     found = read_coco(coco, SMALL)
     assert len(found.captions) == len(found.pictures) == 12
     for caption in found.captions:
@@ -96,7 +96,7 @@ def test_a_picture_gives_the_caption_with_the_lowest_id(coco: Path) -> None:
     assert [path.name for path in found.pictures] == sorted(path.name for path in (coco / "val2017").iterdir())
 
 
-def test_a_smaller_sample_is_the_head_of_a_larger_one(coco: Path) -> None:
+def test_smaller_sample_is_the_head_of_a_larger_sample(coco: Path) -> None:
     whole, part = read_coco(coco, SMALL), read_coco(coco, SMALL, 5)
     assert part.captions == whole.captions[:5]
     assert part.pictures == whole.pictures  # the reference is all of them
@@ -104,14 +104,14 @@ def test_a_smaller_sample_is_the_head_of_a_larger_one(coco: Path) -> None:
     assert numbers not in (sorted(numbers), sorted(numbers, reverse=True))
 
 
-def test_captions_of_a_file_take_the_place_of_cocos(coco: Path) -> None:
+def test_captions_from_a_file_replace_cocos_captions(coco: Path) -> None:
     found = read_coco(coco, SMALL, 2, ["one", "two", "three"])
     assert found.captions == (Caption(0, "one"), Caption(1, "two"))
     with pytest.raises(UserError, match="prompts file has 3 captions"):
         read_coco(coco, SMALL, 4, ["one", "two", "three"])
 
 
-def test_the_protocols_are_the_papers() -> None:
+def test_protocols_have_the_papers_sizes() -> None:
     five, thirty = PROTOCOLS["coco2017-5k"], PROTOCOLS["coco2014-30k"]
     assert (five.samples, five.size, five.annotations) == (5_000, 512, "annotations/captions_val2017.json")
     assert (thirty.samples, thirty.size, thirty.annotations) == (30_000, 256, "annotations/captions_val2014.json")
@@ -145,7 +145,7 @@ def break_annotations(content: Any) -> Any:
         ),
     ],
 )
-def test_a_wrong_folder_says_what_is_wrong(coco: Path, tmp_path: Path, change: Any, message: str) -> None:
+def test_wrong_coco_folder_raises_a_readable_error(coco: Path, tmp_path: Path, change: Any, message: str) -> None:
     folder = tmp_path / "coco"
     shutil.copytree(coco, folder)
     change(folder)
@@ -163,7 +163,7 @@ def gradient(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("shape", [(90, 60), (61, 100), (40, 40), (30, 20)])
-def test_the_square_is_pillows_fit(shape: tuple[int, int]) -> None:
+def test_square_equals_pillows_fit(shape: tuple[int, int]) -> None:
     picture = gradient(*shape)
     side = min(shape)
     left, top = (shape[0] - side) // 2, (shape[1] - side) // 2  # Pillow's own would cut between pixels
@@ -172,7 +172,7 @@ def test_the_square_is_pillows_fit(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [512, 256])
-def test_inceptions_view_is_resized_without_rounding(size: int) -> None:
+def test_picture_for_inception_is_resized_without_rounding(size: int) -> None:
     picture = gradient(size, size)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
     expected = nn.functional.interpolate(pixels, (299, 299), mode="bicubic", antialias=True)[0]
@@ -181,7 +181,7 @@ def test_inceptions_view_is_resized_without_rounding(size: int) -> None:
     assert not torch.equal(seen, seen.round())
 
 
-def test_an_unreadable_picture_names_its_file(tmp_path: Path) -> None:
+def test_unreadable_picture_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "half.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match="half.png can't be read"):
         open_picture(tmp_path / "half.png")
@@ -212,7 +212,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
-def test_processes_share_the_work_and_change_nothing(tmp_path: Path) -> None:
+def test_processes_share_the_work_and_make_the_same_pictures(tmp_path: Path) -> None:
     alone = make(tmp_path / "alone")
     together = [make(tmp_path / "together", process=process, processes=2) for process in range(2)]
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
@@ -222,7 +222,7 @@ def test_processes_share_the_work_and_change_nothing(tmp_path: Path) -> None:
     assert PictureFolder(tmp_path / "together", {"run": "student 2 steps"}).seconds_per_picture() is not None
 
 
-def test_pictures_depend_on_their_caption_and_seed_alone(tmp_path: Path) -> None:
+def test_picture_depends_only_on_its_caption_and_seed(tmp_path: Path) -> None:
     make(tmp_path / "some", FLAT[2:6], batch_size=1)
     make(tmp_path / "all")
     some, whole = contents(tmp_path / "some"), contents(tmp_path / "all")
@@ -232,7 +232,7 @@ def test_pictures_depend_on_their_caption_and_seed_alone(tmp_path: Path) -> None
     assert len({*whole.values()}) == len(whole)  # the same caption twice is two pictures
 
 
-def test_finished_pictures_are_kept_and_partial_files_never_count(tmp_path: Path) -> None:
+def test_finished_pictures_are_kept_and_partial_files_are_replaced(tmp_path: Path) -> None:
     make(tmp_path / "whole")
     make(tmp_path / "broken")
     for caption in FLAT[4:]:
@@ -248,7 +248,7 @@ def test_finished_pictures_are_kept_and_partial_files_never_count(tmp_path: Path
     assert not list((tmp_path / "broken").glob(".*"))
 
 
-def test_pictures_of_something_else_are_refused(tmp_path: Path) -> None:
+def test_folder_with_other_pictures_is_refused(tmp_path: Path) -> None:
     PictureFolder(tmp_path / "a", {"steps": 4, "teacher": "x"})
     with pytest.raises(UserError, match="steps is 4 there and 2 now; choose another --output"):
         PictureFolder(tmp_path / "a", {"steps": 2, "teacher": "x"}, process=1)
@@ -258,7 +258,7 @@ def test_pictures_of_something_else_are_refused(tmp_path: Path) -> None:
         PictureFolder(tmp_path / "b", {"steps": 2})
 
 
-def test_a_diverged_model_is_named(tmp_path: Path) -> None:
+def test_nan_pictures_raise_a_readable_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="NaN instead of a picture"):
         make(tmp_path, model=Paints(float("nan")))
 
@@ -279,7 +279,7 @@ def test_every_family_makes_pictures(family: str, tmp_path: Path) -> None:
     assert origin["solver"] == ("euler" if family in ("sd3", "sd35") else "dpmpp_2m")
 
 
-def test_half_precision_changes_a_picture_a_little(tiny_model: Path, tmp_path: Path) -> None:
+def test_half_precision_changes_pictures_a_little(tiny_model: Path, tmp_path: Path) -> None:
     teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
     run, made = SamplingSetting("teacher", 2), []
     for precision in ("no", "bf16"):
@@ -291,7 +291,7 @@ def test_half_precision_changes_a_picture_a_little(tiny_model: Path, tmp_path: P
     assert 0 < abs(made[0] - made[1]).mean() < 4
 
 
-def test_runs_of_several_scales_are_kept_apart(tmp_path: Path) -> None:
+def test_runs_with_several_guidance_scales_have_their_own_folders(tmp_path: Path) -> None:
     runs = [
         SamplingSetting("teacher", 25, 7.5),
         SamplingSetting("teacher", 25, 3.0),
@@ -308,7 +308,7 @@ def test_runs_of_several_scales_are_kept_apart(tmp_path: Path) -> None:
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_torchmetrics_on_the_same_pictures(coco: Path, clip: Path, tmp_path: Path) -> None:
+def test_scores_equal_torchmetrics_scores(coco: Path, clip: Path, tmp_path: Path) -> None:
     found = read_coco(coco, SMALL)
     gallery = PictureFolder(tmp_path / "pictures", {})
     random = np.random.default_rng(3)
@@ -340,7 +340,7 @@ def test_scores_are_torchmetrics_on_the_same_pictures(coco: Path, clip: Path, tm
     assert record["nfe"] == 4
 
 
-def test_clip_reads_each_caption_alone_and_cuts_long_ones(clip: Path) -> None:
+def test_clip_reads_each_caption_alone_and_cuts_long_captions(clip: Path) -> None:
     scorer = ClipScorer.load(str(clip), "cpu")
     pictures = [gradient(50, 40), gradient(32, 64), gradient(20, 20)]
     texts = ["a", "a yellow star", "far too long " * 9]
@@ -351,12 +351,12 @@ def test_clip_reads_each_caption_alone_and_cuts_long_ones(clip: Path) -> None:
     assert scorer.name.startswith(clip.name)
 
 
-def test_a_clip_that_is_none_says_what_is_expected(tmp_path: Path) -> None:
+def test_wrong_clip_raises_a_readable_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--clip: .* expected a folder or a Hub name"):
         ClipScorer.load(str(tmp_path), "cpu")
 
 
-def test_cocos_statistics_are_kept_and_their_origin_is_checked(
+def test_coco_statistics_are_stored_and_their_origin_is_checked(
     coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "coco"
@@ -375,7 +375,7 @@ def test_cocos_statistics_are_kept_and_their_origin_is_checked(
     assert not torch.equal(changed.sum, made.sum)
 
 
-def test_missing_pictures_are_no_score(coco: Path, tmp_path: Path) -> None:
+def test_missing_pictures_raise_a_readable_error(coco: Path, tmp_path: Path) -> None:
     found = read_coco(coco, SMALL)
     networks = Networks(Eye(), "eye", None)
     with progress_bar(None) as progress:
@@ -392,7 +392,7 @@ def test_missing_pictures_are_no_score(coco: Path, tmp_path: Path) -> None:
             )
 
 
-def test_a_loras_hash_follows_its_weights_and_its_alpha(tmp_path: Path) -> None:
+def test_lora_hash_depends_on_weights_and_alpha(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
     hashes = [lora_hash(tmp_path), lora_hash(tmp_path / "adapter_model.safetensors")]
@@ -416,14 +416,14 @@ def test_a_loras_hash_follows_its_weights_and_its_alpha(tmp_path: Path) -> None:
         ("teacher:4:1", SamplingSetting("teacher", 4)),
     ],
 )
-def test_runs_are_read(text: str, run: SamplingSetting) -> None:
+def test_run_text_is_parsed(text: str, run: SamplingSetting) -> None:
     assert parse_run(text) == run
 
 
 @pytest.mark.parametrize(
     "text", ["student", "critic:4", "student:0", "student:x", "teacher:4:0.5", "teacher:4:3:2", "student:4:nan"]
 )
-def test_what_is_no_run_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_run_text_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["evaluate", "--protocol", "coco2017-5k", "--runs", text])
     assert "is not a run; expected student:STEPS" in capsys.readouterr().err
@@ -443,12 +443,12 @@ def test_what_is_no_run_is_refused(text: str, capsys: pytest.CaptureFixture[str]
         (["--model", "colour=red"], "model.colour: there is no such field; expected one of family, path"),
     ],
 )
-def test_the_command_says_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_names_the_wrong_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_networks_are_asked_for_before_pictures_are_made(
+def test_missing_networks_stop_before_pictures_are_made(
     coco: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--protocol", "coco2017-5k", "--coco", coco, "--samples", "12", "--clip", clip, "--output", tmp_path]
@@ -458,7 +458,7 @@ def test_networks_are_asked_for_before_pictures_are_made(
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The whole command with the true Inception: killed, gone on with, and bit for bit what one run makes."""
     lora = random_lora(tiny_model, tmp_path / "lora.safetensors")
     inception = inception_file(tmp_path / "inception.pth")

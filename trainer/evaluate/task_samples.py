@@ -1,6 +1,6 @@
-"""What a task is evaluated on: pictures with captions, each with conditions and noise of its own, drawn from one seed.
+"""Draw the samples of a task's evaluation: pictures with captions, each with its own conditions and noise.
 
-Conditions are drawn anew, sample by sample, so that neither the number of samples nor the size of batches changes any.
+Conditions are drawn sample by sample, so neither the number of samples nor the batch size changes a sample.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..seeds import seed_of, stream
 if TYPE_CHECKING:
     from ..tasks.base import Task
 
-DEMO = "demo"  # what --data calls the demo's pictures; demo:noto is another style
+DEMO = "demo"  # value of --data for the demo's pictures; demo:noto is another style
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Subjects:
     """The pictures that samples are drawn from.
 
     Attributes:
-        samples: in the order in which they are used.
-        origin: what they are, in words, for the report.
+        samples: in the order of use.
+        origin: a description for the report.
     """
 
     samples: tuple[Sample, ...]
@@ -42,13 +42,13 @@ class Subjects:
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples before anything is made of them; pictures are (B, 3, H, W) in [-1, 1], on the CPU.
+    """B samples; pictures are (B, 3, H, W) in [-1, 1], on the CPU.
 
     Attributes:
-        others: for each sample another picture than its own.
-        drawn: the task's pictures, see ``Task.draw``.
+        others: for each sample another picture.
+        drawn: the task's condition pictures, see ``Task.draw``.
         seeds: of the noise that every run starts from.
-        independent: of other noise, for the set that runs are measured against.
+        independent: seeds of other noise, for the set that runs are measured against.
     """
 
     images: Tensor
@@ -63,14 +63,14 @@ class Batch:
 
 
 def read_subjects(data: str | DataSection, task: Task, samples: int, seed: int) -> Subjects:
-    """The pictures to evaluate on, at most ``samples`` of them.
+    """Read the pictures to evaluate on, at most ``samples``.
 
     Args:
         data: ``demo``, ``demo:STYLE``, a folder of pictures with captions, shards, or a recipe's section. The demo's
-            pictures come in an order drawn from ``seed``, others in their own.
+            pictures are shuffled with ``seed``, other pictures keep their order.
 
     Raises:
-        UserError: there are none, or fewer than two.
+        UserError: there are fewer than two pictures.
     """
     if isinstance(data, DataSection) and data.source == "demo":
         data = DEMO
@@ -91,7 +91,7 @@ def read_subjects(data: str | DataSection, task: Task, samples: int, seed: int) 
 def batches(
     subjects: Subjects, task: Task, size: tuple[int, int], samples: int, seed: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Draw the samples, ``batch_size`` at a time; where pictures are fewer, they come again with other conditions.
+    """Draw the samples, ``batch_size`` at a time. Fewer pictures than samples come again with other conditions.
 
     Args:
         size: (H, W) of the pictures, in pixels.
@@ -106,7 +106,7 @@ def _batch(subjects: Subjects, task: Task, size: tuple[int, int], rows: range, s
     for row in rows:
         turn, place = divmod(row, count)
         sample = subjects.samples[place]
-        # Another one in every turn, and never the picture itself.
+        # Another partner in every turn, never the picture itself.
         other = subjects.samples[(place + 1 + turn % (count - 1)) % count]
         pair = [to_tensor(each.image, size)[None] for each in (sample, other)]
         beside = {
@@ -128,7 +128,7 @@ def _batch(subjects: Subjects, task: Task, size: tuple[int, int], rows: range, s
 
 
 def _demo(style: str, task: Task, samples: int, seed: int) -> Subjects:
-    """General captions: under its name the teacher knows every picture by heart."""
+    """Return the demo's pictures under general captions: the teacher knows each picture by heart under its name."""
     try:
         pictures = load_pictures(style)
     except FileNotFoundError as error:
@@ -146,6 +146,6 @@ def _demo(style: str, task: Task, samples: int, seed: int) -> Subjects:
 
 
 def _section(path: Path) -> DataSection:
-    """A folder of pictures, or shards."""
+    """Return the data section of a folder of pictures or of shards."""
     shards = path.is_file() or (path.is_dir() and any(".tar" in "".join(file.suffixes) for file in path.iterdir()))
     return DataSection(source="webdataset" if shards else "folder", path=path)

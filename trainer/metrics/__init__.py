@@ -1,1 +1,1 @@
-"""Figures computed on features and pictures, and the networks that give the features."""
+"""Compute figures from features and pictures; load the networks that compute the features."""

@@ -1,6 +1,6 @@
-"""CLIP score: how well a picture fits its caption, as the cosine of CLIP's embeddings of both (arXiv 2104.08718).
+"""CLIP score: the cosine between CLIP's embeddings of a picture and of its caption (arXiv 2104.08718).
 
-In the papers' tables it is the mean over all pictures, of 1 (torchmetrics' is of 100).
+Papers print the mean over all pictures, at most 1 (torchmetrics: at most 100).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
-# ViT-g/14, which InstaFlow's figures beside the paper's were measured with, and GigaGAN's script.
+# ViT-g/14: used for InstaFlow's figures, which the paper compares with, and in GigaGAN's script.
 DEFAULT = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 
 
@@ -26,7 +26,7 @@ class ClipScorer:
     """A CLIP model with its tokenizer and its picture processor.
 
     Attributes:
-        name: which one it is, in words.
+        name: the model's name, with a hash or a revision.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class ClipScorer:
         """Load a CLIP in transformers' layout, in float32; its weights must be .safetensors.
 
         Args:
-            source: a folder, or a Hub name.
+            source: folder or Hub name.
 
         Raises:
-            UserError: it can't be had.
+            UserError: the model can't be loaded.
         """
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         try:
             model = CLIPModel.from_pretrained(source, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
-            # By name: the class that transformers would choose needs torchvision, and resizes a little differently.
+            # Not AutoImageProcessor: its class needs torchvision, and resizes a little differently.
             processor = CLIPImageProcessor.from_pretrained(source)
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
@@ -67,7 +67,7 @@ class ClipScorer:
         return cls(model.to(device), tokenizer, processor, name)
 
     def __call__(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """The cosines (B,) of B pictures with their captions, float32; captions are cut at CLIP's length."""
+        """Return the cosines (B,) of B pictures with their captions, float32; captions are cut at CLIP's length."""
         import torch
 
         texts = self.tokenizer(

@@ -1,8 +1,7 @@
-"""How far a figure would have moved had other samples been drawn: percentile intervals of the bootstrap.
+"""Percentile intervals of the bootstrap (Efron 1979): how much a figure depends on the drawn samples.
 
-Samples are drawn again with replacement, the same ones for everything that is compared, and the interval holds the
-middle 95 % of what the figure then is (Efron 1979). The draws follow from a constant:
-the same values, the same interval.
+Samples are drawn again with replacement, the same draws for all runs that are compared. The interval holds the middle
+95 % of the figure's values. The draws have a fixed seed: the same values give the same interval.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval and the number of samples it is of; nothing where there are none."""
+    """A figure, its interval and its number of samples; None where there are no samples."""
 
     value: float | None
     low: float | None
@@ -31,7 +30,7 @@ class Estimate:
 
 
 def mean_of(values: Tensor) -> Estimate:
-    """The mean of values (N,); those that are NaN don't count."""
+    """Return the mean of values (N,) with its interval; NaN values don't count."""
     import torch
 
     values = values.double()[~values.isnan()]
@@ -44,14 +43,14 @@ def mean_of(values: Tensor) -> Estimate:
 
 
 def set_values(measure: Callable[[Tensor], float], count: int) -> Tensor:
-    """A figure of a whole set of N samples, and of as many drawn from it, again and again: (1 + draws,).
+    """Return a figure of all N samples, then of each resampling: (1 + draws,).
 
-    Values of several runs go together entry by entry, so that :func:`of_set_values` takes their differences too. A set
-    drawn with replacement holds fewer different samples, which raises a Fréchet distance: differences between two runs
-    keep their meaning, and the interval of a single distance lies a little high.
+    Subtract the values of two runs to get the values of their difference. A set drawn with replacement holds fewer
+    different samples, which raises a Fréchet distance: differences between two runs keep their meaning, and the
+    interval of a single distance lies a little high.
 
     Args:
-        measure: of the samples at an index (N,).
+        measure: returns the figure of the samples at an index (N,).
         count: N.
     """
     import torch
@@ -62,7 +61,7 @@ def set_values(measure: Callable[[Tensor], float], count: int) -> Tensor:
 
 
 def of_set_values(values: Tensor, count: int) -> Estimate:
-    """The figure that :func:`set_values` has drawn, or a difference of two, with its interval."""
+    """Return the figure of :func:`set_values`, or the difference of two figures, with its interval."""
     low, high = _interval(values[1:])
     return Estimate(float(values[0]), low, high, count)
 

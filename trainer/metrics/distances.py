@@ -1,8 +1,7 @@
-"""How far one set of pictures is from another, and whether each shows what its prompt names.
+"""Distances between sets of pictures, prompt accuracy and diversity, from features.
 
-Everything here works on features that are already computed, ``(N, D)`` embeddings and ``(N, C)`` class scores of one
-feature network; nothing generates a picture. Distances are computed in float64 and returned as plain floats. Sets too
-large to keep are added up in :class:`Moments`, which is all that a Fréchet distance needs.
+Inputs are embeddings ``(N, D)`` and class indices ``(N,)`` of one feature network. Distances are computed in float64
+and returned as floats. Sets too large for memory are summed up in :class:`Moments`, enough for a Fréchet distance.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-KID_PARTS = 50  # of the larger set, where the two differ in size
-KID_SEED = 0  # of the drawing of those parts
+KID_PARTS = 50  # random parts of the larger set, where the sets differ in size
+KID_SEED = 0  # of the parts
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Squared Fréchet distance between Gaussians fitted to two sets of features (arXiv 1706.08500, eq. 6).
+    """Return the squared Fréchet distance between Gaussians fitted to two sets of features (arXiv 1706.08500, eq. 6).
 
-    ``|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2))``, covariances with N - 1. It has a positive bias that falls with N:
-    compare sets of one size with one reference, and read a value against that of an independent set of the teacher's.
+    ``|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2))``, covariances with N - 1. Its bias is positive and falls with N:
+    compare only sets of one size with one reference, and with the distance of an independent set of the teacher.
 
     Args:
         features, reference: (N, D) and (M, D), N and M at least 2.
@@ -34,7 +33,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a Fréchet distance needs of a set of features, however large: it takes D^2 numbers, and can be added to.
+    """The sums that a Fréchet distance needs of a set of features: D^2 numbers for any number of samples.
 
     Attributes:
         count: N.
@@ -48,21 +47,21 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Of features (N, D).
+        """Return the moments of features (N, D).
 
         Raises:
-            ValueError: they are not all finite.
+            ValueError: a feature is NaN or infinite.
         """
         _check_finite(features, "features")
         values = features.double()
         return cls(len(values), values.sum(0), values.T @ values)
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both sets together."""
+        """Return the moments of both sets together."""
         return Moments(self.count + other.count, self.sum + other.sum, self.products + other.products)
 
     def distance(self, reference: Moments) -> float:
-        """The Fréchet distance, see :func:`frechet_distance`. Takes time in D^3, whatever N.
+        """Return the Fréchet distance, see :func:`frechet_distance`. The time grows with D^3, not with N.
 
         Raises:
             ValueError: a set has fewer than 2 samples.
@@ -85,11 +84,11 @@ class Moments:
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
-    """Kernel distance (KID): squared maximum mean discrepancy, kernel ``(x.y / D + 1)^3`` (arXiv 1801.01401).
+    """Return KID, the squared maximum mean discrepancy with kernel ``(x.y / D + 1)^3`` (arXiv 1801.01401).
 
-    Unbiased for independent sets of any size, so that two sets from one model scatter around 0, and fall a little below
-    it where they show the same prompts. One estimate over all samples of two equal sets; of a larger reference the mean
-    over random parts of the smaller set's size.
+    Unbiased for independent sets of any size: two sets from one model scatter around 0, and a little below 0 where they
+    show the same prompts. For sets of one size one estimate over all samples; for a larger reference the mean over
+    random parts of the smaller set's size.
 
     Args:
         features, reference: (N, D) and (M, D), N and M at least 2.
@@ -113,7 +112,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def paired_distance(features: Tensor, reference: Tensor) -> float:
-    """Mean Euclidean distance between row i of one set and row i of the other: same prompt, same initial noise.
+    """Return the mean Euclidean distance between row i of both sets: same prompt, same initial noise.
 
     Args:
         features, reference: (N, D) both.
@@ -128,24 +127,24 @@ def paired_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def prompt_accuracy(predicted: Tensor, wanted: Sequence[Collection[int]]) -> float | None:
-    """Share of pictures, in 0..1, that the classifier takes for something their prompt names.
+    """Return the share of pictures, in 0..1, that are classified as a thing in their prompt.
 
     Args:
         predicted: (N,) class indices.
-        wanted: for each picture the classes that fit its prompt: one for "red heart", several for "heart", none where
-            the classifier knows nothing of the kind; those pictures do not count.
+        wanted: for each picture the classes that fit its prompt: one for "red heart", several for "heart", no class
+            where the classifier does not know the thing; such pictures do not count.
 
     Returns:
         None where no prompt names a known class.
     """
     if len(predicted) != len(wanted):
-        raise ValueError(f"got {len(predicted)} predictions for {len(wanted)} pictures; give one class for each")
+        raise ValueError(f"got {len(predicted)} predictions for {len(wanted)} pictures; give one class per picture")
     hits = [guess in fitting for guess, fitting in zip(predicted.tolist(), wanted, strict=True) if fitting]
     return sum(hits) / len(hits) if hits else None
 
 
 def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
-    """How much pictures of one prompt differ: mean Euclidean distance between all pairs that share a prompt.
+    """Return the mean Euclidean distance between all pairs of pictures that share a prompt.
 
     Each prompt counts once, whatever the number of its pictures. A model that always draws the same picture scores 0.
 
@@ -159,7 +158,7 @@ def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
     import torch
 
     if len(features) != len(prompts):
-        raise ValueError(f"got {len(prompts)} prompts for {len(features)} pictures; give one for each")
+        raise ValueError(f"got {len(prompts)} prompts for {len(features)} pictures; give one prompt per picture")
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
@@ -186,7 +185,7 @@ def _check_finite(values: Tensor, name: str) -> None:
 
 
 def _precomputed(dimensions: int) -> nn.Module:
-    """What torchmetrics takes in place of its Inception network; here features come in, and go out as they are."""
+    """Return an identity in place of torchmetrics' Inception: the inputs are already features."""
     from torch import nn
 
     network = nn.Identity()

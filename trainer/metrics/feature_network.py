@@ -1,4 +1,4 @@
-"""The feature network: a small classifier of the demo's pictures, whose embeddings the demo is measured in."""
+"""The feature network: a small classifier of the demo's pictures; distances are measured between its embeddings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EMBEDDING = 64  # well below the sample counts it is used with, or a covariance 
 
 
 class FeatureNetwork(nn.Module):
-    """A plain convolutional network: (B, 3, H, W) in [0, 1] -> embedding (B, 64), logits (B, classes)."""
+    """A convolutional network: (B, 3, H, W) in [0, 1] to embedding (B, 64) and logits (B, classes)."""
 
     def __init__(self, classes: list[str], general: list[str]) -> None:
         """`classes` are the subjects' names, in the order of the logits, `general` each one's general caption."""
@@ -40,7 +40,7 @@ class FeatureNetwork(nn.Module):
         self.classify = nn.Linear(EMBEDDING, len(classes))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedding (B, 64) and logits (B, classes) of images (B, 3, H, W) in [0, 1]; other sizes are resized."""
+        """Return embedding (B, 64) and logits (B, classes) of images (B, 3, H, W) in [0, 1]; any size is resized."""
         if images.shape[-2:] != (SIZE, SIZE):
             images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
         # On a white ground the mean is near 1: centred there, the empty border is zero, like the padding.
@@ -65,7 +65,7 @@ class FeatureNetwork(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path = FEATURES) -> FeatureNetwork:
-        """Read what `save_pretrained` wrote, in single precision, ready to measure (evaluation mode, no gradients)."""
+        """Load a folder of `save_pretrained` in float32, in evaluation mode, without gradients."""
         from safetensors.torch import load_file
 
         config = json.loads((folder / "config.json").read_text())

@@ -1,11 +1,11 @@
 """The Inception network of the Fréchet Inception distance, in plain PyTorch.
 
 FID is defined by one set of weights: the graph of December 2015 that TensorFlow shipped, in the PyTorch form that
-pytorch-fid and torch-fidelity publish. Their layers carry the names used here. It is not torchvision's Inception v3:
-its pooling, its last block and its weights differ, and so would the figures.
+pytorch-fid and torch-fidelity publish, whose layer names are used here. torchvision's Inception v3 is another network:
+pooling, last block and weights differ, and so do the figures.
 
-Why not through torch-fidelity: it unpickles the weights, and it cannot be imported without a torchvision that fits the
-installed torch (with torchmetrics then failing to import, too). A test holds this network against it.
+torch-fidelity is not used: it unpickles the weights, and its import needs a torchvision that fits the installed torch.
+A test compares this network with torch-fidelity's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLASSIFIER = (1008, 2048)  # shape of the last layer's weight, told from the 100
 
 @dataclass(frozen=True)
 class Step:
-    """A convolution of a block's branch: its name in the weights, channels out, kernel and stride."""
+    """A convolution of a branch: name in the weights, channels out, kernel, stride."""
 
     name: str
     channels: int
@@ -39,7 +39,7 @@ class Step:
 
 
 class Convolution(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU; keeps the size unless it strides or ``padded`` is off."""
+    """Convolution without bias, batch normalisation, ReLU; keeps the size unless it strides or is not ``padded``."""
 
     def __init__(self, channels: int, step: Step, padded: bool = True) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Convolution(nn.Module):
         self.bn = nn.BatchNorm2d(step.channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, channels, h', w')."""
+        """Map (B, C, h, w) to (B, channels, h', w')."""
         return torch.relu(self.bn(self.conv(x)))
 
 
@@ -58,7 +58,7 @@ MAXIMUM = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
 
 Pool = nn.AvgPool2d | nn.MaxPool2d
-# What a branch does one after the other; a tuple of steps is done side by side and stacked.
+# The layers of a branch, in order; the steps of a tuple run side by side and their channels are stacked.
 Branch = list[Step | tuple[Step, ...] | Pool]
 
 
@@ -76,7 +76,7 @@ class Mixed(nn.Module):
                 inner = sum(step.channels for step in _steps(part)) or inner
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, sum of the branches' channels, h', w')."""
+        """Map (B, C, h, w) to (B, sum of the branches' channels, h', w')."""
         results = []
         for branch in self.branches:
             y = x
@@ -90,7 +90,7 @@ class Mixed(nn.Module):
 
 
 def _steps(part: Step | tuple[Step, ...] | Pool) -> tuple[Step, ...]:
-    """The convolutions in a part of a branch."""
+    """Return the convolutions in a part of a branch."""
     if isinstance(part, Pool):
         return ()
     return part if isinstance(part, tuple) else (part,)
@@ -160,7 +160,7 @@ def _mixed_7(channels: int, pool: Pool) -> Mixed:
 
 
 class Inception(nn.Sequential):
-    """The network up to its pooled features; always in evaluation mode, never trained."""
+    """The network up to its pooled features, in evaluation mode, without gradients."""
 
     def __init__(self) -> None:
         layers: dict[str, nn.Module] = {
@@ -181,7 +181,7 @@ class Inception(nn.Sequential):
             "Mixed_6e": _mixed_6(192),
             "Mixed_7a": _mixed_7a(),
             "Mixed_7b": _mixed_7(1280, AVERAGE),
-            "Mixed_7c": _mixed_7(2048, MAXIMUM),  # maximum, unlike the blocks before: so the graph of 2015 has it
+            "Mixed_7c": _mixed_7(2048, MAXIMUM),  # maximum, unlike the blocks before, as in the graph of 2015
         }
         super().__init__()
         for name, layer in layers.items():
@@ -189,26 +189,26 @@ class Inception(nn.Sequential):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 299, 299), values 0..255, to features (B, 2048)."""
+        """Map images (B, 3, 299, 299), values 0..255, to features (B, 2048)."""
         return super().forward((images - 128) / 128).mean((2, 3))
 
 
 def load_inception(path: Path | None, device: torch.device | str) -> tuple[Inception, str]:
-    """The network with its weights, and a hash of their file.
+    """Load the network; return it with a hash of the weights file.
 
     Args:
-        path: .pth or .safetensors; None is the published file, downloaded once.
+        path: .pth or .safetensors; None = the published file, downloaded once.
 
     Raises:
-        UserError: there is no such file, it can't be had, or it holds another network.
+        UserError: the file is missing, can't be downloaded, or holds another network.
     """
     path = path or hub_file(URL)
     tensors = read_tensors(path)
     network = Inception()
-    counters = "num_batches_tracked"  # of training; not every copy of the file has them, nothing here reads them
+    counters = "num_batches_tracked"  # of training; some copies of the file lack them, and nothing here reads them
     expected = {name: value.shape for name, value in network.state_dict().items() if not name.endswith(counters)}
     present = {name: value.shape for name, value in tensors.items() if not name.endswith(counters)}
-    if present.get("fc.weight") == CLASSIFIER:  # it follows the features, and is left out
+    if present.get("fc.weight") == CLASSIFIER:  # the classifier after the features is left out
         present = {name: shape for name, shape in present.items() if not name.startswith("fc.")}
     if wrong := sorted({name for name, _ in expected.items() ^ present.items()}):
         raise UserError(

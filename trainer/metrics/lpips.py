@@ -1,9 +1,9 @@
 """LPIPS as a differentiable distance, for distillation on decoded crops (Zhang et al., arXiv 1801.03924).
 
-``sum over layers of mean over places of w . (u - v)^2``, u and v being the VGG-16 activations of two pictures, scaled
-to length 1 at every place, and w >= 0 the weights that were fitted to people's judgements. Those come with
-torchmetrics, VGG's from PyTorch. torchmetrics' own module would need torchvision, unpickle VGG's weights, and keep
-every value it has returned; a test holds this one against it.
+``sum over layers of mean over places of w . (u - v)^2``: u and v are the VGG-16 activations of two pictures, scaled to
+length 1 at every place; w >= 0 are weights fitted to people's judgements. The weights w come with torchmetrics, VGG's
+weights from PyTorch. torchmetrics' own module is not used: it needs torchvision, unpickles VGG's weights, and keeps
+every value that it has returned. A test compares this module with torchmetrics'.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ..errors import UserError
 from .published_weights import hub_file, read_tensors
 
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-# Convolutions of 3 x 3 by their channels out; activations are compared at the end of each group, a pooling follows.
+# Channels out of the 3 x 3 convolutions; activations are compared at the end of each group, then pooled.
 GROUPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# From [-1, 1] to the statistics of the pictures that VGG knows.
+# From [-1, 1] to the statistics of VGG's training pictures.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-EPSILON = 1e-8  # under the root, so that a place where nothing is active has a gradient
+EPSILON = 1e-8  # under the root, so that a place without activation has a gradient
 
 
 class Lpips(nn.Module):
-    """The distance, without its weights; always in evaluation mode, never trained."""
+    """The distance without its weights, in evaluation mode, without gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
-        """The distances (B,) of images (B, 3, H, W) in [-1, 1], what lies outside cut off; H and W at least 16."""
+        """Return the distances (B,) of images (B, 3, H, W), clamped to [-1, 1]; H and W at least 16."""
         x = (torch.cat([images, reference]).clamp(-1, 1) - self.shift) / self.scale
         distance = x.new_zeros(len(images))
         for index, layer in enumerate(self.features):
@@ -62,13 +62,13 @@ class Lpips(nn.Module):
 
 
 def lpips(device: torch.device, vgg: Path | None = None) -> Lpips:
-    """The distance with its published weights.
+    """Load the distance with its published weights.
 
     Args:
-        vgg: VGG-16's weights, .pth or .safetensors; None is PyTorch's file, downloaded once.
+        vgg: VGG-16's weights, .pth or .safetensors; None = PyTorch's file, downloaded once.
 
     Raises:
-        UserError: the weights can't be had, or are another network's.
+        UserError: the weights can't be loaded, or belong to another network.
     """
     distance = Lpips()
     path = vgg or hub_file(URL)
@@ -89,7 +89,7 @@ def lpips_of_unit_pictures(device: torch.device, vgg: Path) -> Callable[[Tensor,
 
 
 def _fitted_weights() -> Path:
-    """LPIPS' own weights inside torchmetrics, 7 kB."""
+    """Return the file of LPIPS' own weights inside torchmetrics, 7 kB."""
     torchmetrics = importlib.util.find_spec("torchmetrics")
     if torchmetrics is None or torchmetrics.origin is None:
         raise UserError("method.distillation: 'lpips' takes its weights from torchmetrics; pip install torchmetrics")

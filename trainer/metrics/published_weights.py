@@ -1,4 +1,4 @@
-"""Weights of published networks that metrics and losses need: found, downloaded once, and read without unpickling."""
+"""Find published weights of metrics and losses, download them once, and read them without unpickling."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def hub_file(url: str) -> Path:
-    """A published file in PyTorch's hub folder (``$TORCH_HOME/hub/checkpoints``), downloaded where it is missing.
+    """Return a published file in PyTorch's hub folder (``$TORCH_HOME/hub/checkpoints``); download it if missing.
 
     Args:
-        url: its name ends in the beginning of its SHA-256, ``-0123abcd.pth``, which is checked.
+        url: the file name ends with the beginning of its SHA-256, ``-0123abcd.pth``, which is checked.
 
     Raises:
-        UserError: it can't be had.
+        UserError: the file can't be downloaded.
     """
     import torch
 
@@ -36,15 +36,17 @@ def hub_file(url: str) -> Path:
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=named[1], progress=False)
     except (URLError, OSError, RuntimeError) as error:
-        raise UserError(f"{url} can't be downloaded ({error}); fetch it elsewhere and put it at {path}") from error
+        raise UserError(
+            f"{url} can't be downloaded ({error}); download it on another machine and put it at {path}"
+        ) from error
     return path
 
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a .safetensors or a PyTorch file, on the CPU. The latter is read by PyTorch's restricted loader.
+    """Read the tensors of a .safetensors or PyTorch file on the CPU; PyTorch files by the restricted loader.
 
     Raises:
-        UserError: there is no such file, or it holds anything but tensors by name.
+        UserError: the file is missing, or holds anything but tensors by name.
     """
     import torch
     from safetensors import SafetensorError
@@ -59,9 +61,9 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{path} can't be read as tensors by name: it is damaged, or holds something else, which is not loaded "
-            f"({reason})"
+            f"{path} can't be read as tensors by name: the file is damaged, or holds other objects, which are "
+            f"never loaded ({reason}); download the weights again"
         ) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{path} holds something else than tensors by name; expected a network's weights")
+        raise UserError(f"{path} does not hold tensors by name; expected a network's weights")
     return tensors
