@@ -1,1 +1,1 @@
-"""The embedded demo: where its files are, its pictures, and how both were made."""
+"""The embedded demo: its files (`assets.py`), its pictures, and in `making/` the commands that made them."""

@@ -1,8 +1,7 @@
-"""The embedded demo: a small text-to-image diffusion teacher, the pictures it learnt from, and how both were made.
+"""Where the files of the embedded demo are.
 
-Everything a large model has, small: latents and an autoencoder (`patch_pca.py`, `autoencoder.py`), a text encoder and a
-UNet (`teacher.py`), real captioned pictures (`pictures.py`, `shards.py`), and a feature network that measures the
-results (`features.py`).
+The demo is a small text-to-image diffusion model with the parts of a large one: an autoencoder, a text encoder, a UNet,
+captioned pictures, and a network that measures pictures. The commands in `making/` made the files.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-DATA = ROOT / "data"  # WebDataset shards, one per style, and the licences of the pictures
-TEACHER = ROOT / "teacher"  # a diffusers-layout folder: `StableDiffusionPipeline.from_pretrained(TEACHER)`
-LORAS = ROOT / "lora"  # the Flash LoRA, and a style LoRA to try beside it: `style.py`
-TASK_ADAPTERS = ROOT / "tasks"  # a file for each further task: `task_teacher.py`
-CONTROLS = ROOT / "control"  # a T2I-adapter and a Control-LoRA that read edges: `control.py`
-FEATURES = ROOT / "features"  # the evaluation network: `FeatureNetwork.from_pretrained(FEATURES)`
+DATA = ROOT / "data"  # WebDataset shards, one per style, with the licences of the pictures
+TEACHER = ROOT / "teacher"  # a diffusers folder: `StableDiffusionPipeline.from_pretrained(TEACHER)`
+LORAS = ROOT / "lora"  # the Flash LoRAs, and a style LoRA to use with them
+TASK_ADAPTERS = ROOT / "tasks"  # one task adapter for each further task
+CONTROLS = ROOT / "control"  # a T2I-adapter and a Control-LoRA that read Canny edges
+FEATURES = ROOT / "features"  # the network that measures: `FeatureNetwork.from_pretrained(FEATURES)`
 
 __all__ = ["CONTROLS", "DATA", "FEATURES", "LORAS", "ROOT", "TASK_ADAPTERS", "TEACHER"]

@@ -1,6 +1,6 @@
-"""The demo's pictures on disk: WebDataset shards of (webp, txt, json) triples, written and read.
+"""Write and read the demo's pictures: WebDataset shards of (webp, txt, json) triples.
 
-One shard per style; a sample's key is the emoji's code point, so the same key is the same subject in every style.
+There is one shard per style. A sample's key is the emoji's code point, so one key is one subject in every style.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-TEACHER_STYLE = "fluent3d"  # the style the teacher draws; the others are for style LoRAs and evaluation
+TEACHER_STYLE = "fluent3d"  # the teacher draws this style; the others are for style LoRAs and evaluation
 SIZE = 128  # pixels, width and height
 WEBP_QUALITY = 90
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What is known about one picture: its subject, its style and whose it is."""
+    """The subject, the style and the licence of one picture."""
 
     code: str  # code point(s) in lower-case hexadecimal, "1f436"
     name: str  # the subject's CLDR short name, lower case: "dog face"
@@ -38,7 +38,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A style's pictures in memory: `images` (N, 3, H, W) uint8, and one caption for each."""
+    """The pictures of a style in memory: `images` (N, 3, H, W) uint8, and N captions."""
 
     images: torch.Tensor
     captions: list[Caption]
@@ -48,14 +48,15 @@ class Pictures:
 
 
 def shard_path(style: str, folder: Path = DATA) -> Path:
-    """Where the shard of a style lies."""
+    """Return the path of a style's shard."""
     return folder / f"{style}-000000.tar.gz"
 
 
 def write_shard(samples: Iterable[tuple[Caption, Image.Image]], path: Path) -> int:
-    """Write pictures as one gzipped shard (tar headers outweigh such small files) and return how many.
+    """Write pictures as one gzipped shard and return their number.
 
-    The bytes depend on the samples alone: no time, user or host is recorded.
+    gzip is for the tar headers, which are larger than such small files. The bytes depend only on the samples: the shard
+    records no time, user or host.
     """
     import webdataset
 
@@ -89,10 +90,10 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
-    """Read a style's shard, in the shard's order.
+    """Read a style's pictures, in the shard's order.
 
     Raises:
-        FileNotFoundError: there is no shard of that style.
+        FileNotFoundError: there is no shard of the style.
     """
     import torch
     from PIL import Image
@@ -103,8 +104,9 @@ def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
     if not path.is_file():
         present = sorted(p.name.split("-")[0] for p in folder.glob("*-000000.tar.gz"))
         raise FileNotFoundError(
-            f"No pictures of style {style!r} in {folder} (there: {', '.join(present) or 'none'}). "
-            "Choose one of those, or build the shards with `flash-diffusion demo data`."
+            f"no pictures of style {style!r} in {folder}; the styles there: {', '.join(present) or 'none'}. "
+            f"Choose one of "
+            "them, or build the shards with `flash-diffusion demo data`"
         )
     images, captions = [], []
     for sample in read_records(path):

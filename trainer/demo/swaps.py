@@ -1,9 +1,8 @@
-"""Pairs for the demo's face-swap: the face of one emoji put onto the head of another, with the mask and the identity.
+"""Make training pairs for the demo's face-swap: the face of one emoji on the head of another, with mask and identity.
 
-A model that only ever puts a picture's own face back learns to read it off the rest of the head, the more so where it
-knows each head by heart. Emoji are drawn in one place and size, so that here, unlike with photographs, faces can be
-exchanged by arithmetic: an ellipse is pasted, its skin recoloured to the head's. That is the truth which the model
-learns to make.
+A model that only puts a picture's own face back learns to guess the face from the rest of the head, above all where it
+knows each head by heart. Emoji have one place and size, so here, unlike with photographs, faces can be exchanged by
+arithmetic: paste an ellipse, and recolour its skin to the head's. The result is what the model should draw.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from torch import Tensor
 from ..seeds import stream
 from .shards import load_pictures
 
-CENTRE = 0.5  # of the face, from left and top
+CENTRE = 0.5  # of the face, from left and from top, as a share of the size
 RADIUS = (0.38, 0.40)  # of the pasted ellipse, across and down, as shares of the size
-SEAM = 0.06  # over which the pasted face fades into the head, as a share of the radius
-MASK_GROWTH = (1.0, 1.12)  # of the mask, relative to what was pasted
+SEAM = 0.06  # width over which the pasted face fades into the head, as a share of the radius
+MASK_GROWTH = (1.0, 1.12)  # radius of the mask / radius of the pasted ellipse
 RING = 0.92  # the ellipse's border, where the skin's colour is taken, begins at this share of the radius
-PLAIN = "smiling face with smiling eyes"  # a head with nothing on its border: what plain faces are compared with
+PLAIN = "smiling face with smiling eyes"  # a head with nothing on its border; plain faces resemble it there
 PLAIN_DIFFERENCE = 0.3  # of colours in [-1, 1], on the plainer PLAIN_SHARE of the border
 PLAIN_SHARE = 0.7
-SKIN_SPREAD = 0.5  # squared distance of colours over which skin turns into eyes and mouth
-BACKGROUND = 0.85  # colours above are the white around a head
-IDENTITY_REACH = (0.95, 1.2)  # what an identity picture shows, relative to the ellipse
+SKIN_SPREAD = 0.5  # squared distance of colours between skin and eyes or mouth
+BACKGROUND = 0.85  # colours above this value are the white around a head
+IDENTITY_REACH = (0.95, 1.2)  # half side of an identity picture / radius of the ellipse
 IDENTITY_SHIFT = 0.05
 FACES, HEADS = "smiley face", ("smiley face", "animal face", "cartoon cat", "cartoon monkey", "fantasy creature")
 
@@ -38,9 +37,9 @@ class Swap:
     """A face on another head.
 
     Attributes:
-        name: of both, for messages.
-        head, face: what the pictures show, by name.
-        image: (3, H, W) in [-1, 1], the face on the head: what a model should make.
+        name: for messages, of face and head.
+        head, face: names of the subjects.
+        image: (3, H, W) in [-1, 1], the face on the head, which a model should draw.
         mask: (1, H, W), 1 where the face was put.
         identity: (3, H, W) in [-1, 1], the face alone, filling the frame.
     """
@@ -54,7 +53,7 @@ class Swap:
 
 
 def swaps(seed: int = 0) -> Iterator[Swap]:
-    """Every plain face on every head, in an order that depends on ``seed``, as masks and framing do."""
+    """Yield every plain face on every head. Order, masks and identity pictures depend on ``seed``."""
     pictures = load_pictures()
     images = pictures.images.float() / 127.5 - 1
     captions = pictures.captions
@@ -82,7 +81,7 @@ def swaps(seed: int = 0) -> Iterator[Swap]:
 
 
 def paste_face(head: Tensor, face: Tensor, distance: Tensor, ring: Tensor) -> Tensor:
-    """``face`` (3, H, W) inside the ellipse on ``head`` (3, H, W), with the head's skin colour.
+    """Return ``head`` (3, H, W) with ``face`` (3, H, W) inside the ellipse, in the head's skin colour.
 
     Args:
         distance: (H, W) squared, from the ellipse's centre; 1 at its border.

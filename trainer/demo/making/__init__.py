@@ -1,1 +1,1 @@
-"""How the demo's pictures, teacher and adapters were made. Nothing outside imports this room."""
+"""`flash-diffusion demo ...`: make the demo's pictures, teacher and adapters. Only the command line imports it."""

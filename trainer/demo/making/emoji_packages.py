@@ -1,4 +1,4 @@
-"""From the published emoji packages to the demo's shards: which pictures, how they are rendered, what they are called.
+"""``flash-diffusion demo data``: render and caption emoji of the published packages, and write the demo's shards.
 
 `npm pack @lobehub/fluent-emoji-3d @iconify-json/noto @iconify-json/fluent-emoji-flat` fetches the packages as tarballs;
 `flash-diffusion demo data --packages FOLDER` reads them (or their unpacked folders) and writes one shard per style.
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 LICENSES = {"fluent3d": "MIT", "noto": "Apache-2.0"}
 
-# The subjects, chosen by eye for charm and for what a model this small can draw: one big round shape, few thin parts,
-# no text, no near-duplicates (there are eight almost equal grins; more of them would only blur into one another).
+# The subjects were chosen by eye, for charm and for what a model this small can draw: one big round shape, few thin
+# parts, no text, no near-duplicates (with more than eight almost equal grins, they would blur into one another).
 # category -> (general caption, code points)
 SUBJECTS: dict[str, tuple[str, str]] = {
     "smiley": (
@@ -62,7 +62,7 @@ SUBJECTS: dict[str, tuple[str, str]] = {
 
 
 class Package:
-    """A published npm package, as a tarball or as the folder it unpacks to; `read` returns a member's bytes."""
+    """A published npm package: a tarball, or its unpacked folder."""
 
     def __init__(self, folder: Path, name: str) -> None:
         """Find package `name` ("@iconify-json/noto") in `folder`, under the name that `npm pack` gives its tarball.
@@ -84,23 +84,23 @@ class Package:
                         self._members[member.name.split("/", 1)[1]] = stream.read()
 
     def names(self) -> list[str]:
-        """Every file in the package, relative to its root."""
+        """Return every file of the package, relative to its root."""
         if self._members:
             return sorted(self._members)
         return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file."""
+        """Return the bytes of one file."""
         return self._members[name] if self._members else (self.root / name).read_bytes()
 
 
 def _normalised(code: str) -> str:
-    """Code points without the variation selector U+FE0F, which packages write or leave out as they please."""
+    """Return code points without the variation selector U+FE0F, which only some packages write."""
     return code.lower().replace("-fe0f", "")
 
 
 def decode_on_white(data: bytes) -> Image.Image:
-    """Decode a picture with transparency and lay it on white, as (SIZE, SIZE) RGB."""
+    """Decode a picture and return it on white, (SIZE, SIZE) RGB."""
     from PIL import Image
 
     from ...pictures import on_white
@@ -110,14 +110,14 @@ def decode_on_white(data: bytes) -> Image.Image:
 
 
 def fluent3d(packages: Path) -> Callable[[str], Image.Image]:
-    """Microsoft Fluent 3D, 256 px WebP: a function from code to picture."""
+    """Return a function from code to picture, for Microsoft Fluent 3D (256 px WebP)."""
     package = Package(packages, "@lobehub/fluent-emoji-3d")
     files = {_normalised(Path(name).stem): name for name in package.names() if name.endswith(".webp")}
     return lambda code: decode_on_white(package.read(files[code]))
 
 
 def iconify(packages: Path, name: str) -> Callable[[str], Image.Image]:
-    """SVG bodies in one JSON of the Iconify format: a function from code to picture."""
+    """Return a function from code to picture, for a package of SVG bodies in one JSON (Iconify's format)."""
     import resvg_py
 
     package = Package(packages, name)
@@ -140,7 +140,7 @@ def iconify(packages: Path, name: str) -> Callable[[str], Image.Image]:
 
 
 def noto(packages: Path) -> Callable[[str], Image.Image]:
-    """Google Noto, vector: a function from code to picture."""
+    """Return a function from code to picture, for Google Noto (SVG)."""
     return iconify(packages, "@iconify-json/noto")
 
 
@@ -148,7 +148,7 @@ STYLES: dict[str, Callable[[Path], Callable[[str], Image.Image]]] = {"fluent3d":
 
 
 def unseen_style(packages: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and pictures (3, H, W) in [0, 1] of the subjects in Fluent flat, a style nothing here learns from."""
+    """Yield names and pictures (3, H, W) in [0, 1] of the subjects in Fluent flat, a style without training."""
     from ...pictures import picture_bytes
 
     render = iconify(packages, "@iconify-json/fluent-emoji-flat")
@@ -161,7 +161,7 @@ def unseen_style(packages: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def captions(style: str) -> list[Caption]:
-    """The caption of every chosen subject in a style, in the order of `SUBJECTS`."""
+    """Return the captions of all subjects in a style, in the order of `SUBJECTS`."""
     import emoji
 
     # The table writes "heart with arrow" as ":heart_with_arrow:", some with U+FE0F after the first code point.
@@ -177,7 +177,7 @@ def captions(style: str) -> list[Caption]:
 
 
 def build(packages: Path, folder: Path = DATA) -> dict[str, int]:
-    """Write every style's shard into `folder`; returns the number of pictures per style."""
+    """Write every style's shard into `folder`, and return style -> number of pictures."""
     counts = {}
     for style, renderer in STYLES.items():
         render = renderer(packages)
@@ -190,10 +190,10 @@ def build(packages: Path, folder: Path = DATA) -> dict[str, int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `flash-diffusion demo data`."""
     parser.add_argument(
-        "--packages", type=Path, required=True, help="folder with the npm tarballs (or their unpacked folders)"
+        "--packages", type=Path, required=True, help="folder with the npm tarballs, or with their unpacked folders"
     )
     parser.add_argument(
-        "--output", type=Path, default=DATA, help="where the shards go (default: the demo's own folder)"
+        "--output", type=Path, default=DATA, help="folder to write the shards into (default: the demo's own)"
     )
 
 

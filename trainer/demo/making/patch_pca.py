@@ -30,11 +30,11 @@ class PatchPCA:
 
     @classmethod
     def fit(cls, images: Tensor, channels: int = LATENT_CHANNELS, whitening: float = WHITENING) -> PatchPCA:
-        """The leading components of all blocks of `images` (N, 3, H, W) in [0, 1] and of their mirror images.
+        """Fit the leading components of all blocks of `images` (N, 3, H, W) in [0, 1] and of their mirror images.
 
         Each coefficient is divided by its standard deviation to the power `whitening`, and all by one number, so that
-        the latents have unit variance on average. Whitened fully (1), a component that hardly shows would weigh in the
-        diffusion loss as much as the one that carries the picture; left alone (0), the first would drown the others.
+        the latents have unit variance on average. With full whitening (1), an invisible component would weigh as
+        much in the diffusion loss as the one that carries the picture; without (0), the first would drown the others.
 
         A component's sign is arbitrary and may differ between machines: keep the code (`save`) that a model has learnt.
         """
@@ -48,12 +48,12 @@ class PatchPCA:
         return cls(mean.float(), (basis * scale[:, None]).float(), (basis / scale[:, None]).T.contiguous().float())
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (B, C, H/8, W/8) of images (B, 3, H, W) in [0, 1]."""
+        """Return latents (B, C, H/8, W/8) of images (B, 3, H, W) in [0, 1]."""
         height, width = images.shape[-2] // PATCH, images.shape[-1] // PATCH
         return ((_blocks(images) - self.mean) @ self.encoder.T).transpose(1, 2).unflatten(2, (height, width))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), about [0, 1], of latents (B, C, H/8, W/8): linear, the floor under a trained decoder."""
+        """Return images (B, 3, H, W), about [0, 1], of latents (B, C, H/8, W/8). A trained decoder should do better."""
         size = (latents.shape[-2] * PATCH, latents.shape[-1] * PATCH)
         blocks = latents.flatten(2).transpose(1, 2) @ self.decoder.T + self.mean
         return F.fold(blocks.transpose(1, 2), size, PATCH, stride=PATCH)
@@ -73,10 +73,10 @@ class PatchPCA:
 
 
 def _blocks(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) cut into blocks, (B, H/8 * W/8, 3 * 64)."""
+    """Cut images (B, 3, H, W) into blocks, (B, H/8 * W/8, 3 * 64)."""
     return F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image (B, 3, H, W) in [0, 1] against its reference: (B,)."""
+    """Return the peak signal-to-noise ratio in dB of images (B, 3, H, W) in [0, 1] against references: (B,)."""
     return -10 * (images - reference).square().mean((1, 2, 3)).log10()

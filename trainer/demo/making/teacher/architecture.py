@@ -24,7 +24,7 @@ VOCABULARY = 1280
 
 
 def build_unet() -> UNet2DConditionModel:
-    """The denoiser: 16 x 16 x 16 latents, three levels, attention on the lower two (as SDXL), 6.7 M parameters."""
+    """Return the UNet: 16 x 16 x 16 latents, three levels, attention on the lower two (as SDXL), 6.7 M parameters."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
@@ -40,7 +40,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text encoder: CLIP's architecture with 2 layers of width 128, trained together with the UNet."""
+    """Return the text encoder: CLIP's architecture with 2 layers of width 128, trained together with the UNet."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -58,7 +58,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """The noise process, as a sampler: v-prediction, DDPM's linear betas, trailing timesteps from t = 999."""
+    """Return the noise process as a sampler: v-prediction, DDPM's linear betas, trailing timesteps from t = 999."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
@@ -75,8 +75,8 @@ def build_scheduler() -> DDIMScheduler:
 def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
     """Learn a byte-pair vocabulary from captions and write it as `CLIPTokenizer` files into `folder`.
 
-    As in CLIP the vocabulary starts with the 256 bytes and the 256 bytes that end a word, so that any text can be
-    written; it ends with the begin and end marks, and the end mark also pads.
+    As in CLIP, the vocabulary starts with 256 bytes and 256 bytes that end a word, so that it can write any text. It
+    ends with the begin mark and the end mark, and the end mark also pads.
     """
     begin, end = "<|startoftext|>", "<|endoftext|>"
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -110,5 +110,5 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Token ids (B, MAX_TOKENS) of texts."""
+    """Return token ids (B, MAX_TOKENS) of texts."""
     return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids

@@ -1,4 +1,4 @@
-"""The teacher's model card: draws every subject once, measures what it drew, and writes `README.md` and `grid.webp`."""
+"""``flash-diffusion demo card``: draw every subject, measure the pictures, and write the teacher's model card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GRID_COLUMNS, GRID_ROWS = 15, 10
 GRID_TILE = 96  # pixels
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-RENDITIONS = {  # what `features.report` measures on, in words
+RENDITIONS = {  # the measurements of `features.report`, in words
     "augmented": "under fresh augmentation",
     "autoencoder": "in the autoencoder's reconstruction",
     "unseen_style": "in a style it never saw (Fluent Emoji Flat)",
@@ -38,7 +38,7 @@ RENDITIONS = {  # what `features.report` measures on, in words
 
 
 def draw(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: float, seed: int = 0) -> Tensor:
-    """One picture per prompt, (N, 3, H, W) in [0, 1]."""
+    """Draw one picture per prompt: (N, 3, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for start in range(0, len(prompts), 16):
@@ -55,13 +55,13 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: float,
 
 @torch.no_grad()
 def reconstruct(pipeline: StableDiffusionPipeline, images: Tensor) -> Tensor:
-    """What the autoencoder makes of images (N, 3, H, W) in [0, 1]."""
+    """Encode and decode images (N, 3, H, W) in [0, 1]."""
     latents = [pipeline.vae.encode(2 * batch - 1).latent_dist.mean for batch in images.split(16)]
     return torch.cat([pipeline.vae.decode(batch).sample / 2 + 0.5 for batch in latents]).clamp(0, 1)
 
 
 def write_card(teacher: Path = TEACHER, features: Path = FEATURES) -> dict[str, float]:
-    """Draw, measure, and write the card and its grid into `teacher`; returns the card's figures."""
+    """Draw, measure, write `README.md` and `grid.webp` into `teacher`, and return the card's figures."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
@@ -112,7 +112,7 @@ def write_card(teacher: Path = TEACHER, features: Path = FEATURES) -> dict[str, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `flash-diffusion demo card`."""
-    parser.add_argument("--teacher", type=Path, default=TEACHER, help="the teacher's folder (default: the demo's own)")
+    parser.add_argument("--teacher", type=Path, default=TEACHER, help="folder of the teacher (default: the demo's own)")
 
 
 def run(args: argparse.Namespace) -> int:

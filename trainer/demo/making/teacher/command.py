@@ -26,10 +26,10 @@ CHECKPOINT = ROOT.parents[1] / "out" / "demo-teacher" / "checkpoint.safetensors"
 
 
 def export(trainer: Trainer, folder: Path = TEACHER) -> None:
-    """Write the averaged UNet and text encoder and the scheduler in half precision into `folder`, in diffusers' layout.
+    """Write the averaged UNet and text encoder in half precision, and the scheduler, in diffusers' layout.
 
-    The tokenizer is already there, the autoencoder comes from `autoencoder.py`. Each part replaces its predecessor by a
-    rename, so that a reader never meets half a file.
+    The tokenizer is already in `folder`; `flash-diffusion demo autoencoder` writes the autoencoder. Each part appears
+    by a rename, so that a reader never meets half a file.
     """
     model = copy.deepcopy(trainer.model).cpu()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def export(trainer: Trainer, folder: Path = TEACHER) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """What training starts from: UNet and text encoder in single precision, and the tokenizer."""
+    """The start of a training: UNet and text encoder in single precision, and the tokenizer."""
 
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
@@ -72,14 +72,14 @@ class Start:
 
 
 def shipped(folder: Path = TEACHER) -> Start:
-    """An exported teacher.
+    """Return the exported teacher in `folder`.
 
     Raises:
-        FileNotFoundError: there is none in `folder`.
+        FileNotFoundError: there is no teacher in `folder`.
     """
     if not (folder / "unet").is_dir():
         raise FileNotFoundError(
-            f"There is no teacher in {folder} to resume from. Name its folder with --output, or train without --resume."
+            f"there is no teacher in {folder} to resume from; name its folder with --output, or train without --resume"
         )
     return Start(
         UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
@@ -89,7 +89,7 @@ def shipped(folder: Path = TEACHER) -> Start:
 
 
 def fresh(pictures: Pictures, folder: Path, seed: int) -> Start:
-    """An untrained teacher, and a tokenizer learnt from the pictures' captions and written into `folder`."""
+    """Return an untrained teacher, and write a tokenizer learnt from the pictures' captions into `folder`."""
     texts = [text for caption in pictures.captions for text in (caption.name, caption.general, caption.category)]
     tokenizer = train_tokenizer(texts, folder / "tokenizer")
     torch.manual_seed(seed)
@@ -99,20 +99,31 @@ def fresh(pictures: Pictures, folder: Path, seed: int) -> Start:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `flash-diffusion demo teacher`."""
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=90.0, help="length of the run (default: 90; 0 only exports)")
-    length.add_argument("--steps", type=int, help="length in updates, counted from the first, instead of minutes")
+    length.add_argument("--minutes", type=float, default=90.0, help="minutes of training (default: 90; 0 only exports)")
+    length.add_argument("--steps", type=int, help="total updates, those of earlier runs included, instead of minutes")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue from the checkpoint or, where there is none, from the shipped weights",
+        help="continue from the checkpoint, or without one from the weights in --output",
     )
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="written every few minutes")
-    parser.add_argument("--output", type=Path, default=TEACHER, help="the diffusers-layout folder to export to")
-    parser.add_argument("--device", default="cpu", help="a torch device: cpu, cuda, mps (default: %(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; quicker only where the device has it")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures an update (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its height (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default: %(default)s)")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=CHECKPOINT, help="checkpoint file, written every few minutes"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=TEACHER,
+        help="folder to export to, in diffusers' layout (default: the demo's own)",
+    )
+    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, mps (default: %(default)s)")
+    parser.add_argument(
+        "--bf16", action="store_true", help="bfloat16 autocast; faster only on devices that compute in it"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures of an update (default: %(default)s)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-3, help="largest learning rate (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

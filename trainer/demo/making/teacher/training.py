@@ -1,4 +1,4 @@
-"""The teacher's training: batches, the loop, its learning rate, and checkpoints from which it goes on exactly."""
+"""The teacher's training: batches, loop, learning rate, and checkpoints that continue exactly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NULL_SHARE, GENERAL_SHARE = 0.1, 0.2  # of the captions: empty (for guidance), the category's; the rest are names
+NULL_SHARE, GENERAL_SHARE = 0.1, 0.2  # of the captions: empty (for guidance), general; the others are names
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.01
 EMA_DECAY = 0.998
@@ -41,7 +41,7 @@ TRAINING_FILE = "training.json"  # beside the exported weights: how long they we
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What the loop draws from: latents (N, C, H, W) and token ids (N, L) of names and general captions, and of ''."""
+    """Latents (N, C, H, W), token ids (N, L) of names and general captions, and token ids (1, L) of the empty text."""
 
     latents: Tensor
     names: Tensor
@@ -50,7 +50,7 @@ class TrainingSet:
 
     @classmethod
     def of(cls, pictures: Pictures, tokenizer: CLIPTokenizer, device: str = "cpu") -> TrainingSet:
-        """Latents by the exact patch-PCA, captions as token ids."""
+        """Encode pictures by the exact patch-PCA, and captions as token ids."""
         return cls(
             PatchPCA.load().encode(pictures.images / 255).to(device),
             tokenize(tokenizer, [caption.name for caption in pictures.captions]).to(device),
@@ -60,7 +60,7 @@ class TrainingSet:
 
 
 class Trainer:
-    """Weights, their exponential moving average, the optimiser and the random state: all that a checkpoint holds."""
+    """Weights, their moving average, optimiser and random state: the contents of a checkpoint."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Trainer:
         bf16: bool = False,
         seed: int = 0,
     ) -> None:
-        """Train `unet` and `text_encoder` where they are, on `data`, which lies on the same device."""
+        """Prepare to train `unet` and `text_encoder` on `data`, which is on the same device."""
         self.model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).train()
         self.model.to(memory_format=torch.channels_last)
         self.data = data
@@ -94,7 +94,7 @@ class Trainer:
         self.seconds = 0.0
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents, noise, timesteps (one in each of B equal parts of 0..999, which calms the loss) and token ids."""
+        """Return latents, noise, timesteps (one in each of B equal parts of 0..999, for a calm loss) and token ids."""
         size, generator = self.batch_size, self.generator
         index = torch.randint(len(self.data.latents), (size,), generator=generator)
         caption = torch.rand(size, 1, generator=generator).to(self.device)
@@ -107,7 +107,7 @@ class Trainer:
         return self.data.latents[index], noise, timesteps, tokens
 
     def update(self, progress: float) -> float:
-        """One update at `progress` in [0, 1] of the learning-rate schedule; returns the v-prediction loss."""
+        """Make one update at `progress` in [0, 1] of the schedule, and return the v-prediction loss."""
         latents, noise, timesteps, tokens = self.batch()
         alpha_squared = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
@@ -128,7 +128,7 @@ class Trainer:
         return loss.item()
 
     def save(self, path: Path) -> None:
-        """Write everything that trains, atomically: a crash leaves the previous checkpoint whole."""
+        """Write a checkpoint; after a crash the previous one is still complete."""
         tensors = {f"model.{name}": value.detach() for name, value in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.tensors.items()}
         for name, value in self.parameters.items():
@@ -140,7 +140,7 @@ class Trainer:
         write_whole(path, lambda partial: save_file(tensors, partial, facts))
 
     def load(self, path: Path) -> None:
-        """Continue exactly where `save` left off."""
+        """Read a checkpoint and continue exactly."""
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             with torch.no_grad():
@@ -159,18 +159,18 @@ class Trainer:
         self.seconds = float(metadata["seconds"])
 
     def count_from(self, folder: Path) -> None:
-        """Start from an exported teacher: its updates and seconds count, but the optimiser warms up anew."""
+        """Count the updates and seconds of an exported teacher; the optimiser still warms up again."""
         training = json.loads((folder / TRAINING_FILE).read_text())
         self.earlier_steps, self.seconds = training["updates"], float(training["seconds"])
 
 
 def schedule(step: int, progress: float) -> float:
-    """The learning rate as a share of its full value: warm-up by updates, then flat, then a cosine, by progress."""
+    """Return the learning rate as a share of its full value."""
     return warmup_cosine(step, progress, warmup=WARM_UP, flat=FLAT_SHARE, final=FINAL_SHARE)
 
 
 def train(trainer: Trainer, checkpoint: Path, *, minutes: float, steps: int | None = None) -> None:
-    """Update until `steps` updates are done in all or, without `steps`, for `minutes` from now."""
+    """Make updates for `minutes`, or until there are `steps` updates in all."""
     start, first_step, earlier = time.monotonic(), trainer.step, trainer.seconds
     saved, loss_average = start, math.nan
     while True:
@@ -182,8 +182,8 @@ def train(trainer: Trainer, checkpoint: Path, *, minutes: float, steps: int | No
         loss = trainer.update(progress)
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss} at update {trainer.step}. The last good checkpoint is {checkpoint}: "
-                "resume from it with a lower --learning-rate."
+                f"the loss is {loss} at update {trainer.step}; the last good checkpoint is {checkpoint}: "
+                "continue it with --resume and a lower --learning-rate"
             )
         trainer.seconds = earlier + time.monotonic() - start
         loss_average = loss if math.isnan(loss_average) else 0.99 * loss_average + 0.01 * loss
@@ -200,7 +200,7 @@ def train(trainer: Trainer, checkpoint: Path, *, minutes: float, steps: int | No
 
 
 def v_loss(unet: nn.Module, text_encoder: nn.Module, tokenizer: CLIPTokenizer, pictures: Pictures) -> list[float]:
-    """The v-prediction loss on all pictures with their names, in each quarter of the timesteps, low noise first."""
+    """Return the v-prediction loss on all pictures with their names, per quarter of the timesteps, low noise first."""
     data = TrainingSet.of(pictures, tokenizer)
     generator = torch.Generator().manual_seed(0)
     alphas_cumprod = build_scheduler().alphas_cumprod
