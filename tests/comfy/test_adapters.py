@@ -426,7 +426,7 @@ def test_the_inputs_are_not_changed_in_place(results: dict[str, Tensor]) -> None
     ],
 )
 def test_wrong_input_raises_a_readable_error(said: dict[str, Any], name: str, parts: list[str]) -> None:
-    assert name in said["refused"], f"{name} was taken"
+    assert name in said["refused"], f"{name}: no error was raised"
     for part in parts:
         assert part in said["refused"][name]
 

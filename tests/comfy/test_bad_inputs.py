@@ -221,11 +221,11 @@ def test_a_mistake_gives_a_readable_error_or_the_right_result(
 ) -> None:
     name, words = f"{node}, {kind}", TABLE[node][kind]
     if words:
-        assert name in said, "it was taken"
+        assert name in said, "no error was raised"
         for part in words:
             assert part in said[name]
         return
-    assert name in results, said.get(name, "it was not tried")
+    assert name in results, said.get(name, "the mistake was not tried")
     assert bool(torch.isfinite(results[name]).all())
     expected = results.get(f"{name}, expected")
     if expected is not None:

@@ -138,7 +138,7 @@ def test_the_demos_adapter_formats_agree(results: dict[str, Tensor]) -> None:
     ],
 )
 def test_a_wrong_control_lora_raises_a_readable_error(said: dict[str, Any], case: str, words: list[str]) -> None:
-    assert case in said, f"{case} was taken"
+    assert case in said, f"{case}: no error was raised"
     for word in words:
         assert word in said[case]
 
