@@ -124,8 +124,8 @@ def test_page_and_terminal_say_which_targets_were_met(folder: Path) -> None:
         assert value in page.texts
     assert "64 passes become 4, 2 or 1" in page.texts
     lines = target_lines(read_page(folder))
-    assert lines[0] == "met: student 4 steps, 1.20 × the floor (target: at most 1.5 ×)"
-    assert lines[2].startswith("missed: student 1 step, 9.50 × the floor")
+    assert lines[0] == "met: student 4 steps, 1.20 times the floor (target: at most 1.5 ×)"
+    assert lines[2].startswith("missed: student 1 step, 9.50 times the floor")
     assert lines[5] == (
         "missed: student 1 step, 78 % of the gap closed between teacher 1 step without guidance and the floor "
         "(target: at least 90 %)"
@@ -156,7 +156,7 @@ def test_report_of_version_0_1_opens(folder: Path) -> None:
     page = Page(write_report(folder).read_text(encoding="utf-8"))
     assert page.open == []
     assert "0 of 1 targets met" in page.texts
-    assert "student 4 steps: closer than teacher 4 steps without guidance" in page.texts
+    assert "student 4 steps: times closer than teacher 4 steps without guidance" in page.texts
     assert "Gap" not in page.texts
 
 

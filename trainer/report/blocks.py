@@ -41,8 +41,8 @@ class Target:
     """A target of the student with the value that came out.
 
     Attributes:
-        value: the value, as text.
-        measure: the words after the value.
+        value: ``1.20 ×``, ``52 %`` or ``+0.3``.
+        measure: the words after the value, such as "times the floor".
         limit: the limit, as text.
     """
 
@@ -55,7 +55,8 @@ class Target:
     @property
     def line(self) -> str:
         """The target in one line, for the terminal."""
-        return f"{'met' if self.met else 'missed'}: {self.run}, {self.value} {self.measure} (target: {self.limit})"
+        value = self.value.removesuffix(" ×")  # the measure says "times"
+        return f"{'met' if self.met else 'missed'}: {self.run}, {value} {self.measure} (target: {self.limit})"
 
 
 @dataclass(frozen=True)

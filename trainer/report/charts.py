@@ -107,7 +107,7 @@ def passes_chart(name: str, lines: Sequence[Line], level: float | None, level_na
     low, high = min(values, default=1.0), max(values, default=1.0)
     margin = (high - low) / 4 or abs(high) / 10
     up = Axis(*((low / 1.5, high * 1.25) if log else (low - margin, high + margin)), frame.bottom, TOP, log)
-    parts = [*_rules(frame, up), *_marks(frame, across, passes, "network passes a picture")]
+    parts = [*_rules(frame, up), *_marks(frame, across, passes, "network passes per picture")]
     if level:
         parts.append(f'<path class="level" d="M{LEFT} {up(level):.1f}H{frame.right}"/>')
     for line in lines:

@@ -238,7 +238,7 @@ def target_card(target: Mapping[str, Any], figure: Figure) -> Target:
         return Target(target["run"], signed(target["value"]), measure, limit, target["met"])
     value = "–" if target["value"] is None else f"{number(target['value'])} ×"
     limit = f"at most {target['at_most']:g} ×" if "at_most" in target else f"at least {target['at_least']:g} ×"
-    measure = f"the {figure['title']} of {target['rival']}"
+    measure = f"times the {figure['title']} of {target['rival']}"
     return Target(target["run"], value, measure, limit, target["met"])
 
 
