@@ -192,7 +192,7 @@ def test_a_recipe_says_only_what_differs_from_the_one_it_extends(tmp_path: Path)
         ("extends: own.yaml", "extends itself"),
         ("extends: missing", "there is no recipe 'missing'"),
         ("extends: ../missing.yaml", "there is no recipe"),
-        ("extends: 3", "should be a YAML file or the name of a shipped recipe, not 3"),
+        ("extends: 3", "must be a YAML file or the name of a shipped recipe, not 3"),
     ],
 )
 def test_what_a_recipe_extends_is_there_and_not_itself(tmp_path: Path, text: str, message: str) -> None:

@@ -1,7 +1,7 @@
-"""Recipes: YAML files, those shipped here among them, read with what they extend and with a command's overrides.
+"""Read recipes: YAML files, shipped or the user's own, with the recipe that they extend and with overrides.
 
-Of a recipe that ``extends`` another one, only what differs is written: sections are merged field by field, lists and
-values are replaced.
+A recipe that ``extends`` another one holds only the differences: sections are merged field by field, lists and values
+are replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EXTENDS = "extends"
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the shipped recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -32,7 +32,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``section.field=value``, the value in YAML; ``phases.0.updates=10`` reaches into lists.
 
     Raises:
-        UserError: no such recipe, not YAML, or a field that does not fit; names the field, the value and what fits.
+        UserError: no such recipe, not YAML, or a wrong field; the message names field, value and expected value.
     """
     path = _find(name, Path())
     content = _read(path, ())
@@ -48,27 +48,27 @@ def _find(name: str, folder: Path) -> Path:
     shipped = RECIPES / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     if Path(name).parent != Path() or not shipped.is_file():
         raise UserError(
-            f"there is no recipe {name!r}: give a YAML file, or one of the shipped {', '.join(shipped_recipes())}"
+            f"there is no recipe {name!r}; give a YAML file, or a shipped recipe: {', '.join(shipped_recipes())}"
         )
     return shipped
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
-    """A recipe's content, with that of the recipe it extends below it."""
+    """Return a recipe's content, merged over the content of the recipe that it extends."""
     path = path.resolve()
     if path in extended_by:
-        raise UserError(f"{path} extends itself, by way of {', '.join(map(str, extended_by))}")
+        raise UserError(f"{path} extends itself, through {', '.join(map(str, extended_by))}; remove one `extends`")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} should hold sections such as 'model:' and 'data:', not {type(content).__name__}")
+        raise UserError(f"{path} must hold sections such as 'model:' and 'data:', not {type(content).__name__}")
     if EXTENDS not in content:
         return content
     base = content.pop(EXTENDS)
     if not isinstance(base, str):
-        raise UserError(f"{path}: {EXTENDS} should be a YAML file or the name of a shipped recipe, not {base!r}")
+        raise UserError(f"{path}: {EXTENDS} must be a YAML file or the name of a shipped recipe, not {base!r}")
     return _merged(_read(_find(base, path.parent), (*extended_by, path)), content)
 
 
