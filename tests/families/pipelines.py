@@ -22,8 +22,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from .networks import POOLED_WIDTH, TEXT_WIDTH, tiny_network
 
@@ -120,10 +120,8 @@ def text_config(tokenizer: CLIPTokenizer, width: int, activation: str, projectio
 def clip_tokenizer(folder: Path, pad_token: str = "<|endoftext|>", length: int = PROMPT_LENGTH) -> CLIPTokenizer:
     """CLIP's tokenizer with its byte alphabet and no merges."""
     folder.mkdir(parents=True)
-    letters = list(bytes_to_unicode().values())
+    letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=pad_token, model_max_length=length
-    )
+    return CLIPTokenizer.from_pretrained(folder, pad_token=pad_token, model_max_length=length)

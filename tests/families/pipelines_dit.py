@@ -66,7 +66,7 @@ def _pixart(family: str, folder: Path, seed: int) -> PixArtAlphaPipeline | PixAr
         transformer = PixArtTransformer2DModel.from_config({**transformer.config, "sample_size": 128}).eval()
         transformer.load_state_dict(weights)
     return pipeline(
-        tokenizer=T5Tokenizer(str(_sentencepiece(folder)), extra_ids=0, legacy=True),
+        tokenizer=T5Tokenizer.from_pretrained(_sentencepiece(folder), extra_ids=0, legacy=True),
         text_encoder=_text_encoder(),
         vae=_vae(family),
         transformer=transformer,
@@ -85,7 +85,7 @@ def _stable_diffusion_3(family: str, folder: Path, seed: int, t5: bool) -> Stabl
         text_encoder_2=_clip(second, 1),
         tokenizer_2=second,
         text_encoder_3=_text_encoder() if t5 else None,
-        tokenizer_3=T5TokenizerFast(str(_sentencepiece(folder)), extra_ids=0, legacy=True) if t5 else None,
+        tokenizer_3=T5TokenizerFast.from_pretrained(_sentencepiece(folder), extra_ids=0, legacy=True) if t5 else None,
     )
 
 
@@ -118,13 +118,12 @@ def _clip(tokenizer: CLIPTokenizer, index: int) -> CLIPTextModelWithProjection:
 
 
 def _sentencepiece(folder: Path) -> Path:
-    """A sentencepiece model with T5's special tokens, as T5's tokenizers read it."""
+    """Write a sentencepiece model with T5's special tokens; return its folder, which T5's tokenizers read."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES), model_writer=model, model_type="unigram", vocab_size=60,
         hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "spiece.model"
-    path.write_bytes(model.getvalue())
-    return path
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    return folder

@@ -14,7 +14,6 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 LATENT_CHANNELS = 16
 LATENT_SIZE = 16  # 128 px
@@ -89,16 +88,15 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
     merges = [
         pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(learner.to_str())["model"]["merges"]
     ]
-    letters = list(bytes_to_unicode().values())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges = merges[: VOCABULARY - len(tokens) - 2]
     tokens += [merge.replace(" ", "") for merge in merges] + [begin, end]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"),
-        str(folder / "merges.txt"),
+    tokenizer = CLIPTokenizer.from_pretrained(
+        folder,
         unk_token=end,
         bos_token=begin,
         eos_token=end,
