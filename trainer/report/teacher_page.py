@@ -27,8 +27,8 @@ from .numbers import counted, listed, number, seconds, share
 
 Report = Mapping[str, Any]
 GAP = (
-    "(undistilled - student) / (undistilled - floor), and undistilled / student: Fréchet distances of the student and of "
-    "the undistilled teacher with as many passes and no guidance. 100 % of the gap closed = as good as the floor."
+    "(undistilled - student) / (undistilled - floor), and undistilled / student: Fréchet distances of the student and "
+    "of the undistilled teacher with as many passes and no guidance. 100 % of the gap closed = as good as the floor."
 )
 
 
