@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .lora.container import LoraError, open_container
 from .lora.weights import LoraModule, flat_name
+from .lora.writing import save_whole
 
 INPUT_LAYER = "conv_in.weight"  # of diffusers' UNets
 CHANNELS_KEY = "conv_in.extra"
@@ -47,12 +47,12 @@ class TaskAdapter:
 
     @property
     def extra_channels(self) -> int:
-        """E."""
+        """The number of channels that the task adds to the UNet's input."""
         return int(self.channels.shape[1])
 
 
 def write_task_adapter(path: str | os.PathLike[str], adapter: TaskAdapter, dtype: torch.dtype = torch.float16) -> None:
-    """Write a task adapter; the file appears whole or not at all. alpha is folded into the LoRA's up half."""
+    """Write a task adapter, completely or not at all. alpha is folded into the LoRA's up half."""
     tensors = {CHANNELS_KEY: adapter.channels.detach().to("cpu", dtype).contiguous()}
     for module in adapter.modules.values():
         tensors[f"{module.path}.lora_down"] = module.down.detach().to("cpu", dtype).contiguous()
@@ -63,11 +63,7 @@ def write_task_adapter(path: str | os.PathLike[str], adapter: TaskAdapter, dtype
         "flash.task": adapter.task,
         "flash.task_options": json.dumps(adapter.options),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(tensors, temporary, metadata=header)
-    os.replace(temporary, path)
+    save_whole(tensors, Path(path), header)
 
 
 def read_task_adapter(path: str | os.PathLike[str]) -> TaskAdapter:
@@ -92,7 +88,9 @@ def read_task_adapter(path: str | os.PathLike[str]) -> TaskAdapter:
             continue
         up = tensors.get(f"{layer}.lora_up")
         if up is None or up.shape[1] != down.shape[0]:
-            raise LoraError(f"{container.path.name}: layer {layer} lacks its up half, or it does not fit")
+            raise LoraError(
+                f"{container.path.name}: layer {layer} has no up half, or one of another rank; make the file again"
+            )
         modules[flat_name(layer)] = LoraModule(layer, down, up)
     facts = {key: value for key, value in header.items() if not key.startswith("flash.task")}
     return TaskAdapter(header["flash.task"], channels, modules, json.loads(header["flash.task_options"]), facts)

@@ -1,6 +1,6 @@
-"""``flash-diffusion lora``: look into LoRA files of any dialect, convert, merge and shrink them.
+"""``flash-diffusion lora``: show, convert, merge and resize LoRA files of any dialect.
 
-Nothing is overwritten unless ``--force`` says so, and never an input. ``--json`` prints the result and nothing else.
+Outputs are overwritten only with ``--force``; inputs never. ``--json`` prints only the result.
 """
 
 from __future__ import annotations
@@ -40,29 +40,34 @@ from ..flash_core.lora import (
 from .errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Of a file's header these describe its keys, and would be wrong of others.
+# Header fields that describe a file's keys; they would be wrong for other keys.
 KEY_FACTS = ("format", "lora_adapter_metadata")
 DERIVED = "flash.derived"
 WEIGHT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``flash-diffusion lora``."""
+    """Add the options of ``flash-diffusion lora``."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def action(name: str, summary: str) -> argparse.ArgumentParser:
         sub = actions.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
-        sub.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+        sub.add_argument("--json", action="store_true", help="print only the result, as JSON")
         return sub
 
     def writing(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--to", choices=DIALECTS, default="portable", help="how to spell it (default: portable)")
-        sub.add_argument("--dtype", choices=DTYPES, help="store the numbers so (default: as they are)")
-        sub.add_argument("--alpha", type=float, help="of files that tell none (default: their rank, a scale of 1)")
-        sub.add_argument("--no-text-encoder", action="store_true", help="leave text encoders' layers out")
-        sub.add_argument("--force", action="store_true", help="replace the output where it exists")
+        sub.add_argument(
+            "--to",
+            choices=DIALECTS,
+            default="portable",
+            help="form of the output (default: portable, which ComfyUI and diffusers load)",
+        )
+        sub.add_argument("--dtype", choices=DTYPES, help="type of the stored numbers (default: as in the input)")
+        sub.add_argument("--alpha", type=float, help="alpha of inputs without alpha (default: the rank, so scale 1)")
+        sub.add_argument("--no-text-encoder", action="store_true", help="drop the text encoders' layers")
+        sub.add_argument("--force", action="store_true", help="replace an existing output")
 
-    info = action("info", "say what a LoRA file holds")
+    info = action("info", "show the content of a LoRA file")
     info.add_argument("file", type=Path, help="a .safetensors file or a PEFT folder")
     convert = action("convert", "write a LoRA in another dialect")
     convert.add_argument("input", type=Path, metavar="IN")
@@ -71,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merging = action("merge", "write the weighted sum of LoRAs of one base")
     merging.add_argument("inputs", nargs="+", metavar="FILE[:WEIGHT]", help="a LoRA and its weight (default: 1)")
     merging.add_argument("output", type=Path, metavar="OUT")
-    merging.add_argument("--rank", type=int, help="cut the sum to this rank (default: the sum of the ranks, exact)")
+    merging.add_argument(
+        "--rank", type=int, help="cut the sum to this rank (default: the sum of the ranks, which is exact)"
+    )
     writing(merging)
     resizing = action("resize", "write the nearest LoRA of a lower rank")
     resizing.add_argument("input", type=Path, metavar="IN")
@@ -81,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it, and print what came of it."""
+    """Run the action and print the result."""
     result, text = ACTIONS[args.action](args)
     if args.json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
@@ -91,13 +98,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """``info``."""
+    """Run ``info``."""
     report = report_on(read_lora(args.file))
     return {"file": str(args.file), **report.as_json()}, report.text()
 
 
 def convert_file(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """``convert``."""
+    """Run ``convert``."""
     ensure_new(args, [args.input])
     file = read(args.input, args)
     modules, text_encoder = layers(file, args)
@@ -106,7 +113,7 @@ def convert_file(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def resize_file(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """``resize``."""
+    """Run ``resize``."""
     ensure_new(args, [args.input])
     file = read(args.input, args)
     modules, text_encoder = layers(file, args)
@@ -118,7 +125,7 @@ def resize_file(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def merge_files(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """``merge``."""
+    """Run ``merge``."""
     inputs = [split_weight(text) for text in args.inputs]
     ensure_new(args, [path for path, _ in inputs])
     files = [(read(path, args), weight) for path, weight in inputs]
@@ -152,7 +159,7 @@ ACTIONS = {"info": show, "convert": convert_file, "merge": merge_files, "resize"
 
 
 def split_weight(text: str) -> tuple[Path, float]:
-    """``FILE`` or ``FILE:WEIGHT``; a colon in a file's own name is left alone."""
+    """Split ``FILE:WEIGHT``; the weight is 1 for ``FILE``. A colon in the name of an existing file is kept."""
     path, _, weight = text.rpartition(":")
     if path and WEIGHT.fullmatch(weight) and not Path(text).exists():
         return Path(path), float(weight)
@@ -160,16 +167,16 @@ def split_weight(text: str) -> tuple[Path, float]:
 
 
 def ensure_new(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
-    """Before any work.
+    """Check the output before any work.
 
     Raises:
-        UserError: the output is an input, exists while ``--force`` is off, or is no place for what would be written.
+        UserError: the output is an input, exists without ``--force``, or is a folder where a file is written.
     """
     output: Path = args.output
     target = output / PEFT_WEIGHTS if args.to == "peft" else output
     sources = [path / PEFT_WEIGHTS if path.is_dir() else path for path in inputs]
     if any(path.exists() and target.exists() and path.samefile(target) for path in sources):
-        raise UserError(f"{output} is an input; inputs are never overwritten, choose another name")
+        raise UserError(f"{output} is an input, and inputs are never overwritten; choose another name")
     if output.exists() and not args.force:
         raise UserError(f"{output} exists; choose another name, or pass --force to replace it")
     if output.exists() and output.is_dir() != (args.to == "peft"):
@@ -178,15 +185,15 @@ def ensure_new(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
 
 
 def layers(file: LoraFile, args: argparse.Namespace) -> tuple[dict[str, LoraModule], dict[str, LoraModule]]:
-    """The denoiser's layers by diffusers' paths, and the text encoders' that shall be written.
+    """Return the denoiser's layers by diffusers' paths, and the text encoders' layers to write.
 
     Raises:
-        LoraError: a layer that has no place in diffusers' networks, or keys that would be lost.
+        LoraError: a layer does not exist in diffusers' networks, or keys would be lost.
     """
     if file.unknown:
         raise LoraError(
-            f"{len(file.unknown)} keys are not plain LoRA on a layer, e.g. {file.unknown[0]!r}: they would be lost. "
-            "Use the file as it is"
+            f"{len(file.unknown)} keys are not plain LoRA layers, e.g. {file.unknown[0]!r}, and would be lost. Use the "
+            "file unchanged"
         )
     try:
         modules = with_diffusers_names(file.modules)
@@ -196,28 +203,28 @@ def layers(file: LoraFile, args: argparse.Namespace) -> tuple[dict[str, LoraModu
 
 
 def read(path: Path, args: argparse.Namespace) -> LoraFile:
-    """A file whose scale is settled: it is about to be written down.
+    """Read a file and set its alpha.
 
     Raises:
-        UserError: ``--alpha`` for a file that tells its own.
+        UserError: ``--alpha`` for a file with an alpha, or not finite.
     """
     file = read_lora(path)
     if file.alpha_source != "unknown":
         if args.alpha is not None:
-            raise UserError(f"{path} tells its alpha; --alpha is for files that tell none")
+            raise UserError(f"{path} has its own alpha; --alpha is for files without alpha, so remove it")
         return file
     if args.alpha is not None and not math.isfinite(args.alpha):
-        raise UserError(f"--alpha takes a finite number, not {args.alpha}")
+        raise UserError(f"--alpha must be a finite number, not {args.alpha}")
     if args.alpha is None:
-        return replace(file, notes=(*file.notes, "it tells no alpha: a scale of 1 is taken; see --alpha"))
+        return replace(file, notes=(*file.notes, "it has no alpha: scale 1 is used; see --alpha"))
     modules = {name: replace(module, alpha=args.alpha) for name, module in file.modules.items()}
     text_encoder = {name: replace(module, alpha=args.alpha) for name, module in file.text_encoder.items()}
-    note = f"it tells no alpha: {args.alpha:g} was given"
+    note = f"it has no alpha: {args.alpha:g} was given"
     return replace(file, modules=modules, text_encoder=text_encoder, notes=(*file.notes, note))
 
 
 def losses(cut: Truncation) -> dict[str, Any]:
-    """What cutting ranks cost."""
+    """Return the errors of cutting ranks, for the result."""
     return {"relative_error": cut.error, "worst_layer": cut.worst, "worst_error": cut.worst_error}
 
 
@@ -230,7 +237,7 @@ def shrunk(modules: Mapping[str, LoraModule], rank: int) -> Truncation:
 
 
 def same_base(files: Sequence[tuple[LoraFile, float]], paths: Sequence[Path]) -> None:
-    """Layers' shapes tell most; what files say of themselves tells the rest.
+    """Check that all files are for one base, by their metadata or layers.
 
     Raises:
         LoraError: files for different bases.
@@ -242,13 +249,13 @@ def same_base(files: Sequence[tuple[LoraFile, float]], paths: Sequence[Path]) ->
             file.modules
         ):
             raise LoraError(
-                f"{first_path.name} is for {describe_base(first)}, {path.name} for {describe_base(file)}: "
-                "only LoRAs of one base can be merged"
+                f"{first_path.name} is for {describe_base(first)}, {path.name} for {describe_base(file)}; "
+                "only LoRAs for the same base can be merged"
             )
 
 
 def commonest_dtype(files: Sequence[LoraFile]) -> str | None:
-    """What the files store, by name; None where they differ."""
+    """Return the name of the files' type; None if the types differ."""
     found = {module.down.dtype for file in files for module in file.modules.values()}
     names = [name for name, dtype in DTYPES.items() if found == {dtype}]
     return names[0] if names else None
@@ -261,7 +268,7 @@ def write(
     source: LoraFile,
     derived: str,
 ) -> None:
-    """Write with the source's header, and a line on how it was derived."""
+    """Write a file with the source's header and a line on its derivation."""
     header = {name: value for name, value in source.header.items() if name not in KEY_FACTS}
     history = [line for line in header.get(DERIVED, "").splitlines() if line]
     remarks = "".join(f"; {note}" for note in source.notes)
@@ -288,7 +295,7 @@ def written(
     text_encoder: Mapping[str, LoraModule],
     facts: Mapping[str, Any],
 ) -> tuple[dict[str, Any], str]:
-    """What to say of the output."""
+    """Return the result for ``--json`` and the text for the terminal."""
     ranks = sorted({module.rank for module in modules.values()})
     result = {
         "file": str(args.output),

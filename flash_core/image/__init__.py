@@ -1,4 +1,4 @@
-"""Pictures and masks: what inpainting, outpainting and super-resolution share."""
+"""Pictures and masks: the shared code of inpainting, outpainting and super-resolution."""
 
 from __future__ import annotations
 

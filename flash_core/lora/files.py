@@ -129,14 +129,17 @@ def _group(name: str, keys: Iterable[str]) -> tuple[dict[str, _Layer], list[str]
             continue
         if parsed.part == "foreign":
             raise LoraError(
-                f"{name} is a {parsed.algorithm} file (key {key[:120]!r}); only plain LoRA is supported. Load it with "
-                "ComfyUI's own LoRA loader, or ask its author for a LoRA"
+                f"{name} is a {parsed.algorithm} file (key {key[:120]!r}); only plain LoRA can be read. Load the "
+                "file with ComfyUI's own LoRA loader, or ask its author for a LoRA"
             )
         dialects[parsed.dialect] += 1
         flat = flat_name(parsed.path)
         layer = layers.setdefault(flat, _Layer(parsed.path, parsed.text_encoder))
         if parsed.part in layer.keys:
-            raise LoraError(f"{name} has two tensors for {parsed.part!r} of {parsed.path}: the file is ambiguous")
+            raise LoraError(
+                f"{name} has two tensors for {parsed.part!r} of {parsed.path}, so it "
+                "is ambiguous; download it again, or ask its author"
+            )
         layer.keys[parsed.part] = key
         if "." in parsed.path:
             layer.path = parsed.path
@@ -147,7 +150,10 @@ def _check(name: str, layer: _Layer, shapes: Mapping[str, tuple[int, ...]]) -> N
     """Raise LoraError if a layer is incomplete or the shapes of its halves do not fit."""
     if "down" not in layer.keys or "up" not in layer.keys:
         has = ", ".join(sorted(layer.keys))
-        raise LoraError(f"{name}: layer {layer.path} has only {has}; expected both halves, down and up")
+        raise LoraError(
+            f"{name}: layer {layer.path} has only {has}; expected both halves, down and up. The "
+            "file is incomplete: download it again"
+        )
     down, up = shapes[layer.keys["down"]], shapes[layer.keys["up"]]
     fits = len(down) == len(up) and len(down) in (2, 4) and down[0] == up[1] and up[2:] in ((), (1, 1))
     if "mid" in layer.keys:  # a convolution taken apart further: 1x1, kernel, 1x1
@@ -160,7 +166,8 @@ def _check(name: str, layer: _Layer, shapes: Mapping[str, tuple[int, ...]]) -> N
         )
     if down[0] > MAX_RANK:
         raise LoraError(
-            f"{name}: layer {layer.path} has rank {down[0]:,}, beyond any LoRA's; at most {MAX_RANK:,} is read"
+            f"{name}: layer {layer.path} has rank {down[0]:,}; the limit is {MAX_RANK:,}, far above "
+            "any LoRA. The file is damaged: download it again"
         )
     if "alpha" in layer.keys and math.prod(shapes[layer.keys["alpha"]]) != 1:
         shape = shapes[layer.keys["alpha"]]
@@ -173,7 +180,10 @@ def _module(container: Container, layer: _Layer, settings: FileSettings | None) 
     for half in halves.values():
         # A text encoder's layers are not used: they are left unread.
         if not half.is_floating_point() or not (layer.text_encoder or all_finite(half)):
-            raise LoraError(f"{name}: layer {layer.path} holds {half.dtype} values that are not finite numbers")
+            raise LoraError(
+                f"{name}: layer {layer.path} holds NaN or infinite values ({half.dtype}). The training "
+                "failed or the file is damaged: download it again"
+            )
     down, up = halves["down"], halves["up"]
     if "mid" in halves:
         mid = halves["mid"].float()

@@ -31,7 +31,7 @@ class MatchReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every layer of the file matched."""
+        """True if every layer of the file matched."""
         return not self.missing and not self.mismatched
 
 

@@ -61,15 +61,15 @@ def write_lora(
     kohya = dialect == "kohya" or (dialect == "portable" and not transformer)
     if dialect == "kohya" and transformer:
         raise LoraError(
-            "kohya's names for transformers are of fused layers, which diffusers does not have; write the portable form"
+            "kohya's form names fused layers of transformers, which diffusers does not have; write the portable form "
+            "(--to portable)"
         )
     if dialect == "peft" and text:
         raise LoraError(
-            f"a PEFT folder is one network's: {len(text)} layers are a text encoder's. Leave them out, or write the "
-            "portable form"
+            f"a PEFT folder holds one network, but {len(text)} layers belong to a text encoder. Drop these layers "
+            "(--no-text-encoder), or write the portable form (--to portable)"
         )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     if dialect in ("portable", "diffusers"):
         modules, text = uniform(modules), uniform(text)
@@ -81,7 +81,7 @@ def write_lora(
             tensors[f"{name}.lora_down.weight"] = _stored(module.down, dtype)
             tensors[f"{name}.lora_up.weight"] = _stored(module.up, dtype)
             tensors[f"{name}.alpha"] = torch.tensor(module.scale * module.rank, dtype=torch.float32)
-        _save(tensors, path, strings)
+        save_whole(tensors, path, strings)
     elif dialect == "peft":
         for module in modules.values():
             tensors[f"base_model.model.{module.path}.lora_A.weight"] = _stored(module.down, dtype)
@@ -99,7 +99,7 @@ def write_lora(
             else:
                 folded = module.up.detach().float() * module.scale
                 tensors[f"{name}.lora_B.weight"] = _stored(folded, dtype or computable(module.up.dtype))
-        _save(tensors, path, strings)
+        save_whole(tensors, path, strings)
 
 
 def uniform(modules: Mapping[Name, LoraModule]) -> dict[Name, LoraModule]:
@@ -137,7 +137,10 @@ def _text_paths(modules: Mapping[str, LoraModule]) -> dict[tuple[int, str], Lora
     for module in modules.values():
         place = text_encoder_path(module.path)
         if place is None:
-            raise LoraError(f"text encoder layer {module.path} has a name that can't be converted; leave them out")
+            raise LoraError(
+                f"text encoder layer {module.path} has an unknown name; drop the text encoders' layers "
+                "(--no-text-encoder)"
+            )
         paths[place] = module
     return paths
 
@@ -161,7 +164,9 @@ def _peft_config(modules: Mapping[str, LoraModule]) -> dict[str, object]:
     }
 
 
-def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+def save_whole(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file, completely or not at all; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         _save_tensors(tensors, temporary, header)
@@ -183,12 +188,12 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]
 def _save_folder(tensors: dict[str, Tensor], path: Path, header: dict[str, str], config: Mapping[str, object]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         _save_tensors(tensors, temporary / PEFT_WEIGHTS, header)
         (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if path.is_dir():
-            # Only what such a folder consists of is replaced; a folder of other things is not ours to remove.
+            # Replace only the two files of a PEFT folder, since the folder may hold other files of the user.
             for name in (PEFT_WEIGHTS, PEFT_CONFIG):
                 os.replace(temporary / name, path / name)
         else:

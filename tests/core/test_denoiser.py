@@ -68,7 +68,7 @@ def test_text_and_task_are_joined() -> None:
         joined.joined(task)
 
 
-def test_guidance_compares_the_prompt_and_keeps_the_task() -> None:
+def test_unconditional_branch_keeps_the_tasks_conditions() -> None:
     whole = full(2)
     empty = Conditioning(
         cross_attention=torch.zeros(2, 7, 5),
@@ -83,7 +83,7 @@ def test_guidance_compares_the_prompt_and_keeps_the_task() -> None:
         assert getattr(branch, name) is getattr(whole, name)
 
 
-def test_guidance_drops_what_the_task_says() -> None:
+def test_unconditional_branch_drops_the_named_conditions() -> None:
     whole = full(2)
     empty = Conditioning(cross_attention=torch.zeros(2, 7, 5))
     branch = unconditional_branch(whole, empty, ("image_tokens", "residuals"))
@@ -100,7 +100,7 @@ def test_guidance_drops_what_the_task_says() -> None:
 
 
 @given(batches=st.lists(st.integers(1, 4), min_size=1, max_size=4))
-def test_what_is_joined_can_be_taken_apart(batches: list[int]) -> None:
+def test_joined_batches_split_into_the_originals(batches: list[int]) -> None:
     separate = [full(batch, seed) for seed, batch in enumerate(batches)]
     joined = Conditioning.cat(separate)
     assert len(joined) == sum(batches)
@@ -158,7 +158,7 @@ def test_batched_guidance_is_two_calls_combined_sample_by_sample(process: Proces
         assert torch.allclose(got[one], expected, rtol=1e-5, atol=2e-5 * max(1.0, expected.abs().max().item()))
 
 
-def test_guidance_one_is_the_condition_alone_and_zero_is_without_it() -> None:
+def test_guidance_1_is_conditional_and_0_is_unconditional() -> None:
     denoiser, z_t, t, conditioning, unconditional = setting(processes()[1])
     for scale, alone in ((1.0, conditioning), (0.0, unconditional)):
         got = guided_z0(denoiser, z_t, t, conditioning, unconditional, torch.full((BATCH,), scale))

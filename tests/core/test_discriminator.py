@@ -57,7 +57,7 @@ def test_gradients_reach_every_feature_and_every_parameter() -> None:
     assert all(parameter.grad is not None for parameter in discriminator.parameters())
 
 
-def test_it_learns_to_tell_two_textures_apart() -> None:
+def test_discriminator_learns_to_separate_two_textures() -> None:
     discriminator = Discriminator([4], hidden=16)
     optimiser = torch.optim.Adam(discriminator.parameters(), lr=3e-3)
     smooth = torch.randn(16, 4, 1, 1).expand(16, 4, 8, 8)

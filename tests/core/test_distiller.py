@@ -96,7 +96,7 @@ def gradients(distiller: Distiller, role: str) -> list[Tensor | None]:
 
 
 def untouched(parameters: Iterable[torch.nn.Parameter]) -> bool:
-    """Whether none has a gradient; an adapter whose gate is 0 may hold zeros."""
+    """Return whether no parameter has a gradient; an adapter with gate 0 may hold zeros."""
     return all(parameter.grad is None or not parameter.grad.any() for parameter in parameters)
 
 
@@ -143,7 +143,7 @@ def test_start_latents_are_data_noised_to_their_level_and_pure_noise_at_the_firs
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_teachers_solution_is_diffusers_solver_with_guidance(prediction: str) -> None:
+def test_teacher_solution_equals_diffusers_solver_with_guidance(prediction: str) -> None:
     # Sample by sample, two separate calls each, DPM-Solver++ started at the sample's own timestep.
     distiller = make_distiller(VPProcess.from_betas(prediction=prediction), teacher_steps=16)
     rollout = make_rollout(distiller)
@@ -168,7 +168,7 @@ def test_the_teachers_solution_is_diffusers_solver_with_guidance(prediction: str
         assert torch.allclose(rollout.z_teacher[[row]], z, rtol=1e-4, atol=1e-4)
 
 
-def test_a_rollout_is_its_generators_and_nothing_elses() -> None:
+def test_rollout_depends_only_on_its_generator() -> None:
     distiller = make_distiller()
     first = make_rollout(distiller, seed=3)
     torch.manual_seed(999)
@@ -182,7 +182,7 @@ def test_a_rollout_is_its_generators_and_nothing_elses() -> None:
 # -- trajectories ----------------------------------------------------------------------------------------------------
 
 
-def test_a_trajectory_keeps_what_training_can_start_from() -> None:
+def test_trajectory_keeps_the_states_of_likely_starts() -> None:
     # Around each mode of the K = 32 grid, the neighbours that hold more than a thousandth of the mixture.
     distiller = blank_distiller(VPProcess.from_betas(), 32)
     trajectory = distiller.trajectory(latents(), tokens(B), tokens(B), seeded(0))
@@ -208,7 +208,7 @@ def test_a_trajectory_is_the_guided_teachers_path_from_pure_noise(solver: Any) -
 
 
 @pytest.mark.parametrize("phase", PUBLISHED_PHASES)
-def test_replay_starts_each_sample_at_a_recorded_index_of_its_own(phase: Phase) -> None:
+def test_replay_starts_each_sample_at_its_own_recorded_index(phase: Phase) -> None:
     distiller, count = make_distiller(teacher_steps=16), 256
     data = torch.randn(count, 4, 2, 2, generator=seeded(2))
     trajectory = distiller.trajectory(data, tokens(count, 1.0), tokens(count, -1.0), seeded(0))
@@ -293,26 +293,26 @@ def check_gradient(distiller: Distiller, phase: Phase, step: float = 1e-5, toler
 
 
 @every_process
-def test_gradient_of_distillation_and_adversarial_terms_is_their_slope(process: Process) -> None:
+def test_gradients_of_distillation_and_adversarial_terms_equal_finite_differences(process: Process) -> None:
     distiller = make_distiller(process, dtype=torch.float64)
     check_gradient(distiller, Phase(modes=(0.25,) * 4, adversarial=0.8))
 
 
 @pytest.mark.parametrize("distillation", ["mse", "l1", "pseudo_huber", "lpips"])
-def test_gradient_of_every_distance_is_its_slope(distillation: Any) -> None:
+def test_gradient_of_every_distance_equals_finite_differences(distillation: Any) -> None:
     distiller = make_distiller(dtype=torch.float64, distillation=distillation, perceptual_crop=3)
     check_gradient(distiller, DISTILLATION, step=1e-7, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("adversarial", ["lsgan", "hinge", "non_saturating", "wgan", "vanilla"])
-def test_gradient_of_every_adversarial_loss_is_its_slope(adversarial: Any) -> None:
+def test_gradient_of_every_adversarial_loss_equals_finite_differences(adversarial: Any) -> None:
     distiller = make_distiller(dtype=torch.float64, adversarial=adversarial)
     check_gradient(distiller, Phase(modes=(0.25,) * 4, distillation=0.0, adversarial=1.0))
 
 
 @pytest.mark.parametrize("fake_score", ["student", "critic"])
 @every_process
-def test_gradient_of_distribution_matching_is_its_formula(process: Process, fake_score: Any) -> None:
+def test_gradient_of_distribution_matching_equals_its_formula(process: Process, fake_score: Any) -> None:
     """``J^T (2 w g / n)`` with g at the levels that the denoiser was asked at; the scores carry no gradient."""
     distiller = make_distiller(process, dtype=torch.float64, fake_score=fake_score)
     denoiser, rollout = distiller.denoiser, make_rollout(distiller)
@@ -354,7 +354,7 @@ def test_gradient_of_distribution_matching_is_its_formula(process: Process, fake
 
 
 @pytest.mark.parametrize("fake_score", ["student", "critic"])
-def test_the_student_step_trains_the_students_adapter_and_nothing_else(fake_score: Any) -> None:
+def test_student_step_trains_only_the_students_adapter(fake_score: Any) -> None:
     distiller = make_distiller(fake_score=fake_score)
     rollout = make_rollout(distiller)
     step = distiller.student_step(rollout, EVERYTHING, seeded(0))
@@ -367,7 +367,7 @@ def test_the_student_step_trains_the_students_adapter_and_nothing_else(fake_scor
 
 
 @pytest.mark.parametrize("r1", [0.0, 0.5])
-def test_the_discriminator_step_trains_its_heads_and_nothing_else(r1: float) -> None:
+def test_discriminator_step_trains_only_its_heads(r1: float) -> None:
     distiller = make_distiller(r1=r1)
     rollout = make_rollout(distiller)
     terms = distiller.discriminator_step(rollout, latents(seed=8), seeded(0))
@@ -425,7 +425,7 @@ def test_the_critic_step_trains_the_critics_adapter_on_the_students_samples(proc
 
 
 @pytest.mark.parametrize("real", ["data", "teacher"])
-def test_real_is_what_the_settings_say(real: Any) -> None:
+def test_real_samples_follow_the_settings(real: Any) -> None:
     shown: list[Tensor] = []
     distiller = make_distiller(real=real)
     features = distiller.denoiser.features
@@ -477,7 +477,7 @@ def test_factors_and_scale_multiply_the_gradient_and_calls_accumulate() -> None:
 
 
 @pytest.mark.parametrize("step", ["discriminator_step", "critic_step"])
-def test_the_other_steps_scale_too(step: str) -> None:
+def test_scale_multiplies_discriminator_and_critic_gradients(step: str) -> None:
     def grads(scale: float) -> list[Tensor]:
         distiller = make_distiller()
         getattr(distiller, step)(make_rollout(distiller), latents(seed=8), seeded(0), scale)
@@ -488,7 +488,7 @@ def test_the_other_steps_scale_too(step: str) -> None:
         assert torch.allclose(one, 2 * two, rtol=1e-4, atol=1e-7)
 
 
-def test_roles_are_left_as_they_were_found() -> None:
+def test_steps_restore_the_role() -> None:
     distiller = make_distiller(fake_score="critic")
     rollout = make_rollout(distiller)
     for role in ("student", "teacher", "critic"):
@@ -526,7 +526,7 @@ def test_checkpointing_changes_no_gradient(process: Process, fake_score: Any) ->
             assert torch.equal(one, two)
 
 
-def test_the_split_backward_is_the_plain_one() -> None:
+def test_split_backward_equals_one_backward() -> None:
     """Without checkpointing a single backward pass through everything is right: the split one must equal it."""
     phase = Phase(modes=(0.25,) * 4, adversarial=0.8)
     distiller = make_distiller(dtype=torch.float64)
@@ -571,7 +571,7 @@ def test_a_decoder_that_checkpoints_is_safe_too() -> None:
 # -- refusals and defaults -------------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_is_named() -> None:
+def test_missing_parts_raise_an_error_that_names_them() -> None:
     process = VPProcess.from_betas()
     denoiser = AdapterDenoiser.seeded(process)
     with pytest.raises(ValueError, match="pass decode= and perceptual="):
@@ -584,7 +584,7 @@ def test_what_is_missing_is_named() -> None:
         distiller.discriminator_step(rollout, rollout.z0, seeded(0))
 
 
-def test_the_defaults_are_the_papers_for_sd15() -> None:
+def test_defaults_are_the_papers_for_sd15() -> None:
     settings = DistillerSettings()
     assert settings.teacher_steps == 32
     assert settings.guidance == (3.0, 13.0)
@@ -594,7 +594,7 @@ def test_the_defaults_are_the_papers_for_sd15() -> None:
     assert ADVERSARIAL_TIMESTEPS == (10, 250, 500, 750)
 
 
-def test_flow_takes_the_whole_path() -> None:
+def test_flow_model_trains_with_every_step() -> None:
     """A flow teacher with Euler, from the first draw to the last update."""
     distiller = make_distiller(FlowProcess(3.0), solver="euler", fake_score="critic")
     rollout = make_rollout(distiller)

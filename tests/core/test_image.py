@@ -43,7 +43,7 @@ def test_dilation_keeps_soft_values() -> None:
 
 
 @given(st.integers(1, 9))
-def test_a_feather_falls_to_nothing_at_its_radius(radius: int) -> None:
+def test_feather_falls_to_0_at_its_radius(radius: int) -> None:
     mask = dilate(dot(41), 5)
     soft = feather(mask, radius)
     middle = soft[0, 20, 25:]  # from the mask's last pixel outward
@@ -65,7 +65,7 @@ def test_negative_radii_are_refused(function) -> None:
         function(dot(), -1)
 
 
-def test_the_box_of_nothing_is_none() -> None:
+def test_mask_box_of_an_empty_mask_is_none() -> None:
     assert mask_box(torch.zeros(2, 5, 5)) is None
 
 

@@ -216,7 +216,7 @@ def test_alpha_in_the_header_that_diffusers_writes(tmp_path: Path) -> None:
     assert (file.modules[flat_name(PATH)].scale, file.alpha_source) == (4.0, "header")
 
 
-def test_layers_without_effect_and_without_alpha_are_told_of(tmp_path: Path) -> None:
+def test_report_names_layers_with_alpha_0_and_without_alpha(tmp_path: Path) -> None:
     down, up = halves()
     tensors = {}
     for layer in ("idle", "untold", "usual"):
@@ -251,7 +251,7 @@ def test_text_encoder_layers_are_kept_apart(tmp_path: Path) -> None:
     convolution=st.booleans(),
     transformer=st.booleans(),
 )
-def test_what_is_written_reads_back_with_the_same_update(
+def test_written_loras_read_back_with_the_same_update(
     tmp_path_factory: pytest.TempPathFactory, rank: int, alpha: float, convolution: bool, transformer: bool
 ) -> None:
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
@@ -289,7 +289,7 @@ def test_matching_counts_and_names_both_sides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("outputs", "base"), [(512, "sd_x4"), (1024, "sd_x4"), (320, "sd21"), (1280, "sd21")])
-def test_the_x4_upscaler_is_told_from_sd_2_by_its_widths(outputs: int, base: str, tmp_path: Path) -> None:
+def test_x4_upscaler_and_sd_2_are_recognised_by_their_widths(outputs: int, base: str, tmp_path: Path) -> None:
     """Both read 1024 channels of text; the levels are those of the published models' configurations."""
     tensors = {"lora_down.weight": torch.zeros(4, 1024), "lora_up.weight": torch.zeros(outputs, 4)}
     save_file(

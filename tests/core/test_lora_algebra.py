@@ -72,7 +72,7 @@ def loras(draw: st.DrawFn, transformer: bool | None = None) -> dict[str, LoraMod
 
 
 def update(module: LoraModule) -> Tensor:
-    """What is added to the layer's weight, in double precision."""
+    """Return the change of the layer's weight, in double precision."""
     product = module.up.double().flatten(1) @ module.down.double().flatten(1)
     return module.scale * product.reshape(module.shape)
 
@@ -89,7 +89,7 @@ def is_transformer(modules: dict[str, LoraModule]) -> bool:
 @pytest.mark.parametrize("dialect", DIALECTS)
 @RELAXED
 @given(modules=loras())
-def test_what_is_written_is_read(dialect: str, modules: dict[str, LoraModule], tmp_path: Path) -> None:
+def test_written_files_read_back(dialect: str, modules: dict[str, LoraModule], tmp_path: Path) -> None:
     transformer = is_transformer(modules)
     if dialect == "kohya" and transformer:
         with pytest.raises(LoraError, match="fused layers"):
@@ -121,7 +121,7 @@ def test_what_is_written_is_read(dialect: str, modules: dict[str, LoraModule], t
 
 @RELAXED
 @given(modules=loras(), order=st.permutations([dialect for dialect in DIALECTS if dialect != "kohya"]))
-def test_there_and_back_through_every_dialect(modules: dict[str, LoraModule], order: list[str], tmp_path: Path) -> None:
+def test_every_dialect_round_trips(modules: dict[str, LoraModule], order: list[str], tmp_path: Path) -> None:
     current = modules
     for dialect in order:
         write_lora(tmp_path / dialect, current, None, transformer=is_transformer(modules), dialect=dialect)

@@ -135,7 +135,7 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes | dict[str, Tensor]], str]] = {
     "kernel in the up half": (lambda _: {DOWN: torch.ones(4, 6, 3, 3), UP: torch.ones(8, 4, 3, 3)}, "do not fit"),
     "rank 0": (lambda _: {DOWN: torch.ones(0, 6), UP: torch.ones(8, 0)}, "do not fit"),
     "no inputs": (lambda _: {DOWN: torch.ones(4, 0), UP: torch.ones(8, 4)}, "do not fit"),
-    "rank 10,000": (lambda _: {DOWN: torch.ones(10_000, 1), UP: torch.ones(1, 10_000)}, "beyond any LoRA"),
+    "rank 10,000": (lambda _: {DOWN: torch.ones(10_000, 1), UP: torch.ones(1, 10_000)}, "above any LoRA"),
     "middle that does not fit": (lambda _: {**halves(), f"{LAYER}.lora_mid.weight": torch.ones(4, 4)}, "do not fit"),
     "the same layer twice": (
         lambda _: {**halves(), **{key.replace("lora_unet_", "lycoris_"): half for key, half in halves().items()}},
@@ -184,7 +184,7 @@ def test_broken_files_raise_a_readable_error(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["120,000 tensors", "600,000 strings", "header of 60 MB", "header of a million lists"])
-def test_what_python_holds_meanwhile_is_bounded(kind: str, tmp_path: Path) -> None:
+def test_memory_for_broken_headers_is_bounded(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     content = BROKEN[kind][0](tmp_path)
     assert isinstance(content, bytes)
@@ -259,7 +259,7 @@ def test_broken_settings_in_the_header_are_refused_in_words(tmp_path: Path) -> N
         read_lora(tmp_path / "x.safetensors")
 
 
-def test_what_is_not_a_file(tmp_path: Path) -> None:
+def test_missing_files_and_folders_raise_a_readable_error(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.safetensors", tmp_path, Path("/dev/null")):
         with pytest.raises(LoraError, match="no LoRA file"):
             read_lora(path)
@@ -332,7 +332,7 @@ def test_a_file_need_not_be_mapped(tmp_path: Path) -> None:
     assert torch.equal(one.up, other.up)
 
 
-def test_what_is_read_outlives_the_file(tmp_path: Path) -> None:
+def test_tensors_stay_valid_after_the_file_is_replaced(tmp_path: Path) -> None:
     """Training replaces a file that a model in ComfyUI still has loaded."""
     first, second = halves(), halves()
     save_file(first, tmp_path / "lora.safetensors")

@@ -81,7 +81,7 @@ def test_layers_add_up_by_their_squares() -> None:
     assert met.largest == "b"
 
 
-def test_what_has_no_update_meets_nothing() -> None:
+def test_overlap_with_a_zero_update_is_0() -> None:
     """A layer whose up is still zero, as training starts."""
     untrained = layer([[0.0], [0.0]], [[1.0, 2.0, 3.0]])
     for one, other in ((untrained, untrained), (FIRST, untrained), (untrained, FIRST)):
@@ -106,7 +106,7 @@ def test_layers_of_another_shape_are_not_shared() -> None:
     strengths=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3) | st.floats(-3, -0.1)),
     shape=st.sampled_from([(12, 9), (5, 4, 3, 3), (8, 8, 1, 1)]),
 )
-def test_the_factors_tell_what_the_full_matrices_do(
+def test_overlap_of_factors_equals_overlap_of_full_matrices(
     seed: int, ranks: tuple[int, int], strengths: tuple[float, float], shape: tuple[int, ...]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -155,7 +155,7 @@ def test_after_the_suggestion_the_size_is_within_the_limit(generator: torch.Gene
     assert SIZE_LIMIT * 0.97 < after <= SIZE_LIMIT
 
 
-def test_dialects_meet_under_common_names(generator: torch.Generator) -> None:
+def test_overlap_matches_layers_of_different_dialects(generator: torch.Generator) -> None:
     """The first cross-attention of a UNet by Stable Diffusion's own name and by diffusers'."""
     module = random_layer(generator, 2)
     native = "input_blocks_1_1_transformer_blocks_0_attn2_to_k"

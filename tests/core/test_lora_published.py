@@ -18,7 +18,7 @@ ENTRIES = {entry.name.removeprefix("jasperai/"): entry for entry in PUBLISHED}
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_the_table_is_what_the_training_scripts_come_to(name: str) -> None:
+def test_published_table_equals_the_training_scripts(name: str) -> None:
     """Counts of layers and values by diffusers' networks, and the published files' sizes in megabytes."""
     rank, _, alpha, megabytes = FACTS[name]
     shapes = published_shapes(name)
@@ -63,7 +63,7 @@ def test_the_json_beside_the_file_comes_first(tmp_path: Path) -> None:
     assert (file.published, file.alpha_source, file.scales) == ("jasperai/flash-sd", "adapter_config", (0.25,))
 
 
-def test_a_file_that_tells_its_maker_is_not_taken_for_a_published_one(tmp_path: Path) -> None:
+def test_a_file_with_a_header_is_not_recognised_as_published(tmp_path: Path) -> None:
     write_published("flash-sd", tmp_path / "style.safetensors", metadata={"ss_steps": "100"})
     file = read_lora(tmp_path / "style.safetensors")
     assert (file.published, file.metadata, file.alpha_source) == (None, None, "unknown")

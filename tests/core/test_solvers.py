@@ -69,7 +69,7 @@ def dpm(prediction: str, **options: Any) -> DPMSolverMultistepScheduler:
 @pytest.mark.parametrize(
     "steps", [1, 2, 4, 8, 20, 50]
 )  # where diffusers' DDIM, which steps 1000 // N, meets its own grid
-def test_ddim_is_that_of_diffusers(prediction: str, steps: int) -> None:
+def test_ddim_equals_diffusers(prediction: str, steps: int) -> None:
     process, network, z = VPProcess.from_betas(prediction=prediction), random_network(steps), noise(2)
     expected = theirs(ddim(prediction), network, z, num_inference_steps=steps)
     assert torch.allclose(ours(process, network, z, steps, "ddim"), expected, **TOLERANCE)
@@ -77,7 +77,7 @@ def test_ddim_is_that_of_diffusers(prediction: str, steps: int) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 16, 32])
-def test_dpm_solver_is_that_of_diffusers(prediction: str, steps: int) -> None:
+def test_dpm_solver_equals_diffusers(prediction: str, steps: int) -> None:
     process, network, z = VPProcess.from_betas(prediction=prediction), random_network(steps), noise(2)
     expected = theirs(dpm(prediction), network, z, num_inference_steps=steps)
     assert torch.allclose(ours(process, network, z, steps, "dpmpp_2m"), expected, **TOLERANCE)
@@ -85,14 +85,14 @@ def test_dpm_solver_is_that_of_diffusers(prediction: str, steps: int) -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 4, 32])
-def test_euler_on_flow_is_that_of_diffusers(shift: float, steps: int) -> None:
+def test_euler_on_flow_equals_diffusers(shift: float, steps: int) -> None:
     network, z = random_network(steps), noise(2)
     expected = theirs(FlowMatchEulerDiscreteScheduler(shift=shift), network, z, sigmas=trailing_fractions(steps))
     assert torch.allclose(ours(FlowProcess(shift), network, z, steps, "euler"), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("steps", [4, 8, 20])
-def test_ddim_from_no_signal_at_all_is_that_of_diffusers(steps: int) -> None:
+def test_ddim_from_zero_snr_equals_diffusers(steps: int) -> None:
     process = VPProcess.from_betas(prediction="v_prediction", zero_terminal_snr=True)
     network, z = random_network(steps), noise(2)
     scheduler = ddim("v_prediction", rescale_betas_zero_snr=True)
@@ -144,7 +144,7 @@ def test_samples_in_one_batch_run_as_if_alone(solver: Solver, process: Process, 
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_late_starts_are_those_of_diffusers(prediction: str) -> None:
+def test_late_starts_equal_diffusers(prediction: str) -> None:
     # First order at each sample's OWN first step: the neighbours' history must not leak in.
     process, network = VPProcess.from_betas(prediction=prediction), random_network(1)
     start, z = [0, 5, 17, 30, 31], noise(5)
@@ -154,7 +154,7 @@ def test_late_starts_are_those_of_diffusers(prediction: str) -> None:
         assert torch.allclose(together[[row]], expected, **TOLERANCE)
 
 
-def test_late_starts_of_ddim_and_euler_are_those_of_diffusers() -> None:
+def test_late_starts_of_ddim_and_euler_equal_diffusers() -> None:
     network, start, z = random_network(2), [0, 3, 19], noise(3)
     process = VPProcess.from_betas()
     together = ours(process, network, z, 20, "ddim", start)
@@ -170,7 +170,7 @@ def test_late_starts_of_ddim_and_euler_are_those_of_diffusers() -> None:
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(start=st.lists(st.integers(0, 15), min_size=1, max_size=6))
-def test_nobody_is_asked_before_joining_and_everybody_in_one_call(start: list[int]) -> None:
+def test_solver_calls_the_model_once_per_grid_point_with_started_samples_only(start: list[int]) -> None:
     process, network = VPProcess.from_betas(), random_network(0)
     grid = trailing_timesteps(process, 16)
     asked: list[tuple[float, list[int]]] = []
@@ -193,7 +193,7 @@ def test_nobody_is_asked_before_joining_and_everybody_in_one_call(start: list[in
 
 
 @pytest.mark.parametrize(("solver", "process"), SOLVERS_AND_PROCESSES)
-def test_a_constant_clean_prediction_is_reached_exactly(solver: Solver, process: Process) -> None:
+def test_solver_reaches_a_constant_prediction_exactly(solver: Solver, process: Process) -> None:
     # Where the network knows the answer, every solver lands on it whatever the noise.
     answer = noise(3, 7)
     solved = solve(
@@ -241,7 +241,7 @@ def test_observe_sees_every_grid_point_before_it_is_evaluated() -> None:
         assert torch.allclose(resumed, end, atol=1e-5)
 
 
-def test_the_input_is_left_alone() -> None:
+def test_solver_does_not_change_its_input() -> None:
     process, z = VPProcess.from_betas(), noise(3)
     before = z.clone()
     ours(process, random_network(0), z, 8, "dpmpp_2m", [0, 2, 5])

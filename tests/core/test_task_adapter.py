@@ -45,7 +45,7 @@ def base() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_written_files_read_back(tmp_path: Path) -> None:
     path = tmp_path / "made" / "adapter.safetensors"
     write_task_adapter(path, adapter(), torch.float32)
     found = read_task_adapter(path)
@@ -58,7 +58,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert sorted(file.name for file in path.parent.iterdir()) == ["adapter.safetensors"]
 
 
-def test_merging_is_base_and_lora_side_by_side() -> None:
+def test_merged_weights_equal_base_plus_lora() -> None:
     weights, merged, added = base(), with_task_adapter(base(), adapter()), adapter()
     z, extra = torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5)
     together = F.conv2d(torch.cat([z, extra], 1), merged["conv_in.weight"], merged["conv_in.bias"], padding=1)

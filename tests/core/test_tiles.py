@@ -24,7 +24,7 @@ def axes(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 @given(axes())
-def test_tiles_reach_from_end_to_end_and_overlap_at_least_as_asked(axis: tuple[int, int, int]) -> None:
+def test_tiles_cover_the_whole_and_overlap_enough(axis: tuple[int, int, int]) -> None:
     length, tile, overlap = axis
     starts = tile_starts(*axis)
     if tile >= length:
@@ -39,7 +39,7 @@ def test_tiles_reach_from_end_to_end_and_overlap_at_least_as_asked(axis: tuple[i
 
 
 @given(axes(), axes())
-def test_what_is_cut_into_tiles_and_put_together_again_is_the_same(
+def test_cutting_into_tiles_and_blending_is_the_identity(
     rows: tuple[int, int, int], columns: tuple[int, int, int]
 ) -> None:
     tiles = plan_tiles(rows[0], columns[0], rows[1], rows[2])
@@ -71,7 +71,7 @@ def test_weights_rise_and_fall_once() -> None:
     assert float(weights[0]) < 0.02
 
 
-def test_a_single_tile_is_taken_as_it_is() -> None:
+def test_a_single_tile_has_weight_1() -> None:
     tiles = plan_tiles(5, 7, 16, 4)
     part = torch.randn(1, 4, 5, 7)
     whole = torch.zeros_like(part)
@@ -94,7 +94,7 @@ def test_a_finer_grid_has_the_same_tiles() -> None:
     assert fine.boxes[-1] == Box(32, 56, 48, 48)
 
 
-def test_what_lies_beyond_the_end_is_left_out() -> None:
+def test_values_beyond_the_end_are_dropped() -> None:
     """As pixels do that only fill up the last position of a latent."""
     tiles = plan_tiles(2, 3, 2, 1).scaled(8)
     whole = torch.zeros(1, 1, 13, 20)

@@ -115,7 +115,7 @@ PARTS: dict[str, tuple[Callable[[Path], tuple[UNetDenoiser, dict[str, object]]],
 
 
 @pytest.mark.parametrize("case", PARTS)
-def test_every_role_and_the_discriminator_see_it(case: str, tmp_path: Path) -> None:
+def test_every_role_and_the_discriminator_read_every_condition(case: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     build, part = PARTS[case]
     denoiser, conditions = build(tmp_path)

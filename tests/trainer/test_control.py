@@ -92,7 +92,7 @@ def noise(teacher: Teacher) -> Tensor:
 
 
 def output(teacher: Teacher, hint: Tensor | None = None) -> Tensor:
-    """What the network says of noise, at two timesteps."""
+    """Return the network's output on noise, at two timesteps."""
     with torch.no_grad():
         conditioning = teacher.unconditional(2).joined(Conditioning(hint=hint))
         return teacher.denoiser.predict(noise(teacher), torch.tensor([999.0, 249.0]), conditioning)
@@ -198,7 +198,7 @@ def test_a_control_lora_of_full_rank_is_the_controlnet_it_was_made_of(
     )
 
 
-def test_scales_are_those_of_the_kind_unless_said(folders: dict[str, Path]) -> None:
+def test_scale_defaults_depend_on_the_kind(folders: dict[str, Path]) -> None:
     controlnet = outline_teacher(section(folders, "sd15", folders["sd15 controlnet"])).control
     adapter = outline_teacher(section(folders, "sdxl", folders["sdxl full_adapter_xl"])).control
     assert controlnet is not None
@@ -309,7 +309,7 @@ def test_a_dry_run_counts_the_network(folders: dict[str, Path], pictures: Path) 
     print_plan(parse_recipe(content), Console(file=text, width=200))
     count = sum(value.numel() for value in network("sdxl", "controlnet").parameters()) / 1e6
     assert f"control: sdxl_controlnet (ControlNet) x 1, frozen, {count:.1f} M parameters" in text.getvalue()
-    assert "the base and what steers it" in text.getvalue()
+    assert "the base and its control" in text.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_the_recipes_run_dry(folders: dict[str, Path], name: str, family: str, c
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_demos_networks_are_written_as_they_were_trained(tmp_path: Path, kind: str) -> None:
+def test_demo_control_networks_read_back_unchanged(tmp_path: Path, kind: str) -> None:
     teacher, task = load_teacher(ModelSection(family="demo")), build_task(TaskSection(name="control"))
     pictures = load_pictures()
     examples = moved_examples(teacher, task, Pictures(pictures.images[:4], pictures.captions[:4]), 2, 0)
@@ -385,12 +385,12 @@ def refusal(model: ModelSection) -> str:
 @pytest.mark.parametrize(
     ("family", "control", "words"),
     [
-        ("sdxl", "sd15 controlnet", ["is a ControlNet for another model", "choose the ControlNet that belongs"]),
+        ("sdxl", "sd15 controlnet", ["is a ControlNet for another model", "choose a ControlNet made for this model"]),
         ("sdxl", "sd15 full_adapter", ["of the kind full_adapter at 1/8", "takes full_adapter_xl at 1/16"]),
         ("sd15", "sdxl full_adapter_xl", ["full_adapter_xl at 1/16", "takes full_adapter or light_adapter at 1/8"]),
         ("sd15", "sd15", ["no config.json"]),
-        ("sd15", "nothing", ["there is nothing called 'nothing'"]),
-        ("sd15", "nothing.safetensors", ["there is no file nothing.safetensors"]),
+        ("sd15", "nothing", ["'nothing' does not exist"]),
+        ("sd15", "nothing.safetensors", ["the file nothing.safetensors does not exist"]),
         ("sd15", "control.ckpt", ["is a pickle"]),
     ],
 )
@@ -421,11 +421,11 @@ def test_another_width_of_text_and_other_channels_are_named(folders: dict[str, P
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("hint", "has no way in for a hint"),
+        ("hint", "has no encoder for the hint"),
         ("half", "without"),
         ("other base", "is for another base"),
         ("unknown layer", "does not have"),
-        ("no control", "is no ControlNet, Control-LoRA or T2I-adapter"),
+        ("no control", "is no known ControlNet, Control-LoRA or T2I-adapter"),
     ],
 )
 def test_a_damaged_control_lora_is_refused(folders: dict[str, Path], tmp_path: Path, change: str, words: str) -> None:
@@ -462,7 +462,7 @@ def test_unknown_fields_are_named_with_what_there_is(folders: dict[str, Path], p
         parse_recipe({**content, "model": {**content["model"], "control": {"path": "x", "strength": 1}}})
 
 
-def test_transformers_have_none_yet(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_control_of_a_transformer_raises_an_error(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = save_pipeline("pixart_sigma", tmp_path / "pixart")
     control = {"path": str(folders["sd15 controlnet"])}
     model = ModelSection.model_validate({"family": "pixart_sigma", "path": str(folder), "control": control})
@@ -484,8 +484,8 @@ def test_the_task_and_the_network_come_together(folders: dict[str, Path], pictur
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"low_threshold": [0.5, 0.2]}, "must be \\[smallest, largest\\]"),
-        ({"low_threshold": [0.5, 0.9]}, "no low_threshold may be above"),
+        ({"low_threshold": [0.5, 0.2]}, "must be \\[low, high\\]"),
+        ({"low_threshold": [0.5, 0.9]}, "low_threshold must not be above"),
         ({"threshold": 1}, "low_threshold, high_threshold"),
     ],
 )

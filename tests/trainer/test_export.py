@@ -1,4 +1,4 @@
-"""What a run hands over works elsewhere: stock diffusers, and a reader of the header."""
+"""Exported files work in diffusers, and their header reads back."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_the_tokens_outlive_the_encoder(root: Path) -> None:
         teacher.image_adapter.tokens(torch.zeros(1, 3, 64, 64))  # type: ignore[union-attr]
 
 
-def test_what_does_not_fit_is_said(root: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_raises_a_readable_error(root: Path, pictures: Path, tmp_path: Path) -> None:
     def refusal(**fields: Any) -> str:
         adapter = section(root).image_adapter
         assert adapter is not None
@@ -272,8 +272,8 @@ def test_what_does_not_fit_is_said(root: Path, pictures: Path, tmp_path: Path) -
 
     pickled = tmp_path / "ip-adapter_sd15.bin"
     pickled.write_bytes(b"\x80\x04N.")
-    assert "is not a .safetensors file; other files can run code" in refusal(path=str(pickled))
-    assert "there is no file" in refusal(path=str(tmp_path / "none.safetensors"))
+    assert "is not a .safetensors file; loading other files can run code" in refusal(path=str(pickled))
+    assert "does not exist" in refusal(path=str(tmp_path / "none.safetensors"))
     assert "is no IP-Adapter" in refusal(path=str(root / "sd15" / "unet" / "diffusion_pytorch_model.safetensors"))
     assert "of width 24, but" in refusal(image_encoder=str(root / "other-encoder"))
     assert "CLIP vision encoder with safetensors weights" in refusal(image_encoder=str(tmp_path))

@@ -33,7 +33,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the command says of what it can't do."""
+    """Run a command that fails; return its error message."""
     capsys.readouterr()
     assert main(["lora", *map(str, arguments)]) == 2
     captured = capsys.readouterr()
@@ -69,7 +69,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def loaded(network: nn.Module) -> dict[str, Tensor]:
-    """What PEFT adds to the weights."""
+    """Return PEFT's change of the weights."""
     return {
         flat_name(path.removeprefix("base_model.model.")): module.get_delta_weight(next(iter(module.lora_A)))
         for path, module in network.named_modules()
@@ -156,21 +156,21 @@ def test_metadata_and_history_are_carried_along(capsys: pytest.CaptureFixture[st
     assert second.startswith("converted from kohya keys (flash-diffusion ")
 
 
-def test_an_alpha_that_no_file_tells_is_stated_or_given(
+def test_unknown_alpha_is_reported_or_set_by_the_option(
     capsys: pytest.CaptureFixture[str], lora: Path, tmp_path: Path
 ) -> None:
     bare = {key: value for key, value in load_file(lora).items() if not key.endswith(".alpha")}
     save_file(bare, tmp_path / "bare.safetensors")
     answer = run(capsys, "convert", tmp_path / "bare.safetensors", tmp_path / "one.safetensors")
-    assert answer["notes"] == ["it tells no alpha: a scale of 1 is taken; see --alpha"]
+    assert answer["notes"] == ["it has no alpha: scale 1 is used; see --alpha"]
     assert read_lora(tmp_path / "one.safetensors").scales == (1.0,)
     run(capsys, "convert", tmp_path / "bare.safetensors", tmp_path / "given.safetensors", "--alpha", 2)
     same(file_updates(tmp_path / "given.safetensors"), updates(layers("sd15")))
-    assert "it tells no alpha: 2 was given" in read_lora(tmp_path / "given.safetensors").header["flash.derived"]
+    assert "it has no alpha: 2 was given" in read_lora(tmp_path / "given.safetensors").header["flash.derived"]
     answer = run(
         capsys, "merge", tmp_path / "bare.safetensors", tmp_path / "bare.safetensors", tmp_path / "m", "--alpha", 1
     )
-    assert answer["notes"] == ["bare.safetensors: it tells no alpha: 1 was given"] * 2
+    assert answer["notes"] == ["bare.safetensors: it has no alpha: 1 was given"] * 2
     same(file_updates(tmp_path / "m"), updates(layers("sd15")))
     words = complaint(capsys, "convert", lora, tmp_path / "x.safetensors", "--alpha", 2)
     assert "--alpha is for files that tell none" in words
@@ -217,7 +217,7 @@ def test_loras_of_different_bases_are_not_merged(
     words = complaint(capsys, "merge", lora, tmp_path / "sd21.safetensors", tmp_path / "out.safetensors")
     assert "lora.safetensors is for SD 1.5 (by its own metadata), sd21.safetensors for SD 2" in words
     words = complaint(capsys, "merge", lora, tmp_path / "sd3.safetensors", tmp_path / "out.safetensors")
-    assert "only LoRAs of one base can be merged" in words
+    assert "only LoRAs for the same base can be merged" in words
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -244,13 +244,15 @@ def test_nothing_is_overwritten_by_accident(capsys: pytest.CaptureFixture[str], 
     assert "can't be written" in complaint(capsys, "convert", lora, other / "below.safetensors")
 
 
-def test_what_would_be_lost_is_refused(capsys: pytest.CaptureFixture[str], lora: Path, tmp_path: Path) -> None:
+def test_conversions_that_would_lose_keys_are_refused(
+    capsys: pytest.CaptureFixture[str], lora: Path, tmp_path: Path
+) -> None:
     tensors = load_file(lora)
     save_file(tensors | {"lora_unet_conv_in.diff": torch.ones(1)}, tmp_path / "diff.safetensors")
     assert "would be lost" in complaint(capsys, "convert", tmp_path / "diff.safetensors", tmp_path / "out.safetensors")
     odd = {key.replace("mid_block", "middle_thing"): value for key, value in tensors.items()}
     save_file(odd, tmp_path / "odd.safetensors")
-    assert "no place that is known" in complaint(
+    assert "does not exist in diffusers" in complaint(
         capsys, "convert", tmp_path / "odd.safetensors", tmp_path / "out.safetensors"
     )
 

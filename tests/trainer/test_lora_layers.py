@@ -112,7 +112,7 @@ def test_a_linear_layers_update_may_be_written_as_a_convolutions() -> None:
             assert torch.equal(module.down, modules[flat_name(path)].down)
 
 
-def test_a_layer_is_found_by_its_whole_path() -> None:
+def test_a_layer_is_matched_by_its_whole_path() -> None:
     """Flux's ``proj_out`` is also the end of its single blocks' paths."""
     network = tiny_network("flux")
     denoiser = UNetDenoiser(network, VPProcess.from_betas())
@@ -170,6 +170,8 @@ def test_a_style_is_merged_as_stock_diffusers_fuses_it(folders: dict[str, Path],
     assert not torch.allclose(text, plain.encode_prompts(PROMPTS).cross_attention, atol=1e-2)  # type: ignore[arg-type]
 
 
+# diffusers warns of the second adapter, which is loaded here on purpose.
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_a_flash_lora_of_a_style_is_used_together_with_it(
     folders: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:

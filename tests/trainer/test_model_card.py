@@ -252,7 +252,7 @@ def test_control(
         ("demo_t2i_adapter", "not by canny_t2i_adapter.safetensors"),
     ],
 )
-def test_where_no_stock_pipeline_exists_no_code_is_printed(recipe: str, reason: str) -> None:
+def test_card_has_no_code_without_a_diffusers_pipeline(recipe: str, reason: str) -> None:
     found = usage(load_recipe(recipe), "run", 4, VPProcess.from_betas())
     assert not found.code
     assert reason in found.words

@@ -54,14 +54,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return path, {"base": base, "untrained": untrained, "answer": answer, "losses": losses, "channels": channels}
 
 
-def test_before_training_the_channels_change_nothing(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_new_channels_change_nothing_before_training(trained: tuple[Path, dict[str, Any]]) -> None:
     _, found = trained
     torch.testing.assert_close(found["untrained"], found["base"], atol=1e-5, rtol=1e-5)
     assert all(loss > 0 for loss in found["losses"])
     assert float((found["answer"] - found["base"]).abs().max()) > 1e-4
 
 
-def test_a_recipe_loads_what_was_trained(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_recipe_loads_the_trained_task_adapter(trained: tuple[Path, dict[str, Any]]) -> None:
     path, found = trained
     model = ModelSection(family="demo", task_adapter=str(path))
     teacher = load_teacher(model)
@@ -100,7 +100,7 @@ def recipe(path: Path | None, **task: Any) -> dict[str, Any]:
     }
 
 
-def test_the_ordinary_command_distils_it(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_distill_command_accepts_the_task_adapter(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     from flash_diffusion.flash_core.lora import read_lora
 
     lora = read_lora(distil(parse_recipe(recipe(trained[0])), tmp_path / "run"))
@@ -109,10 +109,10 @@ def test_the_ordinary_command_distils_it(trained: tuple[Path, dict[str, Any]], t
     assert list((tmp_path / "run" / "previews").glob("*.webp"))
 
 
-def test_a_task_wants_its_own_model(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wants a model that reads 33 channels .* reads 16"):
+def test_task_refuses_a_model_of_another_task(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs a model that reads 33 channels .* reads 16"):
         distil(parse_recipe(recipe(None)), tmp_path / "without")
-    with pytest.raises(UserError, match="super-resolution wants a model that reads 32 channels .* reads 33"):
+    with pytest.raises(UserError, match="super-resolution needs a model that reads 32 channels .* reads 33"):
         distil(parse_recipe(recipe(trained[0], name="super-resolution")), tmp_path / "other")
     with pytest.raises(UserError, match=r"task_adapter.*'no-such'.*one of the demo's"):
         load_teacher(ModelSection(family="demo", task_adapter="no-such"))

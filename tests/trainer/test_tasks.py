@@ -53,7 +53,7 @@ def test_masks_are_black_and_white_and_never_empty(kind: str, height: int, width
     assert torch.equal(masks, random_masks(4, (height, width), {kind: 1.0}, seeded(seed)))
 
 
-def test_blobs_mask_the_area_they_are_asked_for() -> None:
+def test_blobs_have_the_wanted_area() -> None:
     areas = random_masks(300, (32, 32), {"blob": 1.0}, seeded()).mean((1, 2, 3))
     some = areas[areas < 1]  # a few mask everything, whatever the kind
     assert 0.08 < float(some.min()) < 0.2
@@ -67,7 +67,7 @@ def test_outpainting_masks_lie_at_the_border() -> None:
     assert bool((corners.amax(1) == 1).all())
 
 
-def test_weights_decide_between_kinds() -> None:
+def test_weights_set_the_frequency_of_mask_kinds() -> None:
     boxes = random_masks(10, (16, 16), {"box": 1.0, "blob": 0.0}, seeded(3))
     assert torch.equal(boxes, random_masks(10, (16, 16), {"box": 2.0, "blob": 0.0}, seeded(3)))
     with pytest.raises(ValueError, match="above 0"):
@@ -102,7 +102,7 @@ def test_a_fine_jpeg_changes_little_and_a_coarse_one_much() -> None:
     assert fine < 0.03 < coarse
 
 
-def test_degrading_without_anything_is_only_smaller() -> None:
+def test_degradation_without_options_only_reduces_the_size() -> None:
     images = pictures(2, 32)
     small = degrade(images, 4, seeded(), blur=(0, 0), noise=(0, 0), jpeg=None)
     assert small.shape == (2, 3, 8, 8)
@@ -111,7 +111,7 @@ def test_degrading_without_anything_is_only_smaller() -> None:
         degrade(images, 3, seeded(), blur=(0, 0), noise=(0, 0), jpeg=None)
 
 
-def test_noise_has_the_strength_it_is_asked_for() -> None:
+def test_degradation_noise_has_the_wanted_strength() -> None:
     grey = torch.zeros(1, 3, 256, 256)
     small = degrade(grey, 2, seeded(), blur=(0, 0), noise=(0.05, 0.05), jpeg=None)
     assert float(small.std()) == pytest.approx(0.1, rel=0.05)
@@ -174,7 +174,7 @@ def test_face_swap_reads_mask_target_and_identity(teacher: Teacher) -> None:
     [
         ("inpainting", {"masks": {"stars": 1}}, ["task.options.masks", "stars"]),
         ("inpainting", {"masks": {}}, ["task.options.masks"]),
-        ("super-resolution", {"blur": [1, 0]}, ["blur is [low, high]"]),
+        ("super-resolution", {"blur": [1, 0]}, ["blur must be [low, high]"]),
         ("super-resolution", {"jpeg": [0, 50]}, ["task.options.jpeg"]),
         ("face-swap", {"radius": [0, 0.2]}, ["task.options.radius"]),
     ],

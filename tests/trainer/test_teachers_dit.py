@@ -66,7 +66,7 @@ def stock(path: Path, **parts: Any) -> DiffusionPipeline:
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """What the libraries warn of."""
+    """Collect the libraries' warnings."""
     messages: list[str] = []
     listener = logging.Handler(logging.WARNING)
     listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -120,7 +120,7 @@ def test_the_rollout_is_the_stock_pipelines(folder: Callable[..., Path], family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_of_the_conditions_counts(folder: Callable[..., Path], family: str) -> None:
-    """What the comparison with the pipelines would not notice if the tiny network ignored it."""
+    """The comparison with the pipelines would not notice a condition that the tiny network ignores."""
     teacher = load(family, folder(family))
     z, t = batch(teacher)
     conditioning = teacher.encode_prompts(PROMPTS)
@@ -220,7 +220,7 @@ def test_loading_is_silent(folder: Callable[..., Path], family: str, dtype: str)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_says_its_own_facts(folder: Callable[..., Path], family: str) -> None:
+def test_teacher_has_the_models_facts(folder: Callable[..., Path], family: str) -> None:
     teacher = load(family, folder(family))
     outline = outline_teacher(ModelSection(family=family, path=str(folder(family))), SIZE)
     assert outline.latent_shape == teacher.latent_shape == (16 if family in FLOWS else 4, 8, 8)
@@ -385,7 +385,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder: Callable[..., Path],
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_storage_is_near_the_whole(folder: Callable[..., Path], family: str, dtype: str) -> None:
+def test_half_precision_is_close_to_full_precision(folder: Callable[..., Path], family: str, dtype: str) -> None:
     whole, half = load(family, folder(family)), load(family, folder(family), dtype=dtype)
     assert half.denoiser.dtype == getattr(torch, dtype)
     assert half.vae.dtype == torch.float32
@@ -401,7 +401,7 @@ def test_half_storage_is_near_the_whole(folder: Callable[..., Path], family: str
 
 
 @pytest.mark.parametrize("family", ["pixart_alpha", "sd3"])
-def test_encoders_can_be_freed(folder: Callable[..., Path], family: str) -> None:
+def test_release_encoders_frees_the_encoders(folder: Callable[..., Path], family: str) -> None:
     teacher = load(family, folder(family))
     empty = teacher.unconditional(2)
     teacher.release_encoders()
@@ -487,7 +487,7 @@ def test_dynamic_shifting_is_refused(folder: Callable[..., Path], tmp_path: Path
 
 
 @pytest.mark.parametrize("family", ["pixart_sigma", "sd3"])
-def test_half_a_patch_is_refused(folder: Callable[..., Path], family: str) -> None:
+def test_a_resolution_of_half_a_patch_raises_an_error(folder: Callable[..., Path], family: str) -> None:
     for call in (load_teacher, outline_teacher):
         with pytest.raises(UserError, match=r"data\.resolution: 72 .* multiple of 16 pixels, such as 64"):
             call(ModelSection(family=family, path=str(folder(family))), resolution=72)
@@ -504,7 +504,7 @@ def test_half_a_patch_is_refused(folder: Callable[..., Path], family: str) -> No
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_conditions_that_a_family_has_no_use_for_are_refused(
+def test_conditions_of_other_families_raise_an_error(
     folder: Callable[..., Path], family: str, fields: dict[str, Any]
 ) -> None:
     teacher = load(family, folder(family))
@@ -538,7 +538,7 @@ def test_conditions_survive_rows_and_cat(folder: Callable[..., Path]) -> None:
     assert torch.equal(again.attention_mask, conditioning.attention_mask)  # type: ignore[arg-type]
 
 
-def test_load_file_reads_what_the_folder_has(folder: Callable[..., Path]) -> None:
+def test_single_file_weights_equal_the_folders(folder: Callable[..., Path]) -> None:
     """The base is the file's, bit for bit."""
     path = folder("sd35")
     weights = load_file(path / "transformer" / "diffusion_pytorch_model.safetensors")

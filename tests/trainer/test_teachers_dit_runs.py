@@ -40,7 +40,7 @@ BASES = {"pixart_alpha": "pixart", "pixart_sigma": "pixart-sigma", "sd3": "sd3",
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What diffusers and transformers warn of; their loggers do not propagate on their own."""
+    """Collect the warnings of diffusers and transformers, whose loggers do not propagate."""
     for library in (diffusers_logging, transformers_logging):
         library.enable_propagation()
     with caplog.at_level(logging.WARNING):
@@ -222,7 +222,7 @@ def test_the_shipped_recipe_runs_with_only_model_and_data_changed(name: str, pic
     print_plan(recipe, plan)
     text = plan.export_text()
     flow = name in FLOWS
-    assert f"{16 if flow else 4} x 8 x 8 a sample" in text
+    assert f"{16 if flow else 4} x 8 x 8 per sample" in text
     assert ("t = 1000/900/750/500" if flow else "t = 999/749/499/249") in text
     file = read_lora(distil(recipe, tmp_path / "run"))
     assert file.ranks == (64,)

@@ -101,7 +101,7 @@ def library_messages() -> Iterator[list[str]]:
 
 
 def about_keys(messages: list[str]) -> list[str]:
-    """Those messages that say weights were missing, unexpected or not used."""
+    """Return the messages about missing, unexpected or unused weights."""
     words = ("missing", "unexpected", "not used", "newly initialized", "no lora keys", "not initialized")
     # diffusers says of every LoRA without text encoder layers that there are none, "safe to ignore".
     wanted = [message for message in messages if "safe to ignore" not in message]
@@ -374,7 +374,7 @@ def test_the_shipped_recipe_runs_with_only_model_and_data_changed(
     assert (recipe.model.family, recipe.model.dtype, recipe.precision) == (family, "bfloat16", "bf16")
     plan = Console(record=True, width=120, file=io.StringIO())
     print_plan(recipe, plan)
-    assert "4 x 8 x 8 a sample" in plan.export_text()
+    assert "4 x 8 x 8 per sample" in plan.export_text()
     # A process has one precision for good, so the run has its own.
     options = [part for change in changes for part in ("--set", change)]
     process = trainer_process("distill", family, *options, "--output", tmp_path / "run")
@@ -445,7 +445,7 @@ def test_a_single_file_may_say_that_it_predicts_v(
 def test_a_single_file_with_edms_noise_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     """Playground 2.5's mark."""
     file = save_single_file(stock("sdxl", folders["sdxl"]), tmp_path / "model.safetensors", marks=("edm_mean",))
-    with pytest.raises(UserError, match=r"model\.path: model has the noise of EDM"):
+    with pytest.raises(UserError, match=r"model\.path: model has an EDM noise schedule"):
         load("sdxl", file, config=str(folders["sdxl"]))
 
 
@@ -500,7 +500,7 @@ def test_a_part_that_a_single_file_lacks_is_named_or_taken_from_the_configuratio
 ) -> None:
     file = save_single_file(stock(family, folders[family]), tmp_path / "part.safetensors", without=prefix)
     bare = shutil.copytree(folders[family], tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(UserError, match=rf"has no {part};.*model\.config"):
+    with pytest.raises(UserError, match=rf"has no {part}, and.*model\.config"):
         load(family, file, config=str(bare))
     whole = load(family, folders[family])
     same(load(family, file, config=str(folders[family])), whole)
@@ -535,7 +535,7 @@ def test_a_file_that_lacks_weights_is_refused(
 
 @pytest.mark.parametrize(
     ("wrong", "asked", "expected"),
-    [("sdxl", "sd15", "as SDXL is"), ("sd15", "sdxl", "sd15 or sd21"), ("sdxl", "sd21", "sdxl")],
+    [("sdxl", "sd15", "as SDXL does"), ("sd15", "sdxl", "sd15 or sd21"), ("sdxl", "sd21", "sdxl")],
 )
 def test_a_model_of_another_family_is_refused(
     folders: dict[str, Path], tmp_path: Path, wrong: str, asked: str, expected: str
@@ -547,7 +547,7 @@ def test_a_model_of_another_family_is_refused(
         load(asked, file, config=str(folders[asked]))
 
 
-def test_a_configuration_that_can_not_be_had_is_explained(
+def test_an_unreadable_configuration_raises_a_readable_error(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -167,8 +167,8 @@ def test_a_single_file_is_its_folder(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_what_does_not_belong_together_is_said(folder: Path, tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="not told the noise level of its input; expected an x4 upscaler"):
+def test_wrong_combinations_raise_a_readable_error(folder: Path, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="does not read the noise level of its input, so it is no x4 upscaler"):
         load(tiny_model)
     images = torch.zeros(1, 3, 64, 64)
     quiet = build_task(TaskSection(name="super-resolution", options={**TASK, "noise_level": None}))

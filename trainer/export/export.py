@@ -1,4 +1,4 @@
-"""What a run hands over: the LoRA, which explains itself in its header, and a model card."""
+"""Export a run: the LoRA with its metadata, and a model card."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ NODES_BY_IDENTITY = {
     "both": "Flash LoRA Loader, the IP-Adapter in a node pack that has them, Flash Face Swap Prepare, Flash Sampler, "
     "Flash Inpaint Stitch.",
 }
-RIGHTS = "It is for pictures that one has the right to change: your own, or with the consent of the people they show."
+RIGHTS = "Change only your own pictures, or pictures of people who agree."
 
 
 def model_card(
@@ -42,7 +42,7 @@ def model_card(
     process: Process,
     state: TrainingState,
 ) -> str:
-    """The run's README.md, with what a Hub page wants in its head."""
+    """Return the run's README.md, with the YAML head of a Hub page."""
     grids = {steps: ", ".join(f"{t:g}" for t in trailing_timesteps(process, steps)) for steps in (1, 2, 4)}
     previews = sorted((run / "previews").glob("*.webp")) if (run / "previews").is_dir() else []
     picture = f"![teacher beside student](previews/{previews[-1].name})\n" if previews else ""
@@ -60,7 +60,7 @@ def model_card(
 ---
 # {metadata.title}
 
-A LoRA that makes **{metadata.teacher}** draw in 1 to 4 steps without guidance, distilled by Flash Diffusion
+A LoRA with which **{metadata.teacher}** makes pictures in 1 to 4 steps without guidance, distilled by Flash Diffusion
 (arXiv 2406.02347).{kind} Rank {first.rank}, alpha {first.scale * first.rank:g}, {len(modules)} layers.
 
 {picture}
@@ -78,7 +78,7 @@ A LoRA that makes **{metadata.teacher}** draw in 1 to 4 steps without guidance, 
 
 {state.update} updates in {state.elapsed / 60:.1f} minutes, {state.position} samples drawn. The teacher solved
 {recipe.method.teacher_steps} steps ({recipe.method.solver}) at guidance {low:g}..{high:g}. `config.yaml` holds every
-setting, `log.jsonl` the course.
+setting, `log.jsonl` the losses.
 
 | phase | share of the run | modes at {grids[NUM_MODES]} | distillation | adversarial | dmd |
 |---|---|---|---|---|---|
@@ -100,20 +100,20 @@ def _head(recipe: Recipe, metadata: FlashMetadata) -> dict[str, Any]:
 
 
 def hub_name(recipe: Recipe) -> str | None:
-    """The base's name on the Hub; None for the demo and for a base on a disk."""
+    """Return the base's Hub name; None for the demo and for a base on a disk."""
     path = recipe.model.path
     return None if path is None or is_on_disk(path) else path
 
 
 def _together(recipe: Recipe, metadata: FlashMetadata) -> str:
-    """What the LoRA is used together with, and for."""
+    """Return the lines on the task and on the networks that the LoRA needs."""
     words = []
     if recipe.model.style_lora:
-        words.append(f"Together with the style LoRAs that its teacher wore: {recipe.model.styles}.")
+        words.append(f"Use it together with its teacher's style LoRAs: {recipe.model.styles}.")
     if control := metadata.training.get("control"):
-        words.append(f"For hints that a ControlNet or T2I-adapter reads; it was trained with {control}.")
+        words.append(f"Use it with a ControlNet or T2I-adapter and a hint; it was trained with {control}.")
     if adapter := metadata.training.get("image_adapter"):
-        words.append(f"Together with the IP-Adapter that its teacher had: {adapter}.")
+        words.append(f"Use it together with its teacher's IP-Adapter: {adapter}.")
     if metadata.task == "face-swap":
         words.append(RIGHTS)
     return "".join(f"{line}\n\n" for line in words)
@@ -121,7 +121,7 @@ def _together(recipe: Recipe, metadata: FlashMetadata) -> str:
 
 def _diffusers(found: Usage, recipe: Recipe, metadata: FlashMetadata) -> str:
     if not found.code:
-        return f"diffusers: no code can stand here, since {found.words}. Use the ComfyUI nodes."
+        return f"diffusers: no code, since {found.words}. Use the ComfyUI nodes."
     base = hub_name(recipe)
     pipe = (
         f"the stock pipeline of {metadata.teacher}"

@@ -1,4 +1,4 @@
-"""Where a run is: saved in its checkpoints, told in its model card."""
+"""The progress of a run, for checkpoints and the model card."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainingState:
-    """Where a run is.
+    """The progress of a run.
 
     Attributes:
-        update: optimiser updates done.
-        position: samples drawn from the data's order by all processes together.
+        update: finished optimiser updates.
+        position: samples drawn from the data by all processes.
         elapsed: seconds of wall time over all sessions of the run.
-        training_since: ``elapsed`` when the updates began, after the trajectories.
-        teacher_hash: identifies the base's weights.
+        training_since: ``elapsed`` at the first update, after the trajectories.
+        teacher_hash: SHA-256 of the base's weights.
     """
 
     update: int = 0

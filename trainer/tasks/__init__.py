@@ -27,10 +27,10 @@ TASKS = {
 
 
 def build_task(section: TaskSection) -> Task:
-    """The task that a recipe names, with its options.
+    """Return the task that a recipe names, with its options.
 
     Raises:
-        UserError: there is no such task, or an option does not fit.
+        UserError: there is no such task, or an option is wrong.
     """
     if section.name not in TASKS:
         raise UserError(f"task.name: there is no task {section.name!r}; expected one of {', '.join(TASKS)}")

@@ -1,8 +1,8 @@
-"""What a task is: how a picture becomes conditions, and what guidance leaves out.
+"""The base class of tasks: a task makes conditions of a picture.
 
-A task works in two halves. :meth:`Task.draw` makes the pictures a sample is conditioned on (a mask, a small picture,
-edges), of what lies beside the training picture or at random; :meth:`Task.encode` brings them into what the network
-reads. Evaluations keep the drawn pictures: they are shown, and measured against.
+:meth:`Task.draw` makes the pictures that a sample is conditioned on (a mask, a small picture, edges), from companions
+of the training picture or at random. :meth:`Task.encode` makes the network's inputs from them. Evaluations keep the
+drawn pictures, to show them and to measure against them.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 
 class NoOptions(Section):
-    """A task without settings."""
+    """The options of a task without options."""
 
 
 class Task(ABC):
     """A kind of conditional generation.
 
     Class attributes:
-        name: as a recipe and a LoRA's metadata call it.
-        options_class: its settings in a recipe, ``task.options``.
-        companions: the pictures that may lie beside a training picture, by name, such as a mask; what is not there, the
-            task draws.
-        dropped: the parts of the conditions that the unconditional branch gets as zeros.
-        reads_text: whether captions say what to make; where they don't, every caption is the empty one.
-        gives_hint: whether its conditions are a hint, which a ControlNet or T2I-adapter (``model.control``) reads.
-        figures: what an evaluation measures of each picture, see :meth:`scores`.
-        many_answers: whether many pictures answer the same conditions, so that a set of them is measured as a whole,
-            by its Fréchet distance, too.
-        demo_captions: the demo's general captions that the task is evaluated on; none is all.
-        without: what :meth:`conditions_without` leaves out, in words: "without the hint".
+        name: the task's name in recipes and in LoRA metadata.
+        options_class: the class of ``task.options`` in a recipe.
+        companions: names of the pictures that may lie beside a training picture, such as a mask; the task draws the
+            missing ones.
+        dropped: the parts of the conditions that are zeros in the unconditional branch.
+        reads_text: True if the task uses captions; else every caption is empty.
+        gives_hint: True if the conditions are a hint for a ControlNet or T2I-adapter (``model.control``).
+        figures: the measures of each picture in an evaluation, see :meth:`scores`.
+        many_answers: True if many pictures fit the same conditions; then the Fréchet distance of the set is measured
+            too.
+        demo_captions: the demo's captions of the evaluation; empty for all captions.
+        without: the name of :meth:`conditions_without` in reports: "without the hint".
     """
 
     name: ClassVar[str]
@@ -60,27 +60,27 @@ class Task(ABC):
 
     @abstractmethod
     def extra_channels(self, latent_channels: int) -> int:
-        """How many channels the network reads beside the noisy latent's C."""
+        """Return the number of channels that the network reads beside the noisy latent's C."""
 
     @property
     def gives_image_tokens(self) -> bool:
-        """Whether its conditions are a picture's tokens, which an IP-Adapter (``model.image_adapter``) reads."""
+        """Return True if the conditions are a picture's tokens for an IP-Adapter (``model.image_adapter``)."""
         return False
 
     @abstractmethod
     def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """The pictures, by name, that B samples are conditioned on beside their captions, each with B rows.
+        """Draw the pictures that B samples are conditioned on, by name, each with B rows.
 
         Args:
             images: (B, 3, H, W) in [-1, 1], on the teacher's device.
-            companions: what lies beside every one of these pictures: (B, 3, H, W) in [-1, 1], masks (B, 1, H, W) in
-                0..1, which are called ``mask``.
+            companions: pictures that lie beside the images, by name: (B, 3, H, W) in [-1, 1]; ``mask`` is
+                (B, 1, H, W) in 0..1.
             generator: on the CPU; the only source of randomness.
         """
 
     @abstractmethod
     def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
-        """What :meth:`draw` made, as the network reads it.
+        """Return the conditions that the network reads, from the pictures of :meth:`draw`.
 
         Args:
             teacher: encodes pictures.
@@ -93,15 +93,15 @@ class Task(ABC):
         generator: torch.Generator,
         companions: Mapping[str, Tensor] | None = None,
     ) -> Conditioning:
-        """The task's own conditions of a batch: drawn and encoded, in full precision whatever autocast is on.
+        """Draw and encode the task's own conditions of a batch, in full precision even under autocast.
 
-        What is drawn in few bits differs from what users give a model: edges are lost, colours rounded.
+        In low precision edges are lost and colours are rounded, unlike the pictures that users give a model.
         """
         with torch.autocast(images.device.type, enabled=False):
             return self.encode(self.draw(images, companions or {}, generator), teacher)
 
     def unconditional(self, conditioning: Conditioning, empty: Conditioning) -> Conditioning:
-        """What guidance compares with; see :func:`~...flash_core.denoiser.unconditional_branch`."""
+        """Return the unconditional branch's conditions; see :func:`~...flash_core.denoiser.unconditional_branch`."""
         return unconditional_branch(conditioning, empty, self.dropped)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
@@ -109,31 +109,31 @@ class Task(ABC):
     def draw_for_evaluation(
         self, images: Tensor, others: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """The pictures that samples are evaluated with, as :meth:`draw` makes them.
+        """Draw the pictures of an evaluation, like :meth:`draw`.
 
         Args:
-            others: (B, 3, H, W) in [-1, 1], for each sample another picture than its own, for tasks that combine two.
+            others: (B, 3, H, W) in [-1, 1], another picture for each sample, for tasks that combine two pictures.
         """
         return self.draw(images, companions, generator)
 
     def finished(self, made: Tensor, scene: Scene) -> Tensor:
-        """What a user gets of a model's pictures (B, 3, H, W) in [0, 1]: the same, unless the task puts them back."""
+        """Return the final pictures (B, 3, H, W) in [0, 1]: the model's pictures, pasted back if the task does so."""
         return made
 
     def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
-        """Every one of ``figures`` by its key, (B,) each; NaN where it means nothing for a picture.
+        """Return the measures in ``figures`` by key, (B,) each; NaN for a picture without a meaningful value.
 
         Args:
-            made: (B, 3, H, W) in [0, 1], as they come from the decoder.
+            made: (B, 3, H, W) in [0, 1], from the decoder.
         """
         return {}
 
     def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The drawn pictures that a report shows, by their titles, (B, 3, h, w) in [0, 1]."""
+        """Return the drawn pictures for a report, by title, (B, 3, h, w) in [0, 1]."""
         return {}
 
     def conditions_without(self, conditioning: Conditioning) -> Conditioning | None:
-        """The conditions that the task's own figures are compared with, where leaving them out makes sense."""
+        """Return conditions without the task's own part, as a baseline of the figures; None without a baseline."""
         return None
 
 
@@ -143,7 +143,7 @@ class TextToImage(Task):
     name = "text-to-image"
 
     def extra_channels(self, latent_channels: int) -> int:
-        """None."""
+        """Return 0."""
         return 0
 
     def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

@@ -28,13 +28,14 @@ Threshold = Annotated[float, Field(gt=0)]
 
 
 class ControlOptions(Section):
-    """How edges are found; the defaults are those of ComfyUI's Canny node."""
+    """The thresholds of Canny edges. Defaults: ComfyUI's Canny node's."""
 
     low_threshold: tuple[Threshold, Threshold] = Field(
-        (0.4, 0.4), description="range of the gradient above which a pixel belongs to an edge it touches"
+        (0.4, 0.4),
+        description="low and high of the random threshold: pixels next to an edge with a gradient above join the edge",
     )
     high_threshold: tuple[Threshold, Threshold] = Field(
-        (0.8, 0.8), description="range of the gradient above which a pixel is an edge by itself"
+        (0.8, 0.8), description="low and high of the random threshold: a pixel with a gradient above is an edge"
     )
 
     @model_validator(mode="after")
@@ -42,14 +43,14 @@ class ControlOptions(Section):
         for name in ("low_threshold", "high_threshold"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(f"{name} must be [smallest, largest], not {[low, high]}")
+                raise ValueError(f"{name} must be [low, high] with low <= high, not {[low, high]}")
         if self.low_threshold[1] > self.high_threshold[0]:
-            raise ValueError("no low_threshold may be above a high_threshold")
+            raise ValueError("low_threshold must not be above high_threshold")
         return self
 
 
 class Control(Task):
-    """Text, and a hint that says where things are; guidance strengthens the text, and both branches see the hint."""
+    """Text with a hint (edges, poses, depth). Both branches see the hint, so guidance strengthens the text."""
 
     name = "control"
     options_class: ClassVar[type[Section]] = ControlOptions
@@ -86,11 +87,11 @@ class Control(Task):
     without = "without the hint"
 
     def extra_channels(self, latent_channels: int) -> int:
-        """None: a network beside the UNet reads the hint."""
+        """Return 0: a network beside the UNet reads the hint."""
         return 0
 
     def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """``hint`` (B, 3, H, W) in [0, 1]: what lies beside the picture under that name, else its edges."""
+        """Return ``hint`` (B, 3, H, W) in [0, 1]: the companion of that name, else the picture's edges."""
         if "hint" in companions:
             return {"hint": (companions["hint"] + 1) / 2}
         low, high = (
@@ -104,34 +105,34 @@ class Control(Task):
         }
 
     def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
-        """The hint as it is."""
+        """Return the hint unchanged."""
         return Conditioning(hint=drawn["hint"])
 
     def draw_for_evaluation(
         self, images: Tensor, others: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """``hint``, and ``edges`` where the hint is edges that can be found again: it was drawn here."""
+        """Return ``hint``, and ``edges`` if the hint was drawn here, so that edges can be compared."""
         drawn = self.draw(images, companions, generator)
         return drawn if "hint" in companions else {**drawn, "edges": drawn["hint"][:, :1]}
 
     def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
-        """How well the edges agree; NaN for hints that lay beside the pictures, which may be depth or poses."""
+        """Return the agreement of the edges; NaN for companion hints, which may be depth or poses."""
         if "edges" not in scene.drawn:
             return {figure.key: torch.full((len(made),), torch.nan) for figure in self.figures}
         low, high = (sum(limits) / 2 for limits in (self.options.low_threshold, self.options.high_threshold))
         return edge_agreement(canny_edges(made * 2 - 1, low, high)[:, :1], scene.drawn["edges"])
 
     def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The hint."""
+        """Return the hint."""
         return {"hint": drawn["hint"]}
 
     def conditions_without(self, conditioning: Conditioning) -> Conditioning | None:
-        """The text alone."""
+        """Return the text alone."""
         return replace(conditioning, hint=None)
 
 
 def canny_edges(images: Tensor, low_threshold: float = 0.4, high_threshold: float = 0.8) -> Tensor:
-    """Edges (B, 3, H, W), each 0 or 1, of images (B, 3, H, W) in [-1, 1].
+    """Return Canny edges (B, 3, H, W), 0 or 1, of images (B, 3, H, W) in [-1, 1].
 
     Args:
         low_threshold, high_threshold: as ComfyUI's Canny node has them, of pictures in [0, 1].

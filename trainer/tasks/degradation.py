@@ -24,7 +24,7 @@ def degrade(
     noise: tuple[float, float],
     jpeg: tuple[int, int] | None,
 ) -> Tensor:
-    """Low-resolution versions (B, 3, H / scale, W / scale) in [-1, 1], each with strengths of its own.
+    """Return low-resolution versions (B, 3, H / scale, W / scale) in [-1, 1], each with random strengths.
 
     Args:
         images: (B, 3, H, W) in [-1, 1]; H and W are multiples of ``scale``.
@@ -56,7 +56,7 @@ def degrade(
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """A Gaussian blur of standard deviation ``sigma`` pixels over (B, C, H, W); borders repeat."""
+    """Return a Gaussian blur of standard deviation ``sigma`` pixels over (B, C, H, W); borders repeat."""
     radius = max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
@@ -69,7 +69,7 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def through_jpeg(images: Tensor, quality: int) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as they come back from JPEG files."""
+    """Return pictures (B, 3, H, W) in [-1, 1] after JPEG compression."""
     decoded = []
     for image in images:
         pixels = ((image.cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()

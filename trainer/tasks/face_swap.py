@@ -35,10 +35,14 @@ IDENTITY_COLOUR = 0.15  # of brightness and of each colour
 
 
 class FaceSwapOptions(Section):
-    """Where faces lie in the training pictures, which are aligned."""
+    """The place of faces in the training pictures, which must be aligned."""
 
-    centre: tuple[Share, Share] = Field((0.5, 0.5), description="of the face, from left and top, as shares of the size")
-    radius: tuple[Share, Share] = Field((0.3, 0.35), description="of the face's ellipse, across and down")
+    centre: tuple[Share, Share] = Field(
+        (0.5, 0.5), description="centre of the face from left and top, as shares of the size"
+    )
+    radius: tuple[Share, Share] = Field(
+        (0.3, 0.35), description="radii of the face's ellipse, across and down, as shares of the size"
+    )
     identity: Literal["channels", "tokens", "both"] = Field(
         "channels",
         description="how the model sees the identity picture: as latents in further channels, as tokens that an "
@@ -47,12 +51,12 @@ class FaceSwapOptions(Section):
 
 
 class FaceSwap(Task):
-    """The masked face of a target, made anew with the identity of another picture.
+    """Replace the masked face of a target by the face of another picture.
 
     The channels, in order: the mask at the latent's size, the latents of the target with mid-grey under the mask, the
-    latents of the identity picture, in which the face fills the frame; or that picture is read by attention, and the
-    channels are an inpainting model's. There is no text, which would say whose face it is; guidance strengthens the
-    identity, which the unconditional branch lacks: its channels are 0, its tokens those of no picture.
+    latents of the identity picture, in which the face fills the frame. With ``identity: tokens`` cross-attention reads
+    the identity picture, and the channels are an inpainting model's. Captions are not used. Guidance strengthens the
+    identity: in the unconditional branch its channels are 0, and its tokens are those of no picture.
     """
 
     name = "face-swap"
@@ -107,18 +111,18 @@ class FaceSwap(Task):
     demo_captions = ("smiley face",)
 
     def extra_channels(self, latent_channels: int) -> int:
-        """The mask and the latents of two pictures, or of the target alone where attention reads the other."""
+        """Return the channels of the mask and both pictures' latents; with ``tokens`` of mask and target."""
         return 1 + latent_channels * (1 if self.options.identity == "tokens" else 2)
 
     @property
     def gives_image_tokens(self) -> bool:
-        """Whether attention reads the identity."""
+        """Return True if attention reads the identity."""
         return self.options.identity != "channels"
 
     def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """``mask`` of the face, ``masked``, what it leaves, and ``identity``, the face itself, changed.
+        """Return ``mask`` of the face, ``masked`` (the target, grey under the mask), and ``identity``, a changed face.
 
-        A mask or an identity (another picture of the same person) that lies beside the picture comes first.
+        A companion mask or identity (another picture of the same person) is used if there is one.
         """
         masks = companions.get("mask")
         if masks is None:
@@ -130,7 +134,7 @@ class FaceSwap(Task):
         return {"mask": masks, "masked": masked_pictures(images, masks), "identity": faces}
 
     def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
-        """The further channels, and the tokens."""
+        """Return the extra channels and the tokens."""
         concat = inpainting_channels(drawn["masked"], drawn["mask"], teacher)
         tokens = None
         if self.gives_image_tokens:
@@ -145,7 +149,7 @@ class FaceSwap(Task):
         return Conditioning(concat=concat, image_tokens=tokens)
 
     def unconditional(self, conditioning: Conditioning, empty: Conditioning) -> Conditioning:
-        """The target without the identity."""
+        """Return the conditions of the target without the identity."""
         branch = super().unconditional(conditioning, empty)
         if self.options.identity == "tokens":
             return branch
@@ -158,15 +162,15 @@ class FaceSwap(Task):
     def draw_for_evaluation(
         self, images: Tensor, others: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """A real swap: the identity is that of another picture, framed as in use, whatever lies beside the target."""
+        """Draw a real swap: the identity comes from another picture, not from a companion."""
         return {**self.draw(images, companions, generator), "identity": self.faces(others)}
 
     def finished(self, made: Tensor, scene: Scene) -> Tensor:
-        """The face put back onto its head."""
+        """Paste the face back into the target."""
         return put_back(made, scene)
 
     def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
-        """Whose face it is, and what became of the rest."""
+        """Return the measures of identity, and of the picture outside the mask."""
         result = put_back(made, scene)
         pictures = (result, scene.others, scene.originals)
         face, source, own = (scene.look(self.faces(images).clamp(0, 1)) for images in pictures)
@@ -180,11 +184,11 @@ class FaceSwap(Task):
         }
 
     def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The masked target and the source's face."""
+        """Return the masked target and the source's face."""
         return {"target": drawn["masked"] / 2 + 0.5, "identity": (drawn["identity"] / 2 + 0.5).clamp(0, 1)}
 
     def faces(self, images: Tensor) -> Tensor:
-        """The box around the face's place in pictures (B, 3, H, W), filling the frame, as the nodes show it."""
+        """Return the faces of pictures (B, 3, H, W), filling the frame, as the nodes crop them."""
         theta = torch.zeros(len(images), 2, 3).to(images)
         for axis in (0, 1):
             theta[:, axis, axis] = 2 * self.options.radius[axis]
@@ -193,7 +197,7 @@ class FaceSwap(Task):
         return F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
 
     def face_masks(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Ellipses (B, 1, H, W) around the faces' place, each a little different."""
+        """Return elliptic masks (B, 1, H, W) of the faces, each a little different."""
         height, width = size
         shaken = torch.rand(batch, 4, generator=generator) * 2 * JITTER - JITTER
         x = (torch.arange(width) + 0.5) / width
@@ -204,7 +208,7 @@ class FaceSwap(Task):
         return (distance <= 1).float()[:, None]
 
     def identity_pictures(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """The faces (B, 3, H, W), filling the frame, moved, mirrored at times and recoloured."""
+        """Return the faces (B, 3, H, W), filling the frame, randomly moved, mirrored and recoloured."""
         batch = len(images)
 
         def draw(low: float, high: float, *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What evaluations measure of a task: its figures, and what a picture is measured against."""
+"""The measures of a task in evaluations, and their references."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that says how well a task is done.
+    """A measure of a task's result.
 
     Attributes:
-        key: in ``report.json``.
-        title, short: in the page, and above a narrow column.
-        meaning: what it says, in a sentence.
-        higher_is_better: else lower is.
-        unit: ``dB``, or nothing.
-        judged: whether a student is held to it; others are there to read it by.
+        key: the name in ``report.json``.
+        title, short: the heading on the page, and of a narrow column.
+        meaning: the explanation, a sentence.
+        higher_is_better: True if larger values are better.
+        unit: ``dB`` or empty.
+        judged: True if the student has a target for this measure.
     """
 
     key: str
@@ -32,14 +32,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scene:
-    """What B samples are measured against; everything on the CPU.
+    """The references of B samples' measures, on the CPU.
 
     Attributes:
         originals: (B, 3, H, W) in [0, 1].
-        others: (B, 3, H, W) in [0, 1], for each sample another picture than its own.
-        drawn: what the task drew of them, see ``Task.draw``.
+        others: (B, 3, H, W) in [0, 1], another picture for each sample.
+        drawn: the task's drawn pictures, see ``Task.draw``.
         look: pictures (B, 3, H, W) in [0, 1] to embeddings (B, D) of the feature network.
-        perceptual: LPIPS of two sets of pictures (B, 3, H, W) in [0, 1], (B,); None where its weights are not at hand.
+        perceptual: LPIPS (B,) of two sets of pictures (B, 3, H, W) in [0, 1]; None without LPIPS' weights.
     """
 
     originals: Tensor

@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 class InpaintingOptions(Section):
-    """Which masks are drawn."""
+    """The kinds of random masks."""
 
     masks: dict[MaskKind, float] = Field(
         default_factory=lambda: {"strokes": 1.0, "box": 1.0, "outpainting": 1.0, "blob": 1.0},
         min_length=1,
-        description="how often each kind of mask is drawn, relative to the others",
+        description="relative frequency of each kind of mask",
     )
 
 
 class Inpainting(Task):
-    """The masked part is made anew to fit the rest and the prompt.
+    """Paint the masked part so that it fits the rest of the picture and the prompt.
 
     The channels are those of Stable Diffusion's inpainting models, in their order: the mask at the latent's size, 1
-    where something is to be made, then the latents of the picture with mid-grey under the mask. Guidance strengthens
+    where the model paints, then the latents of the picture with mid-grey under the mask. Guidance strengthens
     the prompt alone: both branches see mask and picture.
     """
 
@@ -74,11 +74,11 @@ class Inpainting(Task):
     many_answers = True
 
     def extra_channels(self, latent_channels: int) -> int:
-        """The mask and the masked picture's latents: 5 for latents of 4."""
+        """Return the number of channels of the mask and the masked picture's latents: 5 for latents of 4."""
         return 1 + latent_channels
 
     def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """``mask``, random where none lies beside the picture, and ``masked``, what it leaves."""
+        """Return ``mask`` (the companion, else random) and ``masked``, the picture with grey under the mask."""
         masks = companions.get("mask")
         if masks is None:
             height, width = images.shape[-2:]
@@ -87,15 +87,15 @@ class Inpainting(Task):
         return {"mask": masks, "masked": masked_pictures(images, masks)}
 
     def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
-        """The further channels."""
+        """Return the extra channels."""
         return Conditioning(concat=inpainting_channels(drawn["masked"], drawn["mask"], teacher))
 
     def finished(self, made: Tensor, scene: Scene) -> Tensor:
-        """The result put back: the original's pixels where nothing was masked."""
+        """Return the result with the original's pixels outside the mask."""
         return put_back(made, scene)
 
     def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
-        """Of the result put back, and of what the model made of the rest."""
+        """Return the measures of the pasted result, and of the model's picture outside the mask."""
         result, mask = put_back(made, scene), scene.drawn["mask"]
         found = {
             "features": distance(scene.look(result), scene.look(scene.originals)),
@@ -107,26 +107,26 @@ class Inpainting(Task):
         return found
 
     def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is left of the picture."""
+        """Return the masked picture."""
         return {"masked": drawn["masked"] / 2 + 0.5}
 
 
 def black_and_white(masks: Tensor) -> Tensor:
-    """Masks of 0 and 1 from those in 0..1, as the stock pipelines make them: a half counts as masked."""
+    """Return masks of 0 and 1 from masks in 0..1, as diffusers' pipelines do: 0.5 counts as masked."""
     return (masks >= 0.5).to(masks)
 
 
 def masked_pictures(images: Tensor, masks: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] with mid-grey where masks (B, 1, H, W) are above a half."""
+    """Return pictures (B, 3, H, W) in [-1, 1] with mid-grey where masks (B, 1, H, W) are above 0.5."""
     return images * (masks < 0.5)
 
 
 def inpainting_channels(masked: Tensor, masks: Tensor, teacher: Teacher) -> Tensor:
-    """The channels (B, 1 + C, h, w) of an inpainting model.
+    """Return the extra channels (B, 1 + C, h, w) of an inpainting model.
 
     Args:
         masked: (B, 3, H, W) in [-1, 1], see :func:`masked_pictures`.
-        masks: (B, 1, H, W), 1 where something is to be made.
+        masks: (B, 1, H, W), 1 where the model paints.
     """
     latents = teacher.encode(masked)
     small = F.interpolate(masks, latents.shape[-2:], mode="nearest")
@@ -134,5 +134,5 @@ def inpainting_channels(masked: Tensor, masks: Tensor, teacher: Teacher) -> Tens
 
 
 def put_back(made: Tensor, scene: Scene) -> Tensor:
-    """Made pictures under the mask, the originals elsewhere, in [0, 1]."""
+    """Return made pictures under the mask and the originals elsewhere, in [0, 1]."""
     return torch.where(scene.drawn["mask"] >= 0.5, made, scene.originals)

@@ -34,7 +34,7 @@ def random_masks(
 
     Args:
         size: (H, W).
-        weights: how often each kind is drawn, relative to the others.
+        weights: relative frequency of each kind.
 
     Raises:
         ValueError: no kind has a positive weight.
@@ -42,7 +42,9 @@ def random_masks(
     kinds = list(weights)
     share = torch.tensor([float(weights[kind]) for kind in kinds], dtype=torch.float64)
     if len(kinds) == 0 or bool((share < 0).any()) or not float(share.sum()) > 0:
-        raise ValueError(f"masks need at least one kind with a weight above 0, and none below, got {dict(weights)}")
+        raise ValueError(
+            f"masks need at least one kind with a weight above 0 and no negative weight, got {dict(weights)}"
+        )
     masks = []
     for _ in range(batch):
         if _uniform(generator) < WHOLE:
@@ -54,7 +56,7 @@ def random_masks(
 
 
 def _strokes(size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A brush that wanders: thick lines with round joints."""
+    """Draw brush strokes: thick lines with round joints."""
     height, width = size
     canvas = Image.new("L", (width, height))
     draw = ImageDraw.Draw(canvas)
@@ -71,7 +73,7 @@ def _strokes(size: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def _box(size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """One rectangle."""
+    """Draw one rectangle."""
     height, width = (max(1, round(_between(BOX_SIDE, generator) * side)) for side in size)
     top = int(_uniform(generator) * (size[0] - height + 1))
     left = int(_uniform(generator) * (size[1] - width + 1))
@@ -81,7 +83,7 @@ def _box(size: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def _outpainting(size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A border on one to four sides."""
+    """Draw a border on one to four sides."""
     mask = torch.zeros(size)
     sides = [side for side in range(4) if _uniform(generator) < 0.5] or [_integer((0, 3), generator)]
     for side in sides:
@@ -98,7 +100,7 @@ def _outpainting(size: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def _blob(size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Smooth noise cut at the height that masks the wanted area: outlines as segmentations have them."""
+    """Draw a blob: smooth noise above the threshold that gives the wanted area, with outlines like a segmentation's."""
     cells = _integer(BLOB_CELLS, generator)
     noise = torch.randn(1, 1, cells, cells, generator=generator)
     smooth = F.interpolate(noise, size, mode="bicubic")[0, 0]

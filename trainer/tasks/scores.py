@@ -18,10 +18,10 @@ EDGE_TOLERANCE = 2  # pixels, between an edge that is asked for and the one that
 
 
 def psnr(made: Tensor, wanted: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio in dB, at most ``PSNR_LIMIT``.
+    """Return the peak signal-to-noise ratio in dB, at most ``PSNR_LIMIT``.
 
     Args:
-        counts: (B, 1, H, W), 1 where pixels count; NaN comes out where none does.
+        counts: (B, 1, H, W), 1 where pixels count; the result is NaN if no pixel counts.
     """
     squares = (made.double() - wanted.double()).square().mean(1, keepdim=True)
     weight = torch.ones_like(squares) if counts is None else counts.double()
@@ -30,13 +30,13 @@ def psnr(made: Tensor, wanted: Tensor, counts: Tensor | None = None) -> Tensor:
 
 
 def seam(made: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """How much steeper colours change across the mask's border than near it in the original; 1 is no seam.
+    """Return the colour step across the mask's border relative to the original near the border; 1 = no seam.
 
-    ``(a + f) / (b + f)``: ``a`` the mean difference between neighbouring pixels of which one is masked, in the finished
-    picture; ``b`` the mean between those near the border in the original; ``f`` is ``SEAM_FLOOR``.
+    ``(a + f) / (b + f)``: ``a`` is the mean difference of neighbouring pixels across the border in the finished
+    picture, ``b`` the mean difference of neighbouring pixels near the border in the original, ``f`` is ``SEAM_FLOOR``.
 
     Args:
-        mask: (B, 1, H, W), 1 where the picture was made. NaN comes out where it has no border.
+        mask: (B, 1, H, W), 1 where the model painted; the result is NaN for a mask without a border.
     """
     inside = (mask >= 0.5).float()
     size = 2 * SEAM_BAND + 1
@@ -58,13 +58,13 @@ def seam(made: Tensor, original: Tensor, mask: Tensor) -> Tensor:
 
 
 def edge_agreement(found: Tensor, wanted: Tensor, tolerance: int = EDGE_TOLERANCE) -> dict[str, Tensor]:
-    """Precision, recall and their harmonic mean F1, in 0..1, of edges found where edges were asked for.
+    """Return precision, recall and F1, in 0..1, of the found edges against the wanted edges.
 
-    An edge counts as there when the other drawing has one at most ``tolerance`` pixels away, across, down or both.
+    An edge pixel agrees if the other picture has an edge at most ``tolerance`` pixels away, across, down or both.
 
     Args:
-        found, wanted: (B, 1, H, W), above a half on edges. Where nothing is found precision is 0, and where nothing is
-            wanted all three are NaN.
+        found, wanted: (B, 1, H, W), above 0.5 on edges. Precision is 0 without found edges; all three are NaN without
+            wanted edges.
     """
     found, wanted = (found > 0.5).float(), (wanted > 0.5).float()
 
@@ -80,15 +80,15 @@ def edge_agreement(found: Tensor, wanted: Tensor, tolerance: int = EDGE_TOLERANC
 
 
 def distance(features: Tensor, reference: Tensor) -> Tensor:
-    """Euclidean distances between rows (B, D)."""
+    """Return Euclidean distances between rows (B, D)."""
     return (features.double() - reference.double()).norm(dim=1)
 
 
 def cosine(features: Tensor, reference: Tensor) -> Tensor:
-    """Cosines between rows (B, D), in -1..1."""
+    """Return cosines between rows (B, D), in -1..1."""
     return F.cosine_similarity(features.double(), reference.double())
 
 
 def reduced(images: Tensor, scale: int) -> Tensor:
-    """Pictures ``scale`` times smaller, each pixel the mean of those it stands for."""
+    """Return pictures ``scale`` times smaller; each pixel is a mean."""
     return F.avg_pool2d(images, scale)

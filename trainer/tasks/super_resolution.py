@@ -28,21 +28,23 @@ Level = Annotated[int, Field(ge=0, le=999)]
 
 
 class SuperResolutionOptions(Section):
-    """How pictures are made worse, and how the model reads them."""
+    """The degradation of pictures, and how the model reads the small picture."""
 
     scale: int = Field(4, ge=2, description="how many times larger the result is")
     reads: Literal["latent", "pixels"] = Field(
         "latent",
-        description="latent: the enlarged picture's latents join the noisy ones; pixels: the small picture itself "
-        "does, which then has the latent's size (the SD x4 upscaler)",
+        description="latent: the enlarged picture's latents join the noisy latents; pixels: the small picture joins "
+        "them and must have the latent's size (the SD x4 upscaler)",
     )
     blur: tuple[Strength, Strength] = Field((0.0, 0.5), description="Gaussian blur, in pixels of the small picture")
-    noise: tuple[Strength, Strength] = Field((0.0, 0.02), description="Gaussian noise, of a range of [0, 1]")
-    jpeg: tuple[Quality, Quality] | None = Field((60, 95), description="JPEG's quality; null for none")
+    noise: tuple[Strength, Strength] = Field(
+        (0.0, 0.02), description="standard deviation of Gaussian noise, for colours in [0, 1]"
+    )
+    jpeg: tuple[Quality, Quality] | None = Field((60, 95), description="JPEG quality; null for no JPEG")
     noise_level: tuple[Level, Level] | None = Field(
         None,
-        description="for models that are told it (the SD x4 upscaler): low and high of the noise added to the small "
-        "picture, as timesteps of the model's own schedule for it",
+        description="for models that read a noise level (the SD x4 upscaler): low and high of the noise added to the "
+        "small picture, as timesteps of the model's schedule for small pictures",
     )
 
     @model_validator(mode="after")
@@ -50,12 +52,12 @@ class SuperResolutionOptions(Section):
         for name in ("blur", "noise", "jpeg", "noise_level"):
             limits = getattr(self, name)
             if limits is not None and limits[0] > limits[1]:
-                raise ValueError(f"{name} is [low, high], got {list(limits)}")
+                raise ValueError(f"{name} must be [low, high] with low <= high, got {list(limits)}")
         return self
 
 
 class SuperResolution(Task):
-    """A sharp picture from a small one; both branches of guidance see the small one."""
+    """Enlarge a small picture; both branches of guidance see the small picture."""
 
     name = "super-resolution"
     options_class: ClassVar[type[Section]] = SuperResolutionOptions
@@ -89,11 +91,11 @@ class SuperResolution(Task):
     )
 
     def extra_channels(self, latent_channels: int) -> int:
-        """The enlarged picture's latents, or the small picture's three colours."""
+        """Return the channels of the enlarged picture's latents, or the small picture's 3 colours."""
         return latent_channels if self.options.reads == "latent" else PIXEL_CHANNELS
 
     def draw(self, images: Tensor, companions: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """``small``, the degraded picture; ``noise_level`` (B,) and its ``noise`` where the model is told it."""
+        """Return ``small``, the degraded picture; ``noise_level`` (B,) and ``noise`` if the model reads a level."""
         options = self.options
         small = degrade(images, options.scale, generator, blur=options.blur, noise=options.noise, jpeg=options.jpeg)
         if options.noise_level is None:
@@ -104,7 +106,7 @@ class SuperResolution(Task):
         return {"small": small, "noise_level": level, "noise": noise}
 
     def encode(self, drawn: Mapping[str, Tensor], teacher: Teacher) -> Conditioning:
-        """The small picture in the model's channels."""
+        """Return the small picture in the model's channels."""
         small, level = drawn["small"], drawn.get("noise_level")
         process = teacher.low_resolution_process
         if (process is None) != (level is None):
@@ -128,7 +130,7 @@ class SuperResolution(Task):
         return Conditioning(concat=small, noise_level=level)
 
     def scores(self, made: Tensor, scene: Scene) -> dict[str, Tensor]:
-        """Against the original, and against it reduced."""
+        """Return the measures against the original, and against the reduced original."""
         originals, scale = scene.originals, self.options.scale
         found = {
             "psnr": psnr(made, originals),
@@ -140,11 +142,11 @@ class SuperResolution(Task):
         return found
 
     def shown(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The small picture."""
+        """Return the small picture."""
         return {"small": (drawn["small"] / 2 + 0.5).clamp(0, 1)}
 
 
 def low_resolution_latents(small: Tensor, size: tuple[int, int], teacher: Teacher) -> Tensor:
-    """The latents (B, C, h, w) of small pictures (B, 3, h', w') in [-1, 1], enlarged to ``size`` pixels."""
+    """Return the latents (B, C, h, w) of small pictures (B, 3, h', w') in [-1, 1], enlarged to ``size`` pixels."""
     enlarged = F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1)
     return teacher.encode(enlarged)

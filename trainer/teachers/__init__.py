@@ -1,6 +1,7 @@
-"""Teachers: one file per model family, each building a Denoiser from a diffusers folder or a single file.
+"""Teachers: one file per model family, which builds a Denoiser from a diffusers folder or a single file.
 
-To add a family, write a module with a :class:`~.base.Teacher` and name it in ``FAMILIES``; nothing else knows families.
+To add a family, write a module with a :class:`~.base.Teacher` and name it in ``FAMILIES``,
+and the family in :data:`flash_core.families.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FAMILIES = {
 
 
 def family(name: str) -> type[Teacher]:
-    """The class of a family.
+    """Return the class of a family's teacher.
 
     Raises:
         UserError: there is no such family.
@@ -45,16 +46,16 @@ def load_teacher(model: ModelSection, device: str = "cpu", resolution: int | Non
     """Load a teacher's weights.
 
     Args:
-        model: which one.
+        model: the recipe's section.
         device: where its networks run.
         resolution: width and height in pixels (default: the model's own).
 
     Raises:
-        UserError: no such family or folder, or a part of it is missing.
+        UserError: no such family or folder, or a part of the model is missing.
     """
     return family(model.family).load(model, device, resolution)
 
 
 def outline_teacher(model: ModelSection, resolution: int | None = None) -> Outline:
-    """What a teacher's configuration files say, without its weights."""
+    """Read a teacher's configuration files, without its weights."""
     return family(model.family).outline(model, resolution)

@@ -1,8 +1,8 @@
-"""What every family of teachers offers around its denoiser: text in, pixels in and out, and its facts.
+"""The teacher of a family: the denoiser with text encoders, VAE and the facts of the model.
 
 A teacher is a stock diffusers pipeline taken apart: its network becomes the denoiser, its VAE stays, and its text
-encoders make the conditions until they are freed. What families share is here; a family says which pipeline it is, how
-its network is called and what its prompts become.
+encoders make the conditions until they are freed. This file holds the code that all families share. A family's file
+names its pipeline, calls its network and encodes its prompts.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .lora_layers import merge_style
 
 @dataclass(frozen=True)
 class Outline:
-    """A teacher as its configuration files describe it; the network is on the ``meta`` device and holds no weights.
+    """A teacher without weights, read from its configuration files; the network is on the ``meta`` device.
 
     Attributes:
-        denoiser: the network without weights, to be given adapters and counted.
-        latent_shape: (C, h, w) at the resolution asked for.
-        parameters: of the whole base.
-        name: what the model calls itself.
-        control: the ControlNet or T2I-adapter that steers it, without weights; None without one.
+        denoiser: the network without weights, for adding adapters and counting parameters.
+        latent_shape: (C, h, w) at the requested resolution.
+        parameters: the number of parameters of the base.
+        name: the name of the model.
+        control: the ControlNet or T2I-adapter without weights; None without one.
     """
 
     denoiser: DiffusersDenoiser
@@ -52,34 +52,34 @@ class Outline:
 
 
 class Teacher(ABC):
-    """A diffusion model with everything around its denoiser.
+    """A diffusion model: the denoiser, the VAE and the text encoders.
 
     Class attributes:
         base: the family's key in :data:`flash_core.families.FAMILIES`, as LoRA metadata has it.
-        pipeline_class: the family's stock pipeline, which loads and which encodes prompts.
+        pipeline_class: the family's diffusers pipeline, which loads weights and encodes prompts.
         network_class: the class of its denoising network.
-        network_part: what the pipeline calls that network: ``unet`` or ``transformer``.
-        denoiser_class: how the network is called.
-        default_config: the Hub name that has the configuration of this family's single files.
-        unused_parts: parts of the pipeline that nothing here needs; they are not loaded.
-        pipeline_options: more arguments of the pipeline's.
-        transformer: whether the denoiser is a transformer, which decides how a LoRA is written.
-        default_targets: what the adapted layers' paths end in unless a recipe says otherwise.
-        loading_code: how diffusers loads the LoRA, for the model card; ``{folder}``, ``{file}`` and ``{rank}`` are
-            filled in.
-        call_options: what the model card passes to the pipeline beside prompt and grid.
-        task_pipelines: how the names of diffusers' pipelines for further tasks begin: "StableDiffusion" of
-            StableDiffusionInpaintPipeline; empty where a family has none.
+        network_part: the network's name in the pipeline: ``unet`` or ``transformer``.
+        denoiser_class: the class that calls the network.
+        default_config: the Hub name with the configuration for this family's single files.
+        unused_parts: parts of the pipeline that are not loaded.
+        pipeline_options: more arguments of the pipeline.
+        transformer: True for a transformer, False for a UNet; decides how a LoRA is written.
+        default_targets: ends of the adapted layers' paths, unless a recipe sets them.
+        loading_code: Python that loads the LoRA in diffusers, for the model card, with ``{folder}``, ``{file}`` and
+            ``{rank}``.
+        call_options: more arguments of the pipeline's call on the model card.
+        task_pipelines: start of the class names of diffusers' pipelines for other tasks: "StableDiffusion" for
+            StableDiffusionInpaintPipeline; empty if the family has no such pipelines.
 
     Attributes:
-        pipeline: the stock pipeline, None once :meth:`release_encoders` was called.
+        pipeline: the diffusers pipeline; None after :meth:`release_encoders`.
         denoiser: the backbone, switched between roles.
         latent_shape: (C, h, w).
-        image_adapter: makes the tokens that an IP-Adapter in the network reads; None without one.
-        low_resolution_process: the process of the noise that the model is told its low-resolution input has; None
-            where it is told none.
+        image_adapter: the encoder of an IP-Adapter in the network; None without one.
+        low_resolution_process: the process of the noise in a low-resolution input; None if the model reads no noise
+            level.
         scale_factor: pixels per latent pixel.
-        name: what the model is called.
+        name: the name of the model.
     """
 
     base: ClassVar[str]
@@ -119,54 +119,54 @@ class Teacher(ABC):
     @classmethod
     @abstractmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:
-        """Look whether a network's configuration is this family's, before its weights are loaded.
+        """Check that a network's configuration belongs to this family, before its weights are loaded.
 
         Args:
-            name: what the model is called, for the message.
+            name: the name of the model, for the message.
 
         Raises:
-            UserError: it is another family's; says which.
+            UserError: the network belongs to another family; the message names the family.
         """
 
     @classmethod
     def absent_parts(cls, model: ModelSection) -> tuple[str, ...]:
-        """The parts of the pipeline that this recipe does without."""
+        """Return the parts of the pipeline that are not loaded for this recipe."""
         return cls.unused_parts
 
     @abstractmethod
     def text_conditions(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditions of the prompts, as the family's stock pipeline makes them; its encoders are there."""
+        """Return the conditions of the prompts, as the family's pipeline makes them; the encoders are loaded."""
 
     def encode_empty(self) -> Conditioning:
-        """What the family's stock pipeline takes for no prompt, once (a batch of 1)."""
+        """Return the pipeline's conditions for the empty prompt, a batch of 1."""
         return self.encode_prompts([""])
 
     # -- what families share -----------------------------------------------------------------------------------------
 
     @classmethod
     def locate(cls, model: ModelSection) -> Source:
-        """Where the model is.
+        """Return where the model is.
 
         Raises:
-            UserError: nothing there that can be loaded.
+            UserError: there is no model to load.
         """
         return locate(model, cls.default_config)
 
     @classmethod
     def title(cls, source: Source) -> str:
-        """What the model is called."""
+        """Return the name of the model."""
         return source.name
 
     @classmethod
     def load(cls, model: ModelSection, device: str, resolution: int | None) -> Teacher:
-        """Load the weights of a diffusers folder, a Hub repository or a single file; only safetensors are read.
+        """Load the weights from a diffusers folder, a Hub repository or a single file; only safetensors.
 
         Args:
             device: where its networks run.
             resolution: width and height in pixels (default: the model's own).
 
         Raises:
-            UserError: no such model, a part is missing, or it is of another family.
+            UserError: no such model, a part is missing, or the model belongs to another family.
         """
         source = cls.locate(model)
         network_config = source.part_config(cls.network_part)
@@ -200,7 +200,7 @@ class Teacher(ABC):
 
     @classmethod
     def outline(cls, model: ModelSection, resolution: int | None) -> Outline:
-        """Read the configuration files alone."""
+        """Read the configuration files only."""
         source = cls.locate(model)
         network_config = source.part_config(cls.network_part)
         cls.check_network(network_config, cls.title(source))
@@ -225,7 +225,7 @@ class Teacher(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser runs."""
+        """The device of the denoiser."""
         return next(self.denoiser.network.parameters()).device
 
     @property
@@ -235,7 +235,7 @@ class Teacher(ABC):
         return height * self.scale_factor, width * self.scale_factor
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32: the posterior's mode, shifted and scaled."""
+        """Encode images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32: the posterior's mode, scaled."""
         if self.vae.encoder is None:
             raise RuntimeError("the image encoder was released; encode images before release_encoders()")
         with self._full_precision():
@@ -243,21 +243,21 @@ class Teacher(ABC):
             return ((mode - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor).float()
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], float32; differentiable."""
+        """Decode latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], float32; differentiable."""
         with self._full_precision():
             latents = z.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditions of the prompts, as the family's stock pipeline makes them; long ones are cut as there."""
+        """Return the conditions of the prompts, as the family's pipeline makes them; long prompts are truncated."""
         if self.pipeline is None:
             raise RuntimeError("the text encoders were released; encode prompts before release_encoders()")
         with self._full_precision(), self._one_warning_of_cut_prompts():
             return self.text_conditions(prompts)
 
     def unconditional(self, batch: int) -> Conditioning:
-        """What the family's pipeline takes for no prompt, and for no picture where it reads one, ``batch`` times."""
+        """Return the conditions of the empty prompt (and of no picture, with an IP-Adapter), ``batch`` times."""
         empty = self._empty
         if self.image_adapter is not None:
             empty = empty.joined(Conditioning(image_tokens=self.image_adapter.absent))
@@ -273,12 +273,12 @@ class Teacher(ABC):
             torch.cuda.empty_cache()
 
     def weights_hash(self) -> str:
-        """SHA-256 over the base's parameters in the order of their names; a merged style LoRA counts."""
+        """Return the SHA-256 of the base's parameters, in the order of their names, with a merged style LoRA."""
         return weights_hash(self.denoiser.network)
 
     @contextmanager
     def _one_warning_of_cut_prompts(self) -> Iterator[None]:
-        """Pipelines warn of every prompt that is too long for their encoders; here, of the first."""
+        """Show the pipeline's warning about truncated prompts once, not for every prompt."""
 
         def first(record: logging.LogRecord) -> bool:
             cut = "was truncated" in record.getMessage()
@@ -293,26 +293,30 @@ class Teacher(ABC):
             logger.removeFilter(first)
 
     def _full_precision(self) -> torch.autocast:
-        """Autocast is off: VAEs overflow or blur in few bits, and what is encoded once may be encoded well."""
+        """Turn autocast off: VAEs overflow or blur in low precision, and prompts are encoded only once."""
         return torch.autocast(self.device.type, enabled=False)
 
 
 def process_from_scheduler(config: Mapping[str, Any]) -> Process:
-    """The process a diffusers scheduler configuration describes: variance-preserving, or flow with its shift.
+    """Return the noise process of a diffusers scheduler configuration: variance-preserving, or flow with its shift.
 
     Raises:
-        UserError: a schedule this package does not know.
+        UserError: the schedule is not supported.
     """
     scheduler = config.get("_class_name", "")
     if "FlowMatch" in scheduler:
         if config.get("use_dynamic_shifting"):
             raise UserError(
-                "the model's scheduler shifts its schedule with the picture's size (use_dynamic_shifting), but a LoRA "
-                "is trained at one shift; set it to false, and shift to a number, in scheduler_config.json"
+                "the model's scheduler changes the shift with the picture's size (use_dynamic_shifting: true), but a "
+                "LoRA is trained at one shift. In scheduler_config.json set use_dynamic_shifting to false and shift to "
+                "a number"
             )
         return FlowProcess(shift=config.get("shift", 1.0))
     if scheduler.startswith("EDM"):
-        raise UserError(f"the model's scheduler, {scheduler}, is of a kind that is not known here: EDM")
+        raise UserError(
+            f"the model's scheduler is {scheduler}, and EDM schedules are not supported; choose a model with a "
+            "variance-preserving or flow schedule"
+        )
     prediction = config.get("prediction_type", "epsilon")
     try:
         if config.get("trained_betas") is not None:
@@ -331,7 +335,7 @@ def process_from_scheduler(config: Mapping[str, Any]) -> Process:
 
 
 def weights_hash(network: nn.Module) -> str:
-    """SHA-256 over a network's parameters in the order of their names, without the LoRAs that are on it."""
+    """Return the SHA-256 of a network's parameters in the order of their names, without LoRA adapters."""
     digest = hashlib.sha256()
     for name, value in sorted(network.named_parameters()):
         if ".lora_" not in name:
@@ -341,7 +345,7 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """How many numbers a module's parameters hold."""
+    """Return the number of values of a module's parameters."""
     return sum(value.numel() for value in module.parameters())
 
 

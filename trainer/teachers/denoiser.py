@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ IMAGE_ADAPTER = re.compile(r"\.processor\.|^encoder_hid_proj\.")
 
 
 class DiffusersDenoiser(ABC):
-    """A frozen diffusers network with LoRA adapters that roles switch on and off.
+    """A frozen diffusers network with a LoRA adapter for each role.
 
     ``teacher`` is the network alone; ``student`` and ``critic`` are it with the adapter of that name. An adapter is
     float32 whatever the base is stored in, since its updates are far below bfloat16's resolution.
@@ -43,38 +44,38 @@ class DiffusersDenoiser(ABC):
 
     @property
     def process(self) -> Process:
-        """How noise enters this model's latents."""
+        """The noise process of the model."""
         return self._process
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base is stored in, and computed in without autocast."""
+        """The type of the base's weights, and of its computation without autocast."""
         return next(value.dtype for name, value in self.network.named_parameters() if ".lora_" not in name)
 
     # -- what a family says ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output (B, C, H, W), all in the network's dtype but for ``t`` (B,) and the size ids."""
+        """Return the network's output (B, C, H, W); inputs have the network's dtype, except ``t`` (B,) and size ids."""
 
     @abstractmethod
     def feature_blocks(self) -> Sequence[nn.Module]:
-        """The blocks whose outputs the discriminator reads, in the order they run."""
+        """Return the blocks whose outputs the discriminator reads, in running order."""
 
     def as_map(self, output: Any, z_t: Tensor) -> Tensor:
-        """A block's output as a map (B, C, H, W); families whose blocks return tokens override it."""
+        """Return a block's output as a map (B, C, H, W); families whose blocks return tokens override this method."""
         return output[0] if isinstance(output, tuple) else output
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
     def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output (B, C, H, W), float32, in the current role."""
+        """Return the network's output (B, C, H, W), float32, in the current role."""
         # Sizes are whole numbers up to some thousands, which bfloat16 can't hold; networks embed them in float32.
         cast = replace(conditioning.map(self._cast), size_ids=conditioning.size_ids)
         return self.forward(z_t.to(self.dtype), t, cast).float()
 
     def features(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
-        """Hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role."""
+        """Return hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role."""
         captured: list[Tensor] = []
 
         def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -121,7 +122,7 @@ class DiffusersDenoiser(ABC):
     # -- adapters --------------------------------------------------------------------------------------------------
 
     def has_adapter(self, role: Role) -> bool:
-        """Whether the role has an adapter."""
+        """Return whether the role has an adapter."""
         return any(role in layer.lora_A for layer in self._layers)
 
     def add_adapter(self, role: Role, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> None:
@@ -129,11 +130,11 @@ class DiffusersDenoiser(ABC):
 
         Args:
             rank, alpha: the update is scaled by ``alpha / rank``.
-            targets: what the paths of the adapted layers end in.
-            seed: of the down half.
+            targets: ends of the adapted layers' paths.
+            seed: of the random down half.
 
         Raises:
-            UserError: a target that no layer is called.
+            UserError: no layer's path ends in a target.
         """
         paths = [path for path, module in self.network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         paths = [path.removesuffix(".base_layer") for path in paths if ".lora_" not in path]
@@ -143,7 +144,7 @@ class DiffusersDenoiser(ABC):
             if not any(path == target or path.endswith(f".{target}") for path in paths):
                 names = sorted({path.rsplit(".", 1)[-1] for path in paths} - {str(index) for index in range(10)})
                 raise UserError(
-                    f"lora.targets: no layer of this model is called {target!r}; layers are called {', '.join(names)}"
+                    f"lora.targets: no layer of this model is called {target!r}; expected one of {', '.join(names)}"
                 )
         config = LoraConfig(
             r=rank,
@@ -156,7 +157,10 @@ class DiffusersDenoiser(ABC):
     def _inject(self, role: Role, config: LoraConfig, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, self.network, adapter_name=role)
+            with warnings.catch_warnings():
+                # PEFT warns when a network gets a second adapter. Here this is on purpose: the roles share one base.
+                warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+                inject_adapter_in_model(config, self.network, adapter_name=role)
         self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
         for parameter in self.adapter_parameters(role).values():
             parameter.data = parameter.data.float()
@@ -165,11 +169,11 @@ class DiffusersDenoiser(ABC):
         self._switch(current)
 
     def adapter_parameters(self, role: Role) -> dict[str, nn.Parameter]:
-        """The parameters of a role's adapter by name."""
+        """Return the parameters of a role's adapter by name."""
         return {name: value for name, value in self.network.named_parameters() if f".{role}." in name}
 
     def adapter(self, role: Role) -> dict[str, LoraModule]:
-        """A role's adapter as it is written to a file, by module path."""
+        """Return the layers of a role's adapter by module path, as written to a file."""
         return {
             path: LoraModule(
                 path, module.lora_A[role].weight, module.lora_B[role].weight, float(module.lora_alpha[role])
@@ -179,7 +183,7 @@ class DiffusersDenoiser(ABC):
         }
 
     def load_adapter(self, role: Role, modules: Mapping[str, LoraModule]) -> None:
-        """Give a role the LoRA of a file.
+        """Load the LoRA of a file as a role's adapter.
 
         Args:
             modules: as :class:`~...flash_core.lora.LoraFile` holds them; every one must belong to this network.

@@ -1,6 +1,6 @@
-"""Where a teacher's parts are, and the stock diffusers pipeline they make: a folder, a Hub name or a single file.
+"""Find a teacher's parts and load them as a diffusers pipeline: from a folder, a Hub name or a single file.
 
-Everything is loaded through diffusers itself, from safetensors alone; a pickle is refused before it is opened.
+diffusers loads everything, from safetensors only; a pickle is refused before it is opened.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import nn
 
 from ..config import ModelSection
 from ..errors import UserError
+from ..files import refuse_pickle
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX = "model_index.json"
-# What the single files of the field put before the names of the weights beside the denoiser's.
+# Prefixes of the weights of each part in single files.
 SINGLE_FILE_PARTS = {
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
@@ -37,13 +37,13 @@ AnyPipeline = TypeVar("AnyPipeline", bound=DiffusionPipeline)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is.
+    """The place of a model.
 
     Attributes:
-        config: the diffusers folder or Hub name that has the configuration of every part, and the weights of those
-            parts that ``file`` lacks.
-        file: the single file with the weights, or None where ``config`` has them all.
-        variant: which of a folder's weights, such as ``fp16``; None for the plain ones.
+        config: the diffusers folder or Hub name with the configuration of every part, and with the weights of parts
+            that ``file`` lacks.
+        file: the single file with the weights; None if ``config`` has all weights.
+        variant: the variant of a folder's weights, such as ``fp16``; None for weights without a variant.
     """
 
     config: str
@@ -52,14 +52,14 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What the model is called."""
+        """The name of the model."""
         return self.file.stem if self.file is not None else Path(self.config).name
 
     def part_config(self, part: str) -> dict[str, Any]:
-        """The configuration of one part, such as ``unet`` or ``scheduler``; ``""`` is the pipeline's own.
+        """Read the configuration of one part, such as ``unet`` or ``scheduler``; ``""`` is the pipeline's index.
 
         Raises:
-            UserError: there is none.
+            UserError: the configuration can't be read.
         """
         # Each of diffusers' configured classes reads its own file name; the scheduler's and the pipeline's differ.
         name = {"scheduler": "scheduler_config.json", "": INDEX}.get(part, "config.json")
@@ -71,45 +71,47 @@ class Source:
                 raise UserError(f"{self.incomplete()}: {error}") from error
             raise UserError(
                 f"model.config: the configuration of {self.file.name} can't be read from {self.config}: {error}\n"
-                "Without a network, set model.config to the diffusers folder of a model of the same kind"
+                "If the Hub can't be reached, set model.config to the diffusers folder of a model of the same family"
             ) from error
         return loaded
 
     def incomplete(self) -> str:
-        """What a user reads where a part of a folder or Hub name can't be had."""
+        """Return the start of the error for a missing part of a folder or Hub repository."""
         if Path(self.config).is_dir():
             return f"model.path: {self.config} is not a complete diffusers folder"
         return (
-            f"model.path: {self.config} is not a complete diffusers model on the Hub, or the Hub can't be reached; "
-            "without a network give a diffusers folder or a .safetensors file"
+            f"model.path: {self.config} is not a complete diffusers model on the Hub, or the Hub can't be reached "
+            "(then set model.path to a diffusers folder or a .safetensors file)"
         )
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The scheduler's configuration, with what a single file says of its own noise.
+        """Return the scheduler's configuration, with the noise settings that a single file has in tensor names.
 
         Fine-tunes of SDXL that predict v carry a tensor named ``v_pred``, and ``ztsnr`` where their schedule ends in
-        pure noise; nothing but the names counts.
+        pure noise. The values of these tensors have no meaning.
 
         Raises:
-            UserError: there is no configuration, or the file is of a kind that is not known here.
+            UserError: there is no configuration, or the file has an EDM schedule.
         """
         config = self.part_config("scheduler")
         names = set() if self.file is None else set(weight_names(self.file))
         if names & {"edm_mean", "edm_vpred.sigma_max"}:
-            raise UserError(f"model.path: {self.name} has the noise of EDM, which no family here has")
+            raise UserError(
+                f"model.path: {self.name} has an EDM noise schedule, which is not supported; choose another model"
+            )
         if "v_pred" in names:
             config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names}
         return config
 
 
 def locate(model: ModelSection, default_config: str) -> Source:
-    """Where the model is that a recipe names.
+    """Find the model that a recipe names.
 
     Args:
-        default_config: the Hub name whose configuration single files of this family have unless the recipe says so.
+        default_config: the Hub name with the configuration for single files, unless the recipe sets ``model.config``.
 
     Raises:
-        UserError: no path, nothing there, or nothing that can be loaded.
+        UserError: no path, or no model at the path.
     """
     if model.path is None:
         raise UserError(
@@ -119,17 +121,14 @@ def locate(model: ModelSection, default_config: str) -> Source:
     path = Path(model.path)
     if model.config is not None and not path.is_file():
         raise UserError(
-            "model.config: is for a single file; a folder and a Hub repository have their own configuration"
+            "model.config: is for a single file, but model.path is a folder or Hub name, which has its own "
+            "configuration; remove model.config"
         )
     if path.is_dir():
         if not (path / INDEX).is_file():
             raise UserError(f"model.path: {path} has no {INDEX}; expected a diffusers folder")
         return Source(str(path), variant=model.variant or _only_variant(path))
-    if path.suffix in PICKLES:
-        raise UserError(
-            f"model.path: {path.name} is a pickle, which can run code when it is loaded, so it is refused; give a "
-            ".safetensors file or a diffusers folder"
-        )
+    refuse_pickle(path, "model.path")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(
@@ -143,8 +142,8 @@ def locate(model: ModelSection, default_config: str) -> Source:
         return Source(config, path, model.variant or _only_variant(Path(config)))
     if path.suffix == ".safetensors" or path.is_absolute() or model.path.count("/") != 1:
         raise UserError(
-            f"model.path: {model.path} is not a diffusers folder, Hub name or .safetensors file: there is nothing at "
-            "that path, and a Hub name looks like owner/model"
+            f"model.path: {model.path} does not exist, and is not a Hub name (owner/model); expected a diffusers "
+            "folder, a Hub name or a .safetensors file"
         )
     return Source(model.path, variant=model.variant)
 
@@ -152,17 +151,17 @@ def locate(model: ModelSection, default_config: str) -> Source:
 def load_pipeline(
     pipeline: type[AnyPipeline], source: Source, dtype: torch.dtype, without: Sequence[str] = (), **options: Any
 ) -> AnyPipeline:
-    """A stock pipeline with its weights on the CPU: the VAE in float32, everything else in ``dtype``.
+    """Load a diffusers pipeline on the CPU: the VAE in float32, the other parts in ``dtype``.
 
-    SDXL's VAE overflows in float16, and every VAE is small; so none is stored with less. Parts that a single file lacks
-    are loaded from the folder of its configuration.
+    SDXL's VAE overflows in float16 and every VAE is small, so all VAEs are float32. Parts that a single file lacks are
+    loaded from the folder of the configuration.
 
     Args:
-        without: the parts that are not wanted.
-        options: more of the pipeline's own arguments.
+        without: parts that are not loaded.
+        options: more arguments of the pipeline.
 
     Raises:
-        UserError: a part is missing or does not fit its configuration.
+        UserError: a part is missing, or does not fit its configuration.
     """
     options |= dict.fromkeys(without)
     index = source.part_config("")
@@ -177,8 +176,8 @@ def load_pipeline(
             rest = _from_folder(pipeline, source, dtype, absent, options | others)
         except UserError as error:
             raise UserError(
-                f"model.path: {source.file} has no {' and no '.join(absent)}; set model.config to a diffusers folder "
-                f"that has the weights ({source.config} does not), or model.path to a complete model"
+                f"model.path: {source.file} has no {' and no '.join(absent)}, and {source.config} has no weights for "
+                "it; set model.config to a diffusers folder with these weights, or model.path to a complete model"
             ) from error
         given = {part: getattr(rest, part) for part in absent}
     try:
@@ -191,7 +190,7 @@ def load_pipeline(
                 str(source.file), config=source.config, torch_dtype=dtype, **given, **options
             )
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
-        # A weight that the file lacks stays on the meta device, which is all that can be said of it then.
+        # A weight that the file lacks stays on the meta device, and moving it raises NotImplementedError.
         reason = "it lacks some of the weights" if isinstance(error, NotImplementedError) else error
         raise UserError(
             f"model.path: {source.file} does not fit the configuration of {source.config} (model.config): {reason}"
@@ -203,7 +202,7 @@ def load_pipeline(
 def _from_folder(
     pipeline: type[AnyPipeline], source: Source, dtype: torch.dtype, parts: Sequence[str], options: Mapping[str, Any]
 ) -> AnyPipeline:
-    # Libraries stumble over a folder that is not there in their own ways, and not all of them say so.
+    # Libraries fail on a missing folder with different errors, and not all of these name the folder.
     lacking = [part for part in parts if not (Path(source.config) / part).is_dir()]
     if Path(source.config).is_dir() and lacking:
         raise UserError(f"{source.incomplete()}: it lacks {lacking[0]}/")
@@ -218,10 +217,10 @@ def _from_folder(
 
 
 def weight_names(file: Path) -> list[str]:
-    """The names of a single file's tensors.
+    """Return the names of a single file's tensors.
 
     Raises:
-        UserError: it is no safetensors file.
+        UserError: the file is no readable safetensors file.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -231,26 +230,26 @@ def weight_names(file: Path) -> list[str]:
 
 
 def _absent_parts(file: Path, parts: Sequence[str]) -> list[str]:
-    """Which of the parts a single file has no weights of."""
+    """Return the parts without weights in a single file."""
     names = weight_names(file)
     known = {part: prefixes for part, prefixes in SINGLE_FILE_PARTS.items() if part in parts}
     return [part for part, prefixes in known.items() if not any(name.startswith(prefixes) for name in names)]
 
 
 def _check_complete(parts: Mapping[str, Any], source: Source) -> None:
-    """A text encoder's weights that a single file lacks stay on the ``meta`` device without a word."""
+    """Raise UserError for missing weights: diffusers leaves them on the ``meta`` device without an error."""
     for part, module in parts.items():
         if isinstance(module, nn.Module):
             missing = [name for name, value in module.named_parameters() if value.is_meta]
             if missing:
                 raise UserError(
-                    f"model.path: {source.file} lacks {len(missing)} weights of {part}, such as {missing[0]}; it may "
-                    f"be of another kind than {source.config} (model.config)"
+                    f"model.path: {source.file} lacks {len(missing)} weights of {part}, such as {missing[0]}; the file "
+                    f"may belong to another family than {source.config} (model.config)"
                 )
 
 
 def _only_variant(folder: Path) -> str | None:
-    """The variant of a folder where some part has weights of no other: ``x.fp16.safetensors`` without an ``x``."""
+    """Return the variant of a folder that has no plain weights: "fp16" of ``x.fp16.safetensors`` without ``x``."""
     found = set()
     for part in folder.iterdir():
         needed = part.is_dir() and part.name.startswith(("unet", "transformer", "vae", "text_encoder"))
@@ -262,7 +261,7 @@ def _only_variant(folder: Path) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of diffusers' own, and no warning that it gives of every model it casts, about no modules."""
+    """Hide diffusers' progress bars, and its warning about an empty list of modules to keep in float32."""
 
     def sensible(record: logging.LogRecord) -> bool:
         return "should be kept in float32: []" not in record.getMessage()

@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 def fit_lora(network: nn.Module, modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
-    """The modules of a LoRA by the paths of a network's layers, their halves shaped as those layers want them.
+    """Return a LoRA's modules by the paths of a network's layers, with halves in the layers' shapes.
 
     Args:
         modules: as :class:`~...flash_core.lora.LoraFile` holds them, in any tool's names.
 
     Raises:
-        UserError: a layer that the network lacks, or has in another size.
+        UserError: the network lacks a layer, or has another size of the layer.
     """
     layers = {
         flat_name(path.removesuffix(".base_layer")): (path.removesuffix(".base_layer"), module)
@@ -45,18 +45,19 @@ def fit_lora(network: nn.Module, modules: Mapping[str, LoraModule]) -> dict[str,
     if missing or not wanted:
         example = f", such as {missing[0]}" if missing else ""
         raise UserError(
-            f"this LoRA does not fit the model: {len(missing)} of {len(wanted)} layers are unknown to it{example}"
+            f"this LoRA does not fit the model: {len(missing)} of {len(wanted)} layers do not exist there{example}. "
+            "Choose a LoRA made for this model"
         )
     fitted = {}
     for name, module in wanted.items():
         path, layer = layers[name]
         down = (module.rank, *layer.weight.shape[1:])
         up = (layer.weight.shape[0], module.rank, *(1 for _ in layer.weight.shape[2:]))
-        # A 1 x 1 convolution and a linear layer are the same thing, and files call it either.
+        # A 1 x 1 convolution and a linear layer have the same weights, and files store either.
         if (module.down.numel(), module.up.numel()) != (math.prod(down), math.prod(up)):
             raise UserError(
                 f"this LoRA does not fit the model: layer {path} is {tuple(layer.weight.shape)}, the LoRA's is "
-                f"{module.shape}"
+                f"{module.shape}. Choose a LoRA made for this model"
             )
         fitted[path] = replace(module, path=path, down=module.down.reshape(down), up=module.up.reshape(up))
     return fitted
@@ -79,8 +80,8 @@ def merge_style(pipeline: DiffusionPipeline, network_part: str, style: StyleLora
     """Merge a style LoRA into a pipeline's network and text encoders.
 
     Raises:
-        UserError: it does not fit the model; names the file.
-        LoraError: it can't be read.
+        UserError: the LoRA does not fit the model; the message names the file.
+        LoraError: the file can't be read.
     """
     file = read_lora(style.path)
     by_part: dict[str, dict[str, LoraModule]] = {network_part: dict(file.modules)} if file.modules else {}

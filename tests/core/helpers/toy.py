@@ -54,7 +54,7 @@ class TwoMoons(nn.Module):
         return output + self.adapters[self._role](facts)[:, :, None, None]
 
     def features(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
-        """What the teacher knows inside: the noisy point with its level, and where it thinks the point belongs."""
+        """Return the hidden state: the noisy point with its noise level, and the predicted clean point."""
         z0, _, belongs = self._posterior(z_t, t, conditioning)
         sigma = self.process.alpha_sigma(t)[1][:, None]
         point = torch.cat([z_t.flatten(1), z0.flatten(1), sigma, conditioning.vector, z_t.flatten(1) ** 2], 1)

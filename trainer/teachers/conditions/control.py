@@ -17,15 +17,16 @@ from ....flash_core.denoiser import Conditioning
 from ...config import ControlSection
 from ...demo.assets import CONTROLS
 from ...errors import UserError
+from ...files import refuse_pickle
 from .control_lora import MARK, expanded
 
 KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
 WORDS = {ControlNetModel: "ControlNet", T2IAdapter: "T2I-adapter"}
-# What a recipe's `scale` is unless it says so; T2I-adapters': arXiv 2406.02347, for SDXL and Canny edges.
+# Defaults of a recipe's `scale`; T2I-adapters': arXiv 2406.02347, for SDXL and Canny edges.
 SCALES = {ControlNetModel: 1.0, T2IAdapter: 0.8}
 LATENT_PIXELS = 8  # a latent pixel's width
 HUB_SHAPE = 1  # slashes in a Hub name
-# What a ControlNet has in common with the UNet it steers, and what to call it.
+# The sizes that a ControlNet shares with its UNet, in words.
 SHARED = {
     "in_channels": "latent channels",
     "cross_attention_dim": "width of the text",
@@ -33,7 +34,7 @@ SHARED = {
     "layers_per_block": "layers a level",
     "addition_embed_type": "further conditions",
 }
-# The keys by which single files are told.
+# Keys that identify the kind of a single file.
 T2I_KEY = "adapter."
 DIFFUSERS_CONTROLNET = "controlnet_cond_embedding.conv_in.weight"
 NATIVE_CONTROLNET = "zero_convs.0.0.weight"
@@ -41,12 +42,12 @@ NATIVE_PREFIX = "control_model."
 
 
 class Control:
-    """A frozen network that turns a hint into what is added inside the UNet.
+    """A frozen network that reads a hint and adds residuals inside the UNet.
 
     Args:
-        network: a ControlNet, which looks at the noisy latents too, or a T2I-adapter, which reads the hint alone.
-        scale: factor of what is added; the paper's for the SDXL canny adapter is 0.8.
-        name: what it is called.
+        network: a ControlNet, which reads the hint and the noisy latents, or a T2I-adapter, which reads the hint only.
+        scale: factor of the residuals. Default: 1 for ControlNets, 0.8 for T2I-adapters.
+        name: the name of the network.
     """
 
     def __init__(
@@ -58,17 +59,17 @@ class Control:
 
     @property
     def title(self) -> str:
-        """Which network it is and how strong."""
+        """The name, the kind and the scale of the network."""
         return f"{self.name} ({WORDS[type(self.network)]}) x {self.scale:g}"
 
     def check_size(self, latent_shape: tuple[int, int, int]) -> None:
-        """Look whether hints can be read at a size.
+        """Check that hints can be read at this size.
 
         Args:
             latent_shape: (C, h, w).
 
         Raises:
-            UserError: they can't.
+            UserError: the picture's size is no multiple of the network's step.
         """
         multiple = self.network.config["downscale_factor"] if isinstance(self.network, T2IAdapter) else LATENT_PIXELS
         height, width = (LATENT_PIXELS * size for size in latent_shape[1:])
@@ -79,11 +80,11 @@ class Control:
             )
 
     def __call__(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, added: dict[str, Any]) -> dict[str, Any]:
-        """The UNet's arguments for the hint (B, 3, H, W) in [0, 1].
+        """Return the UNet's arguments for the hint (B, 3, H, W) in [0, 1].
 
         Args:
             z_t: (B, C, h, w) latents without a task's further channels.
-            added: what the UNet takes beside text, which ControlNets of SDXL take too.
+            added: the UNet's conditions other than text; ControlNets of SDXL read these too.
         """
         hint = conditioning.hint
         assert hint is not None
@@ -105,10 +106,10 @@ class Control:
 
 @dataclass(frozen=True)
 class ControlSource:
-    """Where a recipe's ControlNet or T2I-adapter is.
+    """The place of a recipe's ControlNet or T2I-adapter.
 
     Attributes:
-        file: a single file, or None for a folder or Hub name.
+        file: a single file; None for a folder or Hub name.
         folder: a diffusers folder or Hub name.
         config: the folder's ``config.json``.
         scale: the recipe's.
@@ -121,22 +122,22 @@ class ControlSource:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The name of the network."""
         return self.file.stem if self.file is not None else Path(self.folder).name
 
     def build(self, unet: nn.Module, title: str) -> Control:
-        """The network for a UNet, in its dtype and on its device; without weights where the UNet has none.
+        """Load the network for a UNet, in the UNet's dtype and on its device (meta: without weights).
 
         Args:
-            title: what the model is called, for messages.
+            title: the name of the model, for messages.
 
         Raises:
-            UserError: it is for another model, or incomplete.
+            UserError: the network is for another model, or incomplete.
         """
         if not isinstance(unet, UNet2DConditionModel):
             raise UserError(
-                f"model.control: {title} is no UNet; ControlNets and T2I-adapters are read for UNets (SD 1.5, SD 2, "
-                "SDXL), so choose such a model, or leave model.control out"
+                f"model.control: {title} is no UNet; ControlNets and T2I-adapters need a UNet, so choose an SD 1.5, "
+                "SD 2 or SDXL model, or remove model.control"
             )
         network = self._of_file(unet, title) if self.file is not None else self._of_folder(unet, title)
         first = next(unet.parameters())
@@ -160,7 +161,7 @@ class ControlSource:
             raise UserError(f"model.control.path: {self.folder} can't be loaded: {error}") from error
 
     def _variant(self) -> str | None:
-        """The variant of a folder that has no plain weights: fp16, of ``x.fp16.safetensors``."""
+        """Return the variant of a folder that has no plain weights: "fp16" of ``x.fp16.safetensors``."""
         names = [path.name.split(".") for path in Path(self.folder).glob("*.safetensors")]
         return names[0][1] if names and all(len(name) == 3 for name in names) else None
 
@@ -183,34 +184,31 @@ class ControlSource:
             if MARK in plain or NATIVE_CONTROLNET in plain:
                 return expanded(plain, unet, self.file.name)
             raise UserError(
-                f"model.control.path: {self.file.name} is no ControlNet, Control-LoRA or T2I-adapter that is known "
-                f"here; its first weights are {', '.join(sorted(weights)[:3])}. Give a diffusers folder or Hub name"
+                f"model.control.path: {self.file.name} is no known ControlNet, Control-LoRA or T2I-adapter; its "
+                f"first weights are {', '.join(sorted(weights)[:3])}. Set model.control.path to a "
+                "diffusers folder or Hub name"
             )
         _load(network, weights, self.file.name)
         return network
 
 
 def find_control(section: ControlSection) -> ControlSource:
-    """The ControlNet or T2I-adapter that a recipe names; of a folder or Hub name the configuration is read.
+    """Find the ControlNet or T2I-adapter that a recipe names, and read a folder's or Hub name's configuration.
 
     Raises:
-        UserError: there is none, or it is no ControlNet or T2I-adapter.
+        UserError: there is no such network, or it is no ControlNet or T2I-adapter.
     """
     path = Path(section.path)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise UserError(
-            f"model.control.path: {path.name} is a pickle, which can run code when it is loaded, so it is refused; "
-            "give a .safetensors file or a diffusers folder"
-        )
+    refuse_pickle(path, "model.control.path")
     if path.suffix == ".safetensors":
         if not path.is_file():
-            raise UserError(f"model.control.path: there is no file {path}")
+            raise UserError(f"model.control.path: the file {path} does not exist; check the path")
         return ControlSource(path, "", {}, section.scale)
     if not path.is_dir() and section.path.count("/") != HUB_SHAPE:
         shipped = {file.stem: file for file in sorted(CONTROLS.glob("*.safetensors"))}
         if section.path not in shipped:
             raise UserError(
-                f"model.control.path: there is nothing called {section.path!r}; give a diffusers folder, a Hub name "
+                f"model.control.path: {section.path!r} does not exist; expected a diffusers folder, a Hub name "
                 "such as owner/model, a .safetensors file, or one of the demo's: "
                 f"{', '.join(shipped) or 'none is there; make them with `flash-diffusion demo control`'}"
             )
@@ -223,50 +221,50 @@ def find_control(section: ControlSection) -> ControlSource:
     kind = config.get("_class_name")
     if kind not in KINDS:
         raise UserError(
-            f"model.control.path: {section.path} is a {kind}; expected one of {', '.join(KINDS)}, by the _class_name "
-            "in its config.json"
+            f"model.control.path: {section.path} is a {kind} (_class_name in config.json); expected one of "
+            f"{', '.join(KINDS)}"
         )
     return ControlSource(None, section.path, config, section.scale)
 
 
 def check_controlnet(config: Mapping[str, Any], unet: Mapping[str, Any], name: str, title: str) -> None:
-    """Look whether a ControlNet was copied from such a UNet.
+    """Check that a ControlNet was made from such a UNet.
 
     Raises:
-        UserError: it was not; says what differs.
+        UserError: a size differs; the message names the size.
     """
     for field, meaning in SHARED.items():
         ours, theirs = (_comparable(values.get(field)) for values in (config, unet))
         if ours != theirs:
             raise UserError(
                 f"model.control.path: {name} is a ControlNet for another model: its {meaning} ({field}) are "
-                f"{ours}, those of {title} are {theirs}; choose the ControlNet that belongs to the model"
+                f"{ours}, {title} has {theirs}; choose a ControlNet made for this model"
             )
 
 
 def check_t2i_adapter(config: Mapping[str, Any], unet: Mapping[str, Any], name: str, title: str) -> None:
-    """Look whether a T2I-adapter's maps have the places and the sizes that a UNet has for them.
+    """Check that a T2I-adapter's feature maps fit the UNet's levels.
 
     Raises:
-        UserError: they don't; says what differs.
+        UserError: the kind or the channels differ; the message names the difference.
     """
-    # A UNet whose first level has no attention takes the first map behind the sampling (SDXL's): half as large.
+    # A UNet without attention in its first level (SDXL) takes the first map after the downsampling: half as large.
     plain_first = not unet["down_block_types"][0].startswith("CrossAttn")
     wanted_kinds = ("full_adapter_xl",) if plain_first else ("full_adapter", "light_adapter")
     pixels = LATENT_PIXELS * (2 if plain_first else 1)
     channels, levels = tuple(config["channels"]), tuple(unet["block_out_channels"])
     if config["adapter_type"] == "light_adapter":
-        channels += channels[-1:]  # it repeats its last number for one level more
+        channels += channels[-1:]  # the last number holds for one more level
     if config["adapter_type"] not in wanted_kinds or config["downscale_factor"] != pixels:
         raise UserError(
             f"model.control.path: {name} is a T2I-adapter of the kind {config['adapter_type']} at "
             f"1/{config['downscale_factor']} of the picture's size; {title} takes {' or '.join(wanted_kinds)} at "
-            f"1/{pixels}"
+            f"1/{pixels}. Choose a T2I-adapter made for this model"
         )
     if channels[: len(levels)] != levels or len(channels) > len(levels) + 1:
         raise UserError(
             f"model.control.path: {name} is a T2I-adapter for a model with the channels {list(channels)}; {title} has "
-            f"{list(levels)}"
+            f"{list(levels)}. Choose a T2I-adapter made for this model"
         )
 
 
@@ -275,14 +273,14 @@ def _comparable(value: Any) -> Any:
 
 
 def _adapter_config(weights: Mapping[str, Tensor], file: str) -> dict[str, Any]:
-    """The arguments of diffusers' class, read off the weights of a full adapter."""
+    """Return the arguments of diffusers' class, from the shapes of a full adapter's weights."""
     first, body = weights.get("adapter.conv_in.weight"), "adapter.body."
     levels = {int(key.split(".")[2]) for key in weights if key.startswith(body)}
     resnets = {int(key.split(".")[4]) for key in weights if key.startswith(f"{body}0.resnets.")}
     if first is None or not levels or not resnets:
         raise UserError(
-            f"model.control.path: {file} is no full T2I-adapter in diffusers' layout; give the diffusers folder it "
-            "comes from"
+            f"model.control.path: {file} is no full T2I-adapter in diffusers' layout; set model.control.path to "
+            "the adapter's diffusers folder"
         )
     widths = [weights[f"{body}{level}.resnets.0.block1.weight"].shape[0] for level in sorted(levels)]
     # 1 or 3 channels of 8 x 8 pixels, or of 16 x 16 for SDXL's kind: the four products differ.
@@ -297,7 +295,7 @@ def _adapter_config(weights: Mapping[str, Tensor], file: str) -> dict[str, Any]:
 
 
 def _weights(file: Path, device: torch.device) -> dict[str, Tensor]:
-    """A file's tensors; on the meta device their shapes alone are read."""
+    """Return a file's tensors; on the meta device only the shapes are read."""
     try:
         if device.type != "meta":
             return load_file(file)
@@ -309,7 +307,7 @@ def _weights(file: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def _load(network: nn.Module, weights: Mapping[str, Tensor], file: str) -> None:
-    """Give a network its weights; of those on the meta device names and shapes are compared."""
+    """Load weights into a network; on the meta device only names and shapes are compared."""
     try:
         network.load_state_dict(weights, assign=next(network.parameters()).is_meta)
     except RuntimeError as error:

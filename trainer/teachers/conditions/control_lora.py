@@ -1,13 +1,12 @@
-"""Control-LoRAs: a ControlNet as its difference from the UNet it was copied from, in one small file.
+"""Control-LoRAs: a ControlNet stored as its difference from the base UNet, in one small file.
 
-Layers' differences are low-rank, ``weight + up down``; what a UNet does not have (the hint's way in and the
-convolutions at the way out) and what low ranks do not suit (norms, biases) are whole weights. Names are Stable
-Diffusion's own. The layout is that of Stability AI's Control-LoRAs, which ComfyUI reads.
+The differences of layers are low-rank: ``weight + up down``. Layers that the UNet lacks (the hint's encoder, the output
+convolutions), norms and biases are whole weights. Names are Stable Diffusion's own. The layout is Stability AI's, which
+ComfyUI reads.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +20,10 @@ from ....flash_core.lora import LoraModule
 from ....flash_core.lora.names import unet_path
 from ....flash_core.lora.weights import flat_name
 from ...errors import UserError
+from ...files import write_whole
 
-MARK = "lora_controlnet"  # the key of an empty tensor, by which ComfyUI tells these files
-HINT_LAYERS = 8  # of the hint's way in: every other number, since activations count too
+MARK = "lora_controlnet"  # key of an empty tensor, by which ComfyUI recognises the file
+HINT_LAYERS = 8  # convolutions of the hint's encoder; their indices are even, since activations are counted too
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -45,7 +45,7 @@ _BASIC = {
 
 
 def diffusers_path(layer: str, layers_per_block: int) -> str | None:
-    """diffusers' path of a ControlNet's layer, of its own name (``zero_convs.3.0``); None where it has none."""
+    """Return diffusers' path of a layer with the native name ``zero_convs.3.0``; None without one."""
     for path, name in _BASIC.items():
         if layer == name:
             return path
@@ -57,7 +57,7 @@ def diffusers_path(layer: str, layers_per_block: int) -> str | None:
 
 
 def native_path(path: str, layers_per_block: int) -> str:
-    """The name of a ControlNet's layer in these files, of diffusers' path: :func:`diffusers_path` the other way round.
+    """Return the native name of a layer with that diffusers' path: the inverse of :func:`diffusers_path`.
 
     Raises:
         ValueError: ControlNets have no such layer.
@@ -86,20 +86,23 @@ def native_path(path: str, layers_per_block: int) -> str:
 
 @torch.no_grad()
 def expanded(weights: Mapping[str, Tensor], unet: UNet2DConditionModel, file: str) -> ControlNetModel:
-    """The ControlNet of a Control-LoRA, or of a whole ControlNet under the same names.
+    """Return the ControlNet of a Control-LoRA, or of a whole ControlNet with native names.
 
     Args:
-        weights: the file's; on the ``meta`` device where ``unet`` is.
-        unet: the base; its dtype and device are the result's.
-        file: its name, for messages.
+        weights: of the file; on the ``meta`` device if ``unet`` is.
+        unet: the base; gives the dtype and the device.
+        file: the file's name, for messages.
 
     Raises:
-        UserError: the file is for another base, or lacks a part.
+        UserError: the file is for another base, or incomplete.
     """
     layers = unet.config["layers_per_block"]
     hint = weights.get("input_hint_block.0.weight")
     if hint is None or f"input_hint_block.{2 * (HINT_LAYERS - 1)}.weight" not in weights or not isinstance(layers, int):
-        raise UserError(f"model.control.path: {file} has no way in for a hint (input_hint_block.*); is it complete?")
+        raise UserError(
+            f"model.control.path: {file} has no encoder for the hint (input_hint_block.*), so it is "
+            "incomplete; download it again"
+        )
     first = next(unet.parameters())
     with torch.device(first.device):
         network = ControlNetModel.from_unet(
@@ -114,17 +117,22 @@ def expanded(weights: Mapping[str, Tensor], unet: UNet2DConditionModel, file: st
         path = diffusers_path(layer, layers)
         target = f"{path}.{'weight' if kind == 'up' else kind}"
         if path is None or target not in state:
-            raise UserError(f"model.control.path: {file} changes {key}, which the model's UNet does not have")
+            raise UserError(
+                f"model.control.path: {file} changes {key}, which the model's UNet does not have; choose "
+                "a file made for this model"
+            )
         value = weights[key]
         if kind == "up":
             down = weights.get(f"{layer}.down")
             if down is None:
-                raise UserError(f"model.control.path: {file} has {key} without {layer}.down; is it complete?")
+                raise UserError(
+                    f"model.control.path: {file} has {key} without {layer}.down, so it is incomplete; download it again"
+                )
             value = _product(value, down, state[target])
         if value.numel() != state[target].numel() or len(value) != len(state[target]):
             raise UserError(
-                f"model.control.path: {file} is for another base: {layer} is {tuple(value.shape)} there, and "
-                f"{tuple(state[target].shape)} in the model"
+                f"model.control.path: {file} is for another base: the shape of {layer} is {tuple(value.shape)}, but "
+                f"{tuple(state[target].shape)} in the model; choose a file made for this model"
             )
         value = value.to(first.device, torch.float32).view_as(state[target])
         state[target].copy_(state[target] + value if kind == "up" else value)
@@ -132,7 +140,7 @@ def expanded(weights: Mapping[str, Tensor], unet: UNet2DConditionModel, file: st
 
 
 def _product(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
-    """The change of a layer's weight, in the file's shape where it is another layer's."""
+    """Return the change ``up down`` of a layer's weight; in the file's own shape if it does not fit the layer."""
     flat_up, flat_down = up.float().flatten(1), down.float().flatten(1)
     if flat_up.shape[1] != flat_down.shape[0]:
         return up
@@ -148,10 +156,10 @@ def write_control_lora(
     header: Mapping[str, str],
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a Control-LoRA; the file appears whole or not at all.
+    """Write a Control-LoRA file, completely or not at all.
 
     Args:
-        modules: low-rank changes, by diffusers' paths; alpha is folded into their up halves.
+        modules: low-rank changes, by diffusers' paths; alpha is folded into the up halves.
         whole: whole weights, by diffusers' names.
     """
     tensors: dict[str, Tensor] = {MARK: torch.tensor([])}
@@ -162,9 +170,5 @@ def write_control_lora(
     for name, value in whole.items():
         layer, _, kind = name.rpartition(".")
         tensors[f"{native_path(layer, layers_per_block)}.{kind}"] = value.detach()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(
-        {name: value.to("cpu", dtype).contiguous() for name, value in tensors.items()}, temporary, metadata=dict(header)
-    )
-    os.replace(temporary, path)
+    stored = {name: value.to("cpu", dtype).contiguous() for name, value in tensors.items()}
+    write_whole(path, lambda partial: save_file(stored, partial, metadata=dict(header)))

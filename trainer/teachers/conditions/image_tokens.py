@@ -1,8 +1,8 @@
-"""IP-Adapters in a UNet (arXiv 2308.06721): a picture is read by cross-attention, beside the text, in every role.
+"""IP-Adapters in a UNet (arXiv 2308.06721): cross-attention reads a picture beside the text, in every role.
 
-A CLIP vision encoder turns the picture into embeddings, the tokens; the adapter projects them and gives every
-cross-attention a key and a value for them. diffusers loads and runs it; here it stays frozen, and tokens are encoded
-once, before training, as prompts are.
+A CLIP vision encoder turns the picture into tokens. The adapter projects the tokens and gives every cross-attention a
+key and a value for them. diffusers loads and runs the adapter. Here the adapter stays frozen, and tokens are encoded
+once before training, like prompts.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ...config import ImageAdapterSection
 from ...errors import UserError
 
 PICTURE, STATES = "the picture's embedding", "the encoder's hidden states"
-# What an adapter reads, by a weight of its projection. Those of other kinds (FaceID) read a face recogniser's output.
+# The input of an adapter, by a weight of its projection. Other kinds (FaceID) read a face recogniser's output.
 KINDS = {"image_proj.proj.weight": PICTURE, "image_proj.latents": STATES, "image_proj.proj.3.weight": STATES}
 ATTENTION = "ip_adapter."
 
 
 class ImageAdapter:
-    """A frozen IP-Adapter's encoder: pictures in, tokens out.
+    """The picture encoder of a frozen IP-Adapter: encodes pictures to tokens.
 
     Args:
-        pipeline: has the encoder, and the UNet with the adapter inside.
+        pipeline: holds the encoder, and the UNet with the adapter inside.
         name: what the adapter is called.
 
     Attributes:
-        absent: (1, N, D) the tokens of no picture, which guidance leads away from.
+        absent: (1, N, D) the tokens of no picture, for the unconditional branch of guidance.
     """
 
     def __init__(self, pipeline: Any, name: str) -> None:
@@ -46,12 +46,12 @@ class ImageAdapter:
         self.name = name
         side = pipeline.image_encoder.config.image_size
         first = next(pipeline.image_encoder.parameters())
-        # The pipelines' own: zeros for the embedding, the states of a grey picture where those are read.
+        # As in diffusers' pipelines: zeros for the embedding, or the hidden states of a grey picture.
         _, absent = self._encoded(torch.zeros(1, 3, side, side, dtype=first.dtype, device=first.device))
         self.absent = absent
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Tokens (B, N, D), float32, of pictures (B, 3, H, W) in [-1, 1], as the stock pipeline makes them of files."""
+        """Return the tokens (B, N, D), float32, of pictures (B, 3, H, W) in [-1, 1], as diffusers' pipeline does."""
         if self.pipeline is None:
             raise RuntimeError("the picture encoder was released; encode pictures before release()")
         pictures = self.pipeline.image_processor.postprocess(images, output_type="pil")
@@ -71,12 +71,12 @@ class ImageAdapter:
 
 
 def reads_states(network: UNet2DConditionModel) -> bool:
-    """Whether the adapter inside reads the encoder's hidden states; else it reads the picture's embedding."""
+    """Return True if the adapter reads the encoder's hidden states, False if it reads the picture's embedding."""
     return not isinstance(network.encoder_hid_proj.image_projection_layers[0], ImageProjection)
 
 
 def image_embeds(network: UNet2DConditionModel, tokens: Tensor) -> list[Tensor]:
-    """Tokens (B, N, D) as a UNet with one IP-Adapter takes them: N embeddings, or one picture's N hidden states."""
+    """Return tokens (B, N, D) in the form that a UNet with one IP-Adapter reads."""
     return [tokens[:, None] if reads_states(network) else tokens]
 
 
@@ -86,10 +86,10 @@ def load_image_adapter(pipeline: Any, network: nn.Module, section: ImageAdapterS
     Args:
         pipeline: a stock pipeline with everything else.
         network: the UNet that will draw.
-        title: what the model is called, for messages.
+        title: the name of the model, for messages.
 
     Raises:
-        UserError: no such file or encoder, a pickle, or it is for another model or encoder.
+        UserError: no such file or encoder, a pickle, or an adapter for another model or encoder.
     """
     file = _checked(type(pipeline), network, section, title)
     pipeline.unet = network
@@ -111,7 +111,7 @@ def outline_image_adapter(
     """Put an IP-Adapter without weights into a UNet without weights.
 
     Raises:
-        UserError: as :func:`load_image_adapter`, but for the encoder.
+        UserError: as in :func:`load_image_adapter`; the encoder is not checked.
     """
     file = _checked(pipeline, network, section, title)
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
@@ -127,10 +127,10 @@ def outline_image_adapter(
 
 
 def _checked(pipeline: type, network: nn.Module, section: ImageAdapterSection, title: str) -> Path:
-    """The adapter's file, of a kind that works here."""
+    """Return the adapter's file; raise UserError if the adapter does not fit."""
     if not issubclass(pipeline, IPAdapterMixin) or not isinstance(network, UNet2DConditionModel):
         raise UserError(
-            f"model.image_adapter: {title} takes no IP-Adapter; expected a UNet of SD 1.5, SD 2 or SDXL, or no "
+            f"model.image_adapter: {title} takes no IP-Adapter; choose an SD 1.5, SD 2 or SDXL model, or remove "
             "model.image_adapter"
         )
     file = _file(section)
@@ -142,8 +142,8 @@ def _checked(pipeline: type, network: nn.Module, section: ImageAdapterSection, t
         raise UserError(f"model.image_adapter: {file} is not a readable safetensors file: {error}") from error
     if not any(name.startswith(ATTENTION) for name in names) or not any(key in names for key in KINDS):
         raise UserError(
-            f"model.image_adapter: {file.name} is no IP-Adapter that reads {PICTURE} or {STATES}; expected such a "
-            "file, for example ip-adapter_sd15.safetensors (FaceID kinds need a face recogniser and are not read)"
+            f"model.image_adapter: {file.name} is no IP-Adapter that reads {PICTURE} or {STATES}; choose such a "
+            "file, for example ip-adapter_sd15.safetensors (FaceID adapters are not supported)"
         )
     wanted, found = network.config["cross_attention_dim"], set(widths.values())
     if found != {wanted}:
@@ -155,29 +155,29 @@ def _checked(pipeline: type, network: nn.Module, section: ImageAdapterSection, t
 
 
 def _file(section: ImageAdapterSection) -> Path:
-    """The adapter's safetensors file, on the disk or from the Hub."""
+    """Return the adapter's safetensors file, on the disk or from the Hub."""
     name = section.weight_name or section.path
     if Path(name).suffix != ".safetensors":
         raise UserError(
-            f"model.image_adapter: {name} is not a .safetensors file; other files can run code when they are loaded, "
-            "so set path to such a file, or weight_name to one in the folder or Hub repository that path names"
+            f"model.image_adapter: {name} is not a .safetensors file; loading other files can run code. Set path "
+            "to a .safetensors file, or weight_name to one in the folder or Hub repository of path"
         )
     if section.weight_name is None or Path(section.path).is_dir():
         file = Path(section.path) if section.weight_name is None else Path(section.path) / section.weight_name
         if not file.is_file():
-            raise UserError(f"model.image_adapter: there is no file {file}")
+            raise UserError(f"model.image_adapter: the file {file} does not exist; check path and weight_name")
         return file
     try:
         return Path(hf_hub_download(section.path, section.weight_name))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model.image_adapter: {section.path} is no folder, and {section.weight_name} can't be had from the Hub "
-            f"under that name: {error}"
+            f"model.image_adapter: {section.path} is no folder, and {section.weight_name} can't be loaded from the "
+            f"Hub repository of this name: {error}"
         ) from error
 
 
 def _encoder(name: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
-    """The picture encoder: a folder, a Hub name, or a folder inside a Hub repository; safetensors alone."""
+    """Load the picture encoder from a folder, a Hub name, or a folder inside a Hub repository; safetensors only."""
     owner, _, rest = name.partition("/")
     repository, _, inside = rest.partition("/")
     source, subfolder = (name, "") if Path(name).is_dir() else (f"{owner}/{repository}", inside)
@@ -200,7 +200,7 @@ def _check_encoder(pipeline: Any, section: ImageAdapterSection, name: str) -> No
     if wanted != found:
         raise UserError(
             f"model.image_adapter.image_encoder: {name} reads {STATES if states else PICTURE} of width {wanted}, but "
-            f"{section.image_encoder} makes them {found} wide; choose the encoder that the adapter was trained with"
+            f"{section.image_encoder} makes width {found}; choose the encoder of the adapter's training"
         )
 
 

@@ -1,4 +1,4 @@
-"""Teachers of further tasks made from a base: a UNet with a task adapter merged in."""
+"""Teachers of other tasks: a base UNet with a task adapter merged in."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ...errors import UserError
 
 
 def find_task_adapter(name: str) -> TaskAdapter:
-    """The adapter that a recipe names: a file, or one of the demo's tasks.
+    """Return the adapter that a recipe names: a file, or one of the demo's tasks.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such adapter.
         LoraError: the file can't be used.
     """
     path = Path(name)
@@ -26,23 +26,26 @@ def find_task_adapter(name: str) -> TaskAdapter:
     shipped = sorted(file.stem for file in TASK_ADAPTERS.glob("*.safetensors"))
     if name not in shipped:
         raise UserError(
-            f"model.task_adapter: there is none called {name!r}; give a .safetensors file, or one of the demo's: "
+            f"model.task_adapter: there is no adapter {name!r}; expected a .safetensors file, or one of the demo's: "
             f"{', '.join(shipped) or 'none is there; make them with `flash-diffusion demo task-teacher`'}"
         )
     return read_task_adapter(TASK_ADAPTERS / f"{name}.safetensors")
 
 
 def widened(network: nn.Module, adapter: TaskAdapter, title: str) -> UNet2DConditionModel:
-    """A UNet like ``network`` that reads the adapter's channels too; on the meta device where ``network`` is.
+    """Return a copy of the UNet that reads the adapter's channels too, on the same device (meta too).
 
     Args:
-        title: what the model is called, for the message.
+        title: the name of the model, for the message.
 
     Raises:
-        UserError: the adapter is for another model.
+        UserError: the adapter was made for another model.
     """
     if not isinstance(network, UNet2DConditionModel):
-        raise UserError(f"model.task_adapter: {title} is no UNet, and task adapters are for UNets")
+        raise UserError(
+            f"model.task_adapter: {title} is no UNet; task adapters need a UNet, so choose "
+            "another model or remove model.task_adapter"
+        )
     channels = network.config["in_channels"] + adapter.extra_channels
     first = next(network.parameters())
     with torch.device(first.device):

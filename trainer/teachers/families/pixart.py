@@ -1,7 +1,7 @@
 """PixArt-alpha and PixArt-Sigma: a transformer that reads T5's tokens by cross-attention.
 
-Alpha is told the picture's size and aspect ratio as well; Sigma is not. Both learn the noise's variance beside the
-noise, which few-step sampling has no use for.
+Alpha also reads the picture's size and aspect ratio; Sigma does not. Both predict the noise and the noise's variance;
+few-step sampling does not use the variance.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PixArtDenoiser(TransformerDenoiser):
     network: PixArtTransformer2DModel
 
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The prediction: the first C channels of what the transformer puts out."""
+        """Return the prediction: the first C channels of the transformer's output."""
         if conditioning.residuals or conditioning.vector is not None:
             raise ValueError(
                 "PixArt takes text with its mask, size_ids and extra input channels; residuals or a vector were given"
@@ -49,10 +49,10 @@ class PixArtDenoiser(TransformerDenoiser):
 
 
 class PixArt(TransformerTeacher):
-    """What Alpha and Sigma share.
+    """The shared code of Alpha and Sigma.
 
     Class attributes:
-        prompt_length: T5's tokens of a prompt, in the stock pipeline.
+        prompt_length: the number of T5's tokens of a prompt.
     """
 
     network_class = PixArtTransformer2DModel
@@ -79,7 +79,7 @@ set_peft_model_state_dict(pipe.transformer, weights)
 
     @classmethod
     def locate(cls, model: ModelSection) -> Source:
-        """A folder or a Hub name: diffusers reads no single files of PixArt."""
+        """Return the folder or Hub name; raise UserError for a single file, which diffusers can't read for PixArt."""
         source = super().locate(model)
         if source.file is not None:
             raise UserError(
@@ -90,7 +90,7 @@ set_peft_model_state_dict(pipe.transformer, weights)
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:
-        """Sigma's transformers are told no sizes."""
+        """Check the class, and that Sigma's transformer reads no sizes."""
         kind = config.get("_class_name")
         # The published models name the class that PixArt's was once a part of; diffusers tells them by their norm.
         before_the_split = kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single"
@@ -100,15 +100,15 @@ set_peft_model_state_dict(pipe.transformer, weights)
         sized = config.get("sample_size", 128) == 128 if sized is None else sized  # as the class itself decides
         if sized and cls is PixArtSigma:
             raise UserError(
-                f"model.family: {name} is told the picture's size, as PixArt-alpha is; expected a PixArt-Sigma model, "
-                "or model.family: pixart_alpha"
+                f"model.family: {name} reads the picture's size, so it is a PixArt-alpha model; set model.family: "
+                "pixart_alpha, or choose a PixArt-Sigma model"
             )
 
     def text_conditions(self, prompts: Sequence[str]) -> Conditioning:
-        """T5's tokens (B, L, D) of the lower-cased prompts, their mask (B, L), and the picture's size for alpha.
+        """Return T5's tokens (B, L, D) of the lower-cased prompts, their mask (B, L), and alpha's picture size.
 
-        As the stock pipeline with ``clean_caption=False``: its cleaning needs packages that few have, and without them
-        the pipeline leaves it out as well.
+        As diffusers' pipeline with ``clean_caption=False``: cleaning needs packages that few users have; without them
+        the pipeline does not clean either.
         """
         hidden, mask, _, _ = self.pipeline.encode_prompt(
             list(prompts), False, device=self.device, clean_caption=False, max_sequence_length=self.prompt_length

@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.x and 2.x, and the embedded demo, which has their shape.
+"""Stable Diffusion 1.x and 2.x, and the embedded demo, which has the same architecture.
 
-One UNet on text by cross-attention; epsilon, v or sample prediction as the model's scheduler says, and its
-zero-terminal-SNR schedule where the model has one.
+A UNet reads text by cross-attention. The model's scheduler sets the prediction (epsilon, v or sample) and the schedule,
+which may have zero terminal SNR.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from ..loading import Source
 
 
 class UNetDenoiser(DiffusersDenoiser):
-    """``UNet2DConditionModel`` conditioned on text, and on whatever else the model has been given an input for.
+    """``UNet2DConditionModel`` on text, and on the model's other inputs: hint, image tokens, extra channels.
 
     Attributes:
-        control: the frozen ControlNet or T2I-adapter that reads ``hint``, in every role; None without one.
+        control: the frozen ControlNet or T2I-adapter that reads ``hint`` in every role; None without one.
     """
 
     network: UNet2DConditionModel
     control: Control | None = None
 
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's output (B, C, H, W).
+        """Return the UNet's output (B, C, H, W).
 
-        ``residuals`` are a ControlNet's: one for each connection across the UNet, and the middle's.
+        ``residuals`` are a ControlNet's: one for each skip connection, then the middle block's.
         """
         added = self.added_conditions(conditioning)
         steered: dict[str, Any] = {}
@@ -47,7 +47,7 @@ class UNetDenoiser(DiffusersDenoiser):
             steered["mid_block_additional_residual"] = conditioning.residuals[-1]
         if conditioning.hint is not None:
             if self.control is None or conditioning.residuals:
-                raise ValueError("a hint needs a ControlNet or T2I-adapter to read it, and no other residuals beside")
+                raise ValueError("a hint needs a ControlNet or T2I-adapter, and no other residuals")
             steered = self.control(z_t, t, conditioning, added)
         if conditioning.image_tokens is not None:
             added["image_embeds"] = image_embeds(self.network, conditioning.image_tokens)
@@ -64,13 +64,13 @@ class UNetDenoiser(DiffusersDenoiser):
         )[0]
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
-        """What the UNet takes beside text, under its own names."""
+        """Return the UNet's conditions other than text, by the UNet's names."""
         if conditioning.vector is not None or conditioning.size_ids is not None:
             raise ValueError("this family takes text and extra input channels; a vector or size ids were given")
         return {}
 
     def feature_blocks(self) -> Sequence[nn.Module]:
-        """All levels below the first: at full resolution hidden states are mostly the noise that came in."""
+        """Return all levels below the first: at full resolution hidden states are mostly the input's noise."""
         down, up = self.network.down_blocks, self.network.up_blocks
         return [*list(down)[1:], self.network.mid_block, *list(up)[:-1]]
 
@@ -88,15 +88,15 @@ class StableDiffusion(Teacher):
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:
-        """SDXL's UNets read sizes and a pooled text; these don't."""
+        """Check that the UNet reads no sizes and no pooled text, as SDXL's does."""
         if config.get("addition_embed_type") is not None:
             raise UserError(
-                f"model.family: {name} is conditioned on sizes and pooled text, as SDXL is; expected an SD 1.x or 2.x "
-                "model, or model.family: sdxl"
+                f"model.family: {name} reads sizes and pooled text, as SDXL does; set model.family: sdxl, or "
+                "choose an SD 1.5 or SD 2 model"
             )
 
     def text_conditions(self, prompts: Sequence[str]) -> Conditioning:
-        """The text encoder's last hidden states (B, L, D)."""
+        """Return the text encoder's last hidden states (B, L, D)."""
         hidden, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, False)
         return Conditioning(cross_attention=hidden)
 
@@ -128,7 +128,7 @@ class Demo(StableDiffusion):
 
     @classmethod
     def locate(cls, model: ModelSection) -> Source:
-        """The embedded folder, unless the recipe names another of the same shape."""
+        """Return the embedded folder, unless the recipe names another folder."""
         if model.path is not None:
             return super().locate(model)
         if not (TEACHER / "unet").is_dir():

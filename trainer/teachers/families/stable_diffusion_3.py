@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 medium: a transformer over image and text tokens together, rectified flow.
 
-Text comes from two CLIP encoders and, where there is room for it, from T5; SD3.5's first blocks have a second attention
-of the image's own (MMDiT-X) and normalised queries and keys.
+Two CLIP encoders and, optionally, T5 encode the text. SD3.5 normalises queries and keys; the first blocks of SD3.5
+medium have a second attention over the image alone (MMDiT-X).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SD3Denoiser(TransformerDenoiser):
     network: SD3Transformer2DModel
 
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity (B, C, H, W)."""
+        """Return the velocity (B, C, H, W)."""
         if conditioning.size_ids is not None or conditioning.attention_mask is not None:
             raise ValueError(
                 "SD3 takes text, a pooled vector, extra channels and residuals; size_ids or a mask were given"
@@ -65,22 +65,25 @@ class StableDiffusion3(TransformerTeacher):
 
     @classmethod
     def locate(cls, model: ModelSection) -> Source:
-        """Where the model is; a single file says by its layers' names which family it is of.
+        """Return where the model is; a single file's family is read from the names of its layers.
 
         Raises:
-            UserError: nothing there that can be loaded, or a file of another family.
+            UserError: no model at the path, or a file of another family.
         """
         source = super().locate(model)
         if source.file is not None:
             names = weight_names(source.file)
             if not any("joint_blocks." in name for name in names):
-                raise UserError(f"model.path: {source.file} is no SD3 or SD3.5 checkpoint: it has no joint blocks")
+                raise UserError(
+                    f"model.path: {source.file} is no SD3 or SD3.5 checkpoint (it has no joint blocks); "
+                    "choose such a file, or another model.family"
+                )
             cls._check_generation(any(name.endswith(".x_block.attn.ln_q.weight") for name in names), source.name)
         return source
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:
-        """SD3.5 normalises queries and keys, SD3 does not."""
+        """Check the class, and the generation: SD3.5 normalises queries and keys, SD3 does not."""
         kind = config.get("_class_name")
         if kind != SD3Transformer2DModel.__name__:
             raise UserError(f"model.family: the transformer of {name} is {kind}; expected an SD3 or SD3.5 model")
@@ -94,7 +97,7 @@ class StableDiffusion3(TransformerTeacher):
 
     @classmethod
     def absent_parts(cls, model: ModelSection) -> tuple[str, ...]:
-        """T5 where the recipe does without it, or the model does."""
+        """Return the unused parts, and T5's parts if the recipe or the model has no T5."""
         if model.t5:
             source = cls.locate(model)
             if _has_t5(source):
@@ -103,9 +106,9 @@ class StableDiffusion3(TransformerTeacher):
         return (*cls.unused_parts, *T5_PARTS)
 
     def text_conditions(self, prompts: Sequence[str]) -> Conditioning:
-        """CLIP's and T5's tokens (B, 77 + 256, D) one after the other, and CLIP's pooled vectors (B, D_L + D_G).
+        """Return CLIP's and T5's tokens (B, 77 + 256, D) in this order, and CLIP's pooled vectors (B, D_L + D_G).
 
-        Without T5 its tokens are zeros, as in the stock pipeline.
+        Without T5 its tokens are zeros, as in diffusers' pipeline.
         """
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), None, None, device=self.device, do_classifier_free_guidance=False
@@ -121,7 +124,7 @@ class StableDiffusion35(StableDiffusion3):
 
 
 def _has_t5(source: Source) -> bool:
-    """Whether the third text encoder is in the single file, else in the folder or the Hub's repository."""
+    """Return whether the third text encoder is in the single file, the folder or the Hub's repository."""
     folder = Path(source.config)
     if source.file is not None:
         included = any(name.startswith(SINGLE_FILE_PARTS["text_encoder_3"]) for name in weight_names(source.file))

@@ -1,8 +1,8 @@
 """Stable Diffusion XL: a UNet on two text encoders, a pooled text and the sizes that pictures had.
 
-The UNet reads six numbers, (original height, original width, crop top, crop left, target height, target width). Here
-they are those that the stock pipeline draws with, whatever the training pictures were: original and target are the
-resolution, the crop is 0, 0. A student is asked with these alone, so that it learns from the teacher as it draws then.
+The UNet reads six numbers: original height, original width, crop top, crop left, target height, target width. Here the
+original and the target are the resolution, and the crop is 0, 0, as in diffusers' pipeline, whatever sizes the training
+pictures had. Sampling uses these numbers too, so teacher and student see the same conditions in training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SDXLDenoiser(UNetDenoiser):
     """A UNet on text, the pooled text (``vector``) and sizes (``size_ids``)."""
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
-        """The pooled text and the sizes, under the UNet's names for them."""
+        """Return the pooled text and the sizes, by the UNet's names."""
         if conditioning.vector is None or conditioning.size_ids is None:
             raise ValueError("SDXL is conditioned on a pooled text (vector) and on sizes (size_ids); give both")
         return {"text_embeds": conditioning.vector, "time_ids": conditioning.size_ids}
@@ -44,22 +44,22 @@ class StableDiffusionXL(Teacher):
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:
-        """SDXL's UNets read sizes and a pooled text."""
+        """Check that the UNet reads sizes and a pooled text."""
         if config.get("addition_embed_type") != "text_time":
             raise UserError(
-                f"model.family: the UNet of {name} is not conditioned on sizes and pooled text; expected an SDXL "
-                "model, or model.family: sd15 or sd21"
+                f"model.family: the UNet of {name} does not read sizes and pooled text, so it is no SDXL model; set "
+                "model.family: sd15 or sd21, or choose an SDXL model"
             )
 
     def text_conditions(self, prompts: Sequence[str]) -> Conditioning:
-        """Both encoders' last but one hidden states side by side (B, L, D), and the second's pooled text."""
+        """Return both encoders' penultimate hidden states side by side (B, L, D), and the second's pooled text."""
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )
         return Conditioning(cross_attention=hidden, vector=pooled, size_ids=self._size_ids(len(prompts)))
 
     def encode_empty(self) -> Conditioning:
-        """Zeros where the pipeline's configuration says so, as SDXL's does; else the empty prompt."""
+        """Return zeros if the pipeline's configuration asks for zeros (SDXL), else the empty prompt's conditions."""
         empty = self.encode_prompts([""])
         if not self.pipeline.config.force_zeros_for_empty_prompt:
             return empty

@@ -1,4 +1,4 @@
-"""What the diffusion transformers share: blocks that put out tokens of an image, and sizes in whole patches."""
+"""The shared code of diffusion transformers: blocks return image tokens, and sizes are whole patches."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class TransformerDenoiser(DiffusersDenoiser):
     """A diffusers transformer over square patches of the latent."""
 
     def feature_blocks(self) -> Sequence[nn.Module]:
-        """Blocks of several depths; see :func:`~...flash_core.discriminator.feature_depths`."""
+        """Return blocks of several depths; see :func:`~...flash_core.discriminator.feature_depths`."""
         blocks = list(self.network.transformer_blocks)
         return [blocks[index] for index in feature_depths(len(blocks))]
 
     def as_map(self, output: Any, z_t: Tensor) -> Tensor:
-        """The image's tokens (B, h w, D) as a map (B, D, h, w); joint blocks return (text, image)."""
+        """Return the image's tokens (B, h w, D) as a map (B, D, h, w); joint blocks return (text, image)."""
         tokens: Tensor = output[1] if isinstance(output, tuple) else output
         return rearrange(tokens, "b (h w) d -> b d h w", h=z_t.shape[-2] // self.network.config.patch_size)
 
@@ -40,14 +40,14 @@ class TransformerTeacher(Teacher):
         """Load the weights; see :meth:`Teacher.load`.
 
         Raises:
-            UserError: as there, or the resolution is no whole number of patches.
+            UserError: as in :meth:`Teacher.load`, or the resolution is no whole number of patches.
         """
         cls._check_resolution(model, resolution)
         return super().load(model, device, resolution)
 
     @classmethod
     def outline(cls, model: ModelSection, resolution: int | None) -> Outline:
-        """Read the configuration files alone; the resolution is checked as in :meth:`load`."""
+        """Read the configuration files only; check the resolution as :meth:`load` does."""
         cls._check_resolution(model, resolution)
         return super().outline(model, resolution)
 

@@ -1,7 +1,7 @@
 """The Stable Diffusion x4 upscaler: a UNet on the small picture itself, its noise level, and text.
 
-The small picture joins the latent as three channels, pixel for position, since the VAE has 4 pixels a position. Noise
-is added to it first, on a schedule of its own, and its level reaches the UNet as a class.
+The small picture joins the latent as three channels: one pixel for one latent position, since the VAE has 4 pixels a
+position. First noise is added to the small picture, on its own schedule. The UNet reads the noise level as a class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .stable_diffusion import StableDiffusion
 
 
 class Upscaler(StableDiffusion):
-    """The SD x4 upscaler, and what is fine-tuned from it."""
+    """The SD x4 upscaler, and models fine-tuned from it."""
 
     base = "sd_x4"
     pipeline_class = StableDiffusionUpscalePipeline
@@ -28,11 +28,11 @@ class Upscaler(StableDiffusion):
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:
-        """Its UNets are told a noise level as a class."""
+        """Check that the UNet reads a noise level as a class."""
         if config.get("num_class_embeds") is None:
             raise UserError(
-                f"model.family: the UNet of {name} is not told the noise level of its input; expected an x4 upscaler, "
-                "or model.family: sd15, sd21 or sdxl"
+                f"model.family: the UNet of {name} does not read the noise level of its input, so it is no x4 "
+                "upscaler; set model.family: sd15, sd21 or sdxl, or choose an x4 upscaler"
             )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
