@@ -80,7 +80,10 @@ FLAGS = (
     "--disable-auto-launch",
     "--preview-method=auto",  # the default of 0.3.75 is no previews
 )
-START_SECONDS = 180.0
+# A busy machine takes minutes for what takes seconds elsewhere: these only end a process that hangs.
+START_SECONDS = 1800.0
+WORKFLOW_SECONDS = 3600.0
+SAY_SECONDS = 30.0  # between lines that say what is waited for
 STOP_SECONDS = 15.0
 
 
@@ -293,6 +296,22 @@ class Server:
                 self.process.wait()
 
 
+class Waiting:
+    """A clock that says every :data:`SAY_SECONDS` what is waited for, so that a busy machine does not look dead."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.start = self.said = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long it has lasted, and print a line now and then."""
+        now = time.monotonic()
+        if now - self.said > SAY_SECONDS:
+            self.said = now
+            sys.stderr.write(f"{self.what}, {now - self.start:.0f} s\n")
+        return now - self.start
+
+
 @contextmanager
 def serve(
     base: Path, *, port: int | None = None, gpu: bool = False, loras: Sequence[Path] = (), name: str = "flash-diffusion"
@@ -321,11 +340,11 @@ def serve(
         process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=output, stderr=subprocess.STDOUT)
     server = Server(f"http://127.0.0.1:{port}", base, log, process)
     try:
-        deadline = time.monotonic() + START_SECONDS
+        waiting = Waiting(f"ComfyUI is still starting (its log: {log})")
         while not server.answers():
             if process.poll() is not None:
                 raise RuntimeProblem(f"ComfyUI ended with code {process.returncode}. Its log:\n{server.log_tail()}")
-            if time.monotonic() > deadline:
+            if waiting.seconds() > START_SECONDS:
                 raise RuntimeProblem(f"ComfyUI did not answer in {START_SECONDS:.0f} s. Its log:\n{server.log_tail()}")
             time.sleep(0.2)
         yield server
@@ -333,16 +352,20 @@ def serve(
         server.stop()
 
 
-def run_workflow(server: Server, prompt: dict[str, dict], output: Path, seconds: float = 600.0) -> list[Path]:
+def run_workflow(
+    server: Server, prompt: dict[str, dict], output: Path, seconds: float = WORKFLOW_SECONDS
+) -> list[Path]:
     """Run an API-format workflow to its end and save its pictures into ``output``; they come in its nodes' order.
 
     Raises:
         RuntimeProblem: ComfyUI refused the workflow, or a node failed; the message holds what it said.
     """
     prompt_id = json.loads(server.post("/prompt", {"prompt": prompt}))["prompt_id"]
-    deadline = time.monotonic() + seconds
+    waiting = Waiting("the workflow is still running")
     while not (history := json.loads(server.get(f"/history/{prompt_id}"))):
-        if time.monotonic() > deadline:
+        if server.process.poll() is not None:
+            raise RuntimeProblem(f"ComfyUI ended with code {server.process.returncode}. Its log:\n{server.log_tail()}")
+        if waiting.seconds() > seconds:
             raise RuntimeProblem(f"the workflow did not end in {seconds:.0f} s. ComfyUI's log:\n{server.log_tail()}")
         time.sleep(0.1)
     entry = history[prompt_id]
