@@ -1,4 +1,4 @@
-"""The command line: quick to help, plain in its errors, a plan before any weights."""
+"""The command line: quick help, plain errors, and a plan without weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .conftest import ROOT
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """A command's exit code and everything it said."""
+    """Return a command's exit code and its output."""
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out + captured.err
@@ -62,7 +62,7 @@ def test_an_old_command_name_works_and_names_the_new_one(capsys: pytest.CaptureF
     assert len(RENAMED) == len(DEMO_COMMANDS) == 8
 
 
-def test_a_users_mistake_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str], recipe_file: Path) -> None:
+def test_user_error_prints_one_message_and_exits_with_2(capsys: pytest.CaptureFixture[str], recipe_file: Path) -> None:
     code, text = said(capsys, "distill", recipe_file, "--set", "optimizer.lr=-1")
     assert code == 2
     assert text.startswith("flash-diffusion: ")
@@ -70,7 +70,7 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(capsys: pytest.CaptureFi
     assert "Traceback" not in text
 
 
-def test_a_file_that_is_no_lora_is_one_message_too(
+def test_lora_error_prints_one_message_and_exits_with_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuse(_args: object) -> int:
@@ -83,7 +83,7 @@ def test_a_file_that_is_no_lora_is_one_message_too(
     assert "there is no LoRA file" in text
 
 
-def test_the_plan_needs_no_weights(
+def test_plan_needs_no_weights(
     capsys: pytest.CaptureFixture[str], recipe_content: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"
@@ -98,7 +98,7 @@ def test_the_plan_needs_no_weights(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_plan_says_the_task_and_whether_the_model_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_names_the_task_and_refuses_a_wrong_model(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = said(capsys, "distill", "demo_inpainting", "--dry-run")
     assert code == 0
     assert "task: inpainting, 6 variants of each picture; data: demo" in text
@@ -112,11 +112,13 @@ def test_the_plan_says_the_task_and_whether_the_model_fits(capsys: pytest.Captur
     # By hand: from index k a trailing grid of K has K - k evaluations left, two passes each with guidance.
     [(4, (1, 0, 0, 0), 2 * (4 * 0.8808 + 3 * 0.1192)), (32, (0, 0, 0, 1), 2 * 8), (32, (1, 1, 1, 1), 2 * 19.644)],
 )
-def test_expected_passes(teacher_steps: int, modes: tuple[float, ...], wanted: float) -> None:
+def test_expected_passes_by_hand(teacher_steps: int, modes: tuple[float, ...], wanted: float) -> None:
     assert expected_passes(teacher_steps, modes) == pytest.approx(wanted, abs=0.02)
 
 
-def test_a_run_from_the_command_line(capsys: pytest.CaptureFixture[str], recipe_file: Path, tmp_path: Path) -> None:
+def test_command_line_distils_and_exports(
+    capsys: pytest.CaptureFixture[str], recipe_file: Path, tmp_path: Path
+) -> None:
     code, text = said(capsys, "distill", recipe_file, "--output", tmp_path / "run", "--set", "phases.1.updates=1")
     assert code == 0
     assert (tmp_path / "run" / "lora.safetensors").is_file()

@@ -91,7 +91,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> DataSection:
     return section(folder if request.param == "folder" else shard(tmp_path / "a.tar", folder))
 
 
-def test_companions_are_no_samples_and_come_when_asked_for(data: DataSection) -> None:
+def test_companions_are_not_samples_and_are_read_on_request(data: DataSection) -> None:
     assert [sample.caption for sample in read_samples(data)] == ["number 0", "number 1", "number 2"]
     assert all(not sample.companions for sample in read_samples(data))
     for index, sample in enumerate(read_samples(data, ("mask", "identity"))):
@@ -100,7 +100,7 @@ def test_companions_are_no_samples_and_come_when_asked_for(data: DataSection) ->
 
 
 @torch.no_grad()
-def test_what_belongs_to_a_picture_is_framed_as_it_is(data: DataSection, teacher: Teacher) -> None:
+def test_companions_are_scaled_and_cut_as_their_picture(data: DataSection, teacher: Teacher) -> None:
     looks = Looks()
     examples = encode_examples(data.model_copy(update={"encode_batch": 2}), teacher, looks, variants=2)
     assert len(examples) == 6
@@ -116,7 +116,7 @@ def test_what_belongs_to_a_picture_is_framed_as_it_is(data: DataSection, teacher
     assert torch.equal(beside["identity"][2], beside["identity"][3])
 
 
-def test_a_mask_is_white_where_it_is_1() -> None:
+def test_white_in_a_mask_is_1() -> None:
     half = Image.new("RGB", (32, 16), "black")
     half.paste("white", (16, 0, 32, 16))
     mask = to_mask(half, (16, 32))
@@ -124,7 +124,7 @@ def test_a_mask_is_white_where_it_is_1() -> None:
     assert torch.equal(mask[..., 17:], torch.ones(1, 16, 15))
 
 
-def test_half_of_them_is_an_error_that_names_the_one_without(data: DataSection) -> None:
+def test_companions_of_half_the_pictures_are_refused(data: DataSection) -> None:
     assert data.path is not None
     folder = data.path if data.source == "folder" else data.path.parent / "pictures"
     (folder / "1.mask.png").unlink()
@@ -141,14 +141,14 @@ def test_half_of_them_is_an_error_that_names_the_one_without(data: DataSection) 
 
 
 @pytest.mark.parametrize("name", ["mask", "hint"])
-def test_another_size_is_an_error_that_names_both(tmp_path: Path, name: str) -> None:
+def test_companion_of_another_size_is_refused_with_both_sizes(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / "pictures")
     noise(9, (20, 10)).save(folder / f"2.{name}.png")
     with pytest.raises(UserError, match=rf"the {name} beside .*2\.png has 20 x 10 pixels, and the picture has 96 x 64"):
         list(read_samples(section(folder), ("mask", "hint")))
 
 
-def test_a_companion_of_nothing_and_a_broken_one_are_named(tmp_path: Path) -> None:
+def test_companions_without_picture_or_broken_are_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "pictures")
     (folder / "1.identity.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"1\.identity\.png is not a readable image"):
@@ -161,7 +161,7 @@ def test_a_companion_of_nothing_and_a_broken_one_are_named(tmp_path: Path) -> No
 
 
 @torch.no_grad()
-def test_inpainting_and_face_swap_take_what_lies_beside(teacher: Teacher) -> None:
+def test_inpainting_and_face_swap_use_companions(teacher: Teacher) -> None:
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     mask, identity = torch.rand(2, 1, 64, 64), torch.rand(2, 3, 64, 64) * 2 - 1
     drawn = build_task(TaskSection(name="inpainting")).draw(images, {"mask": mask}, torch.Generator())

@@ -1,4 +1,4 @@
-"""Recipes: what may be said, and what a user reads when it does not fit."""
+"""Recipes: valid fields, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flash_diffusion.trainer.recipes import RECIPES, load_recipe, shipped_recipe
 
 
 def refusal(content: dict[str, Any]) -> str:
-    """The message that refuses a recipe."""
+    """Return the error of a wrong recipe."""
     with pytest.raises(UserError) as error:
         parse_recipe(content)
     return str(error.value)
 
 
 def changed(content: dict[str, Any], section: str, **fields: Any) -> dict[str, Any]:
-    """The recipe with fields of one section changed."""
+    """Return the recipe with fields of one section changed."""
     return {**content, section: {**content.get(section, {}), **fields}}
 
 
@@ -54,7 +54,7 @@ def test_unet_recipes_differ_in_rank_and_size(name: str, rank: int, pixels: int)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_line_of_a_shipped_recipe_is_explained(path: Path) -> None:
+def test_every_line_of_a_shipped_recipe_has_a_comment(path: Path) -> None:
     lines = path.read_text().splitlines()
     unexplained = [
         line
@@ -76,13 +76,13 @@ def test_every_field_has_a_description() -> None:
                 assert field.description, f"{section.__name__}.{name}"
 
 
-def test_an_unknown_field_is_named_with_what_there_is(recipe_content: dict[str, Any]) -> None:
+def test_unknown_field_error_lists_the_fields(recipe_content: dict[str, Any]) -> None:
     message = refusal(changed(recipe_content, "lora", rnk=3))
     assert "lora.rnk" in message
     assert "rank, alpha, targets" in message
 
 
-def test_a_missing_field_is_named_with_its_meaning(recipe_content: dict[str, Any]) -> None:
+def test_missing_field_error_gives_its_meaning(recipe_content: dict[str, Any]) -> None:
     del recipe_content["model"]["family"]
     message = refusal(recipe_content)
     assert "model.family: is missing" in message
@@ -102,7 +102,7 @@ def test_a_missing_field_is_named_with_its_meaning(recipe_content: dict[str, Any
         ("data", {"path": None}, ("data", "needs data.path", "'folder'")),
     ],
 )
-def test_what_does_not_fit_is_said(
+def test_wrong_value_error_names_field_value_and_expectation(
     recipe_content: dict[str, Any], section: str, fields: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     message = refusal(changed(recipe_content, section, **fields))
@@ -116,13 +116,13 @@ def test_float16_is_refused_for_training(recipe_content: dict[str, Any], precisi
     assert "set model.dtype to bfloat16 or float32 (both read float16 files too)" in message
 
 
-def test_problems_of_a_style_lora_are_explained(recipe_content: dict[str, Any]) -> None:
+def test_style_lora_errors_name_the_list_entry_and_field(recipe_content: dict[str, Any]) -> None:
     message = refusal(changed(recipe_content, "model", style_lora=[{"strenght": 1}]))
     assert "model.style_lora.0.path: is missing; expected the LoRA's .safetensors file" in message
     assert "model.style_lora.0.strenght: there is no such field; expected one of path, strength" in message
 
 
-def test_problems_in_a_list_say_which_entry(recipe_content: dict[str, Any]) -> None:
+def test_list_error_names_the_entry(recipe_content: dict[str, Any]) -> None:
     recipe_content["phases"][1]["modes"] = [0, 0, 0, 0]
     assert "phases.1: all four modes are 0; give at least one mode a weight" in refusal(recipe_content)
 
@@ -146,36 +146,36 @@ def test_overrides_reach_sections_lists_and_absent_sections(recipe_file: Path) -
         ("seed=[1", "not readable YAML"),
     ],
 )
-def test_an_override_that_fits_nowhere_is_explained(recipe_file: Path, override: str, expected: str) -> None:
+def test_wrong_override_is_explained(recipe_file: Path, override: str, expected: str) -> None:
     with pytest.raises(UserError, match="--set") as error:
         load_recipe(str(recipe_file), [override])
     assert expected in str(error.value)
 
 
-def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
+def test_unknown_recipe_error_lists_the_shipped_recipes() -> None:
     with pytest.raises(UserError, match="demo.*sd15"):
         load_recipe("nothing-of-that-name")
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "\xff\xfe"])
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str) -> None:
+def test_file_without_a_recipe_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"broken\.yaml"):
         load_recipe(str(path))
 
 
-def test_the_resolved_recipe_reads_back_as_itself(recipe: Recipe) -> None:
+def test_written_recipe_reads_back_equal(recipe: Recipe) -> None:
     again = parse_recipe(yaml.safe_load(recipe.to_yaml()))
     assert again == recipe
     assert again.digest() == recipe.digest()
 
 
-def test_the_digest_tells_recipes_apart(recipe_content: dict[str, Any]) -> None:
+def test_digest_differs_between_recipes(recipe_content: dict[str, Any]) -> None:
     assert parse_recipe(recipe_content).digest() != parse_recipe({**recipe_content, "seed": 1}).digest()
 
 
-def test_a_recipe_says_only_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:
+def test_extending_recipe_overrides_field_by_field(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("extends: sd15\nmethod: {guidance: [4, 5]}\nphases: [{updates: 7, name: a}]\n")
     (tmp_path / "changed.yaml").write_text("extends: own.yaml\nphases: [{updates: 7, name: a, modes: [1, 0, 0, 0]}]\n")
     recipe, base = load_recipe(str(tmp_path / "changed.yaml"), ["lora.rank=3"]), load_recipe("sd15")
@@ -195,7 +195,7 @@ def test_a_recipe_says_only_what_differs_from_the_one_it_extends(tmp_path: Path)
         ("extends: 3", "must be a YAML file or the name of a shipped recipe, not 3"),
     ],
 )
-def test_what_a_recipe_extends_is_there_and_not_itself(tmp_path: Path, text: str, message: str) -> None:
+def test_extends_refuses_missing_recipes_and_circles(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):

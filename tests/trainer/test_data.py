@@ -55,7 +55,7 @@ def section(source: str, path: Path | None = None, **fields: Any) -> DataSection
 
 
 @given(st.integers(1, 50), st.integers(0, 2**31 - 1), st.integers(0, 300), st.integers(1, 70))
-def test_a_position_is_all_there_is_to_resume(length: int, seed: int, position: int, count: int) -> None:
+def test_order_depends_only_on_seed_and_position(length: int, seed: int, position: int, count: int) -> None:
     whole = Order(length, seed).indices(0, position + count)
     assert torch.equal(Order(length, seed).indices(position, count), whole[position:])
 
@@ -74,18 +74,18 @@ def test_epochs_and_seeds_have_their_own_order() -> None:
 # -- the sources -------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(pictures: Path) -> None:
+def test_folder_is_read_in_order_of_names(pictures: Path) -> None:
     samples = list(read_samples(section("folder", pictures)))
     assert [Path(sample.name).name for sample in samples] == [f"{index:03d}.png" for index in range(6)]
     assert tuple(sample.caption for sample in samples) == CAPTIONS
 
 
-def test_a_limit_takes_the_first(pictures: Path) -> None:
+def test_limit_takes_the_first_samples(pictures: Path) -> None:
     assert [sample.caption for sample in read_samples(section("folder", pictures, limit=2))] == list(CAPTIONS[:2])
 
 
 @pytest.mark.parametrize(("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tgz", "w:gz")])
-def test_shards_give_what_the_folder_gives(pictures: Path, tmp_path: Path, suffix: str, mode: str) -> None:
+def test_shards_and_folder_give_the_same_samples(pictures: Path, tmp_path: Path, suffix: str, mode: str) -> None:
     files = sorted(pictures.iterdir())
     for number, part in enumerate((files[:4], files[4:])):
         shard(tmp_path / f"part-{number}{suffix}", {file.name: file.read_bytes() for file in part}, mode)
@@ -105,14 +105,14 @@ def test_the_demo_has_pictures_and_captions() -> None:
     assert {sample.image.size for sample in samples} == {(128, 128)}
 
 
-def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
+def test_transparent_pixels_become_white(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     (tmp_path / "clear.txt").write_text("nothing")
     (sample,) = read_samples(section("folder", tmp_path))
     assert sample.image.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_shards_paths_never_reach_the_disk(tmp_path: Path) -> None:
+def test_paths_in_a_shard_never_reach_the_disk(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
     path = shard(
@@ -128,7 +128,7 @@ def test_a_shards_paths_never_reach_the_disk(tmp_path: Path) -> None:
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_shards_name_is_a_file_and_nothing_else(tmp_path: Path) -> None:
+def test_shard_name_is_only_ever_a_file(tmp_path: Path) -> None:
     """Shard names are not commands, addresses or patterns, as WebDataset would otherwise take them."""
     for name in ("pipe:echo x > made.tar", "http://localhost/x.tar", "a-{0..3}.tar"):
         with pytest.raises(UserError, match=r"data\.path: no shards"):
@@ -184,7 +184,7 @@ def test_a_missing_folder_is_named() -> None:
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([(16, 16), (24, 8), (64, 64)]))
-def test_any_picture_fits_the_size_that_is_wanted(width: int, height: int, size: tuple[int, int]) -> None:
+def test_pictures_of_any_size_get_the_wanted_size(width: int, height: int, size: tuple[int, int]) -> None:
     tensor = to_tensor(Image.new("RGB", (width, height), (255, 0, 127)), size)
     assert tensor.shape == (3, *size)
     assert torch.allclose(tensor.amin((1, 2)), torch.tensor([1.0, -1.0, 127 / 127.5 - 1]), atol=1e-5)
@@ -196,7 +196,7 @@ def test_a_wide_picture_keeps_its_middle() -> None:
     assert to_tensor(image, (10, 10)).min() == 1
 
 
-def test_examples_hold_what_the_teachers_encoders_say(tiny_model: Path, pictures: Path) -> None:
+def test_examples_hold_the_outputs_of_the_teachers_encoders(tiny_model: Path, pictures: Path) -> None:
     teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
     examples = encode_examples(section("folder", pictures, encode_batch=4), teacher, build_task(TaskSection()))
     samples = list(read_samples(section("folder", pictures)))

@@ -57,7 +57,7 @@ class TestPictures:
         assert "Microsoft" in (DATA / "LICENSE.fluent3d.txt").read_text()
         assert "Apache License" in (DATA / "LICENSE.noto.txt").read_text()
 
-    def test_general_captions_are_shared_and_are_no_names(self, fluent: Pictures) -> None:
+    def test_general_captions_are_shared_and_differ_from_names(self, fluent: Pictures) -> None:
         general = [caption.general for caption in fluent.captions]
         assert min(general.count(caption) for caption in general) >= 4
         assert not {caption.name for caption in fluent.captions} & (set(general) - {"heart"})
@@ -83,11 +83,11 @@ class TestPictures:
         # WebP is not exact, but a flat red stays one.
         assert (loaded.images[0].float().mean((1, 2)) - torch.tensor([255.0, 0, 0])).abs().max() < 4
 
-    def test_an_unknown_style_says_which_there_are(self) -> None:
+    def test_unknown_style_error_lists_the_styles(self) -> None:
         with pytest.raises(FileNotFoundError, match=r"'crayon'.*fluent3d, noto.*demo data"):
             load_pictures("crayon")
 
-    def test_a_package_reads_alike_as_tarball_and_as_folder(self, tmp_path: Path) -> None:
+    def test_package_reads_the_same_from_tarball_and_folder(self, tmp_path: Path) -> None:
         picture = io.BytesIO()
         half = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
         half.paste((0, 0, 255, 255), (0, 128, 256, 256))
@@ -108,7 +108,7 @@ class TestPictures:
         with pytest.raises(FileNotFoundError, match="npm pack @iconify-json/noto"):
             emoji_packages.iconify(tmp_path, "@iconify-json/noto")
 
-    def test_the_whole_demo_fits_its_budget(self) -> None:
+    def test_demo_files_stay_below_their_size_limit(self) -> None:
         files = [path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         flash = LORAS / "flash_demo.safetensors"
         further = [path for path in files if path.parent in (TASK_ADAPTERS, CONTROLS, LORAS) and path != flash]
@@ -141,14 +141,14 @@ class TestPatchPCA:
         forward, backward = PatchPCA.fit(images), PatchPCA.fit(images.flip(0))
         assert same_up_to_sign(forward.encoder, backward.encoder)
 
-    def test_the_shipped_code_is_the_one_the_pictures_give(self) -> None:
+    def test_shipped_code_equals_a_new_fit(self) -> None:
         shipped = PatchPCA.load()
         fitted = PatchPCA.fit(torch.cat([load_pictures(style).images for style in STYLES]) / 255)
         assert same_up_to_sign(shipped.encoder, fitted.encoder)
 
 
 class TestAutoencoder:
-    def test_reconstructs_and_agrees_with_the_code_it_learnt(
+    def test_reconstructs_pictures_and_agrees_with_the_code(
         self, pipeline: StableDiffusionPipeline, fluent: Pictures
     ) -> None:
         other = load_pictures("noto")
@@ -174,12 +174,12 @@ class TestAutoencoder:
             ablated[:, channel] = 0
             assert whole - quality(ablated) > 0.2, f"without latent channel {channel} nothing is missing"  # dB
 
-    def test_its_posterior_is_a_point(self, pipeline: StableDiffusionPipeline, fluent: Pictures) -> None:
+    def test_posterior_has_no_variance(self, pipeline: StableDiffusionPipeline, fluent: Pictures) -> None:
         with torch.no_grad():
             posterior = pipeline.vae.encode(fluent.images[:2] / 127.5 - 1).latent_dist
         torch.testing.assert_close(posterior.sample(), posterior.mean, atol=1e-3, rtol=0)
 
-    def test_every_stage_trains_its_part_alone(self, fluent: Pictures) -> None:
+    def test_every_stage_trains_only_its_part(self, fluent: Pictures) -> None:
         network = AutoencoderKL(
             block_out_channels=(8, 8, 8, 8),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -227,14 +227,14 @@ class TestTeacher:
             assert text.replace(" ", "") == caption.name.replace(" ", "")
         assert tokenizer.decode(tokenizer("Ünseen, 7!").input_ids, skip_special_tokens=True).strip() == "ünseen , 7 !"
 
-    def test_its_card_names_data_licences_and_figures(self) -> None:
+    def test_card_names_data_licences_and_figures(self) -> None:
         card = (TEACHER / "README.md").read_text()
         assert all(word in card for word in ("Fluent", "MIT", "Noto", "Apache-2.0", "PSNR", "grid.webp"))
         assert "{" not in card
         with Image.open(TEACHER / "grid.webp") as grid:
             assert min(grid.size) >= 512
 
-    def test_draws_what_it_is_told(self, pipeline: StableDiffusionPipeline, fluent: Pictures) -> None:
+    def test_draws_the_named_subjects(self, pipeline: StableDiffusionPipeline, fluent: Pictures) -> None:
         names = [caption.name for caption in fluent.captions][::15]
         drawn = pipeline(
             names,
@@ -314,7 +314,7 @@ class TestTraining:
         assert schedule(1000, 0.65) == pytest.approx(0.51)
         assert schedule(1000, 1.0) == pytest.approx(0.02)
 
-    def test_resuming_from_nothing_says_what_to_do(self, tmp_path: Path) -> None:
+    def test_resuming_without_a_teacher_is_explained(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"no teacher in .*--output.*without --resume"):
             command.shipped(tmp_path)
 
@@ -354,7 +354,7 @@ class TestFeatures:
         assert len(network.general) == len(network.classes)
         assert (FEATURES / "model.safetensors").stat().st_size < 1_000_000
 
-    def test_saving_keeps_what_it_computes(self, tmp_path: Path) -> None:
+    def test_saved_network_computes_the_same(self, tmp_path: Path) -> None:
         network = FeatureNetwork(["a", "b"], ["letter", "letter"]).eval()
         network.save_pretrained(tmp_path, accuracy={"augmented": 1.0})
         images = torch.rand(3, 3, 128, 128)

@@ -16,7 +16,7 @@ from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher
 
 
-def test_the_command_writes_an_ordinary_lora_for_the_demo(tmp_path: Path) -> None:
+def test_style_command_writes_an_ordinary_lora(tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
     options = ["--minutes", "0.02", "--rank", "2", "--batch-size", "2", "--limit", "3", "--output", str(path)]
     assert main(["demo", "style", "noto", *options]) == 0

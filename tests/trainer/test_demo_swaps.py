@@ -24,7 +24,7 @@ def pictures() -> dict[str, torch.Tensor]:
     return dict(zip(names, loaded.images.float() / 127.5 - 1, strict=True))
 
 
-def test_outside_its_mask_a_swap_is_the_head(some: list[Swap]) -> None:
+def test_swap_equals_the_head_outside_the_mask(some: list[Swap]) -> None:
     heads = pictures()
     for swap in some:
         outside = (swap.mask < 0.5).expand_as(swap.image)
@@ -32,7 +32,7 @@ def test_outside_its_mask_a_swap_is_the_head(some: list[Swap]) -> None:
         assert swap.head != swap.face
 
 
-def test_inside_it_is_nearer_to_the_face_than_to_the_head(some: list[Swap]) -> None:
+def test_swap_is_nearer_to_the_face_inside_the_mask(some: list[Swap]) -> None:
     """Compared without colour, which is the head's: by where it is darker and lighter than its neighbourhood."""
     known = pictures()
 
@@ -48,14 +48,14 @@ def test_inside_it_is_nearer_to_the_face_than_to_the_head(some: list[Swap]) -> N
     assert sum(nearer) >= 0.95 * len(nearer)
 
 
-def test_the_order_and_every_pair_depend_on_the_seed_alone(some: list[Swap]) -> None:
+def test_swaps_depend_only_on_the_seed(some: list[Swap]) -> None:
     again, other = list(islice(swaps(), 5)), list(islice(swaps(1), 5))
     assert [swap.name for swap in again] == [swap.name for swap in some[:5]]
     assert all(torch.equal(a.identity, b.identity) for a, b in zip(again, some, strict=False))
     assert [swap.name for swap in other] != [swap.name for swap in again]
 
 
-def test_a_recipe_reads_them_with_what_lies_beside() -> None:
+def test_recipe_reads_swaps_with_their_companions() -> None:
     (sample,) = read_samples(DataSection(source="demo-swaps", limit=1), ("mask", "identity"))
     assert sample.image.size == (128, 128)
     assert set(sample.companions) == {"mask", "identity"}

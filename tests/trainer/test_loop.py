@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what changes and what does not, phases, clock, divergence, folders."""
+"""Whole runs on a tiny model: trained and frozen weights, phases, clock, divergence, folders."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser
 
 
 def log(output: Path) -> list[dict[str, Any]]:
-    """A run's log."""
+    """Return the lines of a run's log."""
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
 def frozen(denoiser: DiffusersDenoiser) -> dict[str, torch.Tensor]:
-    """A copy of everything that must not change."""
+    """Return a copy of the weights that must not change."""
     return {name: value.detach().clone() for name, value in denoiser.network.named_parameters() if ".lora_" not in name}
 
 
@@ -55,7 +55,7 @@ def test_only_the_adapters_and_heads_change(recipe_content: dict[str, Any], tmp_
         assert any(not torch.equal(value, trained[part][name]) for name, value in parameters.items()), part
 
 
-def test_a_run_writes_what_it_promises(recipe: Recipe, tmp_path: Path) -> None:
+def test_run_writes_all_its_files(recipe: Recipe, tmp_path: Path) -> None:
     output = tmp_path / "run"
     lora = distil(recipe, output)
     assert lora == output / "lora.safetensors"
@@ -75,7 +75,7 @@ def test_a_run_writes_what_it_promises(recipe: Recipe, tmp_path: Path) -> None:
     assert "red" not in (output / "log.jsonl").read_text()
 
 
-def test_a_checkpoint_holds_only_what_trains(recipe: Recipe, tmp_path: Path) -> None:
+def test_checkpoint_holds_only_trained_parts(recipe: Recipe, tmp_path: Path) -> None:
     run = Run(recipe, tmp_path, Accelerator(), None)
     run.train()
     parts = run.parts.trained
@@ -135,7 +135,7 @@ def test_gradient_checkpointing_changes_no_gradient(recipe_content: dict[str, An
         torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
 
 
-def test_accumulated_batches_are_one_larger_batch(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+def test_accumulated_batches_equal_one_larger_batch(recipe_content: dict[str, Any], tmp_path: Path) -> None:
     """Two batches of two give the gradient of one batch of four."""
     recipe_content["phases"] = [{"name": "one", "updates": 1, "modes": [1, 0, 0, 0]}]
     recipe_content |= {"trajectories": {"count": 4, "batch": 4}, "gradient_clip": 1e9, "optimizer": {"lr": 1e-3}}
@@ -147,7 +147,7 @@ def test_accumulated_batches_are_one_larger_batch(recipe_content: dict[str, Any]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_trajectories_are_kept_and_not_computed_again(
+def test_only_missing_trajectories_are_recorded_again(
     recipe_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe_content |= {"trajectories": {"count": 5, "batch": 2}}
@@ -178,7 +178,7 @@ def test_trajectories_of_another_recipe_are_refused(recipe_content: dict[str, An
         distil(parse_recipe(recipe_content), tmp_path, resume=True)
 
 
-def test_a_clock_ends_the_run_and_the_schedule_with_it(
+def test_time_limit_ends_the_run_and_the_schedule(
     recipe_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock of this test moves on by a tenth of a second whenever it is read."""
@@ -215,7 +215,7 @@ def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(
     assert not (tmp_path / "lora.safetensors").exists()
 
 
-def test_an_infinite_gradient_is_noticed_too(
+def test_infinite_gradient_stops_the_run(
     recipe_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(parse_recipe({**recipe_content, "log_every": 100}), tmp_path, Accelerator(), None)
@@ -231,7 +231,7 @@ def test_an_infinite_gradient_is_noticed_too(
         run.train()
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(recipe: Recipe, tmp_path: Path) -> None:
+def test_folder_with_a_run_is_not_overwritten(recipe: Recipe, tmp_path: Path) -> None:
     distil(recipe, tmp_path)
     with pytest.raises(Exception, match="--resume"):
         distil(recipe, tmp_path)
@@ -284,7 +284,7 @@ def test_every_update_has_the_phase_that_the_recipe_says(recipe_content: dict[st
     assert [phase_at(recipe, update / recipe.updates).name for update in range(recipe.updates)] == wanted
 
 
-def test_learning_rates() -> None:
+def test_learning_rates_by_hand() -> None:
     cosine = OptimizerSection(schedule="cosine", warmup=10, decay_from=0.5)
     assert learning_rate_factor(cosine, 0, 0.0) == pytest.approx(0.1)
     assert learning_rate_factor(cosine, 50, 0.4) == 1
@@ -293,7 +293,7 @@ def test_learning_rates() -> None:
     assert learning_rate_factor(OptimizerSection(), 0, 0.9) == 1
 
 
-def test_the_average_is_the_formulas() -> None:
+def test_average_follows_its_formula() -> None:
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
     average = WeightAverage({"x": parameter}, 0.9)
     wanted = 1.0
@@ -302,18 +302,16 @@ def test_the_average_is_the_formulas() -> None:
             parameter.add_(1)
         average.update(update)
         decay = min(0.9, (1 + update) / (10 + update))
-        wanted = decay * wanted + (1 - decay) * float(parameter)
+        wanted = decay * wanted + (1 - decay) * parameter.item()
     assert float(average.tensors["x"]) == pytest.approx(wanted, rel=1e-5)
-    live = float(parameter)
+    live = parameter.item()
     with average.applied():
-        assert float(parameter) == pytest.approx(wanted, rel=1e-5)
-    assert float(parameter) == live
+        assert parameter.item() == pytest.approx(wanted, rel=1e-5)
+    assert parameter.item() == live
 
 
-def test_a_clock_that_leaves_no_update_is_an_error_and_recording_keeps_to_it(
-    recipe_content: dict[str, Any], tmp_path: Path
-) -> None:
-    """There are ten minutes of trajectories to record, and no time."""
+def test_time_limit_without_an_update_is_an_error(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    """Recording 5,000 trajectories would take ten minutes, and the limit is 6 ms; one batch is still recorded."""
     recipe_content |= {"trajectories": {"count": 5000, "batch": 2}, "limits": {"max_minutes": 0.0001}}
     with pytest.raises(UserError, match=r"limits\.max_minutes: 0\.0001 minutes were over before the first update"):
         distil(parse_recipe(recipe_content), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Sample grids: as much memory as training has, whatever the number of rows."""
+"""Sample grids need no more memory than training, for any number of rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flash_diffusion.trainer.distill.preview import Preview, preview_rows
 PROMPTS = ["red ball", "green box", "blue cone"]
 
 
-def test_a_grid_is_drawn_in_batches_of_the_training(
+def test_grid_is_drawn_in_batches_of_the_training_size(
     recipe_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = assemble(parse_recipe(recipe_content), Accelerator())

@@ -38,7 +38,7 @@ def test_a_reduced_family_is_measured_on_any_device(tmp_path: Path, family: str)
     assert output.read_text() == text
 
 
-def test_the_true_sizes_are_the_published_ones() -> None:
+def test_full_sizes_equal_the_published_parameter_counts() -> None:
     """The paper's LoRA (arXiv 2406.02347, section 5) on SDXL's published UNet."""
     text = run("--family", "sdxl", "--estimate")
     assert "2,567.5 M" in text
