@@ -1,7 +1,7 @@
-"""The one exception a user can cause: the command line prints its message and no traceback."""
+"""The exception for errors that a user can correct. The command line prints its message without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what was given, what was expected and what to do."""
+    """An error that the user can correct. Its message says what was given, what was expected and what to do."""

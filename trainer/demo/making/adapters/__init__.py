@@ -1,1 +1,1 @@
-"""What trains beside the demo's teacher: task adapters, controls, a style LoRA."""
+"""Train the small networks beside the demo's teacher: task adapters, control networks, a style LoRA."""
