@@ -213,8 +213,11 @@ def fetch() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process that runs ComfyUI: this one, with the private torchvision where there is one."""
-    variables = dict(os.environ)
+    """Return the environment of a process that runs ComfyUI: this one, with the private torchvision if there is one.
+
+    OpenMP's threads sleep while they wait, since spinning threads stall each other on a busy machine.
+    """
+    variables = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     if PRIVATE_TORCHVISION.is_dir():
         path = [str(SHIM), str(PRIVATE_TORCHVISION), *filter(None, [variables.get("PYTHONPATH")])]
         variables["PYTHONPATH"] = os.pathsep.join(path)
