@@ -239,7 +239,7 @@ def test_the_loader_reports_what_it_loaded(client: Client, lora: str) -> None:
     run = client.run(prompt)
     assert run.succeeded, run.error
     (report,) = run.outputs["report"]["text"]
-    for part in ("flash-demo", "rank: 4", "alpha: 6", "1, 2, 4 steps", "guidance 1"):
+    for part in ("the Flash demo", "rank: 4", "alpha: 6", "1, 2, 4 steps", "guidance 1"):
         assert part in report
     matched, total = report.split("matched: ")[1].split(" ")[0].split("/")
     assert matched == total
