@@ -104,7 +104,7 @@ def test_plan_names_the_task_and_refuses_a_wrong_model(capsys: pytest.CaptureFix
     assert "task: inpainting, 6 variants of each picture; data: demo" in text
     code, text = said(capsys, "distill", "demo_inpainting", "--dry-run", "--set", "task.name=super-resolution")
     assert code == 2
-    assert "super-resolution wants a model that reads 32 channels" in text
+    assert "super-resolution needs a model that reads 32 channels" in text
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ def _of_adapter(name: str) -> bool:
 
 
 def _phases(recipe: Recipe) -> Table:
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("phase", "updates", "modes", "distil", "adversarial", "dmd", "passes"):
-        table.add_column(heading, justify="left" if heading == "phase" else "right")
+        table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
     for phase in recipe.phases:
         passes = expected_passes(recipe.method.teacher_steps, phase.modes) * recipe.batch_size
         table.add_row(
