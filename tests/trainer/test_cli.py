@@ -93,7 +93,7 @@ def test_plan_needs_no_weights(
     file.write_text(yaml.safe_dump(recipe_content))
     code, text = said(capsys, "distill", file, "--dry-run", "--output", tmp_path / "run")
     assert code == 0
-    for part in ("warm-up", "off", "11 per batch", "LoRA rank 4", "discriminator heads", "GiB", "4 x 8 x 8"):
+    for part in ("warm-up", "off", " 11 ", "per batch", "LoRA rank 4", "discriminator heads", "GiB", "4 x 8 x 8"):
         assert part in text, part
     assert not (tmp_path / "run").exists()
 

@@ -51,7 +51,7 @@ def print_plan(recipe: Recipe, console: Console) -> None:
         title = recipe.model.image_adapter.title
         say(f"image adapter: {title}, frozen, {shown / MILLION:.1f} M parameters of the base")
     modes = "/".join(f"{t:g}" for t in trailing_timesteps(outline.denoiser.process, NUM_MODES))
-    say(f"modes: weights of the timesteps {modes}; passes: expected forward passes of the teacher, with guidance")
+    say(f"modes: weights of the timesteps {modes}; passes: of the teacher per batch, with guidance")
     console.print(_phases(recipe))
     effective = recipe.batch_size * recipe.gradient_accumulation
     say(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} samples per process")
@@ -97,6 +97,6 @@ def _phases(recipe: Recipe) -> Table:
             str(phase.updates),
             "/".join(f"{weight:g}" for weight in phase.modes),
             *(f"{weight:g}" if weight else "off" for weight in (phase.distillation, phase.adversarial, phase.dmd)),
-            "replayed" if recipe.trajectories.count else f"{passes:.0f} per batch",
+            "replayed" if recipe.trajectories.count else f"{passes:.0f}",
         )
     return table
