@@ -9,19 +9,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .errors import UserError
-
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-
-
-def refuse_pickle(path: Path, field: str) -> None:
-    """Raise UserError for a file whose name ends like a pickle's; ``field`` is the recipe's field, for the message."""
-    if path.suffix in PICKLES:
-        raise UserError(
-            f"{field}: {path.name} is a pickle; loading a pickle can run code, so pickles are refused. Set {field} to "
-            "a .safetensors file or a diffusers folder"
-        )
-
 
 def partial_path(path: Path) -> Path:
     """Return the hidden name beside ``path`` that its content has until it is complete."""

@@ -285,7 +285,8 @@ def test_an_adapter_that_does_not_fit_raises_a_readable_error(root: Path, pictur
             | {"cross_attention_dim": 48}
         ),
     )
-    assert "reads 48 channels, but sd15 reads 32" in refusal(path=str(tmp_path / "wide.safetensors"))
+    message = refusal(path=str(tmp_path / "wide.safetensors"))
+    assert "is for another model, whose attention reads 48 channels, but sd15 reads 32" in message
     content = face_swap(root, pictures)
     lacking = parse_recipe({**content, "model": {**content["model"], "image_adapter": None}})
     with pytest.raises(UserError, match=r"model\.image_adapter: is missing"):

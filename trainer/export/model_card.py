@@ -31,7 +31,7 @@ NODES_BY_IDENTITY = {
     "both": "Flash LoRA Loader, the IP-Adapter in a node pack that has them, Flash Face Swap Prepare, Flash Sampler, "
     "Flash Inpaint Stitch.",
 }
-RIGHTS = "Change only your own pictures, or pictures of people who agree."
+RIGHTS = "Change only pictures that you have the right to change: your own, or with the consent of the people in them."
 
 
 def model_card(

@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..config import ModelSection
-from ..errors import UserError
-from ..files import refuse_pickle
+from ..errors import UserError, refuse_pickle
 
 INDEX = "model_index.json"
 # Prefixes of the weights of each part in single files.

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ....flash_core.denoiser import Conditioning
 from ...config import ControlSection
 from ...demo.assets import CONTROLS
-from ...errors import UserError
-from ...files import refuse_pickle
+from ...errors import UserError, refuse_pickle
 from .control_lora import MARK, expanded
 
 KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}

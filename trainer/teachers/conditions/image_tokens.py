@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
+from ....flash_core.families import of_text_width
 from ...config import ImageAdapterSection
 from ...errors import UserError
 
@@ -147,9 +148,11 @@ def _checked(pipeline: type, network: nn.Module, section: ImageAdapterSection, t
         )
     wanted, found = network.config["cross_attention_dim"], set(widths.values())
     if found != {wanted}:
+        family = of_text_width(min(found)) if len(found) == 1 else None
         raise UserError(
-            f"model.image_adapter: {file.name} is for a UNet whose attention reads {', '.join(map(str, sorted(found)))}"
-            f" channels, but {title} reads {wanted}; choose the adapter for this model (SD 1.5: 768, SDXL: 2048)"
+            f"model.image_adapter: {file.name} is for {'another model' if family is None else family.name}, whose "
+            f"attention reads {', '.join(map(str, sorted(found)))} channels, but {title} reads {wanted}; choose an "
+            "IP-Adapter made for this model"
         )
     return file
 
