@@ -170,6 +170,21 @@ def test_only_missing_trajectories_are_recorded_again(
     assert solved == [2]
 
 
+def test_trajectories_have_the_same_bits_from_one_thread_and_from_two(
+    recipe_content: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe_content |= {"trajectories": {"count": 5, "batch": 2}}
+    recorded = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        output = tmp_path / str(threads)
+        distil(parse_recipe(recipe_content), output)
+        recorded.append([path.read_bytes() for path in sorted((output / "trajectories").glob("*.safetensors"))])
+        assert torch.get_num_threads() == threads
+    assert recorded[0] == recorded[1]
+    assert len(recorded[0]) == 3
+
+
 def test_trajectories_of_another_recipe_are_refused(recipe_content: dict[str, Any], tmp_path: Path) -> None:
     recipe_content |= {"trajectories": {"count": 2, "batch": 2}}
     distil(parse_recipe(recipe_content), tmp_path)

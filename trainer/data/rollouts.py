@@ -70,18 +70,17 @@ class Rollouts:
             The number of trajectories.
         """
         control = getattr(self.teacher.denoiser, "control", None)
-        with self.accelerator.autocast():
-            self.bank = record_trajectories(
-                folder,
-                self.recipe.trajectories.model_copy(update={"max_minutes": max_minutes}),
-                self.distiller,
-                self.examples,
-                self._unconditional,
-                self.accelerator,
-                self.recipe.seed,
-                trajectory_fingerprint(self.recipe, teacher_hash, control),
-                advance,
-            )
+        self.bank = record_trajectories(
+            folder,
+            self.recipe.trajectories.model_copy(update={"max_minutes": max_minutes}),
+            self.distiller,
+            self.examples,
+            self._unconditional,
+            self.accelerator,
+            self.recipe.seed,
+            trajectory_fingerprint(self.recipe, teacher_hash, control),
+            advance,
+        )
         self.order = Order(len(self.bank), self.recipe.seed)
         return len(self.bank)
 
