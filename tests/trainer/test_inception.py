@@ -102,7 +102,7 @@ def test_file_without_named_tensors_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     torch.save({"a": 1}, tmp_path / "numbers.pth")
     for name in ("list.pth", "numbers.pth"):
-        with pytest.raises(UserError, match="something else than tensors by name"):
+        with pytest.raises(UserError, match="does not hold tensors by name"):
             read_tensors(tmp_path / name)
 
 

@@ -190,7 +190,8 @@ class Inception(nn.Sequential):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, 299, 299), values 0..255, to features (B, 2048)."""
-        return super().forward((images - 128) / 128).mean((2, 3))
+        features: Tensor = super().forward((images - 128) / 128)
+        return features.mean((2, 3))
 
 
 def load_inception(path: Path | None, device: torch.device | str) -> tuple[Inception, str]:

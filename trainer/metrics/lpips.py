@@ -29,6 +29,9 @@ EPSILON = 1e-8  # under the root, so that a place without activation has a gradi
 class Lpips(nn.Module):
     """The distance without its weights, in evaluation mode, without gradients."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential()

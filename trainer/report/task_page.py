@@ -150,7 +150,7 @@ def figure_charts(report: Report) -> tuple[Any, ...]:
         charts.append(
             chart_of(
                 groups,
-                lambda run, key=figure["key"]: run["figures"][key]["value"],
+                _value_of(figure["key"]),
                 figure["title"],
                 f"{_direction(figure)} is better{', in ' + figure['unit'] if figure['unit'] else ''}.",
                 level=level,
@@ -160,6 +160,10 @@ def figure_charts(report: Report) -> tuple[Any, ...]:
             )
         )
     return tuple(charts)
+
+
+def _value_of(key: str) -> Callable[[Run], float | None]:
+    return lambda run: run["figures"][key]["value"]
 
 
 def run_table(report: Report) -> RunTable:
