@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..teachers.base import Teacher
     from ..teachers.denoiser import DiffusersDenoiser
 
-# The activations of more pictures fall out of a CPU's cache: the demo's decoder takes 6 to 13 % less time with 2 pictures
-# at once than with 8, for the same bits.
+# The activations of more pictures fall out of a CPU cache: the demo decoder takes 6 to 13 % less time with 2 at once
+# than with 8, for the same bits.
 CPU_DECODE_BATCH = 2
 
 

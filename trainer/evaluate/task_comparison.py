@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 BEST_STEPS = 4  # of the student that has targets
 WITHIN = 0.1  # share of the teacher's many-step figure that the student may fall short
 YARDSTICK = "the originals"
-# From fewer samples a Fréchet distance is mostly its own bias: of 80 of the demo's inpaintings, with 64 features, the
-# teacher against itself scored 5.0, in 4 steps without guidance 5.1, and the originals 4.8.
+# From fewer samples a Fréchet distance is mostly its own bias: of 80 inpaintings of the demo the teacher against itself
+# scored 5.0, in 4 steps without guidance 5.1, and the originals 4.8.
 SAMPLES_A_FEATURE = 4
 FRECHET = Figure(
     "fd",
