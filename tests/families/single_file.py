@@ -77,13 +77,13 @@ def save_single_file(
     tensors |= {f"first_stage_model.{name}": value for name, value in vae_names(pipeline.vae).items()}
     first = pipeline.text_encoder
     if hasattr(pipeline, "text_encoder_2"):
-        tensors |= {f"conditioner.embedders.0.transformer.{name}": value for name, value in first.state_dict().items()}
+        tensors |= {f"conditioner.embedders.0.transformer.{name}": value for name, value in clip_names(first).items()}
         second = open_clip_names(pipeline.text_encoder_2)
         tensors |= {f"conditioner.embedders.1.model.{name}": value for name, value in second.items()}
     elif first.config.hidden_act == "gelu":  # SD 2's encoder is OpenCLIP's
         tensors |= {f"cond_stage_model.model.{name}": value for name, value in open_clip_names(first).items()}
     else:
-        tensors |= {f"cond_stage_model.transformer.{name}": value for name, value in first.state_dict().items()}
+        tensors |= {f"cond_stage_model.transformer.{name}": value for name, value in clip_names(first).items()}
     kept = {name: value for name, value in tensors.items() if without is None or not name.startswith(without)}
     kept |= {name: torch.tensor([]) for name in marks}
     save_file({name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}, path)
@@ -134,9 +134,16 @@ def vae_names(vae: AutoencoderKL) -> dict[str, Tensor]:
     return named
 
 
+def clip_names(encoder: nn.Module) -> dict[str, Tensor]:
+    """Return a CLIP text encoder's weights by the names in files. Newer transformers drop ``text_model.`` in memory."""
+    heads = ("text_model.", "text_projection.")
+    weights = encoder.state_dict()
+    return {name if name.startswith(heads) else f"text_model.{name}": value for name, value in weights.items()}
+
+
 def open_clip_names(encoder: nn.Module) -> dict[str, Tensor]:
     """A CLIP text encoder's weights by OpenCLIP's names: query, key and value are one matrix."""
-    state = encoder.state_dict()
+    state = clip_names(encoder)
     named = {}
     for name, value in state.items():
         if name == "text_projection.weight":

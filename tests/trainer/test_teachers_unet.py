@@ -520,7 +520,7 @@ def bare_weights(folder: Path) -> list[Path]:
         ("model.diffusion_model.middle_block.1.proj_in.", "lacks some of the weights"),
         (
             "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.",
-            r"lacks 2 weights of text_encoder, such as text_model\.encoder\.layers\.1\.self_attn\.q_proj",
+            r"lacks 2 weights of text_encoder, such as (text_model\.)?encoder\.layers\.1\.self_attn\.q_proj",
         ),
         ("model.diffusion_model.", "does not fit"),
     ],
