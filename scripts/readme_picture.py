@@ -1,8 +1,8 @@
-"""Make the README's picture from an evaluation: one column a prompt, the teacher's many steps above the few.
+"""Make the README's picture from an evaluation: one column per prompt, one row per model and number of steps.
 
     python scripts/readme_picture.py out/demo docs/teacher_and_student.webp
 
-The columns are the ones that the evaluation's report shows, in its order: nothing is chosen.
+The columns are the prompts of the evaluation's report, in the same order. No picture is chosen by hand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-# run of the report -> what it is called in the picture
+# name of the run in the report -> title of the row
 ROWS = {
     "teacher 32 steps, guided": "teacher, 32 steps",
     "student 4 steps": "Flash, 4 steps",
@@ -28,7 +28,7 @@ HEADER = 26  # for the prompts
 
 
 def compose(evaluation: Path) -> Image.Image:
-    """The grid of an evaluation's folder (``report.json`` and ``pictures/``)."""
+    """Return the grid of an evaluation's folder (``report.json`` and ``pictures/``)."""
     report = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
     prompts, files = report["pictures"]["prompts"], report["pictures"]["files"]
     passes = {run["name"]: run["nfe"] for run in report["runs"]}

@@ -1,11 +1,11 @@
-"""Make the templates' thumbnails, one JPEG beside every shipped workflow.
+"""Make the thumbnails of the templates: one JPEG beside each shipped workflow.
 
     python scripts/thumbnails.py [NAME ...]
 
-NAME is a workflow's, without ``.json``; with none, all thumbnails are made. A workflow that runs as it is, the demo's,
-is run: its thumbnail shows its pictures. Those of published models, whose files are gigabytes and not here, show their
-graph as ComfyUI's page draws it. Needs the runtime (``comfy_runtime.py fetch``), playwright, Chromium and the demo's
-LoRA; run it after a workflow or the LoRA has changed.
+NAME is a workflow's name without ``.json`` (default: all workflows). A workflow of the demo is run: its thumbnail shows
+its pictures. A workflow of published models, whose files are gigabytes, is not run: its thumbnail shows its graph in
+ComfyUI's page. Needs the runtime (``comfy_runtime.py fetch``), playwright and Chromium. Run it after a workflow or the
+demo's LoRA has changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GRAPH_WIDTH = 900  # pixels of a graph's picture
 
 
 def contact_sheet(pictures: list[Path]) -> Image.Image:
-    """The pictures in a grid ``SIDE`` pixels wide: square tiles, each picture whole on white."""
+    """Return the pictures in a grid ``SIDE`` pixels wide: square tiles, each picture whole on white."""
     columns = math.ceil(math.sqrt(len(pictures)))
     tile = SIDE // columns
     sheet = Image.new("RGB", (SIDE, math.ceil(len(pictures) / columns) * tile), "white")
@@ -43,7 +43,7 @@ def contact_sheet(pictures: list[Path]) -> Image.Image:
 
 
 def graphs(server: Any, workflows: list[Path], profile: Path) -> list[Image.Image]:
-    """The graphs of the workflows, ``GRAPH_WIDTH`` pixels wide."""
+    """Return pictures of the workflows' graphs, ``GRAPH_WIDTH`` pixels wide."""
     opened = [json.loads(path.read_text(encoding="utf-8")) for path in workflows]
     for workflow in opened:
         comfy_page.offer_models(server, workflow)
@@ -58,14 +58,14 @@ def graphs(server: Any, workflows: list[Path], profile: Path) -> list[Image.Imag
 
 
 def main() -> int:
-    """Write ``workflows/*.jpg``; returns the exit code."""
+    """Write ``workflows/*.jpg``; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     parser = argparse.ArgumentParser(description="Make the templates' thumbnails.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="workflows, without .json (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names of workflows without .json (default: all)")
     names = parser.parse_args().names or ["*"]
     workflows = sorted(path for name in names for path in WORKFLOWS.glob(f"{name}.json"))
     if len(workflows) < len(names):
-        parser.error(f"there are not all of {', '.join(names)} in {WORKFLOWS}")
+        parser.error(f"{WORKFLOWS} does not have all of {', '.join(names)}. Leave out .json in names.")
     published = [path for path in workflows if comfy_page.models(json.loads(path.read_text(encoding="utf-8")))]
     with tempfile.TemporaryDirectory() as scratch, comfy_runtime.serve(Path(scratch) / "base") as server:
         drawn = graphs(server, published, Path(scratch) / "profile") if published else []

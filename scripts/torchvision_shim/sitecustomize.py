@@ -1,4 +1,4 @@
-"""Let torchvision be imported beside a CPU build of torch. For this repository's test harness only.
+"""Make torchvision importable with a CPU build of torch. Only for this repository's tests and demo.
 
 The torchvision wheel of the package index is built for CUDA, so its C++ operators cannot be loaded beside a CPU-only
 torch, and ``import torchvision`` then fails because two operators have no schema. Declaring the schemas is enough for

@@ -1,4 +1,4 @@
-"""ComfyUI's page in Chromium: the templates are listed, open, run or offer their downloads, and no error is ours."""
+"""Test ComfyUI's page in Chromium: templates are listed, open, run or offer downloads, without an error of ours."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A ComfyUI with this extension."""
+    """Start a ComfyUI with this extension."""
     with load_runtime().serve(tmp_path_factory.mktemp("comfyui")) as running:
         yield running
 
 
 @pytest.fixture
 def page(server: Any, tmp_path: Any) -> Iterator[Page]:
-    """Its page in a fresh Chromium."""
+    """Open the page in a new Chromium."""
     with comfy_page.open_page(server, tmp_path / "profile") as opened:
         yield opened
 
 
 @pytest.fixture
 def errors(page: Page) -> list[str]:
-    """The page's errors from now on."""
+    """Collect the page's errors."""
     seen: list[str] = []
 
     def note(message: ConsoleMessage) -> None:
@@ -62,8 +62,8 @@ def workflow_file(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def assert_it_queues_its_twin(page: Page, name: str) -> None:
-    """What the page would queue is what the tests of the workflows run."""
+def assert_page_queues_api_twin(page: Page, name: str) -> None:
+    """Check that the page queues the workflow that tests/comfy/workflows holds in API format."""
     queued = page.evaluate("window.app.graphToPrompt().then(prompt => prompt.output)")
     twin = json.loads((ROOT / "tests" / "comfy" / "workflows" / f"{name}.json").read_text())
     for node in queued.values():
@@ -75,14 +75,15 @@ def assert_it_queues_its_twin(page: Page, name: str) -> None:
 
 
 def is_ours(message: str) -> bool:
-    """Whether a console error concerns this extension: the page reports files of its own that are not there, and that
-    it may not ask the registry on the internet about the nodes it shows, nor the models' pages about their sizes.
+    """Return True if an error concerns this extension.
+
+    The page also reports missing files of its own, and that it cannot ask the registry or the models' pages.
     """
     elsewhere = ("https://api.comfy.org/", "https://huggingface.co/")
     return "flash" in message.lower() and not any(address in message for address in elsewhere)
 
 
-def test_the_template_opens_and_runs_in_the_page(page: Page, errors: list[str]) -> None:
+def test_demo_template_opens_and_runs(page: Page, errors: list[str]) -> None:
     page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_text("flash-diffusion", exact=True).first.click(timeout=WAIT)
     card = page.get_by_text(NAME).first
@@ -94,7 +95,7 @@ def test_the_template_opens_and_runs_in_the_page(page: Page, errors: list[str]) 
     page.wait_for_function("window.app.graph.nodes.some(node => node.type === 'FlashSampler')", timeout=WAIT)
     types = page.evaluate("window.app.graph.nodes.map(node => node.type)")
     assert sorted(types) == sorted(node["type"] for node in workflow_file(NAME)["nodes"])
-    assert_it_queues_its_twin(page, NAME)
+    assert_page_queues_api_twin(page, NAME)
 
     page.evaluate("window.app.queuePrompt(0)")
     page.wait_for_function(
@@ -107,9 +108,7 @@ def test_the_template_opens_and_runs_in_the_page(page: Page, errors: list[str]) 
 
 
 @pytest.mark.slow
-def test_published_models_are_offered_for_download_and_every_workflow_opens(
-    page: Page, server: Any, errors: list[str]
-) -> None:
+def test_page_offers_published_models_and_opens_every_workflow(page: Page, server: Any, errors: list[str]) -> None:
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
     one_a_file = page.get_by_role("button", name=re.compile(r"^Download (\(.*\)|\S+\.safetensors)$"))
     for name in DOWNLOADS:
@@ -133,5 +132,5 @@ def test_published_models_are_offered_for_download_and_every_workflow_opens(
             "window.app.graph.nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types))"
         )
         assert one_a_file.count() == 0
-        assert_it_queues_its_twin(page, name)
+        assert_page_queues_api_twin(page, name)
     assert not [error for error in errors if is_ours(error)], errors
