@@ -239,8 +239,8 @@ def _check_complete(parts: Mapping[str, Any], source: Source) -> None:
     """Raise UserError for missing weights: diffusers leaves them on the ``meta`` device without an error."""
     for part, module in parts.items():
         if isinstance(module, nn.Module):
-            if hasattr(module, "tie_weights"):  # T5 embeds by its shared weight; diffusers with transformers 5 forgets it
-                module.tie_weights()
+            if hasattr(module, "tie_weights"):
+                module.tie_weights()  # diffusers with transformers 5 forgets that T5 embeds by its shared weight
             missing = [name for name, value in module.named_parameters() if value.is_meta]
             if missing:
                 raise UserError(
