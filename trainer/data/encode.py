@@ -86,8 +86,13 @@ def encode_examples(data: DataSection, teacher: Teacher, task: Task, variants: i
     captions: list[str] = []
     conditions: list[Conditioning] = []
     for samples in _batches(read_samples(data, task.companions), data.encode_batch):
-        images = torch.stack([to_tensor(sample.image, teacher.resolution) for sample in samples]).to(teacher.device)
-        latents.append(teacher.encode(images).cpu())
+        # A picture with several captions comes several times in a row: it is encoded once.
+        pictures = {id(sample.image): sample.image for sample in samples}
+        row = {key: index for index, key in enumerate(pictures)}
+        rows = torch.tensor([row[id(sample.image)] for sample in samples])
+        images = torch.stack([to_tensor(image, teacher.resolution) for image in pictures.values()]).to(teacher.device)
+        latents.append(teacher.encode(images).cpu()[rows])
+        images = images[rows]
         captions.extend(sample.caption if task.reads_text else "" for sample in samples)
         beside = {name: value.repeat_interleave(variants, 0) for name, value in _companions(samples, teacher).items()}
         repeated = images.repeat_interleave(variants, 0)
