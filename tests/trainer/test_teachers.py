@@ -73,8 +73,9 @@ def test_the_rollout_is_the_stock_pipelines(
     theirs = pipeline(
         PROMPTS, latents=noise.clone(), num_inference_steps=steps, guidance_scale=4.0, output_type="latent"
     ).images
-    assert float(theirs.std()) > 0.1
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    spread = float(theirs.std())  # some 10 with linear betas: rounding grows with it
+    assert spread > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-4 * max(1.0, spread), rtol=1e-4)
 
 
 def test_zero_terminal_snr_is_the_stock_pipelines(tmp_path: Path) -> None:
