@@ -1,4 +1,4 @@
-"""How the tools of the field spell LoRA keys.
+"""The spellings of LoRA keys in the tools of the field.
 
 A key is ``<prefix><module path><suffix>``. The prefix tells the dialect and whether the layer is the denoiser's or a
 text encoder's; the suffix tells which tensor of the layer it is, or that the file holds another algorithm than LoRA.

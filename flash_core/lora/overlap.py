@@ -1,4 +1,4 @@
-"""How far two LoRAs work on the same layers and in the same directions, computed on the factors.
+"""Measure how far two LoRAs change the same layers in the same directions, from their factors.
 
 For the updates ``A = s u d`` and ``B = s' u' d'`` of one layer, ``<A, B> = s s' sum((u.T u') * (d d'.T))`` (Frobenius),
 and what B changes inside the directions that A writes to and reads from is ``P B Q`` with the projections onto A's

@@ -92,8 +92,8 @@ def test_unconditional_branch_drops_the_named_conditions() -> None:
     assert branch.image_tokens.shape == whole.image_tokens.shape
     assert [bool(tensor.any()) for tensor in branch.residuals] == [False, False]
     assert branch.concat is whole.concat
-    assert branch.vector is whole.vector  # this model's empty prompt has none, so it is no matter of text
-    # What a text-to-image batch does not carry can't be dropped either.
+    assert branch.vector is whole.vector  # the empty prompt has no vector, so the vector stays
+    # A part that the batch does not have can be dropped too.
     assert same(unconditional_branch(Conditioning(cross_attention=whole.cross_attention), empty, ("hint",)), empty)
     with pytest.raises(ValueError, match="no part called picture"):
         unconditional_branch(whole, empty, ("picture",))

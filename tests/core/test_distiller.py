@@ -196,7 +196,7 @@ def test_a_trajectory_is_the_guided_teachers_path_from_pure_noise(solver: Any) -
     data = 100 * latents()
     trajectory = distiller.trajectory(data, tokens(B, 1.0), tokens(B, -1.0), seeded(0))
     assert trajectory.indices[0] == 0
-    assert trajectory.states[0].abs().max().item() < 6  # noise, with nothing of the data in it
+    assert trajectory.states[0].abs().max().item() < 6  # pure noise, without data
     expected = distiller.teacher_solution(trajectory.states[0], tokens(B, 1.0), tokens(B, -1.0), trajectory.guidance)
     assert torch.equal(trajectory.z_teacher, expected)
     if solver == "ddim":  # a first-order path can be taken up again anywhere
@@ -313,7 +313,7 @@ def test_gradient_of_every_adversarial_loss_equals_finite_differences(adversaria
 @pytest.mark.parametrize("fake_score", ["student", "critic"])
 @every_process
 def test_gradient_of_distribution_matching_equals_its_formula(process: Process, fake_score: Any) -> None:
-    """``J^T (2 w g / n)`` with g at the levels that the denoiser was asked at; the scores carry no gradient."""
+    """The gradient is ``J^T (2 w g / n)`` with g at the denoiser's noise levels; the scores have no gradient."""
     distiller = make_distiller(process, dtype=torch.float64, fake_score=fake_score)
     denoiser, rollout = distiller.denoiser, make_rollout(distiller)
     asked: list[tuple[str, Tensor, Tensor]] = []
@@ -414,7 +414,7 @@ def test_the_critic_step_trains_the_critics_adapter_on_the_students_samples(proc
     trained = set(denoiser.adapter("critic"))
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
     assert untouched(parameter for parameter in denoiser.parameters() if parameter not in trained)
-    # The loss by the process's definition: noise read back from what the critic was shown.
+    # The loss by the process's definition: the noise is computed from the critic's input.
     ((role, z_t, t),) = asked
     assert role == "critic"
     alpha, sigma = (value[:, None, None, None] for value in process.alpha_sigma(t))

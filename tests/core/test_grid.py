@@ -1,4 +1,4 @@
-"""Timestep grids, the training mixture and snapped denoise, against the method's literals and diffusers."""
+"""Timestep grids, the training mixture and snapped denoise, against figures worked by hand and diffusers."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ VP = VPProcess.from_betas()
     ("steps", "timesteps"),
     [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249]), (5, [999, 799, 599, 399, 199])],
 )
-def test_trained_grid_literals(steps: int, timesteps: list[int]) -> None:
+def test_trailing_timesteps_by_hand(steps: int, timesteps: list[int]) -> None:
     assert trailing_timesteps(VP, steps) == timesteps
 
 
 # diffusers gives numpy 2 a tensor whose __array__ has no 'copy' argument.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 @pytest.mark.parametrize("steps", [n for n in range(1, 51) if n != 48])
-def test_trailing_grid_is_that_of_diffusers(steps: int) -> None:
+def test_trailing_grid_equals_diffusers(steps: int) -> None:
     for scheduler in (
         DDIMScheduler(timestep_spacing="trailing"),
         DPMSolverMultistepScheduler(timestep_spacing="trailing"),
@@ -50,8 +50,8 @@ def test_trailing_grid_is_that_of_diffusers(steps: int) -> None:
         assert trailing_timesteps(VP, steps) == scheduler.timesteps.tolist()
 
 
-def test_the_one_grid_where_diffusers_rounds_a_tie_by_float_error() -> None:
-    # 1000 * 45/48 is 937.5 exactly: half to even gives 938 - 1. numpy's arange meets 937.4999999999999 there.
+def test_trailing_grid_of_48_steps_differs_from_diffusers_by_a_rounding_tie() -> None:
+    # 1000 * 45/48 is 937.5 exactly: half to even gives 938 - 1. numpy's arange gives 937.4999999999999.
     scheduler = DDIMScheduler(timestep_spacing="trailing")
     scheduler.set_timesteps(48)
     differences = torch.tensor(trailing_timesteps(VP, 48)) - scheduler.timesteps
@@ -60,19 +60,19 @@ def test_the_one_grid_where_diffusers_rounds_a_tie_by_float_error() -> None:
 
 
 @pytest.mark.parametrize(("steps", "sigmas"), [(1, [1]), (2, [1, 0.75]), (4, [1, 0.9, 0.75, 0.5])])
-def test_sd3_sigmas_literals(steps: int, sigmas: list[float]) -> None:
+def test_sd3_sigmas_by_hand(steps: int, sigmas: list[float]) -> None:
     assert [t / 1000 for t in trailing_timesteps(FlowProcess(3.0), steps)] == pytest.approx(sigmas)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 32])
-def test_flow_grid_is_that_of_diffusers_for_trailing_sigmas(steps: int) -> None:
+def test_flow_grid_equals_diffusers_with_trailing_sigmas(steps: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=trailing_fractions(steps))
     assert trailing_timesteps(FlowProcess(3.0), steps) == pytest.approx(scheduler.timesteps.tolist(), rel=1e-6)
 
 
-def test_few_step_grids_are_part_of_the_teachers_grid() -> None:
-    # Else the student would be asked at timesteps it never saw.
+def test_the_teachers_grid_contains_the_few_step_grids() -> None:
+    # So the student is evaluated only at timesteps of its training.
     for process in (VP, FlowProcess(3.0)):
         for teacher_steps in (16, 32):
             grid = trailing_timesteps(process, teacher_steps)
@@ -80,7 +80,7 @@ def test_few_step_grids_are_part_of_the_teachers_grid() -> None:
                 assert set(trailing_timesteps(process, steps)) <= set(grid)
 
 
-def test_a_grid_needs_a_step() -> None:
+def test_0_steps_raise_an_error() -> None:
     with pytest.raises(ValueError, match="at least 1 step, got 0"):
         trailing_fractions(0)
 
@@ -88,7 +88,7 @@ def test_a_grid_needs_a_step() -> None:
 # -- the mixture -----------------------------------------------------------------------------------------------------
 
 
-def test_the_four_phases_weights_are_the_published_ones() -> None:
+def test_phases_have_the_published_weights() -> None:
     assert [phase.modes for phase in PUBLISHED_PHASES] == [
         (0, 0, 0.5, 0.5),
         (0.1, 0.3, 0.3, 0.3),
@@ -131,7 +131,7 @@ def test_mixture_by_hand(phase: int, k: int, probability: float) -> None:
 
 
 @pytest.mark.parametrize("teacher_steps", [16, 32])
-def test_the_modes_are_the_few_step_grid(teacher_steps: int) -> None:
+def test_the_four_likeliest_timesteps_are_the_4_step_grid(teacher_steps: int) -> None:
     # The four most likely indices are t = 999, 749, 499, 249.
     mixture = timestep_mixture(teacher_steps, [0.25] * 4)
     grid = trailing_timesteps(VP, teacher_steps)
@@ -143,7 +143,7 @@ def test_the_modes_are_the_few_step_grid(teacher_steps: int) -> None:
     beta=st.lists(st.floats(0, 10), min_size=1, max_size=6).filter(lambda beta: sum(beta) > 1e-6),
     multiple=st.integers(1, 16),
 )
-def test_mixture_is_a_distribution_and_scale_free(beta: list[float], multiple: int) -> None:
+def test_mixture_is_a_distribution_and_does_not_depend_on_the_scale_of_beta(beta: list[float], multiple: int) -> None:
     teacher_steps = len(beta) * multiple
     mixture = timestep_mixture(teacher_steps, beta)
     assert mixture.shape == (teacher_steps,)
@@ -152,7 +152,7 @@ def test_mixture_is_a_distribution_and_scale_free(beta: list[float], multiple: i
     assert torch.allclose(mixture, timestep_mixture(teacher_steps, [3 * weight for weight in beta]), atol=1e-12)
 
 
-def test_mixture_refuses_what_it_cannot_place() -> None:
+def test_wrong_modes_raise_an_error() -> None:
     with pytest.raises(ValueError, match="multiple of the 4 modes"):
         timestep_mixture(30, [0.25] * 4)
     for wrong in ([], [0, 0], [0.5, -0.5, 1, 1]):
@@ -173,7 +173,7 @@ denoise_values = st.floats(1e-3, 1)
         (4, 0.75, [749, 499, 249]),
         (4, 0.5, [499, 249]),
         (4, 0.45, [499, 249]),
-        (4, 0.625, [499, 249]),  # halfway: the one nearer the image, which changes less of it
+        (4, 0.625, [499, 249]),  # halfway: the lower timestep, which changes less of the image
         (3, 0.75, [749, 332]),  # 3 x .75 = 2.25 evaluations are 2
         (4, 0.25, [249]),
         (4, 0.01, [249]),
@@ -206,7 +206,7 @@ def test_every_snapped_timestep_was_trained(steps: int, denoise: float) -> None:
 
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(steps=few_steps, first=denoise_values, second=denoise_values)
-def test_more_denoise_never_starts_later_nor_takes_fewer_steps(steps: int, first: float, second: float) -> None:
+def test_more_denoise_never_starts_later_or_takes_fewer_steps(steps: int, first: float, second: float) -> None:
     weaker, stronger = (snapped_fractions(steps, denoise) for denoise in sorted((first, second)))
     assert weaker[0] <= stronger[0]
     assert len(weaker) <= len(stronger)
@@ -214,18 +214,18 @@ def test_more_denoise_never_starts_later_nor_takes_fewer_steps(steps: int, first
 
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(steps=few_steps, denoise=denoise_values)
-def test_the_start_is_the_nearest_trained_one(steps: int, denoise: float) -> None:
+def test_the_run_starts_at_the_nearest_trained_fraction(steps: int, denoise: float) -> None:
     trained = {*trailing_fractions(steps), *trailing_fractions(4)}
     assert abs(snapped_fractions(steps, denoise)[0] - denoise) == min(abs(fraction - denoise) for fraction in trained)
 
 
 @pytest.mark.parametrize("denoise", [0.0, -0.1, 1.01, math.nan])
-def test_denoise_outside_its_range_is_refused(denoise: float) -> None:
+def test_denoise_outside_its_range_raises_an_error(denoise: float) -> None:
     with pytest.raises(ValueError, match="denoise must be above 0 and at most 1"):
         snapped_fractions(4, denoise)
 
 
-# -- the timesteps a LoRA names --------------------------------------------------------------------------------------
+# -- the timesteps of a LoRA -----------------------------------------------------------------------------------------
 
 FLOW = FlowProcess(3.0)
 fractions = st.floats(1e-3, 1)
@@ -233,7 +233,7 @@ fractions = st.floats(1e-3, 1)
 
 @settings(deadline=None, derandomize=True)
 @given(steps=st.integers(1, 50), shift=st.floats(0.2, 12))
-def test_fraction_of_a_trailing_timestep(steps: int, shift: float) -> None:
+def test_fraction_inverts_timestep(steps: int, shift: float) -> None:
     for fraction in trailing_fractions(steps):
         flow = FlowProcess(shift)
         assert flow.fraction(flow.timestep(fraction)) == pytest.approx(fraction)
@@ -243,7 +243,7 @@ def test_fraction_of_a_trailing_timestep(steps: int, shift: float) -> None:
 @pytest.mark.parametrize("process", [VP, FLOW], ids=["vp", "flow"])
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(steps=few_steps, hundredths=st.integers(1, 100))
-def test_a_lora_that_names_the_trailing_grids_changes_nothing(process, steps: int, hundredths: int) -> None:
+def test_trailing_timesteps_of_a_lora_change_nothing(process, steps: int, hundredths: int) -> None:
     named = {count: trailing_timesteps(process, count) for count in range(1, MAX_FEW_STEPS + 1)}
     without = snapped_timesteps(process, steps, hundredths / 100)
     assert snapped_timesteps(process, steps, hundredths / 100, named) == pytest.approx(without)
@@ -259,25 +259,25 @@ def test_a_lora_that_names_the_trailing_grids_changes_nothing(process, steps: in
         (4, 0.1, [100]),
         (2, 1.0, [999, 400]),
         (2, 0.5, [400]),
-        (3, 1.0, [999, 666, 332]),  # not named: trailing
+        (3, 1.0, [999, 666, 332]),  # 3 steps are not listed: trailing
     ],
 )
-def test_named_timesteps_by_hand(steps: int, denoise: float, timesteps: list[int]) -> None:
+def test_timesteps_of_a_lora_by_hand(steps: int, denoise: float, timesteps: list[int]) -> None:
     named = {4: (999.0, 700.0, 400.0, 100.0), 2: (999.0, 400.0)}
     assert snapped_timesteps(VP, steps, denoise, named) == timesteps
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, math.exp(1.15)])
-def test_the_shift_that_timesteps_imply(shift: float) -> None:
+def test_implied_shift_is_the_shift_of_the_trailing_grids(shift: float) -> None:
     grids = {steps: trailing_timesteps(FlowProcess(shift), steps) for steps in (1, 2, 4)}
     assert implied_shift(grids) == pytest.approx(shift)
     rounded = {steps: [round(t) for t in grid] for steps, grid in grids.items()}
     assert implied_shift(rounded) == pytest.approx(shift, rel=0.01)
 
 
-def test_timesteps_that_no_shift_explains_imply_none() -> None:
+def test_implied_shift_is_none_without_a_fitting_shift() -> None:
     assert implied_shift({}) is None
-    assert implied_shift({1: [1000.0]}) is None  # any shift
+    assert implied_shift({1: [1000.0]}) is None  # every shift fits
     assert implied_shift({4: [1000.0, 900.0, 600.0, 500.0]}) is None
     assert implied_shift({4: [1000.0, 900.0, 750.0]}) is None
 
@@ -286,7 +286,7 @@ def test_timesteps_that_no_shift_explains_imply_none() -> None:
 
 
 @pytest.mark.parametrize("steps", range(1, 51))
-def test_the_reference_grid_is_that_of_diffusers_lcm_scheduler(steps: int) -> None:
+def test_reference_grid_equals_diffusers_lcm_scheduler(steps: int) -> None:
     scheduler = LCMScheduler()
     scheduler.set_timesteps(steps)
     assert reference_timesteps(VP, steps) == scheduler.timesteps.tolist()
@@ -294,43 +294,43 @@ def test_the_reference_grid_is_that_of_diffusers_lcm_scheduler(steps: int) -> No
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8, 28])
-def test_the_reference_grid_is_that_of_diffusers_flow_scheduler(steps: int, shift: float) -> None:
+def test_reference_grid_equals_diffusers_flow_scheduler(steps: int, shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps)
     assert reference_timesteps(FlowProcess(shift), steps) == pytest.approx(scheduler.timesteps.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
-def test_the_reference_grid_with_dynamic_shift_is_that_of_diffusers_flux_pipeline(steps: int) -> None:
+def test_reference_grid_with_dynamic_shift_equals_diffusers_flux_pipeline(steps: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=1.15)  # as FluxPipeline does
     got = reference_timesteps(FlowProcess(math.exp(1.15)), steps, dynamic_shift=True)
     assert got == pytest.approx(scheduler.timesteps.tolist(), rel=1e-5)
 
 
-def test_the_reference_literals() -> None:
+def test_reference_timesteps_by_hand() -> None:
     assert reference_timesteps(VP, 4) == [999, 759, 499, 259]
     assert [round(t) for t in reference_timesteps(FLOW, 4)] == [1000, 858, 602, 9]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 8])
 @pytest.mark.parametrize("denoise", [0.2, 0.25, 0.5, 0.6, 0.75, 0.99, 1.0])
-def test_reference_image_to_image_keeps_what_diffusers_pipelines_keep(steps: int, denoise: float) -> None:
-    # StableDiffusionImg2ImgPipeline.get_timesteps; where it keeps none it fails, and the last one is kept here.
+def test_reference_image_to_image_equals_diffusers_pipelines(steps: int, denoise: float) -> None:
+    # StableDiffusionImg2ImgPipeline.get_timesteps. Without any timestep the pipeline fails; we keep the last timestep.
     scheduler = LCMScheduler()
     scheduler.set_timesteps(steps)
     kept = scheduler.timesteps[max(steps - min(int(steps * denoise), steps), 0) :].tolist()
     assert reference_timesteps(VP, steps, denoise) == (kept or scheduler.timesteps[-1:].tolist())
 
 
-def test_the_reference_grid_has_its_limits() -> None:
+def test_reference_grid_outside_its_range_raises_an_error() -> None:
     with pytest.raises(ValueError, match="1 to 50 steps, got 51"):
         reference_timesteps(VP, 51)
     with pytest.raises(ValueError, match="denoise must be above 0"):
         reference_timesteps(FLOW, 4, 0.0)
 
 
-# -- the user's own --------------------------------------------------------------------------------------------------
+# -- custom timesteps ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -339,11 +339,11 @@ def test_the_reference_grid_has_its_limits() -> None:
         (VP, "999, 749, 499, 249", 1.0, [999, 749, 499, 249]),
         (VP, " 999,0 ", 1.0, [999, 0]),
         (VP, "999.0", 1.0, [999]),
-        (VP, "499, 249", 1.0, [499, 249]),  # 1 is the whole list, wherever it begins
+        (VP, "499, 249", 1.0, [499, 249]),  # denoise 1 keeps the whole list
         (VP, "999, 749, 499, 249", 0.5, [499, 249]),
         (VP, "999, 300, 200, 100", 0.3, [300, 200, 100]),
         (VP, "999, 749, 499, 249", 0.01, [249]),
-        (VP, "999, 749, 499, 249", 0.875, [749, 499, 249]),  # halfway: the lower
+        (VP, "999, 749, 499, 249", 0.875, [749, 499, 249]),  # halfway: the lower timestep
         (FLOW, "1000, 900, 750.5, 500", 1.0, [1000, 900, 750.5, 500]),
         (FLOW, "1000, 900, 750, 500", 0.5, [750, 500]),  # 750 is half of the schedule of shift 3
     ],
@@ -371,6 +371,6 @@ def test_custom_timesteps_by_hand(process, text: str, denoise: float, timesteps:
         (FLOW, "1001", "'1001' is no timestep"),
     ],
 )
-def test_custom_timesteps_that_are_none_are_refused_in_words(process, text: str, message: str) -> None:
+def test_wrong_custom_timesteps_raise_a_readable_error(process, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         custom_timesteps(process, text)

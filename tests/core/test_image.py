@@ -60,7 +60,7 @@ def test_half_the_feather_is_about_half_way() -> None:
 
 
 @pytest.mark.parametrize("function", [dilate, feather])
-def test_negative_radii_are_refused(function) -> None:
+def test_negative_radii_raise_an_error(function) -> None:
     with pytest.raises(ValueError, match="-1"):
         function(dot(), -1)
 

@@ -77,7 +77,7 @@ def test_renoising_off_the_grid_is_at_the_true_level(process: Process, term: str
         distiller.discriminator_step(rollout, rollout.z0, seeded(2))
         (call,) = denoiser.called("features")
     elif term == "critic":
-        # The flat critic has no weights to train, so the loss has nothing to reach: it is the call that counts.
+        # The flat critic has no weights, so the loss has no gradient. Only the call matters here.
         distiller.critic_step(rollout, rollout.z0, seeded(2))
         (call,) = denoiser.called("predict", "critic")
     elif term == "adversarial":
@@ -114,7 +114,7 @@ def test_one_rollout_serves_student_discriminator_and_critic() -> None:
     data = torch.zeros(B, 4, 6, 6)
     rollout = distiller.rollout(data, tokens(B, 1.0), tokens(B, -1.0), EVERYTHING, seeded(0))
     starts = [distiller.timesteps.index(t) for t in rollout.t.tolist()]
-    # One batched call per grid point from the earliest start on; cond and uncond of those that have joined.
+    # One batched call for each grid point from the earliest start on: cond and uncond of the started samples.
     assert len(denoiser.called("predict", "teacher")) == 8 - min(starts)
     assert sum(len(call.t) for call in denoiser.calls) == 2 * sum(8 - start for start in starts)
     denoiser.calls.clear()
@@ -162,7 +162,7 @@ def test_random_crops_reach_every_corner() -> None:
     assert bool((covered[4:12, 4:12] > 0.2 * 400).all())
     centre = torch.zeros(16, 16)
     centre[4:12, 4:12] = 1
-    assert centre.mean().item() == 0.25  # what the mistake would train
+    assert centre.mean().item() == 0.25  # the share that the mistake would train
 
 
 def test_the_perceptual_gradient_reaches_every_pixel_over_time() -> None:
@@ -193,7 +193,7 @@ def test_every_prediction_type_is_understood(process: Process) -> None:
     assert torch.allclose(rollout.z_teacher, answer, atol=1e-4)
     with denoiser.role("student"):
         assert torch.allclose(distiller.student_output(rollout), answer, atol=1e-4)
-    # A critic that already knows the student's samples has nothing to learn, in any parametrisation.
+    # A critic that predicts the student's samples exactly has loss 0, in every parametrisation.
     denoiser._z0["critic"] = lambda z, t, c: oracle(z, t, c).clone().requires_grad_()
     assert distiller.critic_step(rollout, answer, seeded(1))["critic"].item() < 1e-6
 

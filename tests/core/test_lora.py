@@ -146,7 +146,7 @@ def test_another_adapters_config_beside_the_file_is_not_used(settings: dict, tmp
         {"r": 64, "target_modules": ["to_k"]},  # PEFT's default alpha is 8
     ],
 )
-def test_its_own_config_is_used(settings: dict, tmp_path: Path) -> None:
+def test_the_adapters_own_config_is_used(settings: dict, tmp_path: Path) -> None:
     down, up = halves(rank=64)
     save_file(
         {
@@ -172,7 +172,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_scale_is_pefts_own(rslora: bool, tmp_path: Path) -> None:
+def test_the_scale_equals_pefts(rslora: bool, tmp_path: Path) -> None:
     patterns = {"rank_pattern": {"to_k": 3}, "alpha_pattern": {"to_k": 5}}
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=["to_q", "to_k"], init_lora_weights=False, use_rslora=rslora, **patterns
@@ -198,7 +198,7 @@ def test_the_scale_is_pefts_own(rslora: bool, tmp_path: Path) -> None:
         (AdaLoraConfig(init_r=2, total_step=10), "AdaLoRA"),
     ],
 )
-def test_pefts_other_adapters_are_refused_by_name(config: PeftConfig, algorithm: str, tmp_path: Path) -> None:
+def test_pefts_other_adapters_raise_an_error(config: PeftConfig, algorithm: str, tmp_path: Path) -> None:
     config.target_modules = {"to_q", "to_k"}
     get_peft_model(Attention(), config).save_pretrained(tmp_path)
     with pytest.raises(LoraError, match=f"adapter_model.safetensors is a {algorithm} file"):

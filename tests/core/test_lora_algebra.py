@@ -177,7 +177,7 @@ def test_a_linear_layer_and_a_1x1_convolution_are_merged() -> None:
     close(update(merged), update(linear) + update(convolution).flatten(1))
 
 
-def test_other_shapes_and_ranks_below_1_are_refused() -> None:
+def test_other_shapes_and_ranks_below_1_raise_an_error() -> None:
     one = LoraModule("proj_out", torch.randn(2, 6), torch.randn(8, 2))
     other = LoraModule("proj_out", torch.randn(2, 7), torch.randn(8, 2))
     with pytest.raises(ValueError, match="made for different models"):
@@ -247,7 +247,7 @@ def test_native_unet_names(native: str, path: str) -> None:
 
 
 def test_text_encoders_layers_are_written_in_both_spellings(tmp_path: Path) -> None:
-    """As kohya and diffusers spell them: one encoder has no number in kohya's files, several have."""
+    """In kohya's files one encoder has no number; several encoders have numbers."""
     denoiser = {"conv_in": LoraModule("conv_in", torch.randn(2, 4, 3, 3), torch.randn(8, 2, 1, 1), 2.0)}
     kohya = {
         f"lora_te{number}_text_model_encoder_layers_3_self_attn_q_proj": LoraModule(

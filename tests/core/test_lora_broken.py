@@ -1,4 +1,4 @@
-"""LoRA files that are broken or hostile: each is refused in words, at once, with little memory, and nothing is run."""
+"""Broken or malicious LoRA files: each raises a readable error at once, with little memory, and runs no code."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ TWO = {"a": entry([2], 0, 8), "b": entry([2], 8, 16)}
 MANY = b"{" + b",".join(b'"k%d":{"dtype":"F32","shape":[],"data_offsets":[0,0]}' % n for n in range(120_000)) + b"}"
 STRINGS = b'{"__metadata__":{' + b",".join(b'"%06x":""' % n for n in range(600_000)) + b"}}"
 
-# What is wrong -> the file's bytes or tensors, and a word of the error.
+# {the fault: (the file's bytes or tensors, a word of the error)}
 BROKEN: dict[str, tuple[Callable[[Path], bytes | dict[str, Tensor]], str]] = {
     # the container
     "empty": (lambda _: b"", "it is empty"),
@@ -219,7 +219,7 @@ def test_memory_for_broken_headers_is_bounded(kind: str, tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("prefix", ["lycoris_mid_block", "base_model.model.mid_block", "diffusion_model.middle_block"])
-def test_other_algorithms_are_refused_by_name(tensor: str, algorithm: str, prefix: str, tmp_path: Path) -> None:
+def test_other_algorithms_raise_an_error(tensor: str, algorithm: str, prefix: str, tmp_path: Path) -> None:
     save_file({**halves(), f"{prefix}.{tensor}": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(LoraError, match=f"other.safetensors is a {algorithm} file"):
         read_lora(tmp_path / "other.safetensors")
@@ -245,7 +245,7 @@ def test_other_algorithms_are_refused_by_name(tensor: str, algorithm: str, prefi
         ('{"peft_type": "LOHA", "alpha": 8}', "LOHA"),
     ],
 )
-def test_broken_settings_are_refused_in_words(config: str | bytes, word: str, tmp_path: Path) -> None:
+def test_broken_settings_raise_a_readable_error(config: str | bytes, word: str, tmp_path: Path) -> None:
     save_file(halves(), tmp_path / "adapter_model.safetensors")
     path = tmp_path / "adapter_config.json"
     path.write_bytes(config if isinstance(config, bytes) else config.encode())
@@ -253,7 +253,7 @@ def test_broken_settings_are_refused_in_words(config: str | bytes, word: str, tm
         read_lora(tmp_path)
 
 
-def test_broken_settings_in_the_header_are_refused_in_words(tmp_path: Path) -> None:
+def test_broken_settings_in_the_header_raise_a_readable_error(tmp_path: Path) -> None:
     save_file(halves(), tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": "{"})
     with pytest.raises(LoraError, match="header of x.safetensors is not readable JSON"):
         read_lora(tmp_path / "x.safetensors")
@@ -300,7 +300,7 @@ def test_every_floating_type_is_read(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 def test_large_numbers_are_numbers(tmp_path: Path) -> None:
-    """Their sum overflows, none of them does."""
+    """The sum overflows, although every number is finite."""
     tensors = {key: torch.full_like(half, 60_000, dtype=torch.float16) for key, half in halves().items()}
     save_file(tensors, tmp_path / "lora.safetensors")
     assert len(read_lora(tmp_path / "lora.safetensors").modules) == 1

@@ -1,4 +1,4 @@
-"""How two LoRAs meet: values worked by hand, and the measures of the full matrices."""
+"""The overlap of two LoRAs, against values worked by hand and against the full matrices."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FIRST = layer([[2.0], [0.0]], [[1.0, 0.0, 0.0]], alpha=2.0)
     [
         (FIRST, 1.0, 1.0, 1.0),
         (layer([[-1.0], [0.0]], [[1.0, 0.0, 0.0]]), 0.25, -1.0, 1.0),
-        # another output: nothing meets
+        # another output: no overlap
         (layer([[0.0], [5.0]], [[1.0, 0.0, 0.0]]), 1.25, 0.0, 0.0),
         # the same output, from an input that the first does not read
         (layer([[3.0], [0.0]], [[0.0, 1.0, 0.0]]), 0.75, 0.0, 0.0),
@@ -113,7 +113,7 @@ def test_overlap_of_factors_equals_overlap_of_full_matrices(
     one, other = (random_layer(generator, rank, shape) for rank in ranks)
     first, second = (dense(module) * s for module, s in zip((one, other), strengths, strict=True))
     found = overlap({"a": one}, {"a": other}, *strengths).layers["a"]
-    # Projections by the pseudo-inverse, which knows nothing of factors.
+    # Projections by the pseudo-inverse of the full matrices.
     inverse = torch.linalg.pinv(first)
     inside = torch.linalg.matrix_norm((first @ inverse) @ second @ (inverse @ first))
     size = float(torch.linalg.matrix_norm(first) * torch.linalg.matrix_norm(second))
@@ -133,7 +133,7 @@ def test_half_precision_files(dtype: torch.dtype, generator: torch.Generator) ->
 
 
 def test_a_rank_beyond_the_update_counts_its_true_directions(generator: torch.Generator) -> None:
-    """Twice the same column: rank 1, whatever the file says; what else a basis could hold is not the update's."""
+    """Twice the same column: the true rank is 1, although the file's rank is 2."""
     one = layer([[1.0, 1.0], [0.0, 0.0]], [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     elsewhere = layer([[0.0], [1.0]], [[0.0, 1.0, 0.0]])
     assert overlap({"a": one}, {"a": elsewhere}).inside == pytest.approx(0.0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""The published Flash LoRAs are told by their keys and shapes, and load at the scale they were trained with."""
+"""The published Flash LoRAs are recognised by their keys and shapes, and load at their trained scale."""
 
 from __future__ import annotations
 

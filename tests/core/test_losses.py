@@ -103,7 +103,7 @@ def test_the_two_sides_pull_against_each_other(kind: losses.AdversarialLoss, log
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL)
-def test_every_depth_counts_the_same_whatever_its_size(kind: losses.AdversarialLoss) -> None:
+def test_every_depth_has_the_same_weight(kind: losses.AdversarialLoss) -> None:
     large, small = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 2, 2)
     both = losses.generator_loss(kind, [large, small])
     apart = (losses.generator_loss(kind, [large]) + losses.generator_loss(kind, [small])) / 2
@@ -205,7 +205,7 @@ def test_distribution_matching_normalises_each_sample_by_itself() -> None:
         assert torch.allclose(together[[sample]], torch.autograd.grad(loss, alone)[0] / 3, atol=1e-7)
 
 
-def test_equal_scores_leave_nothing_to_learn_even_at_the_goal() -> None:
+def test_equal_scores_give_a_zero_gradient() -> None:
     z = torch.randn(2, 4, 3, 3).requires_grad_()
     loss = losses.distribution_matching_loss(z, z.detach(), z.detach())
     assert loss.item() == 0

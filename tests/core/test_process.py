@@ -18,7 +18,7 @@ from .helpers.networks import process_name, processes
 BETAS = {
     "linear": (1e-4, 0.02),
     "scaled_linear": (0.00085, 0.012),
-    "squaredcos_cap_v2": (0.0, 0.0),  # the cosine schedule reads neither
+    "squaredcos_cap_v2": (0.0, 0.0),  # the cosine schedule uses no start and no end
 }
 
 every_process = pytest.mark.parametrize("process", processes(), ids=process_name)
@@ -32,7 +32,7 @@ def latents(batch: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("schedule", BETAS)
-def test_alphas_cumprod_are_those_of_diffusers(schedule: str) -> None:
+def test_alphas_cumprod_equal_diffusers(schedule: str) -> None:
     start, end = BETAS[schedule]
     theirs = DDPMScheduler(beta_schedule=schedule, beta_start=start or 1e-4, beta_end=end or 0.02).alphas_cumprod
     ours = cumulative_alphas(schedule, start, end, False, 1000)
@@ -41,7 +41,7 @@ def test_alphas_cumprod_are_those_of_diffusers(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
-def test_zero_terminal_snr_is_that_of_diffusers(schedule: str) -> None:
+def test_zero_terminal_snr_equals_diffusers(schedule: str) -> None:
     start, end = BETAS[schedule]
     betas = DDPMScheduler(beta_schedule=schedule, beta_start=start, beta_end=end).betas
     theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas.double()), 0)
@@ -52,7 +52,7 @@ def test_zero_terminal_snr_is_that_of_diffusers(schedule: str) -> None:
     assert float(ours[0]) == pytest.approx(float(plain[0]), rel=1e-12)
 
 
-def test_stable_diffusions_published_sigma_range() -> None:
+def test_sigma_range_of_stable_diffusion_equals_the_published_one() -> None:
     # sigma = sigma_t / alpha_t of Stable Diffusion 1.x runs from 0.0292 to 14.6146 (k-diffusion's figures).
     alpha, sigma = VPProcess.from_betas().alpha_sigma(torch.tensor([0, 999]))
     assert (sigma / alpha).tolist() == pytest.approx([0.0292, 14.6146], abs=5e-5)
@@ -74,7 +74,7 @@ def test_vp_rounds_fractional_timesteps_to_the_nearest_index() -> None:
     assert torch.equal(fractional[1], whole[1])
 
 
-def test_a_schedule_read_from_a_scheduler_is_taken_as_it_is() -> None:
+def test_a_schedulers_alphas_cumprod_are_not_changed() -> None:
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.015)
     alpha, _ = VPProcess(scheduler.alphas_cumprod).alpha_sigma(torch.tensor([0, 500, 999]))
     assert torch.allclose(alpha, scheduler.alphas_cumprod[[0, 500, 999]].sqrt(), atol=1e-7)
@@ -84,7 +84,7 @@ def test_a_schedule_read_from_a_scheduler_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_vp_add_noise_is_that_of_diffusers(zero_terminal_snr: bool) -> None:
+def test_vp_add_noise_equals_diffusers(zero_terminal_snr: bool) -> None:
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -100,7 +100,7 @@ def test_vp_add_noise_is_that_of_diffusers(zero_terminal_snr: bool) -> None:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_add_noise_is_that_of_diffusers(shift: float) -> None:
+def test_flow_add_noise_equals_diffusers(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(32)
     t = scheduler.timesteps
@@ -150,7 +150,7 @@ def test_targets_by_hand() -> None:
 @every_process
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(t=st.integers(1, 998), seed=st.integers(0, 2**32 - 1))
-def test_clean_latent_and_output_are_inverse(process: Process, t: int, seed: int) -> None:
+def test_output_from_z0_inverts_z0_from_output(process: Process, t: int, seed: int) -> None:
     z_t, z0 = latents(1, seed).double(), latents(1, seed + 1).double()
     time = torch.tensor([float(t)])
     output = process.output_from_z0(z_t, z0, time)
@@ -161,7 +161,7 @@ def test_clean_latent_and_output_are_inverse(process: Process, t: int, seed: int
 @every_process
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(t=st.integers(0, 999), seed=st.integers(0, 2**32 - 1))
-def test_the_target_tells_the_clean_latent_at_every_timestep(process: Process, t: int, seed: int) -> None:
+def test_the_target_gives_the_clean_latent_at_every_timestep(process: Process, t: int, seed: int) -> None:
     z0, noise = latents(1, seed).double(), latents(1, seed + 1).double()
     time = torch.tensor([float(t)])
     z_t = process.add_noise(z0, noise, time)
@@ -171,7 +171,7 @@ def test_the_target_tells_the_clean_latent_at_every_timestep(process: Process, t
 @every_process
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(t=st.integers(1, 998), seed=st.integers(0, 2**32 - 1))
-def test_target_and_output_from_z0_agree(process: Process, t: int, seed: int) -> None:
+def test_target_equals_output_from_z0(process: Process, t: int, seed: int) -> None:
     z0, noise = latents(1, seed).double(), latents(1, seed + 1).double()
     time = torch.tensor([float(t)])
     implied = process.output_from_z0(process.add_noise(z0, noise, time), z0, time)
@@ -182,7 +182,7 @@ def test_target_and_output_from_z0_agree(process: Process, t: int, seed: int) ->
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(t=st.integers(0, 999), weight=st.floats(-3, 12), seed=st.integers(0, 2**32 - 1))
 def test_z0_is_affine_in_the_output(process: Process, t: int, weight: float, seed: int) -> None:
-    # What lets guidance act on z0: mixing outputs with weights that sum to 1 is mixing z0 with them.
+    # So guidance can act on z0: outputs mixed with weights that sum to 1 give z0 mixed with the same weights.
     z_t, first, second = latents(1, seed).double(), latents(1, seed + 1).double(), latents(1, seed + 2).double()
     time = torch.tensor([float(t)])
     mixed = process.z0_from_output(z_t, (1 - weight) * first + weight * second, time)
@@ -190,7 +190,7 @@ def test_z0_is_affine_in_the_output(process: Process, t: int, weight: float, see
     assert torch.allclose(mixed, apart, rtol=1e-6, atol=1e-6 * float(apart.abs().max() + 1))
 
 
-def test_v_prediction_at_zero_terminal_snr_says_minus_z0() -> None:
+def test_v_target_at_zero_terminal_snr_is_minus_z0() -> None:
     process = VPProcess.from_betas(prediction="v_prediction", zero_terminal_snr=True)
     z0, noise, t = latents(2, 0), latents(2, 1), torch.tensor([999, 999])
     assert torch.equal(process.add_noise(z0, noise, t), noise)
@@ -200,13 +200,13 @@ def test_v_prediction_at_zero_terminal_snr_says_minus_z0() -> None:
 # -- the schedule's fractions ----------------------------------------------------------------------------------------
 
 
-def test_sd3_shift_gives_its_published_sigmas() -> None:
+def test_shift_3_gives_the_published_sigmas_of_sd3() -> None:
     process = FlowProcess(shift=3.0)
     assert [process.timestep(u) / 1000 for u in (1, 0.75, 0.5, 0.25)] == pytest.approx([1, 0.9, 0.75, 0.5])
 
 
 @pytest.mark.parametrize("shift", [1.0, 1.73, 3.0])
-def test_flow_uniform_timesteps_take_the_same_fraction_of_the_shifted_schedule(shift: float) -> None:
+def test_flow_uniform_timesteps_are_shifted(shift: float) -> None:
     process = FlowProcess(shift)
     tau = torch.tensor([0, 10, 250, 500, 750, 999])
     expected = [1000 * shift * u / (1 + (shift - 1) * u) for u in (tau / 1000).tolist()]
@@ -215,7 +215,7 @@ def test_flow_uniform_timesteps_take_the_same_fraction_of_the_shifted_schedule(s
     assert t.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_vp_uniform_timesteps_are_themselves_and_scale_with_the_schedule() -> None:
+def test_vp_uniform_timesteps_scale_with_the_schedules_length() -> None:
     tau = torch.tensor([0, 10, 250, 500, 750, 999])
     assert torch.equal(VPProcess.from_betas().uniform_timestep(tau), tau)
     short = VPProcess.from_betas(num_timesteps=100)
@@ -230,7 +230,7 @@ def test_vp_uniform_timesteps_are_themselves_and_scale_with_the_schedule() -> No
         (FlowProcess(3.0), "flow", [0.1, 500, 1000], [0, 1000.1, math.nan], "numbers above 0 and up to 1000"),
     ],
 )
-def test_a_process_knows_its_timesteps(
+def test_is_timestep_accepts_exactly_the_timesteps_of_the_process(
     process: Process, kind: str, timesteps: list[float], others: list[float], words: str
 ) -> None:
     assert process.kind == kind
@@ -248,7 +248,7 @@ def test_boundary_scaling_by_hand() -> None:
     assert c_out[0].item() == 0.0
     assert c_skip[1].item() == pytest.approx(0.25 / 100.25)
     assert c_out[1].item() == pytest.approx(10 / math.sqrt(100.25))
-    # On the trained grid it says nothing (METHOD: c_skip < 3e-6).
+    # On the trained grid it has no effect: c_skip < 3e-6.
     assert bool((c_skip[2:] < 3e-6).all())
     assert bool((c_out[2:] - 1).abs().max() < 1e-6)
 
@@ -259,15 +259,15 @@ def test_flow_has_no_boundary_scaling() -> None:
     assert c_out.tolist() == [1, 1, 1]
 
 
-# -- refusals --------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_epsilon_is_refused_where_the_schedule_ends_without_signal() -> None:
+def test_epsilon_with_zero_terminal_snr_raises_an_error() -> None:
     with pytest.raises(ValueError, match="zero terminal SNR"):
         VPProcess.from_betas(prediction="epsilon", zero_terminal_snr=True)
 
 
-def test_wrong_choices_say_what_was_expected() -> None:
+def test_wrong_settings_raise_an_error_with_the_expected_values() -> None:
     with pytest.raises(ValueError, match="not 'flow'"):
         VPProcess.from_betas(prediction="flow")
     with pytest.raises(ValueError, match="not 'epsilon'"):
@@ -278,7 +278,7 @@ def test_wrong_choices_say_what_was_expected() -> None:
         VPProcess.from_betas(schedule="cosine")
 
 
-def test_broadcast_multiplies_sample_by_sample() -> None:
+def test_broadcast_adds_dimensions_of_size_1() -> None:
     assert broadcast(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 4, 5)).shape == (2, 1, 1, 1)
     assert broadcast(torch.tensor([1.0, 2.0]), torch.zeros(2, 3)).shape == (2, 1)
 

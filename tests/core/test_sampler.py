@@ -49,7 +49,7 @@ def run(scheduler: Any, network: Network, seed: int, **step: Any) -> Tensor:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_it_is_diffusers_lcm_scheduler_on_the_trained_grid(prediction: str, steps: int) -> None:
+def test_few_step_sampling_equals_diffusers_lcm_scheduler_on_the_trained_grid(prediction: str, steps: int) -> None:
     network = random_network(steps)
     scheduler = LCMScheduler(**BETAS, prediction_type=prediction, clip_sample=False)
     scheduler.set_timesteps(timesteps=[int(t) for t in trailing_timesteps(VPProcess.from_betas(), steps)])
@@ -60,7 +60,7 @@ def test_it_is_diffusers_lcm_scheduler_on_the_trained_grid(prediction: str, step
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_it_is_diffusers_stochastic_flow_sampling(shift: float, steps: int) -> None:
+def test_few_step_sampling_equals_diffusers_stochastic_flow_sampling(shift: float, steps: int) -> None:
     network = random_network(steps)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
     scheduler.set_timesteps(sigmas=trailing_fractions(steps))
@@ -70,7 +70,7 @@ def test_it_is_diffusers_stochastic_flow_sampling(shift: float, steps: int) -> N
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_without_stochasticity_it_is_ddim(steps: int) -> None:
+def test_without_stochasticity_sampling_equals_ddim(steps: int) -> None:
     network = random_network(steps)
     scheduler = DDIMScheduler(**BETAS, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(steps)
@@ -80,7 +80,7 @@ def test_without_stochasticity_it_is_ddim(steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_without_stochasticity_flow_is_euler(steps: int) -> None:
+def test_without_stochasticity_flow_sampling_equals_euler(steps: int) -> None:
     network = random_network(steps)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=trailing_fractions(steps))
@@ -123,7 +123,7 @@ def test_noise_is_drawn_once_between_steps_and_never_for_one(steps: int, stochas
 
 
 def test_the_stream_never_repeats_the_initial_noise() -> None:
-    # What ComfyUI's floor does on CPU: re-seed, so that the first re-noise IS the initial noise.
+    # The mistake of the oldest ComfyUI on a CPU: it seeds again, so the first fresh noise IS the initial noise.
     generator = torch.Generator().manual_seed(8)
     initial = torch.randn(SHAPE, generator=generator)
     draw = generator_noise(initial, generator)
@@ -137,7 +137,7 @@ def test_the_stream_never_repeats_the_initial_noise() -> None:
 
 @pytest.mark.parametrize("stochasticity", [0.0, 0.3, 0.7, 1.0])
 def test_renoised_latents_have_the_level_the_next_step_expects(stochasticity: float) -> None:
-    # A perfect denoiser of z0 = 0: what it is handed must be N(0, sigma_i^2) at every step, however noise is mixed.
+    # A perfect denoiser of z0 = 0: its input must be N(0, sigma_i^2) at every step, for every stochasticity.
     sigmas, generator = [1.0, 0.8, 0.4], torch.Generator().manual_seed(9)
     z = torch.randn(64, 4, 16, 16, generator=generator)
     handed: list[Tensor] = []
@@ -207,7 +207,7 @@ def test_no_noise_is_used_twice() -> None:
     # Eight items that are re-noised three times: 32 noises, all of them independent.
     batch = seeded(11, 8, *ITEM)
     renoised = draws(batch, 11)
-    # The first item goes on in the seed's stream, where the second, third and fourth item's initial noise lies.
+    # The first item continues the seed's stream, which also gave the initial noise of the other items.
     assert torch.equal(renoised[0], batch[1:4])
     assert largest_correlation(torch.cat([batch[:, None], renoised], 1)[1:]) < 0.3
     assert largest_correlation(torch.cat([batch[:1], renoised[0], renoised[1:].flatten(0, 1)])) < 0.3
@@ -221,17 +221,17 @@ def test_another_seed_is_another_stream_for_the_same_initial_noise() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**32 + 3, 2**64 - 1])
-def test_seeds_of_64_bits_are_as_good(seed: int) -> None:
+def test_seeds_of_64_bits_work(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     first, second = (torch.randn(1, *ITEM, generator=generator) for _ in range(2))
     assert torch.equal(draws(first, seed, count=1)[:, 0], second)
 
 
-def test_split_runs_without_noise_tell_items_apart_by_their_latents() -> None:
+def test_split_runs_without_noise_seed_each_item_by_its_latent() -> None:
     nothing, latents = torch.zeros(3, *ITEM), seeded(3, 3, *ITEM)
     expected = draws(nothing, 0, z=latents)
     assert largest_correlation(expected) < 0.3
-    slightly_off = latents + 1e-6 * seeded(4, 3, *ITEM)  # what another batch size makes of the first half
+    slightly_off = latents + 1e-6 * seeded(4, 3, *ITEM)  # a rounding difference, as from another batch size
     assert torch.equal(draws(nothing[:2], 0, z=slightly_off[[2, 0]]), expected[[2, 0]])
 
 

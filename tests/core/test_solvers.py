@@ -66,9 +66,7 @@ def dpm(prediction: str, **options: Any) -> DPMSolverMultistepScheduler:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(
-    "steps", [1, 2, 4, 8, 20, 50]
-)  # where diffusers' DDIM, which steps 1000 // N, meets its own grid
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 20, 50])  # here the step 1000 // N of diffusers' DDIM stays on its grid
 def test_ddim_equals_diffusers(prediction: str, steps: int) -> None:
     process, network, z = VPProcess.from_betas(prediction=prediction), random_network(steps), noise(2)
     expected = theirs(ddim(prediction), network, z, num_inference_steps=steps)
@@ -189,12 +187,12 @@ def test_solver_calls_the_model_once_per_grid_point_with_started_samples_only(st
     assert sum(len(rows) for _, rows in asked) == sum(16 - first for first in start)
 
 
-# -- what a solver must do by itself ---------------------------------------------------------------------------------
+# -- properties of every solver --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("solver", "process"), SOLVERS_AND_PROCESSES)
 def test_solver_reaches_a_constant_prediction_exactly(solver: Solver, process: Process) -> None:
-    # Where the network knows the answer, every solver lands on it whatever the noise.
+    # With a constant prediction, every solver ends exactly at it, for every noise.
     answer = noise(3, 7)
     solved = solve(
         lambda z, t, rows: answer[rows], process, noise(3), trailing_timesteps(process, 8), [0, 4, 7], solver
@@ -203,8 +201,8 @@ def test_solver_reaches_a_constant_prediction_exactly(solver: Solver, process: P
 
 
 def test_second_order_is_more_accurate_than_first_order() -> None:
-    # Against the exact path: for Gaussian data of variance v, z / sqrt(alpha^2 v + sigma^2) stays what it was. Looked
-    # at in the middle, since the last step to sigma = 0 is of first order in both.
+    # The exact path: for Gaussian data of variance v, z / sqrt(alpha^2 v + sigma^2) is constant. The error is measured
+    # in the middle of the path, since the last step to sigma = 0 is of first order for both solvers.
     process, variance, z = VPProcess.from_betas(), 0.3, noise(4)
 
     def spread(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Task adapters: what is written is read, and merging is the sum of the layers' formulas."""
+"""Task adapters: written files read back, and merged weights equal base + LoRA."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_base_keeps_its_type() -> None:
         ("down.conv1.weight", None, ["down.conv1", "no such layer"]),
     ],
 )
-def test_another_base_is_refused(name: str, shape: tuple[int, ...] | None, words: list[str]) -> None:
+def test_another_base_raises_an_error(name: str, shape: tuple[int, ...] | None, words: list[str]) -> None:
     weights = base()
     if shape is None:
         del weights[name]
@@ -104,7 +104,7 @@ def test_another_base_is_refused(name: str, shape: tuple[int, ...] | None, words
         assert word in str(caught.value)
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_files_raise_an_error(tmp_path: Path) -> None:
     save_file({"conv_in.extra": torch.zeros(2, 1, 3, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(LoraError, match="not a task adapter"):
         read_task_adapter(tmp_path / "other.safetensors")

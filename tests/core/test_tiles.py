@@ -1,4 +1,4 @@
-"""Tiles: they cover everything, overlap as asked, and put together again give the picture back."""
+"""Tiles: they cover the whole, overlap enough, and blend to the same picture."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_finer_grid_has_the_same_tiles() -> None:
 
 
 def test_values_beyond_the_end_are_dropped() -> None:
-    """As pixels do that only fill up the last position of a latent."""
+    """An example: pixels that only fill the last latent position."""
     tiles = plan_tiles(2, 3, 2, 1).scaled(8)
     whole = torch.zeros(1, 1, 13, 20)
     for index in range(len(tiles)):
@@ -106,6 +106,6 @@ def test_values_beyond_the_end_are_dropped() -> None:
 @pytest.mark.parametrize(
     ("sizes", "words"), [((4, 4, 4, 4), "got 4"), ((4, 4, 4, -1), "got -1"), ((0, 4, 4, 0), "0 x 4")]
 )
-def test_impossible_tiles_are_refused(sizes: tuple[int, int, int, int], words: str) -> None:
+def test_impossible_tiles_raise_an_error(sizes: tuple[int, int, int, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         plan_tiles(*sizes)

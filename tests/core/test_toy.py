@@ -24,8 +24,8 @@ COUNT, BATCH = 2000, 128
 EVEN = (0.25, 0.25, 0.25, 0.25)
 V_PREDICTION = VPProcess.from_betas(prediction="v_prediction")
 
-# A denoiser guided by w = 2 is nobody's score: no distribution has it at every level. So distribution matching leads
-# beyond what the guided teacher samples. Unguided, all three terms want the same, and can be judged together.
+# A CFG-guided score (w = 2) is not the score of any distribution, so distribution matching overshoots the teacher.
+# Unguided, all three loss terms have the same goal, so one test can use them together.
 GUIDED, UNGUIDED = (2.0, 2.0), (1.0, 1.0)
 
 

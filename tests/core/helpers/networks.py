@@ -53,7 +53,7 @@ def process_name(process: Process) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a denoiser: what it was asked, and in which role."""
+    """One call of a denoiser: its arguments and its role."""
 
     kind: str
     role: Role
