@@ -1,12 +1,12 @@
 """Measure how far two LoRAs change the same layers in the same directions, from their factors.
 
 For the updates ``A = s u d`` and ``B = s' u' d'`` of one layer, ``<A, B> = s s' sum((u.T u') * (d d'.T))`` (Frobenius),
-and what B changes inside the directions that A writes to and reads from is ``P B Q`` with the projections onto A's
-column and row space. The memory is of order ``(out + in) r + r^2``, as in :mod:`.algebra`: no full update is made.
+and the part of B inside A's directions is ``P B Q``, with the projections P and Q onto A's column and row space. The
+memory is of order ``(out + in) r + r^2``, as in :mod:`.algebra`: no full update is made.
 
     |<A, B>| / ||A||  <=  ||P B Q||  <=  ||B||
 
-What tells whether a style disturbs a Flash LoRA is the plain size ``||B|| / ||A||`` on the layers that both change. On
+The size ``||B|| / ||A||`` on the layers that both change is the best sign that a style disturbs a Flash LoRA. On
 the demo, the one-step picture's squared error against the styled teacher, as a share of the latents' variance
 (``benchmarks/style_strength.py``; a style of 817 updates, rank 6):
 
@@ -15,8 +15,8 @@ the demo, the one-step picture's squared error against the styled teacher, as a 
     random directions        .04                   .46
     the Flash LoRA's own     .04                          .16
 
-Of the same size, an update in the Flash LoRA's own directions disturbs it less, not more: so these are reported, and
-the suggestion goes by the size.
+At the same size, an update in the Flash LoRA's own directions disturbs it less. So the report shows the directions, but
+the suggested strength depends on the size only.
 """
 
 from __future__ import annotations
