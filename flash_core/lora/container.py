@@ -174,9 +174,9 @@ def unreadable(path: Path, reason: str, start: bytes = b"") -> LoraError:
     """Return the error for a damaged safetensors file, or for a pickle (told by its first bytes)."""
     if start.startswith((b"PK", b"\x80")):
         return LoraError(
-            f"{path.name} is a pickle (a PyTorch .pt/.ckpt/.bin file), although its name says otherwise. Loading "
-            "a pickle can run code, so pickles are refused. Ask the author for a .safetensors file, or convert the "
-            "pickle on a computer without valuable data"
+            f"{path.name} is a pickle, the format of PyTorch's .pt, .ckpt and .bin files. Loading a pickle can run "
+            "code, so pickles are refused. Ask the author for a .safetensors file, or convert the pickle on a computer "
+            "without valuable data"
         )
     return LoraError(
         f"{path.name} is not a readable safetensors file ({reason}). The file may be truncated: download it again"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import comfy.utils
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-from ...flash_core.lora import read_lora
 from ..shared.inputs import allow_partial_input, files_fingerprint, strength_input
 from ..shared.model_facts import METADATA_KEY
 from ..shared.schema import node_schema
-from .patches import apply_lora
+from .patches import apply_lora, read_chosen
 
 
 class FlashLoraLoader(io.ComfyNode):
@@ -58,8 +56,7 @@ class FlashLoraLoader(io.ComfyNode):
         """Patch a clone of the model; see :func:`~.patches.apply_lora`."""
         if strength == 0:
             return io.NodeOutput(model, "strength 0: the model is unchanged")
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        file = read_lora(path, mapped=not getattr(comfy.utils, "DISABLE_MMAP", False))  # --disable-mmap
+        file = read_chosen(lora_name)
         patched, report = apply_lora(file, model, strength, allow_partial)
         if file.metadata is not None:
             patched.set_attachments(METADATA_KEY, file.metadata)

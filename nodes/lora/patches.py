@@ -12,11 +12,22 @@ from typing import Any
 
 import comfy.lora
 import comfy.utils
+import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 
 from ...flash_core.families import name_of
-from ...flash_core.lora import LoraFile, LoraModule, LoraReport, MatchReport, describe_base, flat_name, match, report_on
+from ...flash_core.lora import (
+    LoraFile,
+    LoraModule,
+    LoraReport,
+    MatchReport,
+    describe_base,
+    flat_name,
+    match,
+    read_lora,
+    report_on,
+)
 from ..shared.model_facts import describe_model, model_base
 
 # The prefixes of layers' names in ComfyUI.
@@ -31,6 +42,12 @@ Target = str | tuple[Any, ...]
 
 class LoraMismatch(ValueError):
     """Raised for a LoRA of another architecture; the message names both architectures."""
+
+
+def read_chosen(name: str) -> LoraFile:
+    """Read a file of ComfyUI's folders for LoRAs; ComfyUI's option ``--disable-mmap`` holds here too."""
+    path = folder_paths.get_full_path_or_raise("loras", name)
+    return read_lora(path, mapped=not getattr(comfy.utils, "DISABLE_MMAP", False))
 
 
 def model_layers(model: ModelPatcher) -> dict[str, Target]:

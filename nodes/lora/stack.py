@@ -16,13 +16,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.v0_0_2 import io
 
-from ...flash_core.lora import LoraError, LoraFile, LoraModule, flat_name, merge, read_lora
+from ...flash_core.lora import LoraError, LoraFile, LoraModule, flat_name, merge
 from ...flash_core.lora.matching import same_weight
 from ...flash_core.lora.overlap import SIZE_LIMIT, Overlap, common_names, cosine, norm, overlap, suggested_strength
 from ..shared.inputs import NONE, allow_partial_input, files_fingerprint, strength_input
 from ..shared.model_facts import METADATA_KEY
 from ..shared.schema import count, node_schema, show_text
-from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch
+from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch, read_chosen
 
 STYLES = 4  # slots; connect one stack to the next for more
 LOADED_KEY = "flash_lora_stack"  # the ModelPatcher attachment that lists the LoRAs of the stacks before this one
@@ -134,7 +134,7 @@ class FlashLoraStack(io.ComfyNode):
             chosen.append((styles.get(f"style_{slot}", NONE), styles.get(f"style_{slot}_strength", 1.0), False))
         # A LoRA at strength 0 changes nothing, so it does not count as a second Flash LoRA.
         files = [
-            (name, read_lora(folder_paths.get_full_path_or_raise("loras", name)), strength, few_step)
+            (name, read_chosen(name), strength, few_step)
             for name, strength, few_step in chosen
             if name != NONE and strength != 0
         ]

@@ -77,7 +77,7 @@ def answers(
         model = diffusers_model(family)
         path = folder / f"{family}.safetensors"
         totals[family] = save_lora(path, model, PREFIX.get(family, "transformer."))
-        state = unet_names(model) if family == "sd_x4" else model.state_dict()  # ComfyUI detects it by those alone
+        state = unet_names(model) if family == "sd_x4" else model.state_dict()  # ComfyUI detects it by these names only
         shapes = {key: list(value.shape) for key, value in state.items()}
         requests[family] = {"shapes": shapes, "lora": str(path)}
         if family in PUBLISHED:
@@ -101,6 +101,15 @@ def test_every_layer_is_patched(answers, family: str) -> None:
     assert "error" not in answer
     assert answer["matched"] == answer["total"] == total
     assert total > 10
+
+
+@pytest.mark.parametrize(("family", "side"), [("sd15", 512), ("sd_x4", 512), ("sdxl", 1024), ("sd3", 1024)])
+def test_the_native_side_is_the_training_size(answers, family: str, side: int) -> None:
+    assert answers[0][family]["side"] == side
+
+
+def test_lora_nodes_obey_disable_mmap(answers) -> None:
+    assert answers[0]["--disable-mmap"] == {"FlashLoraLoader": [True, False], "FlashLoraStack": [True, False]}
 
 
 @pytest.mark.parametrize("name", FACTS)

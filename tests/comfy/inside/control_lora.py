@@ -172,8 +172,8 @@ def residuals(patched: Any, control: Any, given: dict[str, Tensor], family: str)
 def demo(given: dict[str, Tensor], folder: Path, results: dict[str, Tensor]) -> None:
     """Sample the demo with its Flash LoRA and with the demo's adapters in their formats."""
     import comfy.controlnet
+    from dropped_in.flash_core.lora import read_lora
     from dropped_in.nodes.demo.models import SHIPPED_LORAS, build_demo
-    from dropped_in.nodes.lora.loader import read_lora
     from dropped_in.nodes.lora.patches import apply_lora
 
     model, clip, _ = build_demo()
