@@ -182,7 +182,11 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]
     for key, tensor in tensors.items():
         own[key] = tensor.clone() if tensor.data_ptr() in places else tensor
         places.add(tensor.data_ptr())
+    path.unlink(missing_ok=True)  # of a run that was killed
+    path.touch()
+    permissions = path.stat().st_mode  # of any new file; safetensors would make the file private
     save_file(own, path, metadata=header or None)
+    path.chmod(permissions)
 
 
 def _save_folder(tensors: dict[str, Tensor], path: Path, header: dict[str, str], config: Mapping[str, object]) -> None:

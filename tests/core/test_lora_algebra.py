@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +119,21 @@ def test_written_files_read_back(dialect: str, modules: dict[str, LoraModule], t
             assert torch.equal(module.up[:, :given_rank], modules[name].up)
             assert module.scale == pytest.approx(modules[name].scale)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_written_files_have_the_permissions_of_new_files(dialect: str, tmp_path: Path) -> None:
+    modules = {"conv_in": LoraModule("conv_in", torch.ones(2, 3), torch.ones(4, 2), 2.0)}
+    path = tmp_path / dialect
+    before = os.umask(0o027)
+    try:
+        write_lora(path, modules, METADATA, transformer=False, dialect=dialect)
+    finally:
+        os.umask(before)
+    files = [path] if path.is_file() else list(path.iterdir())
+    assert files
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
 
 
 @RELAXED
@@ -269,5 +286,5 @@ def test_text_encoders_layers_are_written_in_both_spellings(tmp_path: Path) -> N
     first = {name: module for name, module in text.items() if module.path.startswith("text_encoder.")}
     write_lora(tmp_path / "c", denoiser, None, dialect="kohya", text_encoder=first)
     assert list(read_lora(tmp_path / "c").text_encoder) == ["lora_te_text_model_encoder_layers_3_self_attn_q_proj"]
-    with pytest.raises(LoraError, match="PEFT folder is one network"):
+    with pytest.raises(LoraError, match="PEFT folder holds one network"):
         write_lora(tmp_path / "d", denoiser, None, dialect="peft", text_encoder=text)
