@@ -461,6 +461,6 @@ def test_lora_or_model_of_another_task_is_refused(
     command = ["evaluate", "--task", "inpainting", "--family", "sd15", "--data", str(pictures), "--samples", "2"]
     command += ["--output", str(tmp_path / "out"), "--lora"]
     assert main([*command, str(lora), "--teacher", str(tiny_model)]) == 2
-    assert "wants a model that reads 9 channels" in capsys.readouterr().err
+    assert "needs a model that reads 9 channels" in capsys.readouterr().err
     assert main([*command, str(other), "--teacher", str(wide_model(tmp_path / "model", 9))]) == 2
     assert "distilled for face-swap, not for inpainting" in capsys.readouterr().err

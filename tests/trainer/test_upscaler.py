@@ -172,10 +172,10 @@ def test_wrong_combinations_raise_a_readable_error(folder: Path, tiny_model: Pat
         load(tiny_model)
     images = torch.zeros(1, 3, 64, 64)
     quiet = build_task(TaskSection(name="super-resolution", options={**TASK, "noise_level": None}))
-    with pytest.raises(UserError, match=r"noise_level: x4 is told a noise level .* expected \[low, high\].*got None"):
+    with pytest.raises(UserError, match=r"noise_level: x4 reads a noise level .* expected \[low, high\].*got None"):
         quiet.conditions(images, load(folder), torch.Generator())
     told = build_task(TaskSection(name="super-resolution", options={**TASK, "reads": "latent"}))
-    with pytest.raises(UserError, match=r"is told no noise level of its input; expected null, got \[0, 350\]"):
+    with pytest.raises(UserError, match=r"reads no noise level of its input; expected null, got \[0, 350\]"):
         told.conditions(images, load_teacher(ModelSection(family="sd15", path=str(tiny_model))), torch.Generator())
 
 

@@ -62,23 +62,23 @@ class Control(Task):
             "f1",
             "Edge agreement",
             "edges F1",
-            "F1 of the result’s edges against the hint’s, found alike, within 2 pixels: 1 is all of them and no "
-            "others. What is drawn without the hint says how much of it is chance.",
+            "F1 of the result’s edges against the hint’s, found by the same detector, with a tolerance of 2 pixels: 1 "
+            "= all of the hint’s edges and no others. The run without the hint shows how much agreement is chance.",
             higher_is_better=True,
         ),
         Figure(
             "precision",
-            "Edges that were asked for",
+            "Precision of the edges",
             "precision",
-            "Share of the result’s edges that the hint has.",
+            "Share of the result’s edges that are edges of the hint.",
             higher_is_better=True,
             judged=False,
         ),
         Figure(
             "recall",
-            "Edges that were followed",
+            "Recall of the edges",
             "recall",
-            "Share of the hint’s edges that the result has.",
+            "Share of the hint’s edges that are edges of the result.",
             higher_is_better=True,
             judged=False,
         ),
@@ -138,5 +138,9 @@ def canny_edges(images: Tensor, low_threshold: float = 0.4, high_threshold: floa
         low_threshold, high_threshold: as ComfyUI's Canny node has them, of pictures in [0, 1].
     """
     # One by one: weak edges are followed from strong ones until the longest of a batch has been.
-    found = [canny((image[None].float() + 1) / 2, low_threshold, high_threshold)[1] for image in images]
+    scale = 1.0
+    while high_threshold * scale >= 1:  # kornia before 0.9, the newest for Python 3.10, accepts only thresholds below 1
+        scale /= 2
+    thresholds = low_threshold * scale, high_threshold * scale
+    found = [canny(scale * (image[None].float() + 1) / 2, *thresholds)[1] for image in images]
     return torch.cat(found).repeat(1, 3, 1, 1)

@@ -69,24 +69,24 @@ class FaceSwap(Task):
             "identity",
             "Identity",
             "identity",
-            "How near the made face is to the source’s, seen from the target’s own: of the distances of its features "
-            "to both, the own’s share. 1 is the source’s face, 0 the target’s own, 0.5 neither.",
+            "d(target) / (d(target) + d(source)): d is the distance from the result’s face to the target’s or the "
+            "source’s face, in feature space. 1 = source’s face, 0 = target’s face, 0.5 = neither.",
             higher_is_better=True,
         ),
         Figure(
             "source",
             "Likeness to the source’s face",
             "source",
-            "Cosine between the features of the made face and of the source’s.",
+            "Cosine between the features of the result’s face and of the source’s face.",
             higher_is_better=True,
             judged=False,
         ),
         Figure(
             "own",
-            "Likeness to the target’s own face",
+            "Likeness to the target’s face",
             "own",
-            "Cosine between the features of the made face and of the one that was masked; above the likeness to the "
-            "source, nothing was swapped.",
+            "Cosine between the features of the result’s face and of the target’s masked face. If it is above the "
+            "likeness to the source, the face was not swapped.",
             higher_is_better=False,
             judged=False,
         ),
@@ -94,8 +94,8 @@ class FaceSwap(Task):
             "outside",
             "Preservation of the target",
             "outside",
-            "PSNR of the model’s picture to the target where nothing was masked, before it is put back; put back, "
-            "those pixels are the target’s own.",
+            "PSNR between the model’s picture and the target outside the mask, before the face is pasted into the "
+            "target (after that, these pixels are the target’s).",
             higher_is_better=True,
             unit="dB",
         ),
@@ -103,8 +103,7 @@ class FaceSwap(Task):
             "seam",
             "Seam visibility",
             "seam",
-            "How much steeper colours change across the mask’s border, in the face put back, than near it in the "
-            "target. 1 is no seam.",
+            "Colour step across the mask’s border in the result, relative to the target near the border. 1 = no seam.",
             higher_is_better=False,
         ),
     )

@@ -53,6 +53,6 @@ PERCEPTUAL = Figure(
     "lpips",
     "LPIPS to the original",
     "LPIPS",
-    "Perceptual distance from the original (arXiv 1801.03924).",
+    "Perceptual distance between the result and the original (arXiv 1801.03924).",
     higher_is_better=False,
 )

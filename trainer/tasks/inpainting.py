@@ -48,8 +48,8 @@ class Inpainting(Task):
             "features",
             "Feature distance of the masked region",
             "features",
-            "Distance from the original to the feature network, of the result put back into the picture: the two "
-            "differ under the mask alone. Many fillings are right, so the teacher’s own is the yardstick, not 0.",
+            "Distance between the result and the original in feature space; they differ only under the mask. Many "
+            "fillings are right, so compare with the teacher’s distance, not with 0.",
             higher_is_better=False,
         ),
         PERCEPTUAL,
@@ -57,16 +57,17 @@ class Inpainting(Task):
             "seam",
             "Seam visibility",
             "seam",
-            "How much steeper colours change across the mask’s border, in the result put back, than near it in the "
-            "original. 1 is no seam.",
+            "Colour step across the mask’s border in the result, relative to the original near the border. 1 = no "
+            "seam.",
             higher_is_better=False,
         ),
         Figure(
             "outside",
             "PSNR outside the mask",
             "outside",
-            "Of the model’s picture before it is put back, to the original where nothing was masked. Put back, those "
-            "pixels are the original’s own, bit by bit; this says how far what surrounds the filling was understood.",
+            "Between the model’s picture and the original outside the mask, before the masked part is pasted into the "
+            "original (after that, these pixels are the original’s). It shows how well the model reads the "
+            "surroundings.",
             higher_is_better=True,
             unit="dB",
         ),

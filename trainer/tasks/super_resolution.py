@@ -67,8 +67,8 @@ class SuperResolution(Task):
             "psnr",
             "PSNR to the original",
             "PSNR",
-            "Blur scores well here: detail that is invented in another place counts twice. Read it beside the feature "
-            "distance (arXiv 1711.06077).",
+            "Blurred pictures score well, because detail in a wrong place counts twice. Read it together with the "
+            "feature distance (arXiv 1711.06077).",
             higher_is_better=True,
             unit="dB",
         ),
@@ -76,7 +76,7 @@ class SuperResolution(Task):
             "features",
             "Feature distance to the original",
             "features",
-            "Distance from the original to the feature network, which sees blur and wrong shapes.",
+            "Distance between the result and the original in feature space; it grows with blur and wrong shapes.",
             higher_is_better=False,
         ),
         PERCEPTUAL,
@@ -84,7 +84,7 @@ class SuperResolution(Task):
             "consistency",
             "Consistency with the small picture",
             "consistent",
-            "PSNR of the result, reduced again, to the original reduced without blur, noise and JPEG.",
+            "PSNR between the reduced result and the original reduced without blur, noise and JPEG.",
             higher_is_better=True,
             unit="dB",
         ),
@@ -110,11 +110,11 @@ class SuperResolution(Task):
         small, level = drawn["small"], drawn.get("noise_level")
         process = teacher.low_resolution_process
         if (process is None) != (level is None):
-            told = "a noise level" if level is None else "no noise level"
+            read = "a noise level" if level is None else "no noise level"
             wanted = "[low, high], such as [0, 350]" if level is None else "null"
             given = self.options.noise_level and list(self.options.noise_level)
             raise UserError(
-                f"task.options.noise_level: {teacher.name} is told {told} of its input; expected {wanted}, got {given}"
+                f"task.options.noise_level: {teacher.name} reads {read} of its input; expected {wanted}, got {given}"
             )
         if process is not None and level is not None:
             small = process.add_noise(small, drawn["noise"], level)
