@@ -43,7 +43,7 @@ DEMO_COMMANDS = {
     "features": Command("train the network that measures pictures", ".demo.making.features"),
     "card": Command("measure the teacher and write its model card", ".demo.making.teacher.card"),
     "task-teacher": Command(
-        "train a task adapter, which makes the teacher one of another task", ".demo.making.adapters.task_teacher"
+        "train a task adapter, with which the teacher does another task", ".demo.making.adapters.task_teacher"
     ),
     "control": Command("train a T2I-adapter or a ControlNet for the teacher", ".demo.making.adapters.control"),
     "style": Command("train a style LoRA for the teacher", ".demo.making.adapters.style"),

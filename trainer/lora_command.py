@@ -198,7 +198,7 @@ def layers(file: LoraFile, args: argparse.Namespace) -> tuple[dict[str, LoraModu
     try:
         modules = with_diffusers_names(file.modules)
     except ValueError as error:
-        raise LoraError(f"{error}; this file can only be used as it is") from error
+        raise LoraError(f"{error}. Use the file unchanged") from error
     return modules, {} if args.no_text_encoder else dict(file.text_encoder)
 
 

@@ -104,9 +104,8 @@ def load_pictures(style: str = TEACHER_STYLE, folder: Path = DATA) -> Pictures:
     if not path.is_file():
         present = sorted(p.name.split("-")[0] for p in folder.glob("*-000000.tar.gz"))
         raise FileNotFoundError(
-            f"no pictures of style {style!r} in {folder}; the styles there: {', '.join(present) or 'none'}. "
-            f"Choose one of "
-            "them, or build the shards with `flash-diffusion demo data`"
+            f"no pictures of style {style!r} in {folder}; the styles there: {', '.join(present) or 'none'}. Choose one "
+            "of them, or build the shards with `flash-diffusion demo data`"
         )
     images, captions = [], []
     for sample in read_records(path):

@@ -128,7 +128,7 @@ def _drawing(recipe: Recipe, teacher: type[Teacher]) -> Drawing:
         raise NoStockPipeline(f"no stock pipeline of its base does {task.name}")
     if task.name == "inpainting":
         return Drawing(
-            "`prompt`, `image` and `mask_image` (PIL pictures; what is white in the mask is made anew)",
+            "`prompt`, `image` and `mask_image` (PIL pictures; white in the mask = the part to paint)",
             INPAINTING,
             names=(f"{stem}InpaintPipeline",),
             loading=(_switched(f"{stem}InpaintPipeline"),),
@@ -164,8 +164,8 @@ def _face_swap(recipe: Recipe, stem: str) -> Drawing:
     if subfolder and not Path(section.image_encoder).is_dir():
         encoder = f"{_quoted(f'{owner}/{repository}')}, subfolder={_quoted(subfolder)}"
     return Drawing(
-        "`image` and `mask_image` (PIL pictures: the target, and white where its face is), `identity` (a PIL picture "
-        "that the face to be put in fills)",
+        "`image` and `mask_image` (PIL pictures: the target, and its face in white), `identity` (a PIL picture that "
+        "the new face fills)",
         ('""', *INPAINTING[1:], "ip_adapter_image=identity"),
         names=(f"{stem}InpaintPipeline",),
         imports=("from transformers import CLIPVisionModelWithProjection",),

@@ -70,7 +70,7 @@ class Moments:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         if min(self.count, reference.count) < 2:
-            raise ValueError(f"a distance needs at least 2 samples a set, got {self.count} and {reference.count}")
+            raise ValueError(f"a distance needs at least 2 samples per set, got {self.count} and {reference.count}")
         metric = FrechetInceptionDistance(feature=_precomputed(len(self.sum)))
         metric.orig_dtype = torch.float64  # of the result
         for kind, moments in (("fake", self), ("real", reference)):
@@ -174,7 +174,7 @@ def _check(features: Tensor, reference: Tensor) -> None:
             f"{tuple(reference.shape)}"
         )
     if min(len(features), len(reference)) < 2:
-        raise ValueError(f"a distance needs at least 2 samples a set, got {len(features)} and {len(reference)}")
+        raise ValueError(f"a distance needs at least 2 samples per set, got {len(features)} and {len(reference)}")
     for name, values in (("features", features), ("reference", reference)):
         _check_finite(values, name)
 

@@ -12,9 +12,7 @@ from ..demo.assets import FEATURES
 from ..demo.shards import SIZE
 
 WIDTHS = (32, 64, 96, 128)
-
-
-EMBEDDING = 64  # well below the sample counts it is used with, or a covariance would be singular
+EMBEDDING = 64  # well below the usual numbers of samples, or a covariance would be singular
 
 
 class FeatureNetwork(nn.Module):

@@ -115,7 +115,7 @@ def _find_pictures(folder: Path, names: dict[int, str]) -> dict[int, Path]:
     missing = sorted(set(names.values()) - there)
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of {len(names)} pictures, such as {missing[0]}; the reference is all of "
-            "them, so unpack COCO's archive again"
+            f"{folder} lacks {len(missing)} of {len(names)} pictures, such as {missing[0]}; the reference needs "
+            "all pictures, so unpack COCO's archive again"
         )
     return {number: folder / name for number, name in names.items()}
