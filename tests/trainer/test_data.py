@@ -153,6 +153,14 @@ def test_a_bad_shard_is_explained(tmp_path: Path, members: dict[str, bytes], exp
         list(read_samples(section("webdataset", shard(tmp_path / "bad.tar", members))))
 
 
+def test_shard_with_two_members_of_one_name_is_explained(tmp_path: Path) -> None:
+    path = shard(tmp_path / "twice.tar", {"a.png": png(), "a.txt": b"x"})
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+    with pytest.raises(UserError, match=r"twice\.tar can't be read .*duplicate"):
+        list(read_samples(section("webdataset", path)))
+
+
 def test_a_truncated_shard_is_named(pictures: Path, tmp_path: Path) -> None:
     path = shard(tmp_path / "cut.tar.gz", {file.name: file.read_bytes() for file in sorted(pictures.iterdir())}, "w:gz")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -174,6 +174,12 @@ def test_report_of_another_kind_is_refused(tmp_path: Path) -> None:
         read_report(tmp_path)
 
 
+def test_broken_report_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"runs": [')
+    with pytest.raises(UserError, match=r"report\.json is not JSON"):
+        read_report(tmp_path)
+
+
 def test_prompts_are_escaped(folder: Path) -> None:
     text = (write_report(folder)).read_text(encoding="utf-8")
     assert "a &lt;red&gt; heart" in text

@@ -202,7 +202,7 @@ def _webdataset(shards: list[Path], companions: Sequence[str]) -> Iterator[Sampl
                     if (content := _member(record, companion)) is not None
                 }
                 yield Sample(name, _decode(picture, name), _text(record["txt"], name), beside)
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:  # ValueError: two members of one name
             raise UserError(
                 f"the shard {shard} can't be read ({error}); it may be truncated, or not a tar file"
             ) from error

@@ -33,7 +33,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     source = folder / "report.json"
     if not source.is_file():
         raise UserError(f"{folder} holds no report.json; make one with `flash-diffusion evaluate --output {folder}`")
-    report: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    try:
+        report: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{source} is not JSON ({error}); evaluate again") from error
     if "runs" not in report or report.setdefault("kind", "teacher") not in PAGES:
         raise UserError(
             f"{source} is not a report that this version reads; expected one written by `flash-diffusion evaluate`, of "

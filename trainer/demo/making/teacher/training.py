@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ....distill.schedule import WeightAverage, warmup_cosine
+from ....errors import UserError
 from ....files import write_whole
 from ..patch_pca import PatchPCA
 from .architecture import build_scheduler, tokenize
@@ -181,7 +182,7 @@ def train(trainer: Trainer, checkpoint: Path, *, minutes: float, steps: int | No
         progress = done / total
         loss = trainer.update(progress)
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise UserError(
                 f"the loss is {loss} at update {trainer.step}; the last good checkpoint is {checkpoint}: "
                 "continue it with --resume and a lower --learning-rate"
             )
