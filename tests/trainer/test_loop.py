@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,9 @@ def test_only_missing_trajectories_are_recorded_again(
 
 
 def test_trajectories_have_the_same_bits_from_one_thread_and_from_two(
-    recipe_content: dict[str, Any], tmp_path: Path
+    recipe_content: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     recipe_content |= {"trajectories": {"count": 5, "batch": 2}}
     recorded = []
     for threads in (1, 2):
