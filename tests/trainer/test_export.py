@@ -132,6 +132,9 @@ def test_any_kept_checkpoint_can_be_exported(recipe: Recipe, tmp_path: Path) -> 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.yaml"):
         export_checkpoint(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: [")
+    with pytest.raises(UserError, match=r"config\.yaml is not readable YAML"):
+        export_checkpoint(tmp_path)
 
 
 def test_the_file_is_stored_as_the_recipe_says(recipe_content: dict[str, Any], tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
-from ..config import parse_recipe
 from ..errors import UserError
 from ..export.export import export_run
+from ..recipes import load_run_recipe
 from .checkpoint import checkpoint_path, checkpoints, read_average, read_facts
 
 
@@ -23,12 +22,7 @@ def export_checkpoint(run: Path, update: int | None = None) -> Path:
     Raises:
         UserError: ``run`` is not the folder of a run, or has no such checkpoint.
     """
-    config = run / "config.yaml"
-    if not config.is_file():
-        raise UserError(
-            f"{run} is not the folder of a run (no config.yaml); give the folder that `flash-diffusion distill` wrote"
-        )
-    recipe = parse_recipe(yaml.safe_load(config.read_text(encoding="utf-8")), str(config))
+    recipe = load_run_recipe(run)
     found = checkpoints(run)
     if not found:
         raise UserError(f"{run} has no checkpoint yet; wait for its first one, or start it again with --resume")

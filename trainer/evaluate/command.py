@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import ModelSection, Recipe, TaskSection, explain, parse_recipe
+from ..config import ModelSection, Recipe, TaskSection, explain
 from ..demo.assets import FEATURES, ROOT, TASK_ADAPTERS
 from ..errors import UserError
 from ..metrics.clip_score import DEFAULT as DEFAULT_CLIP
+from ..recipes import load_run_recipe
 from .coco.protocols import PROTOCOLS
 from .generate import SamplingSetting
 from .request import (
@@ -211,7 +212,7 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
     Raises:
         UserError: an option has no meaning here, or names something that is not there.
     """
-    recipe = read_run(args.run) if args.run is not None else None
+    recipe = load_run_recipe(args.run) if args.run is not None else None
     task = args.task or (recipe.task.name if recipe else TEXT_TO_IMAGE)
     lora = args.lora if args.lora is not None or recipe is None else run_lora(args.run)
     check(args, task, lora)
@@ -260,23 +261,6 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
         features=args.features,
         vgg=args.vgg,
     )
-
-
-def read_run(folder: Path) -> Recipe:
-    """Read the recipe of a distillation's folder.
-
-    Raises:
-        UserError: the folder holds no recipe.
-    """
-    import yaml
-
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"--run: {folder} has no config.yaml; expected the folder of a distillation (--output of "
-            "`flash-diffusion distill`)"
-        )
-    return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
 
 def run_lora(folder: Path) -> Path:

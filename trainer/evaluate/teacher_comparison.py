@@ -170,7 +170,9 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         self.live = {run: self.make(run, shown, range(len(self.shown))) for run in self.teacher_runs}
         reference = find_reference(self.references, self.origin)
         if reference is not None and (problem := self.not_reproduced(reference)):
-            logger.warning("The reference does not hold here: %s. The reference is made anew.", problem)
+            logger.warning(
+                "The stored reference differs from the pictures made here: %s. The reference is made anew.", problem
+            )
             reference = None
         self.was_stored = reference is not None
         if reference is None:
@@ -275,7 +277,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         """Return why stored sets differ from the pictures that this machine makes, or None."""
         for run, made in self.live.items():
             if (stored := self._stored(reference, run)) is None:
-                return f"{run.name} is not in it"
+                return f"it lacks the run {run.name}"
             spread = (stored.features - stored.features.mean(0)).norm(dim=1).mean().item()
             off = paired_distance(made.set.features, stored.features[self.shown])
             if off > LIVE_TOLERANCE * spread:

@@ -41,6 +41,21 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(content, str(path))
 
 
+def load_run_recipe(folder: Path) -> Recipe:
+    """Read the recipe of a distillation from its folder.
+
+    Raises:
+        UserError: the folder has no ``config.yaml``, or the file is not a recipe.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not the folder of a distillation (no config.yaml); give the folder that `flash-diffusion "
+            "distill` wrote (--output)"
+        )
+    return load_recipe(str(path))
+
+
 def _find(name: str, folder: Path) -> Path:
     path = folder / name
     if path.is_file():
