@@ -220,6 +220,11 @@ class Page:
         training = (Section("Training", (Charts(self.curves, small=True),)),) if self.curves else ()
         return (*self.sections, *training, self.method)
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the sections, without the training's curves and the method."""
+        return tuple(block for section in self.sections for block in section.blocks)
+
 
 def target_section(cards: Sequence[Target]) -> tuple[Section, ...]:
     """Return the section of the targets; empty where there are no targets."""

@@ -78,8 +78,7 @@ def write_report(folder: Path, log: Path | None = None) -> Path:
 def print_report(folder: Path, path: Path, console: Console) -> None:
     """Print tables, targets, notes and the page's path."""
     page = read_page(folder)
-    blocks = [block for section in page.sections for block in section.blocks]
-    for block in blocks:
+    for block in page.blocks:
         if isinstance(block, RunTable) and block.terminal is not None:
             console.print(terminal_table(block))
     for line in target_lines(page):
@@ -91,8 +90,7 @@ def print_report(folder: Path, path: Path, console: Console) -> None:
 
 def target_lines(page: Page) -> list[str]:
     """Return one line per target."""
-    blocks = [block for section in page.sections for block in section.blocks]
-    return [card.line for block in blocks if isinstance(block, Targets) for card in block.cards]
+    return [card.line for block in page.blocks if isinstance(block, Targets) for card in block.cards]
 
 
 def terminal_table(block: RunTable) -> Table:
