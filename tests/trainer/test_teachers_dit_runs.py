@@ -186,7 +186,7 @@ def test_the_cards_way_to_draw_is_ours(distilled: SimpleNamespace, monkeypatch: 
 
 
 def test_a_style_lora_is_merged_into_the_teacher(distilled: SimpleNamespace) -> None:
-    """The exported LoRA as a style: the teacher that wears it computes what the student does."""
+    """The exported LoRA as a style: merged into the teacher, it makes the teacher compute what the student does."""
     styles = [{"path": distilled.lora, "strength": 1.0}]
     section = ModelSection(family=distilled.family, path=str(distilled.model), style_lora=styles)  # type: ignore[arg-type]
     teacher = distilled.run.parts.teacher

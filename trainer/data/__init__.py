@@ -1,1 +1,1 @@
-"""Where training samples come from: shards, folders, the demo; their order; latents and text in memory."""
+"""Training samples: read from shards, folders or the demo, put in order, encoded and kept in memory."""

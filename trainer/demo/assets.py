@@ -1,4 +1,4 @@
-"""Where the files of the embedded demo are.
+"""Paths of the embedded demo's files.
 
 The demo is a small text-to-image diffusion model with the parts of a large one: an autoencoder, a text encoder, a UNet,
 captioned pictures, and a network that measures pictures. The commands in `making/` made the files.

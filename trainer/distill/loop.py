@@ -78,7 +78,7 @@ class Run:
         self.accelerator = accelerator
         self.state, digest = checkpoint.read_facts(last) if last else (TrainingState(), recipe.digest())
         if digest != recipe.digest():
-            logger.warning("the recipe has changed since %s: the result is that of neither recipe alone", last)
+            logger.warning("the recipe has changed since %s: the result belongs to neither recipe", last)
         self.clock = RunClock(recipe, self.state, accelerator)
         self.parts: Assembly = assemble(recipe, accelerator)
         teacher, examples = self.parts.teacher, self.parts.examples

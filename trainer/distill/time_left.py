@@ -1,4 +1,4 @@
-"""How long a run will still take: recording and every phase, each at the cost that was measured."""
+"""Estimate the time left of a run: recording and every phase, each at its measured cost."""
 
 from __future__ import annotations
 

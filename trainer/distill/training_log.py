@@ -1,4 +1,4 @@
-"""What a run shows and keeps: one progress bar over the whole run, lines of `log.jsonl`, TensorBoard."""
+"""The log of a run: one progress bar over the whole run, lines of `log.jsonl`, TensorBoard."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ..teachers.conditions.control import KINDS, SCALES, find_control
 
 LORA = "lora.safetensors"
 BEST_STEPS = 4
-# SDXL's inpainting pipeline draws at strength 0.9999, and so one step less, unless it is told.
+# The default strength of SDXL's inpainting pipeline is 0.9999, which drops one step.
 INPAINTING = ("prompt", "image=image", "mask_image=mask_image", "strength=1.0")
 STOCK_NOISE_LEVEL = 20  # StableDiffusionUpscalePipeline's default
 # What reads a hint: the argument of its pipeline, how that is called, and the argument of the scale.

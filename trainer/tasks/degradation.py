@@ -1,4 +1,4 @@
-"""How pictures become the low-resolution ones of super-resolution: blur, down-scaling, noise, JPEG."""
+"""Make the low-resolution pictures of super-resolution: blur, down-scaling, noise, JPEG."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Random masks as people paint them: strokes, boxes, borders to fill, and blobs with the outline of things.
 
-Masks are (B, 1, H, W), 1 where the picture is to be made anew.
+Masks are (B, 1, H, W), 1 where the model paints.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How well one picture does what its conditions ask: (B,) numbers from pictures (B, 3, H, W) in [0, 1].
+"""Measure single pictures against their conditions: (B,) numbers from pictures (B, 3, H, W) in [0, 1].
 
 NaN says that a number means nothing for a picture, such as the seam of a mask that covers everything.
 """

@@ -21,7 +21,7 @@ from ...flash_core.process import Process
 from ..errors import UserError
 from .lora_layers import fit_lora
 
-# An IP-Adapter's own layers, some of them called as the UNet's are: it stays as it is, and no file would know them.
+# An IP-Adapter's own layers, some with the names of the UNet's layers. They get no LoRA: no file format names them.
 IMAGE_ADAPTER = re.compile(r"\.processor\.|^encoder_hid_proj\.")
 
 

@@ -128,7 +128,7 @@ def _has_t5(source: Source) -> bool:
     folder = Path(source.config)
     if source.file is not None:
         included = any(name.startswith(SINGLE_FILE_PARTS["text_encoder_3"]) for name in weight_names(source.file))
-        # Of the configuration that stands in for what the file lacks, only a folder here has weights for sure.
+        # The configuration on the Hub may have weights too, but only a folder on this disk has them for sure.
         return included or any((folder / "text_encoder_3").glob("*.safetensors"))
     index = source.part_config("")
     return all(
