@@ -1,4 +1,4 @@
-"""Broken or malicious LoRA files: each raises a readable error at once, with little memory, and runs no code."""
+"""Broken or malicious LoRA files: each raises a readable error, with little memory, and runs no code."""
 
 from __future__ import annotations
 
