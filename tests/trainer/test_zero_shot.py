@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -308,6 +309,16 @@ def test_runs_with_several_guidance_scales_have_their_own_folders(tmp_path: Path
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
+def tensors_of(features: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Return a function with the tensor that transformers 5 puts into an output object."""
+
+    def tensor(*inputs: Tensor) -> Tensor:
+        found = features(*inputs)
+        return found if isinstance(found, Tensor) else found.pooler_output
+
+    return tensor
+
+
 def test_scores_equal_torchmetrics_scores(coco: Path, clip: Path, tmp_path: Path) -> None:
     found = read_coco(coco, SMALL)
     gallery = PictureFolder(tmp_path / "pictures", {})
@@ -331,6 +342,8 @@ def test_scores_equal_torchmetrics_scores(coco: Path, clip: Path, tmp_path: Path
     assert record["fid"] == pytest.approx(float(fid.compute()), rel=1e-5)
 
     parts = CLIPModel.from_pretrained(clip), CLIPTokenizer.from_pretrained(clip)
+    for name in ("get_image_features", "get_text_features"):  # torchmetrics expects those of transformers 4: tensors
+        setattr(parts[0], name, tensors_of(getattr(parts[0], name)))
     processor = CLIPProcessor(CLIPImageProcessor.from_pretrained(clip), parts[1])
     score = CLIPScore(model_name_or_path=lambda: (parts[0], processor))
     pixels = [torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in files]

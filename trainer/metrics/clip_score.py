@@ -79,6 +79,6 @@ class ClipScorer:
         ).to(self.model.device)
         pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.model.device)
         with torch.inference_mode():
-            seen = self.model.get_image_features(pixel_values=pixels)
-            read = self.model.get_text_features(texts["input_ids"], texts["attention_mask"])
-            return torch.nn.functional.cosine_similarity(seen, read).cpu()
+            # get_image_features and get_text_features return other things in transformers 4 and 5.
+            both = self.model(texts["input_ids"], pixels, texts["attention_mask"])
+            return torch.nn.functional.cosine_similarity(both.image_embeds, both.text_embeds).cpu()
