@@ -162,8 +162,10 @@ def test_sd3_joins_three_encoders(folder: Callable[..., Path]) -> None:
     clip, t5 = conditioning.cross_attention.split([16, 256], dim=1)
     assert float(clip[..., sum(CLIP_WIDTHS) :].abs().max()) == 0  # padded to T5's width
     assert float(t5.abs().max()) > 0.1
-    expected = torch.cat([clip, torch.zeros_like(t5)], dim=1)
-    torch.testing.assert_close(without.cross_attention, expected)
+    torch.testing.assert_close(without.cross_attention[:, :16], clip)
+    zeros = without.cross_attention[:, 16:]
+    assert zeros.shape[1] in (16, 256)  # diffusers 0.35 stands in for T5 with CLIP's length, newer ones with T5's
+    assert float(zeros.abs().max()) == 0
     torch.testing.assert_close(without.vector, conditioning.vector)
 
 
