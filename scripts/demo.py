@@ -18,6 +18,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "out" / "demo"
+SAMPLES = "192"  # pictures a run: 3/4 of the default, since decoding them is most of the time
 WORKFLOW = ROOT / "tests" / "comfy" / "workflows" / "flash_demo_text_to_image.json"
 
 console = Console()
@@ -49,7 +50,10 @@ def main() -> None:
     lora = str(OUTPUT / "lora.safetensors")
     # --resume: a run that was interrupted goes on, one that is complete is kept (`make clean` begins anew).
     step("1. Distil the demo teacher", "-m", "trainer", "distill", "demo", "--output", str(OUTPUT), "--resume")
-    step("2. Compare teacher and student", "-m", "trainer", "evaluate", "--lora", lora, "--output", str(OUTPUT))
+    step(
+        "2. Compare teacher and student",
+        *("-m", "trainer", "evaluate", "--lora", lora, "--samples", SAMPLES, "--output", str(OUTPUT)),
+    )
     step(
         "3. Use the LoRA in ComfyUI",
         *("scripts/comfy_runtime.py", "run", str(WORKFLOW), "--lora", lora, "--output", str(OUTPUT / "comfyui")),

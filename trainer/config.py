@@ -267,6 +267,17 @@ class TrajectorySection(Section):
     )
 
 
+class SamplerSection(Section):
+    """How the student is sampled: in previews and evaluations, and told by the LoRA's metadata."""
+
+    stochasticity: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of fresh noise between steps: 1 is the paper's; students of recorded trajectories want less",
+    )
+
+
 class PreviewSection(Section):
     """Sample grids during training: the teacher beside the student."""
 
@@ -327,6 +338,7 @@ class Recipe(Section):
         description="decay of the moving average of the student's LoRA; the average is exported; 0 is off",
     )
     trajectories: TrajectorySection = TrajectorySection()
+    sampler: SamplerSection = SamplerSection()
     preview: PreviewSection = PreviewSection()
     checkpoint: CheckpointSection = CheckpointSection()
     precision: Literal["no", "bf16"] = Field(
@@ -357,8 +369,14 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
     def digest(self) -> str:
-        """Return a hash of all fields."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """Return a hash of all fields.
+
+        A sampler by default is left out: recipes had no such section before version 0.2, and keep their hash.
+        """
+        default = {"sampler"} if self.sampler == SamplerSection() else None
+        return hashlib.sha256(
+            json.dumps(self.model_dump(mode="json", exclude=default), sort_keys=True).encode()
+        ).hexdigest()
 
 
 def parse_recipe(content: dict[str, Any], where: str = "the recipe") -> Recipe:

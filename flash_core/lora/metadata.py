@@ -27,6 +27,7 @@ class FlashMetadata:
         process: ``vp`` or ``flow``.
         timesteps: {step count: the timesteps that the student evaluates, from noise on}.
         steps: the best step count. Default: 4.
+        stochasticity: {step count: share of fresh noise between steps, in 0..1}; 1, the paper's, for the other counts.
         guidance: the scale of classifier-free guidance to sample with; 1 is no guidance. Default: 1.
         teacher: the teacher's name; ``teacher_hash`` identifies its weights.
         recipe_hash: identifies the recipe of the training.
@@ -40,6 +41,7 @@ class FlashMetadata:
     task: str = "text-to-image"
     steps: int = 4
     guidance: float = 1.0
+    stochasticity: Mapping[int, float] = field(default_factory=dict)
     title: str = "Flash LoRA"
     teacher: str = ""
     teacher_hash: str = ""
@@ -70,6 +72,9 @@ class FlashMetadata:
             "flash.teacher_hash": self.teacher_hash,
             "flash.recipe": self.recipe_hash,
         }
+        if self.stochasticity:
+            shares = {str(steps): float(share) for steps, share in self.stochasticity.items()}
+            header["flash.stochasticity"] = json.dumps(shares)
         if self.license:
             header["modelspec.license"] = self.license
         header.update({f"{TRAINING_PREFIX}{name}": value for name, value in self.training.items()})
@@ -97,6 +102,7 @@ class FlashMetadata:
                 timesteps=timesteps,
                 steps=int(header.get("flash.steps", "4")),
                 guidance=guidance,
+                stochasticity=_stochasticity(json.loads(header.get("flash.stochasticity", "{}"))),
                 title=header.get("modelspec.title", "Flash LoRA"),
                 teacher=header.get("flash.teacher", ""),
                 teacher_hash=header.get("flash.teacher_hash", ""),
@@ -112,6 +118,18 @@ class FlashMetadata:
             raise ValueError(f"the Flash LoRA header lacks the field {missing}") from missing
         except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"the Flash LoRA header can't be read: {error}") from error
+
+
+def _stochasticity(shares: Mapping[str, float]) -> dict[int, float]:
+    """Return {step count: share of fresh noise in [0, 1]}.
+
+    Raises:
+        ValueError: too many step counts, or a share outside of 0..1.
+    """
+    stochasticity = {int(steps): float(share) for steps, share in shares.items()}
+    if len(stochasticity) > MAX_GRIDS or not all(0 <= share <= 1 for share in stochasticity.values()):
+        raise ValueError(f"flash.stochasticity should be at most {MAX_GRIDS} numbers in 0..1")
+    return stochasticity
 
 
 def _timesteps(grids: Mapping[str, Sequence[float]]) -> dict[int, tuple[float, ...]]:

@@ -105,6 +105,7 @@ class LoraReport:
                 "timesteps": {str(steps): list(grid) for steps, grid in metadata.timesteps.items()},
                 "steps": metadata.steps,
                 "guidance": metadata.guidance,
+                "stochasticity": {str(steps): share for steps, share in metadata.stochasticity.items()},
                 "title": metadata.title,
                 "teacher": metadata.teacher,
                 "license": metadata.license,
@@ -127,6 +128,9 @@ class LoraReport:
             lines.append(
                 f"trained for: {steps} steps (best: {metadata.steps}), guidance {metadata.guidance:g}, {metadata.task}"
             )
+            if metadata.stochasticity.get(metadata.steps, 1) != 1:
+                share = metadata.stochasticity[metadata.steps]
+                lines.append(f"stochasticity: set {share:g} on Flash Sampler (best at {metadata.steps} steps)")
             if metadata.license:
                 lines.append(f"license: {metadata.license}")
         return "\n".join(lines)

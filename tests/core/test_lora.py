@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from flash_diffusion.flash_core.lora import (
     flat_name,
     match,
     read_lora,
+    report_on,
     write_lora,
 )
 
@@ -298,6 +300,28 @@ def test_x4_upscaler_and_sd_2_are_recognised_by_their_widths(outputs: int, base:
     file = read_lora(tmp_path / "x.safetensors")
     assert base_of(file) == base
     assert describe_base(file).startswith("the SD x4 upscaler" if base == "sd_x4" else "SD 2 ")
+
+
+def test_stochasticity_is_written_read_and_reported(tmp_path: Path) -> None:
+    down, up = halves()
+    path = tmp_path / "lora.safetensors"
+    module = LoraModule("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", down, up, 4.0)
+    write_lora(path, {module.path: module}, replace(METADATA, stochasticity={2: 0.7, 4: 0.5}))
+    file = read_lora(path)
+    assert file.metadata is not None
+    assert file.metadata.stochasticity == {2: 0.7, 4: 0.5}
+    assert "stochasticity: set 0.5 on Flash Sampler (best at 4 steps)" in report_on(file).text()
+    write_lora(path, {module.path: module}, METADATA)
+    plain = read_lora(path)
+    assert plain.metadata is not None
+    assert plain.metadata.stochasticity == {}
+    assert "stochasticity" not in report_on(plain).text()
+
+
+@pytest.mark.parametrize("wrong", ['{"4": 1.5}', '{"4": -0.1}', '{"four": 1}', "[]", "{"])
+def test_a_wrong_stochasticity_is_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match="the Flash LoRA header can't be read"):
+        FlashMetadata.from_header({**METADATA.to_header(), "flash.stochasticity": wrong})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Paints:
     """A text-to-image model whose data are Gaussian given the prompt, so that its best z0 is known in closed form."""
 
     latent_shape = SHAPE
+    stochasticity: ClassVar[dict[int, float]] = {}
     device = torch.device("cpu")
 
     def __init__(self, bias: float = 0.0, process: VPProcess | FlowProcess | None = None) -> None:

@@ -26,6 +26,7 @@ from flash_diffusion.trainer.evaluate.generate import (
     default_solver,
     noise_source,
     sample_latents,
+    sampler_note,
 )
 from flash_diffusion.trainer.evaluate.reference import Origin, Reference, draw
 from flash_diffusion.trainer.evaluate.request import Options
@@ -189,6 +190,26 @@ def test_student_renoises_with_fresh_noise_on_the_trailing_grid() -> None:
         gain = (1 - sigma) * SPREAD**2 / ((1 - sigma) ** 2 * SPREAD**2 + sigma**2)
         z0 = mean + gain * (z - (1 - sigma) * mean)
     torch.testing.assert_close(sample_latents(model, SamplingSetting("student", 4), ["red"], [3])[0], z0)
+
+
+def test_student_without_fresh_noise_keeps_the_implied_noise() -> None:
+    """The flow student of stochasticity 0 takes Euler steps: eps = (z - (1 - sigma) z0) / sigma, by hand."""
+    model = Paints(0.2)
+    model.stochasticity = {4: 0.0}  # other step counts keep the paper's 1
+    mean = torch.tensor(COLOURS["red"])[:, None, None] + 0.2
+    noise = torch.randn(*SHAPE, generator=torch.Generator().manual_seed(3))
+    z0 = torch.zeros(SHAPE)
+    for sigma in (1.0, 0.75, 0.5, 0.25):
+        z = (1 - sigma) * z0 + sigma * noise
+        gain = (1 - sigma) * SPREAD**2 / ((1 - sigma) ** 2 * SPREAD**2 + sigma**2)
+        z0 = mean + gain * (z - (1 - sigma) * mean)
+        noise = (z - (1 - sigma) * z0) / sigma
+    torch.testing.assert_close(sample_latents(model, SamplingSetting("student", 4), ["red"], [3])[0], z0)
+    assert sampler_note(model, (4, 2, 1)) == [
+        "Stochasticity of the student's sampler: 0 at 4 steps, 1 at 2 steps (1 = fresh noise at every step, 0 = "
+        "deterministic)."
+    ]
+    assert sampler_note(Paints(), (4, 2, 1)) == []
 
 
 def test_teacher_solves_its_ode_with_guidance() -> None:

@@ -15,6 +15,7 @@ from ...flash_core.distiller import Distiller
 from ..config import OptimizerSection, Recipe
 from ..data.encode import Examples, encode_examples
 from ..errors import UserError
+from ..export.export import stochasticity_of
 from ..metrics.lpips import lpips
 from ..tasks import build_task
 from ..tasks.base import Task
@@ -78,6 +79,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Assembly:
     with accelerator.autocast():
         examples = encode_examples(recipe.data, teacher, task, recipe.task.variants, recipe.seed)
     denoiser = teacher.denoiser
+    teacher.stochasticity = stochasticity_of(recipe)
     add_adapters(denoiser, recipe, teacher.default_targets)
     if recipe.gradient_checkpointing:
         denoiser.network.enable_gradient_checkpointing()

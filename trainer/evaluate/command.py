@@ -96,6 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="set another field of a recipe's model section; the value is YAML or JSON, such as dtype=bfloat16 or "
         "control='{path: FOLDER, scale: 0.8}'; can be repeated",
     )
+    add(
+        "--stochasticity",
+        type=float,
+        help="share of fresh noise between the student's steps, 0 to 1 (default: the LoRA's own, else 1)",
+    )
     add("--resolution", type=int, help="width and height of the pictures in pixels (default: the model's own)")
 
     add = parser.add_argument_group("conditional tasks").add_argument
@@ -286,6 +291,8 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
     for name, value in least.items():
         if (given := getattr(args, name)) is not None and given < value:
             raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    if args.stochasticity is not None and not 0 <= args.stochasticity <= 1:
+        raise UserError(f"--stochasticity must be from 0 to 1, got {args.stochasticity:g}")
     if lora is not None and not lora.exists():
         raise UserError(f"--lora: there is no LoRA at {lora}; make a LoRA with `flash-diffusion distill`")
     if args.protocol is not None:
@@ -325,7 +332,9 @@ def model_request(args: argparse.Namespace, recipe: Recipe | None, task: str, lo
     if family == "demo" and path is None and shipped and not has_adapter:
         fields.append(f"task_adapter={task}")
     resolution = args.resolution or (recipe.data.resolution if recipe else None)
-    return ModelRequest(model_section(family, path, fields), tuple(fields), lora, args.device, resolution)
+    return ModelRequest(
+        model_section(family, path, fields), tuple(fields), lora, args.device, resolution, args.stochasticity
+    )
 
 
 def model_section(family: str, path: str | None, fields: Sequence[str]) -> ModelSection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -38,6 +38,11 @@ class PictureMaker(Protocol):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one latent."""
+        ...
+
+    @property
+    def stochasticity(self) -> Mapping[int, float]:
+        """{step count: share of fresh noise between the student's steps}; a missing step count has 1."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -113,6 +118,11 @@ class EncodedPrompts:
         """(C, h, w) of one latent."""
         return self.teacher.latent_shape
 
+    @property
+    def stochasticity(self) -> Mapping[int, float]:
+        """{step count: share of fresh noise between the student's steps}."""
+        return self.teacher.stochasticity
+
     def unconditional(self, batch: int) -> Conditioning:
         """Return the unconditional conditioning of all the prompts."""
         assert batch == len(self.prompts)
@@ -134,6 +144,20 @@ class EncodedPrompts:
         prompts = self.prompts[first : first + count]
         index = torch.arange(first, first + len(prompts))
         return replace(self, prompts=prompts, conditioning=self.conditioning.rows(index))
+
+
+def share_of_fresh_noise(maker: PictureMaker, steps: int) -> float:
+    """Return the stochasticity of the student's sampler at a step count."""
+    return maker.stochasticity.get(steps, 1.0)
+
+
+def sampler_note(maker: PictureMaker, step_counts: Sequence[int]) -> list[str]:
+    """Return a sentence on the student's sampler, unless it adds only fresh noise, as the paper does."""
+    shares = {steps: share_of_fresh_noise(maker, steps) for steps in step_counts if steps > 1}
+    if all(share == 1 for share in shares.values()):
+        return []
+    told = ", ".join(f"{share:g} at {steps} steps" for steps, share in shares.items())
+    return [f"Stochasticity of the student's sampler: {told} (1 = fresh noise at every step, 0 = deterministic)."]
 
 
 def default_solver(process: Process) -> Solver:
@@ -201,6 +225,7 @@ def sample_latents(
             alphas.tolist(),
             sigmas.tolist(),
             noise,
+            stochasticity=share_of_fresh_noise(maker, setting.steps),
         )
 
 

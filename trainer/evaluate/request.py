@@ -85,6 +85,7 @@ class ModelRequest:
         lora: the student's file or folder; None = no student.
         device: None = CUDA where there is a CUDA device, else the CPU.
         resolution: of the pictures in pixels; None = the model's own.
+        stochasticity: share of fresh noise between the student's steps; None = the LoRA's metadata, else 1.
     """
 
     section: ModelSection
@@ -92,6 +93,7 @@ class ModelRequest:
     lora: Path | None = None
     device: str | None = None
     resolution: int | None = None
+    stochasticity: float | None = None
 
     def pick_device(self) -> str:
         """Return the device asked for, else ``cuda`` where there is one, else ``cpu``."""
@@ -109,6 +111,7 @@ class ModelRequest:
         Raises:
             UserError: the model does not read the task's conditions, or the LoRA was made for another task.
         """
+        from ...flash_core.grid import MAX_FEW_STEPS
         from ...flash_core.lora import read_lora
         from ..config import TaskSection
         from ..tasks import build_task
@@ -130,6 +133,10 @@ class ModelRequest:
         if trained_for_it and made_for and made_for != teacher.weights_hash():
             logger.warning("%s was distilled from a teacher with other weights than %s.", self.lora, teacher.name)
         teacher.denoiser.load_adapter("student", lora.modules)
+        if self.stochasticity is not None:
+            teacher.stochasticity = dict.fromkeys(range(1, MAX_FEW_STEPS + 1), self.stochasticity)
+        elif lora.metadata is not None:
+            teacher.stochasticity = lora.metadata.stochasticity
         return LoadedModel(teacher, weights, lora.metadata.title if lora.metadata is not None else self.lora.stem)
 
 

@@ -24,7 +24,7 @@ from ..tasks.base import Task
 from ..tasks.figures import Figure, Scene
 from ..tasks.scores import distance
 from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
-from .generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents
+from .generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents, sampler_note
 from .request import FEW_STEPS, Options, TaskComparisonRequest
 from .task_samples import Batch, Subjects, batches, read_subjects
 
@@ -232,8 +232,8 @@ class TaskComparison(Evaluator[Entry]):
         return targets_of(self.figures, self.estimates, self.comparisons, student, self.many.name)
 
     def notes(self, records: Sequence[Record]) -> list[str]:
-        """Return which figures were left out, and why."""
-        notes = []
+        """Return the student's sampler, and which figures were left out, and why."""
+        notes = sampler_note(self.teacher, FEW_STEPS) if self.student is not None else []
         if self.task.many_answers and not self.measures_sets:
             notes.append(
                 f"The Fréchet distances were left out: {self.options.samples} samples are too few for "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import fingerprint, fingerprint_texts
 from ..metrics.distances import diversity, frechet_distance, kernel_distance, paired_distance, prompt_accuracy
 from .evaluator import Evaluator, Record, SeesPictures, environment, progress_bar, save_pictures
-from .generate import PictureMaker, SamplingSetting, decode_pictures, default_solver, sample_latents
+from .generate import PictureMaker, SamplingSetting, decode_pictures, default_solver, sample_latents, sampler_note
 from .reference import Draw, FeatureSet, Origin, Reference, draw
 from .request import FEW_STEPS, Options, TeacherComparisonRequest, read_prompts
 
@@ -207,8 +207,10 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         return targets_of(gaps_of(records))
 
     def notes(self, records: Sequence[Record]) -> list[str]:
-        """Return the reason for each target that was left out."""
-        return left_out(gaps_of(records)) if self.student is not None else []
+        """Return the student's sampler, and the reason for each target that was left out."""
+        if self.student is None:
+            return []
+        return sampler_note(self.maker, FEW_STEPS) + left_out(gaps_of(records))
 
     def facts(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return floor, gaps, reference, settings, environment and pictures."""

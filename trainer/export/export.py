@@ -36,6 +36,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
         task=recipe.task.name,
         timesteps={steps: tuple(trailing_timesteps(process, steps)) for steps in range(1, MAX_FEW_STEPS + 1)},
         steps=BEST_STEPS,
+        stochasticity=stochasticity_of(recipe),
         title=f"Flash LoRA of {outline.name}",
         teacher=outline.name,
         teacher_hash=state.teacher_hash,
@@ -53,6 +54,12 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
     write_lora(path, modules, metadata, transformer=teacher.transformer, dtype=getattr(torch, recipe.lora.dtype))
     (run / "README.md").write_text(model_card(run, recipe, modules, metadata, process, state), encoding="utf-8")
     return path
+
+
+def stochasticity_of(recipe: Recipe) -> dict[int, float]:
+    """Return {step count: share of fresh noise between steps}; empty for the paper's 1."""
+    share = recipe.sampler.stochasticity
+    return {} if share == 1 else dict.fromkeys(range(1, MAX_FEW_STEPS + 1), share)
 
 
 def lora_modules(parameters: Mapping[str, Tensor], alpha: float | None) -> dict[str, LoraModule]:

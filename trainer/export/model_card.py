@@ -66,7 +66,7 @@ A LoRA with which **{metadata.teacher}** makes pictures in 1 to 4 steps without 
 {picture}
 ## Use
 
-{_together(recipe, metadata)}ComfyUI: {nodes}
+{_together(recipe, metadata)}ComfyUI: {nodes}{_stochasticity(metadata)}
 
 {_diffusers(usage(recipe, run.name, first.rank, process), recipe, metadata)}
 
@@ -84,6 +84,17 @@ setting, `log.jsonl` the losses.
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
+
+
+def _stochasticity(metadata: FlashMetadata) -> str:
+    """Return the sentence on a sampler with less fresh noise than the paper's; empty for the paper's."""
+    share = metadata.stochasticity.get(metadata.steps, 1)
+    if share == 1:
+        return ""
+    return (
+        f" Set *stochasticity* to {share:g} on Flash Sampler. diffusers' schedulers add fresh noise at every step "
+        "(stochasticity 1) or none at all (0): their pictures are a little worse."
+    )
 
 
 def _head(recipe: Recipe, metadata: FlashMetadata) -> dict[str, Any]:

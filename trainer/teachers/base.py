@@ -78,6 +78,8 @@ class Teacher(ABC):
         image_adapter: the encoder of an IP-Adapter in the network; None without one.
         low_resolution_process: the process of the noise in a low-resolution input; None if the model reads no noise
             level.
+        stochasticity: {step count: share of fresh noise between the steps of the student on this model}; empty = 1, the
+            paper's, for all.
         scale_factor: pixels per latent pixel.
         name: the name of the model.
     """
@@ -109,6 +111,7 @@ class Teacher(ABC):
         self.denoiser = denoiser
         self.vae: AutoencoderKL = pipeline.vae
         self.latent_shape = latent_shape
+        self.stochasticity: Mapping[int, float] = {}
         self.scale_factor = _scale_factor(self.vae.config)
         self.name = name
         self._warned = False

@@ -24,7 +24,14 @@ from ...metrics.inception import PUBLISHED
 from ...report.coco_page import comparability
 from ...seeds import seed_of
 from ..evaluator import Evaluator, Record, environment, folder_name, progress_bar
-from ..generate import PictureMaker, SamplingSetting, decode_pictures, default_solver, sample_latents
+from ..generate import (
+    PictureMaker,
+    SamplingSetting,
+    decode_pictures,
+    default_solver,
+    sample_latents,
+    share_of_fresh_noise,
+)
 from ..request import CocoOptions, CocoRequest, Precision, read_prompts
 from .captions import Caption, Coco, read_coco
 from .framing import WORDS, open_picture, square
@@ -238,9 +245,11 @@ def origin_of(
     Args:
         weights: hashes of ``teacher``, ``student`` and ``captions``.
     """
+    share = share_of_fresh_noise(maker, run.steps) if run.role == "student" else 1
     return {
         **asdict(run),
         "solver": default_solver(maker.denoiser.process) if run.role == "teacher" else "few-step sampler",
+        **({"stochasticity": share} if share != 1 else {}),  # without it, pictures of version 0.1 stay valid
         **weights,
         "student": weights["student"] if run.role == "student" else None,
         "latent_shape": list(maker.latent_shape),
