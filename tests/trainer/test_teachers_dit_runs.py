@@ -223,7 +223,7 @@ def test_the_shipped_recipe_runs_with_only_model_and_data_changed(name: str, pic
     text = plan.export_text()
     flow = name in FLOWS
     assert f"{16 if flow else 4} x 8 x 8 per sample" in text
-    assert ("t = 1000/900/750/500" if flow else "t = 999/749/499/249") in text
+    assert ("timesteps 1000/900/750/500" if flow else "timesteps 999/749/499/249") in text
     file = read_lora(distil(recipe, tmp_path / "run"))
     assert file.ranks == (64,)
     assert file.metadata is not None
