@@ -44,7 +44,7 @@ TIMESTEPS_TOOLTIP = (
 )
 STOCHASTICITY_TOOLTIP = (
     "1: fresh noise at every step, as in training. 0: deterministic (DDIM; Euler for SD3 and Flux), often softer. "
-    "Lower it if pictures vary too much with the seed."
+    "Lower it if pictures vary too much with the seed, or to the value in the report of Flash LoRA Loader."
 )
 
 
