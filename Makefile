@@ -50,6 +50,7 @@ coverage: runtime  ## run all tests, print which lines they do not reach; HTML i
 lint: install  ## check format, code and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	mkdir -p .mypy && ln -sfn .. .mypy/flash_diffusion  # the package's name, whatever this folder is called
 	$(VENV)/bin/mypy
 
 check-registry: runtime  ## check the package for the Comfy registry, with the registry's and others' tools
@@ -60,4 +61,4 @@ format: install  ## format the code
 	$(VENV)/bin/ruff check --fix .
 
 clean:  ## remove all build products and results (.venv and .runtime stay)
-	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage .coverage.*
+	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .mypy .mypy_cache .hypothesis .coverage .coverage.*

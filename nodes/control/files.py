@@ -92,7 +92,8 @@ def read_outline(path: str) -> dict[str, Tensor]:
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """Read the file's tensors."""
-    return comfy.utils.load_torch_file(path, safe_load=True)
+    weights: dict[str, Tensor] = comfy.utils.load_torch_file(path, safe_load=True)
+    return weights
 
 
 class Residual(nn.Module):
@@ -104,7 +105,8 @@ class Residual(nn.Module):
         self.block2 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block2(torch.relu(self.block1(x)))
+        change: Tensor = self.block2(torch.relu(self.block1(x)))
+        return x + change
 
 
 class Stage(nn.Module):
@@ -121,7 +123,8 @@ class Stage(nn.Module):
         self.out_conv = _convolution(weights, "out_conv")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_conv(self.resnets(self.in_conv(self.pool(x))))
+        output: Tensor = self.out_conv(self.resnets(self.in_conv(self.pool(x))))
+        return output
 
 
 def _convolution(weights: Mapping[str, Tensor], name: str) -> nn.Module:

@@ -169,7 +169,7 @@ def check_adapter(control: Any, model: ModelPatcher, name: str) -> str:
         _check_unet_control(network.state_dict(), model, name)
         return "ControlNet"
     wanted = TRANSFORMER_CONTROLS.get(type(network).__module__)
-    if wanted is not None:
+    if network is not None and wanted is not None:
         _check_transformer_control(network, wanted, model, name)
         return "ControlNet"
     return f"{type(control).__name__}, not checked against the model"
@@ -182,7 +182,7 @@ def _refusal(name: str, kind: str, made_for: str, it: str, model: ModelPatcher, 
     )
 
 
-def _check_t2i(network: nn.Module, model: ModelPatcher, name: str) -> None:
+def _check_t2i(network: Any, model: ModelPatcher, name: str) -> None:
     unet = model.get_model_object("diffusion_model")
     if not hasattr(network, "xl"):
         raise _refusal(name, "ControlNet", "Stable Cascade", "an effnet of its own", model, type(unet).__name__)

@@ -53,7 +53,8 @@ def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str,
             f"The demo's teacher is incomplete: {path} is missing. Reinstall this extension, or train the teacher with "
             "`flash-diffusion demo teacher`."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
 
 
 def read_weights(folder: Path, part: str) -> dict[str, Tensor]:
@@ -365,7 +366,8 @@ def preview_colours(vae: comfy.sd.VAE, scale_factor: float, pictures: int = 8, s
     features = (
         torch.cat([latents, torch.ones_like(latents[:, :1])], 1).movedim(1, -1).reshape(-1, vae.latent_channels + 1)
     )
-    return torch.linalg.lstsq(features, colours.movedim(1, -1).reshape(-1, 3)).solution
+    solution: Tensor = torch.linalg.lstsq(features, colours.movedim(1, -1).reshape(-1, 3)).solution
+    return solution
 
 
 def demo_tasks() -> list[str]:

@@ -33,25 +33,20 @@ class Layer:
 
     Attributes:
         path: diffusers' module path, dotted.
-        module: ComfyUI's linear layer or convolution that contains the layer.
+        module: ComfyUI's linear layer (or a quantised one, with the same attributes) or convolution with the layer.
         start, length: the layer's rows of the module's weight: all rows, or a slice of a fused weight.
         rows: reorders an update's rows from diffusers' order to ComfyUI's; None if the orders are equal.
     """
 
     path: str
-    module: nn.Module
+    module: nn.Linear | nn.Conv2d
     start: int
     length: int
     rows: Callable[[Tensor], Tensor] | None = None
 
-    @property
-    def is_convolution(self) -> bool:
-        """True for a 2-d convolution, False for a linear layer."""
-        return isinstance(self.module, nn.Conv2d)
-
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of a LoRA's halves, down and up."""
-        if self.is_convolution:
+        if isinstance(self.module, nn.Conv2d):
             return (rank, self.module.in_channels, *self.module.kernel_size), (self.length, rank, 1, 1)
         return (rank, self.module.in_features), (self.length, rank)
 
@@ -125,12 +120,12 @@ class LowRank(nn.Module):
         """Return the update to the output of the module that contains the layer."""
         x = x.to(self.down.dtype)
         up = self.up if self.layer.rows is None else self.layer.rows(self.up)
-        if self.layer.is_convolution:
-            base = self.layer.module
+        base = self.layer.module
+        if isinstance(base, nn.Conv2d):
             update = F.conv2d(F.conv2d(x, self.down, None, base.stride, base.padding, base.dilation), up)
             return update * (self.alpha / self.rank)
         update = F.linear(F.linear(x, self.down), up) * (self.alpha / self.rank)
-        after = self.layer.module.out_features - self.layer.start - self.layer.length
+        after = base.out_features - self.layer.start - self.layer.length
         return F.pad(update, (self.layer.start, after)) if self.layer.start or after else update
 
 

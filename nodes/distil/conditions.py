@@ -92,10 +92,8 @@ def _read_entry(
         # A copy: a backward pass cannot use tensors from ComfyUI's nodes, which run in inference mode.
         parts[name] = value.to(device, torch.float32 if value.is_floating_point() else value.dtype, copy=True)
     sizes = [parts[name] for name in SIZES if name in parts]
-    return Conditioning(
-        **{FIELDS[name]: value for name, value in parts.items() if name in FIELDS},
-        size_ids=torch.cat(sizes, 1) if sizes else None,
-    )
+    inputs: dict[str, Any] = {FIELDS[name]: value for name, value in parts.items() if name in FIELDS}
+    return Conditioning(**inputs, size_ids=torch.cat(sizes, 1) if sizes else None)
 
 
 def _padded(part: Conditioning, length: int) -> Conditioning:
@@ -130,6 +128,7 @@ def by_token_count(conditioning: Conditioning) -> Iterator[tuple[Tensor | None, 
     for count in distinct:
         rows = None if len(distinct) == 1 else (counts == count).nonzero()[:, 0]
         part = conditioning if rows is None else conditioning.rows(rows)
+        assert part.cross_attention is not None
         yield rows, replace(part, cross_attention=part.cross_attention[:, :count], attention_mask=None)
 
 

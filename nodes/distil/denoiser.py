@@ -127,7 +127,7 @@ class ModelDenoiser:
 
     def latents(self, samples: Tensor) -> Tensor:
         """Scale a LATENT's samples (B, C, h, w) for the network: float32, on the model's device."""
-        scaled = self.patcher.model.process_latent_in(samples)
+        scaled: Tensor = self.patcher.model.process_latent_in(samples)
         return scaled.to(self.device, torch.float32, copy=True)
 
     def conditions(
@@ -194,7 +194,8 @@ class ModelDenoiser:
 
     @property
     def _network(self) -> nn.Module:
-        return self.patcher.model.diffusion_model
+        network: nn.Module = self.patcher.model.diffusion_model
+        return network
 
     def _run(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, places: list[Tap]) -> list[Tensor]:
         """Return the output of the whole batch, then the hidden states at ``places``."""
@@ -205,7 +206,7 @@ class ModelDenoiser:
             results.append(self._call(*chosen, part, places))
         if len(results) == 1:
             return results[0]
-        order = torch.cat(groups).argsort()
+        order = torch.cat([rows for rows in groups if rows is not None]).argsort()
         return [torch.cat(parts)[order] for parts in zip(*results, strict=True)]
 
     def _call(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, places: list[Tap]) -> list[Tensor]:
@@ -268,15 +269,16 @@ def make_trainable_through(model: nn.Module) -> None:
             if value is not None:
                 copied = value.is_inference()
                 module._parameters[name] = nn.Parameter(value.detach().clone(), False) if copied else value
-        for name, value in module._buffers.items():
-            if value is not None and value.is_inference():
-                module._buffers[name] = value.clone()
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                module._buffers[name] = buffer.clone()
     model.requires_grad_(False)
 
 
 def _differentiable_attention(_function: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Run PyTorch's attention: some of ComfyUI's other attentions have no backward pass."""
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+    output: Tensor = comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+    return output
 
 
 @contextmanager

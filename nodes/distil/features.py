@@ -38,7 +38,8 @@ class Tap:
             grid: (H, W) in patches, for tokens.
         """
         if self.tokens is None:
-            return output.clone()
+            copied: Tensor = output.clone()
+            return copied
         height, width = grid
         image = self.tokens(output)[:, -height * width :]
         return rearrange(image, "b (h w) d -> b d h w", h=height).clone()

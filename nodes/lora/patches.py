@@ -59,7 +59,9 @@ def _by_flat_name(keys: dict[str, Target]) -> dict[str, Target]:
     layers: dict[str, Target] = {}
     for key, target in keys.items():
         if _weight(target).endswith(".weight"):
-            layers.setdefault(flat_name(key[PREFIX.match(key).end() :]), target)
+            prefix = PREFIX.match(key)
+            assert prefix is not None  # PREFIX also matches the empty string
+            layers.setdefault(flat_name(key[prefix.end() :]), target)
     return layers
 
 

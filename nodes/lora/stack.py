@@ -295,10 +295,10 @@ def _with_flash(flash: Loaded, styles: Sequence[Loaded]) -> list[str]:
         together = merge([(style.modules, style.strength) for style in styles])
         size = overlap(flash.modules, together, flash.strength).size
         if size > SIZE_LIMIT:
-            better = ", ".join(f"{style.name} {suggested_strength(style.strength, size):g}" for style in styles)
+            lower = ", ".join(f"{style.name} {suggested_strength(style.strength, size):g}" for style in styles)
             lines.append(
                 f"WARNING: the styles together outweigh {flash.name} in the layers that they share with it: their "
-                f"update is {size:.2f} times as large. Suggested strengths: {better}"
+                f"update is {size:.2f} times as large. Suggested strengths: {lower}"
             )
     return lines
 

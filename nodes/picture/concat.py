@@ -182,7 +182,8 @@ def channels_of(
                 f"latent has the shape {tuple(samples.shape[1:])}, but the latent to sample has "
                 f"{(latent_format.latent_channels, height, width)}. Encode both at the same size, with the same VAE."
             )
-        return latent_format.process_in(samples)
+        scaled: Tensor = latent_format.process_in(samples)
+        return scaled
     if name == "mask":
         check_numbers(name, value)
         masks = value[None] if value.ndim == 2 else value
@@ -196,7 +197,8 @@ def channels_of(
     if vae is None:
         raise ValueError(f"{name} must become a latent, but no VAE is connected. Connect the model's VAE to 'vae'.")
     check_vae(vae, model)
-    return latent_format.process_in(vae.encode(fitted(name, picture, height * scale, width * scale)))
+    encoded: Tensor = latent_format.process_in(vae.encode(fitted(name, picture, height * scale, width * scale)))
+    return encoded
 
 
 def check_batches(channels: Mapping[str, Tensor], batch: int) -> None:

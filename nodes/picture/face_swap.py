@@ -155,7 +155,9 @@ class FlashFaceSwapPrepare(io.ComfyNode):
         shown = process_in(vae.encode(identity)).expand_as(seen)
 
         def channels(prompt: list[Any], faces: Tensor) -> list[Any]:
-            return node_helpers.conditioning_set_values(prompt, {CONCAT_KEY: torch.cat([small, seen, faces], dim=1)})
+            values = {CONCAT_KEY: torch.cat([small, seen, faces], dim=1)}
+            extended: list[Any] = node_helpers.conditioning_set_values(prompt, values)
+            return extended
 
         return io.NodeOutput(
             channels(positive, shown),

@@ -47,7 +47,7 @@ def tiled_model(
         executor: Any, inner: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> list[Tensor]:
         if tuple(x.shape[-2:]) != whole or (len(tiles) == 1 and pictures == 1):
-            outputs = executor(inner, conds, x, timestep, model_options)
+            outputs: list[Tensor] = executor(inner, conds, x, timestep, model_options)
             after_tile()
             return outputs
         outputs = [torch.zeros_like(x) for _ in conds]

@@ -361,7 +361,7 @@ def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 def enlarge(image: Tensor, scale: float) -> Tensor:
     """Enlarge pictures (B, H, W, C), bicubic, to new memory (B, scale H, scale W, C), float32."""
-    height, width = target_size(*image.shape[1:3], scale)
+    height, width = target_size(image.shape[1], image.shape[2], scale)
     pictures = torch.empty(len(image), height, width, image.shape[-1], device=image.device)
     for picture, larger in zip(image, pictures, strict=True):
         for channel in range(image.shape[-1]):  # one by one: to resize takes the memory of a few results

@@ -239,7 +239,7 @@ class Bench:
         return Run("Flash", steps, sampler, FLASH_GUIDANCE, counted.rows / len(self.latent), seconds, latents)
 
     def _custom(self, model: ModelPatcher, sigmas: Tensor, guidance: float) -> Tensor:
-        return comfy.sample.sample_custom(
+        latents: Tensor = comfy.sample.sample_custom(
             model,
             self.noise,
             guidance,
@@ -250,6 +250,7 @@ class Bench:
             self.latent,
             **self._shared(len(sigmas) - 1),
         )
+        return latents
 
     def _shared(self, steps: int) -> dict[str, Any]:
         return {
@@ -275,7 +276,8 @@ class Counted:
 
     def _count(self, executor: Any, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         self.rows += len(x)
-        return executor(x, *arguments, **named)
+        output: Tensor = executor(x, *arguments, **named)
+        return output
 
 
 def timed(device: torch.device, work: Callable[[], Tensor]) -> tuple[Tensor, float]:

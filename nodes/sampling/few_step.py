@@ -219,7 +219,7 @@ def sample_flash(
         if index == 0 and pure and mask is not None:
             # With this noise the noised picture that ComfyUI mixes into z is z itself.
             model.noise = (z - model.latent_image) / sigmas[0]
-        z0 = model(z, sigmas[index] * batch, **arguments)
+        z0: Tensor = model(z, sigmas[index] * batch, **arguments)
         if index == 0:
             model.noise = first_noise
         return z0

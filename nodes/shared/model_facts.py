@@ -91,7 +91,8 @@ def text_width(model: ModelPatcher) -> int | None:
         return None
     if type(inner).extra_conds is not comfy.model_base.BaseModel.extra_conds:
         return None
-    return inner.model_config.unet_config.get("context_dim")
+    width: int | None = inner.model_config.unet_config.get("context_dim")
+    return width
 
 
 def check_prompts(model: ModelPatcher, **prompts: list[Any] | None) -> None:

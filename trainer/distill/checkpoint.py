@@ -145,8 +145,8 @@ def restore_shared(folder: Path, trained: Trained) -> None:
         )
     with torch.no_grad():
         for part, parameters in trained.parameters.items():
-            for name, value in parameters.items():
-                value.copy_(tensors[f"{part}/{name}"])
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"{part}/{name}"])
         for name, value in trained.average.items():
             value.copy_(tensors[f"average/{name}"])
     for part, optimizer in trained.optimizers.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -365,7 +365,7 @@ def model_section(family: str, path: str | None, fields: Sequence[str]) -> Model
         raise UserError("--model does not fit a recipe's model section:\n" + "\n".join(lines)) from error
 
 
-def read_task(name: str, options: dict[str, Any] | None, model: ModelSection) -> Task:
+def read_task(name: str, options: Mapping[str, Any] | None, model: ModelSection) -> Task:
     """Return the task with its options; options default to the options stored in the task adapter.
 
     Raises:

@@ -6,6 +6,7 @@ import json
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -158,6 +159,5 @@ def save_pictures(pictures: Iterable[Tensor], output: Path, name: str) -> list[s
     names = []
     for index, picture in enumerate(pictures):
         names.append(f"pictures/{folder_name(name)}/{index:02}.webp")
-        image = picture_from_unit(picture)
-        write_whole(output / names[-1], lambda path, image=image: image.save(path, "WEBP", lossless=True))
+        write_whole(output / names[-1], partial(picture_from_unit(picture).save, format="WEBP", lossless=True))
     return names

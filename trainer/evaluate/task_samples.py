@@ -108,14 +108,14 @@ def _batch(subjects: Subjects, task: Task, size: tuple[int, int], rows: range, s
         sample = subjects.samples[place]
         # Another partner in every turn, never the picture itself.
         other = subjects.samples[(place + 1 + turn % (count - 1)) % count]
-        pair = [to_tensor(each.image, size)[None] for each in (sample, other)]
+        image, partner = (to_tensor(each.image, size)[None] for each in (sample, other))
         beside = {
             name: (to_mask if name == "mask" else to_tensor)(picture, size)[None]
             for name, picture in sample.companions.items()
         }
-        drawn.append(task.draw_for_evaluation(*pair, beside, stream(seed, "evaluation conditions", row)))
-        images.append(pair[0])
-        others.append(pair[1])
+        drawn.append(task.draw_for_evaluation(image, partner, beside, stream(seed, "evaluation conditions", row)))
+        images.append(image)
+        others.append(partner)
         captions.append(sample.caption if task.reads_text else "")
     return Batch(
         torch.cat(images),

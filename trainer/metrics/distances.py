@@ -188,6 +188,7 @@ def _precomputed(dimensions: int) -> nn.Module:
     """Return an identity in place of torchmetrics' Inception: the inputs are already features."""
     from torch import nn
 
-    network = nn.Identity()
-    network.num_features = dimensions
-    return network
+    class Precomputed(nn.Identity):
+        num_features = dimensions
+
+    return Precomputed()

@@ -125,7 +125,8 @@ class FaceSwap(Task):
         """
         masks = companions.get("mask")
         if masks is None:
-            masks = self.face_masks(len(images), images.shape[-2:], generator).to(images)
+            height, width = images.shape[-2:]
+            masks = self.face_masks(len(images), (height, width), generator).to(images)
         masks = black_and_white(masks)
         faces = companions.get("identity")
         if faces is None:

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from ..teachers.base import Teacher
 
 
+def _all_kinds() -> dict[MaskKind, float]:
+    return {"strokes": 1.0, "box": 1.0, "outpainting": 1.0, "blob": 1.0}
+
+
 class InpaintingOptions(Section):
     """The kinds of random masks."""
 
     masks: dict[MaskKind, float] = Field(
-        default_factory=lambda: {"strokes": 1.0, "box": 1.0, "outpainting": 1.0, "blob": 1.0},
+        default_factory=_all_kinds,
         min_length=1,
         description="relative frequency of each kind of mask",
     )

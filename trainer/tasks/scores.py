@@ -81,7 +81,8 @@ def edge_agreement(found: Tensor, wanted: Tensor, tolerance: int = EDGE_TOLERANC
 
 def distance(features: Tensor, reference: Tensor) -> Tensor:
     """Return Euclidean distances between rows (B, D)."""
-    return (features.double() - reference.double()).norm(dim=1)
+    distances: Tensor = (features.double() - reference.double()).norm(dim=1)
+    return distances
 
 
 def cosine(features: Tensor, reference: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -51,6 +51,13 @@ class Outline:
     control: Control | None = None
 
 
+class NetworkClass(Protocol):
+    """The class of a diffusers network, such as ``UNet2DConditionModel``."""
+
+    def from_config(self, config: dict[str, Any]) -> Any:
+        """Return a network of this class with random weights."""
+
+
 class Teacher(ABC):
     """A diffusion model: the denoiser, the VAE and the text encoders.
 
@@ -86,7 +93,7 @@ class Teacher(ABC):
 
     base: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    network_class: ClassVar[type[ModelMixin]]
+    network_class: ClassVar[NetworkClass]
     network_part: ClassVar[str]
     denoiser_class: ClassVar[type[DiffusersDenoiser]]
     default_config: ClassVar[str]
@@ -195,8 +202,9 @@ class Teacher(ABC):
             image_adapter = load_image_adapter(pipeline, network, model.image_adapter, cls.title(source))
         denoiser = cls.denoiser_class(network, process)
         if model.control is not None:
-            denoiser.control = find_control(model.control).build(network, cls.title(source))
-            denoiser.control.check_size(shape)
+            control = find_control(model.control).build(network, cls.title(source))
+            control.check_size(shape)
+            denoiser.control = control
         teacher = cls(pipeline, denoiser, shape, cls.title(source))
         teacher.image_adapter = image_adapter
         return teacher
@@ -208,7 +216,7 @@ class Teacher(ABC):
         network_config = source.part_config(cls.network_part)
         cls.check_network(network_config, cls.title(source))
         with init_empty_weights(include_buffers=True):  # SD3.5 tables 226 M numbers of positions
-            network = cls.network_class.from_config(network_config)
+            network: ModelMixin = cls.network_class.from_config(network_config)
             vae = AutoencoderKL.from_config(source.part_config("vae"))
             if model.task_adapter is not None:
                 network = widened(network, find_task_adapter(model.task_adapter), cls.title(source))
@@ -243,13 +251,15 @@ class Teacher(ABC):
             raise RuntimeError("the image encoder was released; encode images before release_encoders()")
         with self._full_precision():
             mode = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
-            return ((mode - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor).float()
+            latents: Tensor = (mode - (self.vae.config["shift_factor"] or 0.0)) * self.vae.config["scaling_factor"]
+            return latents.float()
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], float32; differentiable."""
         with self._full_precision():
-            latents = z.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-            return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+            latents = z.float() / self.vae.config["scaling_factor"] + (self.vae.config["shift_factor"] or 0.0)
+            images: Tensor = self.vae.decode(latents.to(self.vae.dtype)).sample
+            return images.float()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -271,7 +281,8 @@ class Teacher(ABC):
         self.pipeline = None
         if self.image_adapter is not None:
             self.image_adapter.release()
-        self.vae.encoder = self.vae.quant_conv = None
+        self.vae.register_module("encoder", None)
+        self.vae.quant_conv = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -343,7 +354,7 @@ def weights_hash(network: nn.Module) -> str:
     for name, value in sorted(network.named_parameters()):
         if ".lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -353,7 +364,8 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _scale_factor(vae_config: Any) -> int:
-    return 2 ** (len(vae_config.block_out_channels) - 1)
+    levels = len(vae_config.block_out_channels)
+    return int(2 ** (levels - 1))
 
 
 def _latent_shape(network_config: Any, vae_config: Any, resolution: int | None) -> tuple[int, int, int]:

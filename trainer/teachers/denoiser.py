@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ...flash_core.denoiser import Conditioning, Role
 from ...flash_core.lora import LoraModule
 from ...flash_core.process import Process
 from ..errors import UserError
+from .conditions.control import Control
 from .lora_layers import fit_lora
 
 # An IP-Adapter's own layers, some with the names of the UNet's layers. They get no LoRA: no file format names them.
@@ -34,10 +36,15 @@ class DiffusersDenoiser(ABC):
     Args:
         network: the backbone; frozen here.
         process: its noise process.
+
+    Attributes:
+        control: the frozen ControlNet or T2I-adapter that reads ``hint`` in every role; None without one.
     """
 
-    def __init__(self, network: nn.Module, process: Process) -> None:
-        self.network = network.requires_grad_(False).eval()
+    control: Control | None = None
+
+    def __init__(self, network: ModelMixin, process: Process) -> None:
+        self.network: ModelMixin = network.requires_grad_(False).eval()
         self._process = process
         self._role: Role = "teacher"
         self._layers: list[LoraLayer] = []
@@ -64,7 +71,8 @@ class DiffusersDenoiser(ABC):
 
     def as_map(self, output: Any, z_t: Tensor) -> Tensor:
         """Return a block's output as a map (B, C, H, W); families whose blocks return tokens override this method."""
-        return output[0] if isinstance(output, tuple) else output
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
@@ -176,7 +184,10 @@ class DiffusersDenoiser(ABC):
         """Return the layers of a role's adapter by module path, as written to a file."""
         return {
             path: LoraModule(
-                path, module.lora_A[role].weight, module.lora_B[role].weight, float(module.lora_alpha[role])
+                path,
+                module.lora_A[role].get_parameter("weight"),
+                module.lora_B[role].get_parameter("weight"),
+                float(module.lora_alpha[role]),
             )
             for path, module in self.network.named_modules()
             if isinstance(module, LoraLayer) and role in module.lora_A
@@ -204,6 +215,5 @@ class DiffusersDenoiser(ABC):
         self._inject(role, config, seed=0)
         with torch.no_grad():
             for path, source in fitted.items():
-                layer = self.network.get_submodule(path)
-                layer.lora_A[role].weight.copy_(source.down)
-                layer.lora_B[role].weight.copy_(source.up)
+                self.network.get_parameter(f"{path}.lora_A.{role}.weight").copy_(source.down)
+                self.network.get_parameter(f"{path}.lora_B.{role}.weight").copy_(source.up)

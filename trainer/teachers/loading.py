@@ -62,7 +62,7 @@ class Source:
         """
         # Each of diffusers' configured classes reads its own file name; the scheduler's and the pipeline's differ.
         name = {"scheduler": "scheduler_config.json", "": INDEX}.get(part, "config.json")
-        reader = type("Reader", (ConfigMixin,), {"config_name": name})
+        reader: Any = type("Reader", (ConfigMixin,), {"config_name": name})
         try:
             loaded: dict[str, Any] = reader.load_config(self.config, subfolder=part or None)
         except OSError as error:
@@ -185,7 +185,8 @@ def load_pipeline(
                 given["vae"] = AutoencoderKL.from_single_file(
                     str(source.file), config=source.config, subfolder="vae", torch_dtype=torch.float32
                 )
-            loaded = pipeline.from_single_file(
+            reader: Any = pipeline  # not DiffusionPipeline, but every family's pipeline has from_single_file
+            loaded: AnyPipeline = reader.from_single_file(
                 str(source.file), config=source.config, torch_dtype=dtype, **given, **options
             )
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
@@ -208,9 +209,10 @@ def _from_folder(
     types = {"default": dtype, "vae": torch.float32}
     try:
         with _quiet():
-            return pipeline.from_pretrained(
+            loaded: AnyPipeline = pipeline.from_pretrained(
                 source.config, torch_dtype=types, variant=source.variant, use_safetensors=True, **options
             )
+            return loaded
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source.incomplete()}: {error}") from error
 
@@ -239,8 +241,9 @@ def _check_complete(parts: Mapping[str, Any], source: Source) -> None:
     """Raise UserError for missing weights: diffusers leaves them on the ``meta`` device without an error."""
     for part, module in parts.items():
         if isinstance(module, nn.Module):
-            if hasattr(module, "tie_weights"):
-                module.tie_weights()  # diffusers with transformers 5 forgets that T5 embeds by its shared weight
+            tie_weights = getattr(module, "tie_weights", None)
+            if tie_weights is not None:
+                tie_weights()  # diffusers with transformers 5 forgets that T5 embeds by its shared weight
             missing = [name for name, value in module.named_parameters() if value.is_meta]
             if missing:
                 raise UserError(

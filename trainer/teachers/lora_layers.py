@@ -71,7 +71,7 @@ def merge_lora(network: nn.Module, modules: Mapping[str, LoraModule], strength: 
         UserError: the LoRA does not fit the network.
     """
     for path, module in fit_lora(network, modules).items():
-        weight = network.get_submodule(path).weight
+        weight = network.get_parameter(f"{path}.weight")
         here = replace(module, down=module.down.to(weight.device), up=module.up.to(weight.device))
         weight.copy_(weight.float() + strength * here.update().view_as(weight))
 

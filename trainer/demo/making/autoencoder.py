@@ -28,7 +28,7 @@ from .patch_pca import LATENT_CHANNELS, PATCH, PCA_FILE, PatchPCA, psnr
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..shards import Pictures
 
@@ -45,7 +45,7 @@ def build_autoencoder() -> AutoencoderKL:
     """
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
+    network: AutoencoderKL = AutoencoderKL(
         block_out_channels=(64, 64, 64, 128),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -55,6 +55,7 @@ def build_autoencoder() -> AutoencoderKL:
         sample_size=16 * PATCH,
         scaling_factor=1.0,
     )
+    return network
 
 
 def reconstruction_loss(images: Tensor, reference: Tensor) -> Tensor:
@@ -87,7 +88,9 @@ class AutoencoderTraining:
 
     def __init__(self, network: AutoencoderKL, pictures: list[Pictures], device: str = "cpu", seed: int = 0) -> None:
         """Prepare to train `network` on all `pictures` but the held-out ones."""
-        self.network = network.to(device=device, memory_format=torch.channels_last).train()
+        # diffusers' wrapper of ``to`` hides the method's parameters.
+        placed: AutoencoderKL = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-arg]
+        self.network = placed.train()
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
         self.code = PatchPCA(*(tensor.to(device) for tensor in astuple(PatchPCA.load())))
@@ -117,19 +120,21 @@ class AutoencoderTraining:
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the network's latents (the posterior's mean) of images in [0, 1]."""
-        return self.network.encode(2 * images - 1).latent_dist.mean
+        latents: Tensor = self.network.encode(2 * images - 1).latent_dist.mean
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the network's images, about [0, 1], of latents."""
-        return (self.network.decode(latents).sample + 1) / 2
+        images: Tensor = (self.network.decode(latents).sample + 1) / 2
+        return images
 
     def train(self, stage: str, minutes: float, learning_rate: float = 1e-3) -> None:
         """Train one stage for `minutes`, with a cosine learning rate."""
-        parts = {
+        parts: dict[str, list[nn.Module | None]] = {
             "decoder": [self.network.decoder, self.network.post_quant_conv],
             "encoder": [self.network.encoder, self.network.quant_conv],
-        }[stage]
-        parameters = [parameter for part in parts for parameter in part.parameters()]
+        }
+        parameters = [parameter for part in parts[stage] if part is not None for parameter in part.parameters()]
         optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), fused=True)
         start, step = time.monotonic(), 0
         while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
@@ -169,13 +174,17 @@ def fix_posterior(network: AutoencoderKL) -> None:
     The stages train only the mean; the log-variance would depend on the initial weights.
     """
     with torch.no_grad():
-        network.quant_conv.weight[LATENT_CHANNELS:] = 0
-        network.quant_conv.bias[LATENT_CHANNELS:] = -20
+        convolution = network.quant_conv
+        assert convolution is not None
+        assert convolution.bias is not None
+        convolution.weight[LATENT_CHANNELS:] = 0
+        convolution.bias[LATENT_CHANNELS:] = -20
 
 
 def export(network: AutoencoderKL, folder: Path) -> None:
     """Write the autoencoder in half precision into `folder`, with a constant posterior."""
-    copy = deepcopy(network).cpu().to(memory_format=torch.contiguous_format)
+    # diffusers' wrapper of ``to`` hides the method's parameters.
+    copy: AutoencoderKL = deepcopy(network).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
     fix_posterior(copy)
     replace_folder(folder, copy.half().save_pretrained)
 

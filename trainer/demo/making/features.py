@@ -93,7 +93,8 @@ def train(
 def accuracy(network: FeatureNetwork, images: Tensor, names: list[str]) -> float:
     """Share of `images` (N, 3, H, W) in [0, 1] whose subject the network names rightly."""
     found = torch.cat([network(batch)[1].argmax(1) for batch in images.split(32)]).tolist()
-    return sum(network.classes[i] == name for i, name in zip(found, names, strict=True)) / len(names)
+    right: int = sum(network.classes[i] == name for i, name in zip(found, names, strict=True))
+    return right / len(names)
 
 
 def report(network: FeatureNetwork, pictures: Pictures, packages: Path | None) -> dict[str, float]:

@@ -50,7 +50,9 @@ class PatchPCA:
     def encode(self, images: Tensor) -> Tensor:
         """Return latents (B, C, H/8, W/8) of images (B, 3, H, W) in [0, 1]."""
         height, width = images.shape[-2] // PATCH, images.shape[-1] // PATCH
-        return ((_blocks(images) - self.mean) @ self.encoder.T).transpose(1, 2).unflatten(2, (height, width))
+        tokens = (_blocks(images) - self.mean) @ self.encoder.T
+        latents: Tensor = tokens.transpose(1, 2).unflatten(2, (height, width))
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W), about [0, 1], of latents (B, C, H/8, W/8). A trained decoder should do better."""

@@ -28,7 +28,8 @@ def open_picture(path: Path) -> Image.Image:
 
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            rgb: Image.Image = picture.convert("RGB")
+            return rgb
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(
             f"{path} can't be read as a picture ({error}); restore the file, or remove it if the evaluation made it"

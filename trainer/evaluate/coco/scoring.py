@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ def _read(paths: Sequence[Path], size: int) -> Iterator[list[Image.Image]]:
         return square(open_picture(path), size)
 
     with ThreadPoolExecutor(READERS) as pool:
-        ahead = []
+        ahead: list[Future[Image.Image]] = []
         for begin in range(0, len(paths), AT_ONCE):
             batch = [pool.submit(one, path) for path in paths[begin : begin + AT_ONCE]]
             if ahead:

@@ -151,11 +151,13 @@ class ControlSource:
         first = next(unet.parameters())
         if first.is_meta:
             with torch.device("meta"):
-                return kind.from_config(dict(self.config))
+                outline: ControlNetModel | T2IAdapter = kind.from_config(dict(self.config))
+                return outline
         try:
-            return kind.from_pretrained(
+            network: ControlNetModel | T2IAdapter = kind.from_pretrained(
                 self.folder, torch_dtype=first.dtype, use_safetensors=True, variant=self._variant()
             )
+            return network
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model.control.path: {self.folder} can't be loaded: {error}") from error
 
@@ -212,7 +214,7 @@ def find_control(section: ControlSection) -> ControlSource:
                 f"{', '.join(shipped) or 'none is there; make them with `flash-diffusion demo control`'}"
             )
         return ControlSource(shipped[section.path], "", {}, section.scale)
-    reader = type("Reader", (ConfigMixin,), {"config_name": "config.json"})
+    reader: Any = type("Reader", (ConfigMixin,), {"config_name": "config.json"})
     try:
         config = reader.load_config(section.path)
     except OSError as error:

@@ -105,7 +105,7 @@ def expanded(weights: Mapping[str, Tensor], unet: UNet2DConditionModel, file: st
         )
     first = next(unet.parameters())
     with torch.device(first.device):
-        network = ControlNetModel.from_unet(
+        network: ControlNetModel = ControlNetModel.from_unet(
             unet, load_weights_from_unet=not first.is_meta, conditioning_channels=hint.shape[1]
         )
     nn.Module.to(network, first.dtype)  # diffusers' own warns of modules to keep in float32, of which there are none

@@ -73,6 +73,7 @@ class ImageAdapter:
 
 def reads_states(network: UNet2DConditionModel) -> bool:
     """Return True if the adapter reads the encoder's hidden states, False if it reads the picture's embedding."""
+    assert network.encoder_hid_proj is not None
     return not isinstance(network.encoder_hid_proj.image_projection_layers[0], ImageProjection)
 
 
@@ -106,15 +107,14 @@ def load_image_adapter(pipeline: Any, network: nn.Module, section: ImageAdapterS
     return ImageAdapter(pipeline, file.stem)
 
 
-def outline_image_adapter(
-    pipeline: type, network: UNet2DConditionModel, section: ImageAdapterSection, title: str
-) -> None:
+def outline_image_adapter(pipeline: type, network: nn.Module, section: ImageAdapterSection, title: str) -> None:
     """Put an IP-Adapter without weights into a UNet without weights.
 
     Raises:
         UserError: as in :func:`load_image_adapter`; the encoder is not checked.
     """
     file = _checked(pipeline, network, section, title)
+    assert isinstance(network, UNet2DConditionModel)
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118
@@ -179,15 +179,16 @@ def _file(section: ImageAdapterSection) -> Path:
         ) from error
 
 
-def _encoder(name: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
+def _encoder(name: str, dtype: torch.dtype) -> nn.Module:
     """Load the picture encoder from a folder, a Hub name, or a folder inside a Hub repository; safetensors only."""
     owner, _, rest = name.partition("/")
     repository, _, inside = rest.partition("/")
     source, subfolder = (name, "") if Path(name).is_dir() else (f"{owner}/{repository}", inside)
     try:
-        return CLIPVisionModelWithProjection.from_pretrained(
+        encoder: nn.Module = CLIPVisionModelWithProjection.from_pretrained(
             source, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
         )
+        return encoder
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.image_adapter.image_encoder: {name} is not the folder or Hub name of a CLIP vision encoder with "

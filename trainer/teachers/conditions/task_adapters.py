@@ -49,7 +49,7 @@ def widened(network: nn.Module, adapter: TaskAdapter, title: str) -> UNet2DCondi
     channels = network.config["in_channels"] + adapter.extra_channels
     first = next(network.parameters())
     with torch.device(first.device):
-        wide = UNet2DConditionModel.from_config(network.config, in_channels=channels)
+        wide: UNet2DConditionModel = UNet2DConditionModel.from_config(network.config, in_channels=channels)
     nn.Module.to(wide, first.dtype)  # diffusers' own warns of modules to keep in float32, of which there are none
     try:
         weights = with_task_adapter(network.state_dict(), adapter)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ....flash_core.denoiser import Conditioning
@@ -19,21 +19,15 @@ from ...config import ModelSection
 from ...demo.assets import TEACHER
 from ...errors import UserError
 from ..base import Teacher
-from ..conditions.control import Control
 from ..conditions.image_tokens import image_embeds
 from ..denoiser import DiffusersDenoiser
 from ..loading import Source
 
 
 class UNetDenoiser(DiffusersDenoiser):
-    """``UNet2DConditionModel`` on text, and on the model's other inputs: hint, image tokens, extra channels.
-
-    Attributes:
-        control: the frozen ControlNet or T2I-adapter that reads ``hint`` in every role; None without one.
-    """
+    """``UNet2DConditionModel`` on text, and on the model's other inputs: hint, image tokens, extra channels."""
 
     network: UNet2DConditionModel
-    control: Control | None = None
 
     def forward(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the UNet's output (B, C, H, W).
@@ -53,7 +47,7 @@ class UNetDenoiser(DiffusersDenoiser):
             added["image_embeds"] = image_embeds(self.network, conditioning.image_tokens)
         if conditioning.concat is not None:
             z_t = torch.cat([z_t, conditioning.concat], dim=1)
-        return self.network(
+        output: Tensor = self.network(
             z_t,
             t,
             encoder_hidden_states=conditioning.cross_attention,
@@ -62,6 +56,7 @@ class UNetDenoiser(DiffusersDenoiser):
             return_dict=False,
             **steered,
         )[0]
+        return output
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
         """Return the UNet's conditions other than text, by the UNet's names."""
@@ -78,7 +73,7 @@ class UNetDenoiser(DiffusersDenoiser):
 class StableDiffusion(Teacher):
     """A Stable Diffusion 1.x or 2.x model."""
 
-    pipeline_class = StableDiffusionPipeline
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     network_class = UNet2DConditionModel
     network_part = "unet"
     denoiser_class: ClassVar[type[DiffusersDenoiser]] = UNetDenoiser

@@ -38,7 +38,7 @@ class SD3Denoiser(TransformerDenoiser):
                 "SD3 takes text, a pooled vector, extra channels and residuals; size_ids or a mask were given"
             )
         inputs = z_t if conditioning.concat is None else torch.cat([z_t, conditioning.concat], dim=1)
-        return self.network(
+        output: Tensor = self.network(
             inputs,
             encoder_hidden_states=conditioning.cross_attention,
             pooled_projections=conditioning.vector,
@@ -46,6 +46,7 @@ class SD3Denoiser(TransformerDenoiser):
             block_controlnet_hidden_states=list(conditioning.residuals) or None,
             return_dict=False,
         )[0]
+        return output
 
 
 class StableDiffusion3(TransformerTeacher):

@@ -63,7 +63,7 @@ class ControlTraining(DiffusionTraining):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network, parameters = self.new_network()
-        self.denoiser.control = Control(network.to(self.device), scale=1.0)
+        self.denoiser.control = Control(nn.Module.to(network, self.device), scale=1.0)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         return parameters

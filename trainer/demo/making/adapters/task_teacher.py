@@ -35,13 +35,16 @@ class WideInput(nn.Module):
     def __init__(self, base: nn.Conv2d, extra: int) -> None:
         super().__init__()
         self.base = base
-        self.extra = nn.Conv2d(extra, base.out_channels, base.kernel_size, padding=base.padding, bias=False)
+        kernel, padding = base.kernel_size, base.padding
+        # torch says that a convolution's own kernel_size and padding have any length.
+        self.extra = nn.Conv2d(extra, base.out_channels, kernel, padding=padding, bias=False)  # type: ignore[arg-type]
         nn.init.zeros_(self.extra.weight)
 
     def forward(self, z: Tensor) -> Tensor:
         """Convolve ``z`` (B, C + E, h, w): C channels of the base and E further ones."""
         own = self.base.in_channels
-        return self.base(z[:, :own]) + self.extra(z[:, own:])
+        output: Tensor = self.base(z[:, :own]) + self.extra(z[:, own:])
+        return output
 
 
 class TaskTraining(AdapterTraining):
@@ -59,8 +62,9 @@ class TaskTraining(AdapterTraining):
                 "this task adds no channels to the network, so it needs no task adapter; choose another task"
             )
         network = self.denoiser.network
-        network.conv_in = WideInput(network.conv_in, concat.shape[1]).to(self.device)
-        self.channels: nn.Parameter = network.conv_in.extra.weight
+        wide = WideInput(network.conv_in, concat.shape[1]).to(self.device)
+        network.conv_in = wide
+        self.channels: nn.Parameter = wide.extra.get_parameter("weight")
         return {"channels": self.channels}
 
     def adapter(self, task: TaskSection, facts: dict[str, str]) -> TaskAdapter:

@@ -26,8 +26,8 @@ from ....teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-TARGETS += ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+TARGETS = (*ATTENTION_TARGETS, "conv1", "conv2", "time_emb_proj", "conv_shortcut")
 NULL_SHARE = 0.1  # of the samples are unconditional, for guidance
 BETAS = (0.9, 0.99)
 EMA_DECAY = 0.995

@@ -24,7 +24,7 @@ VOCABULARY = 1280
 
 def build_unet() -> UNet2DConditionModel:
     """Return the UNet: 16 x 16 x 16 latents, three levels, attention on the lower two (as SDXL), 6.7 M parameters."""
-    return UNet2DConditionModel(
+    unet: UNet2DConditionModel = UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -36,6 +36,7 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=4,  # in diffusers, for historical reasons, this is the NUMBER of heads
         norm_num_groups=32,
     )
+    return unet
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -58,7 +59,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def build_scheduler() -> DDIMScheduler:
     """Return the noise process as a sampler: v-prediction, DDPM's linear betas, trailing timesteps from t = 999."""
-    return DDIMScheduler(
+    scheduler: DDIMScheduler = DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
         beta_end=0.02,
@@ -69,6 +70,7 @@ def build_scheduler() -> DDIMScheduler:
         set_alpha_to_one=True,
         steps_offset=1,  # without effect on trailing timesteps; diffusers warns of any other number
     )
+    return scheduler
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
@@ -95,7 +97,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer.from_pretrained(
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
         folder,
         unk_token=end,
         bos_token=begin,
@@ -109,4 +111,6 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """Return token ids (B, MAX_TOKENS) of texts."""
-    return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+    batch = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    ids: Tensor = batch.input_ids
+    return ids

@@ -35,9 +35,13 @@ def export(trainer: Trainer, folder: Path = TEACHER) -> None:
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(trainer.average.tensors[name])
-    model["unet"].register_to_config(_name_or_path="")  # or it would publish the folder it was resumed from
+    unet = model["unet"]
+    assert isinstance(unet, UNet2DConditionModel)
+    unet.register_to_config(_name_or_path="")  # or it would publish the folder it was resumed from
     for part in ("unet", "text_encoder"):
-        replace_folder(folder / part, model[part].half().to(memory_format=torch.contiguous_format).save_pretrained)
+        # torch's overloads of Module.to lack memory_format.
+        half = model[part].half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        replace_folder(folder / part, half.save_pretrained)
     replace_folder(folder / "scheduler", build_scheduler().save_pretrained)
     index = {
         "_class_name": "StableDiffusionPipeline",

@@ -76,7 +76,8 @@ class Trainer:
     ) -> None:
         """Prepare to train `unet` and `text_encoder` on `data`, which is on the same device."""
         self.model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).train()
-        self.model.to(memory_format=torch.channels_last)
+        # torch's overloads of Module.to lack memory_format.
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data = data
         self.batch_size = batch_size
         self.learning_rate = learning_rate
