@@ -30,11 +30,14 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 def latents(
     lora: str | None, *, seed: int, steps: int = 4, pictures: int = 2, text: str = PROMPT, **sampler: Any
 ) -> Prompt:
-    """Make the shipped workflow with another LoRA (None: without); node "latent" saves its latent."""
+    """Make the shipped workflow with another LoRA (None: without) and the paper's fresh noise, unless ``sampler`` differs.
+
+    Node "latent" saves its latent.
+    """
     prompt = copy.deepcopy(shipped())
     prompt[TEXT]["inputs"]["text"] = text
     prompt[EMPTY]["inputs"]["batch_size"] = pictures
-    prompt[SAMPLER]["inputs"].update({"seed": seed, "steps": steps, **sampler})
+    prompt[SAMPLER]["inputs"].update({"seed": seed, "steps": steps, "stochasticity": 1.0, **sampler})
     if lora is None:
         del prompt[LORA]
         prompt[SAMPLER]["inputs"]["model"] = [MODELS, 0]
