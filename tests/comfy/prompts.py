@@ -30,7 +30,7 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 def latents(
     lora: str | None, *, seed: int, steps: int = 4, pictures: int = 2, text: str = PROMPT, **sampler: Any
 ) -> Prompt:
-    """Make the shipped workflow with another LoRA (None: without) and the paper's fresh noise, unless ``sampler`` differs.
+    """Make the shipped workflow with another LoRA (None: without) and, by default, the paper's fresh noise.
 
     Node "latent" saves its latent.
     """
