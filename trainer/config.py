@@ -129,7 +129,29 @@ class DataSection(Section):
         None, ge=8, description="width and height in pixels, a multiple of 8 (default: the model's own)"
     )
     limit: Count | None = Field(None, description="use only this many samples, the first ones (default: all)")
+    buckets: bool = Field(
+        False,
+        description="true: keep the aspect ratio of pictures, in buckets of about resolution x resolution pixels, "
+        "as SDXL was trained; false: cut a square from the centre",
+    )
+    caption_dropout: float = Field(
+        0.0, ge=0, le=1, description="share of the samples that get the empty prompt instead of their caption"
+    )
+    pictures_per_prompt: Count = Field(
+        1, description="for source prompts: pictures that the teacher draws of each prompt, before training"
+    )
     encode_batch: Count = Field(8, description="images that the VAE encodes at once, before training")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        4, description="threads that read and decode pictures while others are encoded; 0 decodes between the batches"
+    )
+    cache: Path | None = Field(
+        None,
+        description="folder of the encoded data, which runs share (default: the environment's FLASH_DIFFUSION_CACHE, "
+        "or ~/.cache/flash_diffusion)",
+    )
+    cache_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of latents and conditions in the cache; bfloat16 takes half the space"
+    )
 
     @model_validator(mode="after")
     def _path_is_given(self) -> DataSection:
@@ -138,6 +160,10 @@ class DataSection(Section):
         if self.resolution is not None and self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8 pixels, not {self.resolution}")
         return self
+
+
+DATA_FIELDS_OF_0_1 = {"source", "path", "resolution", "limit", "encode_batch"}
+DATA_FIELDS_WITHOUT_EFFECT = {"cache", "workers"}
 
 
 class TaskSection(Section):
@@ -371,12 +397,17 @@ class Recipe(Section):
     def digest(self) -> str:
         """Return a hash of all fields.
 
-        A sampler by default is left out: recipes had no such section before version 0.2, and keep their hash.
+        Fields of version 0.2 are left out at their defaults, so that recipes of version 0.1 keep their hash. Fields
+        that do not change the result (where the cache is, threads) are left out.
         """
-        default = {"sampler"} if self.sampler == SamplerSection() else None
-        return hashlib.sha256(
-            json.dumps(self.model_dump(mode="json", exclude=default), sort_keys=True).encode()
-        ).hexdigest()
+        content = self.model_dump(mode="json")
+        if self.sampler == SamplerSection():
+            del content["sampler"]
+        data = content["data"]
+        for name in set(data) - DATA_FIELDS_OF_0_1:
+            if name in DATA_FIELDS_WITHOUT_EFFECT or data[name] == DataSection.model_fields[name].default:
+                del data[name]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def parse_recipe(content: dict[str, Any], where: str = "the recipe") -> Recipe:
