@@ -37,7 +37,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nodes.picture", "nodes.control", "nodes.distil"),
     ("nodes",),
     # trainer
-    ("trainer.errors", "trainer.seeds", "trainer.files", "trainer.pictures"),
+    ("trainer.errors", "trainer.interrupts", "trainer.seeds", "trainer.pictures"),
+    ("trainer.files",),
     ("trainer.config",),
     ("trainer.recipes", "trainer.demo"),
     ("trainer.metrics",),
@@ -69,7 +70,10 @@ LIBRARY_ROOMS = {
     "torchmetrics": ("trainer.metrics",),
     "kornia": ("trainer.tasks",),
     "webdataset": ("trainer.data", "trainer.demo"),
-    "accelerate": ("trainer.data", "trainer.distill", "trainer.evaluate", "trainer.teachers", "trainer.demo.making"),
+    "accelerate": (
+        *("trainer.data", "trainer.distill", "trainer.evaluate", "trainer.teachers", "trainer.demo.making"),
+        "trainer.interrupts",
+    ),
     "jinja2": ("trainer.report",),
 }
 # `flash-diffusion --help` imports none of them: it would take seconds.
