@@ -20,7 +20,7 @@ from ..config import Recipe, TrajectorySection
 from ..errors import UserError
 from ..files import write_whole
 from ..seeds import stream
-from ..teachers.base import weights_hash
+from ..teachers.hashes import weights_hash
 from .encode import Examples
 from .order import Order
 

@@ -7,12 +7,12 @@ names its pipeline, calls its network and encodes its prompts.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -28,8 +28,10 @@ from .conditions.control import Control, find_control
 from .conditions.image_tokens import ImageAdapter, load_image_adapter, outline_image_adapter
 from .conditions.task_adapters import find_task_adapter, widened
 from .denoiser import DiffusersDenoiser
+from .hashes import image_encoder_hash, text_encoder_hash, weights_hash
 from .loading import Source, load_pipeline, locate
 from .lora_layers import merge_style
+from .sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Outline:
         latent_shape: (C, h, w) at the requested resolution.
         parameters: the number of parameters of the base.
         name: the name of the model.
+        sizes: the picture sizes that the model takes.
         control: the ControlNet or T2I-adapter without weights; None without one.
     """
 
@@ -48,7 +51,13 @@ class Outline:
     latent_shape: tuple[int, int, int]
     parameters: int
     name: str
+    sizes: Sizes
     control: Control | None = None
+
+    def size_warning(self) -> str:
+        """Return a sentence if the pictures' size is far from the model's own; else an empty text."""
+        _, height, width = self.latent_shape
+        return self.sizes.warning(height * self.sizes.scale, width * self.sizes.scale)
 
 
 class NetworkClass(Protocol):
@@ -87,6 +96,7 @@ class Teacher(ABC):
             level.
         stochasticity: {step count: share of fresh noise between the steps of the student on this model}; empty = 1, the
             paper's, for all.
+        sizes: the picture sizes that the model takes.
         scale_factor: pixels per latent pixel.
         name: the name of the model.
     """
@@ -119,8 +129,10 @@ class Teacher(ABC):
         self.vae: AutoencoderKL = pipeline.vae
         self.latent_shape = latent_shape
         self.stochasticity: Mapping[int, float] = {}
-        self.scale_factor = _scale_factor(self.vae.config)
+        self.sizes = Sizes.of(name, type(denoiser.network), denoiser.network.config, self.vae.config)
+        self.scale_factor = self.sizes.scale
         self.name = name
+        self._hashes: dict[str, str] = {}
         self._warned = False
         self._empty = self.encode_empty()
 
@@ -146,6 +158,14 @@ class Teacher(ABC):
     @abstractmethod
     def text_conditions(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditions of the prompts, as the family's pipeline makes them; the encoders are loaded."""
+
+    def prompt_lengths(self) -> dict[str, int]:
+        """Return the longest prompt in tokens, markers of begin and end included, of each tokenizer of the pipeline."""
+        return {
+            name: part.model_max_length
+            for name, part in self.pipeline.components.items()
+            if name.startswith("tokenizer") and part is not None
+        }
 
     def encode_empty(self) -> Conditioning:
         """Return the pipeline's conditions for the empty prompt, a batch of 1."""
@@ -181,6 +201,8 @@ class Teacher(ABC):
         source = cls.locate(model)
         network_config = source.part_config(cls.network_part)
         cls.check_network(network_config, cls.title(source))
+        sizes = Sizes.of(cls.title(source), cls.network_class, network_config, source.part_config("vae"))
+        shape = sizes.latent_shape(resolution)
         if model.control is not None:
             with init_empty_weights(include_buffers=True):  # a mismatch is found before anything heavy is read
                 find_control(model.control).build(cls.network_class.from_config(network_config), cls.title(source))
@@ -194,7 +216,6 @@ class Teacher(ABC):
         for style in model.style_lora:
             merge_style(pipeline, cls.network_part, style)
         network = getattr(pipeline, cls.network_part)
-        shape = _latent_shape(network.config, pipeline.vae.config, resolution)
         if model.task_adapter is not None:
             network = widened(network, find_task_adapter(model.task_adapter), cls.title(source))
         image_adapter = None
@@ -215,22 +236,24 @@ class Teacher(ABC):
         source = cls.locate(model)
         network_config = source.part_config(cls.network_part)
         cls.check_network(network_config, cls.title(source))
+        sizes = Sizes.of(cls.title(source), cls.network_class, network_config, source.part_config("vae"))
+        shape = sizes.latent_shape(resolution)
         with init_empty_weights(include_buffers=True):  # SD3.5 tables 226 M numbers of positions
             network: ModelMixin = cls.network_class.from_config(network_config)
-            vae = AutoencoderKL.from_config(source.part_config("vae"))
             if model.task_adapter is not None:
                 network = widened(network, find_task_adapter(model.task_adapter), cls.title(source))
             control = None
             if model.control is not None:
                 control = find_control(model.control).build(network, cls.title(source))
-                control.check_size(_latent_shape(network.config, vae.config, resolution))
+                control.check_size(shape)
         if model.image_adapter is not None:
             outline_image_adapter(cls.pipeline_class, network, model.image_adapter, cls.title(source))
         return Outline(
             cls.denoiser_class(network, process_from_scheduler(source.scheduler_config())),
-            _latent_shape(network.config, vae.config, resolution),
+            shape,
             count_parameters(network),
             cls.title(source),
+            sizes,
             control,
         )
 
@@ -286,9 +309,70 @@ class Teacher(ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    # -- picture sizes -----------------------------------------------------------------------------------------------
+
+    def latent_grain(self) -> int:
+        """Return the pixels of which height and width of every picture must be multiples.
+
+        It is what the networks take, not what they were trained on: SD's UNets were trained on multiples of 64.
+        """
+        control = self.denoiser.control
+        return self.sizes.grain if control is None else lcm(self.sizes.grain, control.multiple)
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Check that the model takes pictures of a size in pixels.
+
+        Raises:
+            UserError: the sides are no multiples of :meth:`latent_grain`, or too long for the model's positions.
+        """
+        self.sizes.check(height, width)
+        if self.denoiser.control is not None:
+            self.denoiser.control.check_size(self.sizes.latent(height, width))
+
+    def with_size(self, conditioning: Conditioning, size: tuple[int, int]) -> Conditioning:
+        """Return the conditions for pictures of another size, as the family's pipeline makes them for that size.
+
+        Args:
+            conditioning: (B) of :meth:`encode_prompts` or :meth:`unconditional`, which are for :attr:`resolution`.
+            size: (height, width) in pixels.
+        """
+        if conditioning.size_ids is None:
+            return conditioning
+        row = torch.tensor([self.size_ids(*size)], dtype=torch.float32, device=conditioning.size_ids.device)
+        return replace(conditioning, size_ids=row.repeat(len(conditioning.size_ids), 1))
+
+    def size_ids(self, height: int, width: int) -> list[float]:
+        """Return the numbers that tell the network a picture's size; empty if the network reads no size."""
+        return []
+
+    # -- hashes ------------------------------------------------------------------------------------------------------
+
     def weights_hash(self) -> str:
         """Return the SHA-256 of the base's parameters, in the order of their names, with a merged style LoRA."""
         return weights_hash(self.denoiser.network)
+
+    def image_encoder_hash(self) -> str:
+        """Return the hash of everything that :meth:`encode` depends on: 16 hexadecimal digits.
+
+        Call it before :meth:`release_encoders` for the first time.
+        """
+        if "image" not in self._hashes:
+            if self.vae.encoder is None:
+                raise RuntimeError("the image encoder was released; hash it before release_encoders()")
+            self._hashes["image"] = image_encoder_hash(self.vae)
+        return self._hashes["image"]
+
+    def text_encoder_hash(self) -> str:
+        """Return the hash of everything that :meth:`encode_prompts` depends on, but the size: 16 hexadecimal digits.
+
+        Call it before :meth:`release_encoders` for the first time.
+        """
+        if "text" not in self._hashes:
+            if self.pipeline is None:
+                raise RuntimeError("the text encoders were released; hash them before release_encoders()")
+            parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
+            self._hashes["text"] = text_encoder_hash(parts, self.prompt_lengths(), self.base)
+        return self._hashes["text"]
 
     @contextmanager
     def _one_warning_of_cut_prompts(self) -> Iterator[None]:
@@ -348,26 +432,6 @@ def process_from_scheduler(config: Mapping[str, Any]) -> Process:
         raise UserError(f"the model's scheduler configuration can't be used: {error}") from error
 
 
-def weights_hash(network: nn.Module) -> str:
-    """Return the SHA-256 of a network's parameters in the order of their names, without LoRA adapters."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.named_parameters()):
-        if ".lora_" not in name:
-            digest.update(name.replace(".base_layer", "").encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def count_parameters(module: nn.Module) -> int:
     """Return the number of values of a module's parameters."""
     return sum(value.numel() for value in module.parameters())
-
-
-def _scale_factor(vae_config: Any) -> int:
-    levels = len(vae_config.block_out_channels)
-    return int(2 ** (levels - 1))
-
-
-def _latent_shape(network_config: Any, vae_config: Any, resolution: int | None) -> tuple[int, int, int]:
-    size = network_config.sample_size if resolution is None else resolution // _scale_factor(vae_config)
-    return vae_config.latent_channels, size, size

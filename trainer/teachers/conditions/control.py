@@ -61,6 +61,13 @@ class Control:
         """The name, the kind and the scale of the network."""
         return f"{self.name} ({WORDS[type(self.network)]}) x {self.scale:g}"
 
+    @property
+    def multiple(self) -> int:
+        """The pixels of which the height and width of a hint are multiples."""
+        if isinstance(self.network, T2IAdapter):
+            return int(self.network.config["downscale_factor"])
+        return LATENT_PIXELS
+
     def check_size(self, latent_shape: tuple[int, int, int]) -> None:
         """Check that hints can be read at this size.
 
@@ -70,7 +77,7 @@ class Control:
         Raises:
             UserError: the picture's size is no multiple of the network's step.
         """
-        multiple = self.network.config["downscale_factor"] if isinstance(self.network, T2IAdapter) else LATENT_PIXELS
+        multiple = self.multiple
         height, width = (LATENT_PIXELS * size for size in latent_shape[1:])
         if height % multiple or width % multiple:
             raise UserError(

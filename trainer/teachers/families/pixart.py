@@ -115,9 +115,16 @@ set_peft_model_state_dict(pipe.transformer, weights)
         )
         sizes = None
         if self.denoiser.network.use_additional_conditions:
-            height, width = self.resolution
-            sizes = torch.tensor([[height, width, height / width]], device=self.device).repeat(len(prompts), 1)
+            sizes = torch.tensor([self.size_ids(*self.resolution)], device=self.device).repeat(len(prompts), 1)
         return Conditioning(cross_attention=hidden, attention_mask=mask, size_ids=sizes)
+
+    def size_ids(self, height: int, width: int) -> list[float]:
+        """Return height, width and aspect ratio."""
+        return [float(height), float(width), height / width]
+
+    def prompt_lengths(self) -> dict[str, int]:
+        """Return the length that the pipeline is called with."""
+        return {"tokenizer": self.prompt_length}
 
 
 class PixArtAlpha(PixArt):

@@ -22,6 +22,7 @@ from ..loading import SINGLE_FILE_PARTS, Source, weight_names
 from .transformer import TransformerDenoiser, TransformerTeacher
 
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
+T5_LENGTH = 256  # tokens; the default of diffusers' pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +107,23 @@ class StableDiffusion3(TransformerTeacher):
             logger.warning("%s has no T5 (text_encoder_3): CLIP alone reads the prompts", source.name)
         return (*cls.unused_parts, *T5_PARTS)
 
+    def prompt_lengths(self) -> dict[str, int]:
+        """Return CLIP's lengths, and T5's, which the pipeline sets whatever the tokenizer says."""
+        lengths = super().prompt_lengths()
+        return lengths | ({"tokenizer_3": T5_LENGTH} if "tokenizer_3" in lengths else {})
+
     def text_conditions(self, prompts: Sequence[str]) -> Conditioning:
         """Return CLIP's and T5's tokens (B, 77 + 256, D) in this order, and CLIP's pooled vectors (B, D_L + D_G).
 
         Without T5 its tokens are zeros, as in diffusers' pipeline.
         """
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False
+            list(prompts),
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=T5_LENGTH,
         )
         return Conditioning(cross_attention=hidden, vector=pooled)
 

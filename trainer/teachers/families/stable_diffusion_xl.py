@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import Tensor
 
 from ....flash_core.denoiser import Conditioning
 from ...errors import UserError
@@ -56,7 +55,8 @@ class StableDiffusionXL(Teacher):
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )
-        return Conditioning(cross_attention=hidden, vector=pooled, size_ids=self._size_ids(len(prompts)))
+        sizes = torch.tensor([self.size_ids(*self.resolution)] * len(prompts), dtype=torch.float32, device=self.device)
+        return Conditioning(cross_attention=hidden, vector=pooled, size_ids=sizes)
 
     def encode_empty(self) -> Conditioning:
         """Return zeros if the pipeline's configuration asks for zeros (SDXL), else the empty prompt's conditions."""
@@ -71,7 +71,6 @@ class StableDiffusionXL(Teacher):
             size_ids=empty.size_ids,
         )
 
-    def _size_ids(self, batch: int) -> Tensor:
-        height, width = self.resolution
-        sizes = [height, width, 0, 0, height, width]
-        return torch.tensor([sizes] * batch, dtype=torch.float32, device=self.device)
+    def size_ids(self, height: int, width: int) -> list[float]:
+        """Return the size as the original's and the target's, uncropped."""
+        return [height, width, 0, 0, height, width]

@@ -1,4 +1,4 @@
-"""The shared code of diffusion transformers: blocks return image tokens, and sizes are whole patches."""
+"""The shared code of diffusion transformers: blocks return image tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ....flash_core.discriminator import feature_depths
-from ...config import ModelSection
-from ...errors import UserError
-from ..base import Outline, Teacher
+from ..base import Teacher
 from ..denoiser import DiffusersDenoiser
 
 
@@ -34,31 +32,3 @@ class TransformerTeacher(Teacher):
 
     network_part = "transformer"
     transformer = True
-
-    @classmethod
-    def load(cls, model: ModelSection, device: str, resolution: int | None) -> Teacher:
-        """Load the weights; see :meth:`Teacher.load`.
-
-        Raises:
-            UserError: as in :meth:`Teacher.load`, or the resolution is no whole number of patches.
-        """
-        cls._check_resolution(model, resolution)
-        return super().load(model, device, resolution)
-
-    @classmethod
-    def outline(cls, model: ModelSection, resolution: int | None) -> Outline:
-        """Read the configuration files only; check the resolution as :meth:`load` does."""
-        cls._check_resolution(model, resolution)
-        return super().outline(model, resolution)
-
-    @classmethod
-    def _check_resolution(cls, model: ModelSection, resolution: int | None) -> None:
-        source = cls.locate(model)
-        levels = len(source.part_config("vae")["block_out_channels"])
-        pixels = 2 ** (levels - 1) * source.part_config("transformer").get("patch_size", 2)  # 2 in every class
-        if resolution is not None and resolution % pixels:
-            nearest = max(round(resolution / pixels), 1) * pixels
-            raise UserError(
-                f"data.resolution: {resolution} is no whole number of this model's patches; expected a multiple of "
-                f"{pixels} pixels, such as {nearest}"
-            )
