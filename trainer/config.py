@@ -118,17 +118,34 @@ class ModelSection(Section):
 class DataSection(Section):
     """Pictures and their captions."""
 
-    source: Literal["folder", "webdataset", "demo", "demo-swaps"] = Field(
-        description="folder: images with a .txt caption beside each; webdataset: .tar shards; demo: the embedded "
-        "pictures; demo-swaps: faces of the embedded pictures on other heads, for the task face-swap"
+    source: Literal["folder", "webdataset", "prompts", "demo", "demo-swaps"] = Field(
+        description="folder: images with captions; webdataset: .tar shards; prompts: captions without images; demo: "
+        "the embedded pictures; demo-swaps: faces of the embedded pictures on other heads, for the task face-swap"
     )
     path: Path | None = Field(
-        None, description="the folder of images, a shard, or a folder of shards; not needed for demo and demo-swaps"
+        None,
+        description="the folder of images; a shard or a folder of shards; for prompts a .txt file with one prompt a "
+        "line, a folder of .txt files, or a .json file; not needed for demo and demo-swaps",
     )
     resolution: int | None = Field(
         None, ge=8, description="width and height in pixels, a multiple of 8 (default: the model's own)"
     )
     limit: Count | None = Field(None, description="use only this many samples, the first ones (default: all)")
+    caption_field: str | None = Field(
+        None,
+        description="field of the captions in .json, .jsonl, .csv and .parquet files (default: caption, captions, text "
+        "or prompt, the first that is there)",
+    )
+    caption_prefix: str = Field("", description="text put before every caption, such as a style's name")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail",
+        description="for samples that can't be used: fail names them and stops; skip leaves up to skip_limit out",
+    )
+    skip_limit: float = Field(
+        0.01,
+        ge=0,
+        description="for on_error skip: the most samples to leave out: a share below 1, or a number from 1 on",
+    )
     buckets: bool = Field(
         False,
         description="true: keep the aspect ratio of pictures, in buckets of about resolution x resolution pixels, "
@@ -156,7 +173,8 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _path_is_given(self) -> DataSection:
         if not self.source.startswith("demo") and self.path is None:
-            raise ValueError(f"source {self.source!r} needs data.path, a folder of images or shards")
+            needed = {"folder": "a folder of images", "webdataset": "shards", "prompts": "a file of prompts"}
+            raise ValueError(f"source {self.source!r} needs data.path, {needed[self.source]}")
         if self.resolution is not None and self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8 pixels, not {self.resolution}")
         return self
