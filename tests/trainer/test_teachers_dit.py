@@ -237,16 +237,6 @@ def test_teacher_has_the_models_facts(folder: Callable[..., Path], family: str) 
         torch.testing.assert_close(process.alphas_cumprod.float(), theirs)
 
 
-def test_prompts_that_are_too_long_are_cut_with_one_warning(folder: Callable[..., Path]) -> None:
-    teacher = load("sd3", folder("sd3"))
-    with heard() as messages:
-        for _ in range(3):
-            long = teacher.encode_prompts(["red ball " * 200])
-    assert long.cross_attention is not None
-    assert long.cross_attention.shape[1] == 16 + 256
-    assert sum("was truncated" in message for message in messages) == 1
-
-
 @pytest.mark.parametrize("family", ["pixart_alpha", "pixart_sigma"])
 def test_the_published_folders_name_an_older_class(folder: Callable[..., Path], tmp_path: Path, family: str) -> None:
     """Their transformers were saved as Transformer2DModel, alpha's without a word on sizes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ def test_conditions_of_a_size_are_the_stock_pipelines(
             assert sized.size_ids is not None
             torch.testing.assert_close(sized.size_ids, expected.float().expand(2, -1))
             assert sized.cross_attention is conditioning.cross_attention
-            again = teacher.with_size(sized, teacher.resolution)
-            assert torch.equal(again.size_ids, conditioning.size_ids)  # type: ignore[arg-type]
+            for other in (sized, replace(sized, size_ids=None)):
+                again = teacher.with_size(other, teacher.resolution)
+                assert torch.equal(again.size_ids, conditioning.size_ids)  # type: ignore[arg-type]
 
 
 def test_a_size_above_the_positions_raises_a_readable_error(models: Callable[[str], Path]) -> None:

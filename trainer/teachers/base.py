@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any, ClassVar, Protocol
@@ -31,7 +30,10 @@ from .denoiser import DiffusersDenoiser
 from .hashes import image_encoder_hash, text_encoder_hash, weights_hash
 from .loading import Source, load_pipeline, locate
 from .lora_layers import merge_style
+from .prompts import cut, cut_warning, silent_libraries
 from .sizes import Sizes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,10 @@ class Teacher(ABC):
             if name.startswith("tokenizer") and part is not None
         }
 
+    def prompt_as_read(self, prompt: str) -> str:
+        """Return a prompt as the pipeline gives it to its tokenizers."""
+        return prompt
+
     def encode_empty(self) -> Conditioning:
         """Return the pipeline's conditions for the empty prompt, a batch of 1."""
         return self.encode_prompts([""])
@@ -289,8 +295,18 @@ class Teacher(ABC):
         """Return the conditions of the prompts, as the family's pipeline makes them; long prompts are truncated."""
         if self.pipeline is None:
             raise RuntimeError("the text encoders were released; encode prompts before release_encoders()")
-        with self._full_precision(), self._one_warning_of_cut_prompts():
+        self._warn_once(prompts)
+        with self._full_precision(), silent_libraries(self.pipeline):
             return self.text_conditions(prompts)
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[bool]:
+        """Return for each prompt True if it is longer than every text encoder reads: its end has no effect.
+
+        SD3's T5 reads 256 tokens and its CLIP 77, so a prompt of 100 tokens is cut without T5 only.
+        """
+        if self.pipeline is None:
+            raise RuntimeError("the tokenizers were released; count tokens before release_encoders()")
+        return cut(prompts, self.pipeline.components, self.prompt_lengths(), self.prompt_as_read)
 
     def unconditional(self, batch: int) -> Conditioning:
         """Return the conditions of the empty prompt (and of no picture, with an IP-Adapter), ``batch`` times."""
@@ -333,13 +349,15 @@ class Teacher(ABC):
         """Return the conditions for pictures of another size, as the family's pipeline makes them for that size.
 
         Args:
-            conditioning: (B) of :meth:`encode_prompts` or :meth:`unconditional`, which are for :attr:`resolution`.
+            conditioning: (B) of :meth:`encode_prompts` or :meth:`unconditional`, which are for :attr:`resolution`;
+                also without ``size_ids``.
             size: (height, width) in pixels.
         """
-        if conditioning.size_ids is None:
+        numbers = self.size_ids(*size)
+        if not numbers:
             return conditioning
-        row = torch.tensor([self.size_ids(*size)], dtype=torch.float32, device=conditioning.size_ids.device)
-        return replace(conditioning, size_ids=row.repeat(len(conditioning.size_ids), 1))
+        row = torch.tensor([numbers], dtype=torch.float32, device=self.device)
+        return replace(conditioning, size_ids=row.repeat(len(conditioning), 1))
 
     def size_ids(self, height: int, width: int) -> list[float]:
         """Return the numbers that tell the network a picture's size; empty if the network reads no size."""
@@ -374,21 +392,15 @@ class Teacher(ABC):
             self._hashes["text"] = text_encoder_hash(parts, self.prompt_lengths(), self.base)
         return self._hashes["text"]
 
-    @contextmanager
-    def _one_warning_of_cut_prompts(self) -> Iterator[None]:
-        """Show the pipeline's warning about truncated prompts once, not for every prompt."""
-
-        def first(record: logging.LogRecord) -> bool:
-            cut = "was truncated" in record.getMessage()
-            self._warned, told = self._warned or cut, self._warned
-            return not (cut and told)
-
-        logger = logging.getLogger(type(self.pipeline).__module__)
-        logger.addFilter(first)
-        try:
-            yield
-        finally:
-            logger.removeFilter(first)
+    def _warn_once(self, prompts: Sequence[str]) -> None:
+        """Warn about the first prompt that is cut, and not about later ones."""
+        if self._warned:
+            return
+        for prompt, is_cut in zip(prompts, self.cut_prompts(prompts), strict=True):
+            if is_cut:
+                self._warned = True
+                logger.warning("%s", cut_warning(prompt, max(self.prompt_lengths().values())))
+                return
 
     def _full_precision(self) -> torch.autocast:
         """Turn autocast off: VAEs overflow or blur in low precision, and prompts are encoded only once."""

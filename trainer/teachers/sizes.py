@@ -33,7 +33,7 @@ class Sizes:
     channels: int
 
     @classmethod
-    def of(cls, name: str, network: type, config: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
+    def of(cls, name: str, network: Any, config: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
         """Read the sizes from configurations.
 
         UNets take every latent: diffusers and ComfyUI let the way up follow the sizes of the way down.

@@ -113,18 +113,19 @@ set_peft_model_state_dict(pipe.transformer, weights)
         hidden, mask, _, _ = self.pipeline.encode_prompt(
             list(prompts), False, device=self.device, clean_caption=False, max_sequence_length=self.prompt_length
         )
-        sizes = None
-        if self.denoiser.network.use_additional_conditions:
-            sizes = torch.tensor([self.size_ids(*self.resolution)], device=self.device).repeat(len(prompts), 1)
-        return Conditioning(cross_attention=hidden, attention_mask=mask, size_ids=sizes)
+        return self.with_size(Conditioning(cross_attention=hidden, attention_mask=mask), self.resolution)
 
     def size_ids(self, height: int, width: int) -> list[float]:
-        """Return height, width and aspect ratio."""
-        return [float(height), float(width), height / width]
+        """Return height, width and aspect ratio for models that read these."""
+        return [height, width, height / width] if self.denoiser.network.use_additional_conditions else []
 
     def prompt_lengths(self) -> dict[str, int]:
         """Return the length that the pipeline is called with."""
         return {"tokenizer": self.prompt_length}
+
+    def prompt_as_read(self, prompt: str) -> str:
+        """Return the prompt in lower case, without space around it."""
+        return prompt.lower().strip()
 
 
 class PixArtAlpha(PixArt):

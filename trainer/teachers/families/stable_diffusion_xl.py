@@ -55,8 +55,7 @@ class StableDiffusionXL(Teacher):
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )
-        sizes = torch.tensor([self.size_ids(*self.resolution)] * len(prompts), dtype=torch.float32, device=self.device)
-        return Conditioning(cross_attention=hidden, vector=pooled, size_ids=sizes)
+        return self.with_size(Conditioning(cross_attention=hidden, vector=pooled), self.resolution)
 
     def encode_empty(self) -> Conditioning:
         """Return zeros if the pipeline's configuration asks for zeros (SDXL), else the empty prompt's conditions."""
