@@ -14,16 +14,11 @@ from torch import Tensor
 
 from ...flash_core.image import resize, same_shape
 from ..shared.inputs import check_numbers, check_picture, fixed_latent
-from ..shared.model_facts import CONCAT_KEY, check_prompts, check_vae
+from ..shared.model_facts import CONCAT_KEY, check_vae, further_channels
+from ..shared.prompts import check_prompts
 from ..shared.schema import node_schema
 
 PARTS = ("mask", "image", "image_2", "latent")
-
-
-def free_channels(model: ModelPatcher) -> int:
-    """Return how many channels a model reads beside its noisy latent."""
-    reads = model.model.model_config.unet_config.get("in_channels", 0)
-    return int(reads) - int(model.get_model_object("latent_format").latent_channels)
 
 
 def listed_parts(order: str, given: Mapping[str, object]) -> list[str]:
@@ -144,7 +139,7 @@ class FlashConcatConditioning(io.ComfyNode):
         }
         check_batches(channels, len(latent_image["samples"]))
         counts = ", ".join(f"{name} {value.shape[1]}" for name, value in channels.items())
-        total, wanted = sum(value.shape[1] for value in channels.values()), free_channels(model)
+        total, wanted = sum(value.shape[1] for value in channels.values()), further_channels(model)
         if total != wanted:
             raise ValueError(
                 f"This model reads {wanted} channels beside its latent, but {total} are connected ({counts}). "

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...flash_core.image import crop, mask_box, resize
 from ..shared.inputs import check_numbers, check_picture
-from ..shared.model_facts import CONCAT_KEY, check_prompts, check_vae, native_side
+from ..shared.model_facts import CONCAT_KEY, check_vae, further_channels, native_side
+from ..shared.prompts import check_prompts
 from ..shared.schema import node_schema
-from .concat import free_channels
 from .inpaint import Stitch, context_input, feather_input, fitted_mask, plan_crop, size_input
 
 GREY = 0.5  # colour in place of the face, as in training
@@ -171,7 +171,7 @@ class FlashFaceSwapPrepare(io.ComfyNode):
 def check_face_swap_model(model: ModelPatcher) -> None:
     """Raise ValueError where the model does not read a mask and two pictures' latents beside its own latent."""
     wanted = 1 + 2 * int(model.get_model_object("latent_format").latent_channels)
-    found = max(free_channels(model), 0)
+    found = max(further_channels(model), 0)
     if found != wanted:
         raise ValueError(
             f"A face-swap model reads {wanted} channels beside its latent (a mask and two pictures); this one reads "

@@ -27,7 +27,8 @@ from ...flash_core.image import (
     working_size,
 )
 from ..shared.inputs import check_numbers, check_picture
-from ..shared.model_facts import check_prompts, check_vae, native_side
+from ..shared.model_facts import check_vae, native_side
+from ..shared.prompts import check_prompts
 from ..shared.schema import advanced, node_schema
 
 Stitch = io.Custom("FLASH_STITCH")

@@ -23,6 +23,7 @@ from ..shared.inputs import (
     check_guidance,
     check_numbers,
     check_picture,
+    check_unconditional,
     denoise_input,
     grid_inputs,
     guidance_input,
@@ -30,8 +31,11 @@ from ..shared.inputs import (
     seed_input,
     steps_input,
 )
-from ..shared.model_facts import CONCAT_KEY, check_makes_pictures, check_prompts, check_vae, native_side
+from ..shared.model_facts import CONCAT_KEY, check_makes_pictures, check_vae, native_side
+from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import advanced, count, node_schema, show_text
+from ..shared.sizes import latent_sizes
+from .tile_patches import check_tileable
 from .tiled import decode_tiled, encode_tiled, tiled_model
 
 MAX_SCALE = 8
@@ -151,11 +155,16 @@ class FlashUpscale(io.ComfyNode):
         check_makes_pictures(model, "Flash Upscale")
         check_prompts(model, **prompts)
         check_cuttable(prompts, guidance)
+        check_unconditional(model, negative)
         concat = concat_of(model, vae, prompts)
         chosen = flash_grid(model, steps, denoise if concat is None else 1.0, grid, timesteps)
         tiles, vae_tiles = plan(model, vae, image, scale, tile_size, overlap)
         check_numbers("image", image)
+        if concat is None:
+            check_channels(model, (tiles.height, tiles.width), **prompts)
         check_attached(prompts, tiles)
+        if len(tiles) > 1:
+            check_tileable(model)
         pictures = enlarge(image, scale)
         batch = len(pictures)
         show_text(cls, f"{chosen.text}, {describe(tiles, vae, pictures)}")
@@ -346,12 +355,14 @@ def plan(
         )
     ratio = vae.spacial_compression_encode()
     side = tile_size or native_side(model)
-
-    def tiles(pixels: int, shared: float) -> Tiling:
-        tile = max(pixels // ratio, 1)
-        return plan_tiles(-(-height // ratio), -(-width // ratio), tile, round(tile * shared))
-
-    return tiles(side, overlap), tiles(max(side, VAE_TILE), VAE_OVERLAP)
+    sizes = latent_sizes(model)
+    # The border that a model needs beyond the picture is cut off again after decoding.
+    whole = sizes.padded(-(-height // ratio), -(-width // ratio))
+    tile, vae_tile = sizes.tile(max(side // ratio, 1), *whole), max(side, VAE_TILE) // ratio
+    return (
+        plan_tiles(*whole, tile, round(tile * overlap)),
+        plan_tiles(*whole, vae_tile, round(vae_tile * VAE_OVERLAP)),
+    )
 
 
 def target_size(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -19,8 +19,9 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
-from ..shared.inputs import check_guidance, fixed_latent, seed_input
-from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_prompts, check_vae, describe_model
+from ..shared.inputs import check_guidance, check_unconditional, fixed_latent, seed_input
+from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_vae, describe_model
+from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import count, node_schema, show_text
 from .contact_sheet import draw_grid
 from .few_step import flash_grid, flash_sampler, listed
@@ -111,8 +112,11 @@ class FlashCompare(io.ComfyNode):
         check_models(model, flash_model)
         check_vae(vae, model)
         check_guidance(teacher_guidance, negative, name="teacher_guidance")
+        for one in (model, flash_model):
+            check_unconditional(one, negative)
         check_prompts(model, positive=positive, negative=negative)
         samples = fixed_latent(model, latent_image)
+        check_channels(model, samples.shape, positive=positive, negative=negative)
         bench = Bench(
             positive=positive,
             negative=positive if negative is None else negative,  # at guidance 1 it is not evaluated

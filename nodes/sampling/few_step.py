@@ -185,11 +185,14 @@ def sample_flash(
         model: ComfyUI's wrapped model, ``(x, sigma, **extra_args) -> z0``.
         x: the latents at ``sigmas[0]``, as ComfyUI noises them.
         sigmas: (n + 1,), descending. If the last one is above 0 (split sigmas), the result has this noise level.
+            Without a step (n = 0, split at the first or last step) the result is ``x``.
         extra_args: ComfyUI's arguments for the model; their ``seed`` seeds the fresh noise.
         callback: ComfyUI's, called after every evaluation; it reports progress and raises if the user interrupts.
         disable: no effect: this sampler draws no progress bar in the console.
         stochasticity: 1 adds fresh noise, 0 the noise that z0 implies. Default: 1.
     """
+    if len(sigmas) < 2:
+        return x
     arguments = extra_args or {}
     sampling = model.inner_model.inner_model.model_sampling
     steps = len(sigmas) - 1

@@ -14,6 +14,7 @@ from comfy_api.v0_0_2 import io
 from ..shared.inputs import (
     GridName,
     check_guidance,
+    check_unconditional,
     denoise_input,
     fixed_latent,
     grid_inputs,
@@ -23,7 +24,7 @@ from ..shared.inputs import (
     steps_input,
     stochasticity_input,
 )
-from ..shared.model_facts import check_prompts
+from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import advanced, node_schema, show_text
 from .few_step import flash_grid, flash_sampler
 
@@ -79,8 +80,10 @@ class FlashSampler(io.ComfyNode):
         import latent_preview  # ComfyUI's; not importable before its server has started
 
         check_guidance(guidance, negative)
+        check_unconditional(model, negative)
         check_prompts(model, positive=positive, negative=negative)
         samples = fixed_latent(model, latent_image)
+        check_channels(model, samples.shape, positive=positive, negative=negative)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         chosen = flash_grid(model, steps, denoise, grid, timesteps)
         show_text(cls, chosen.text)

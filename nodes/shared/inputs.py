@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
-import comfy.model_base
 import comfy.sample
 import folder_paths
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
 from .schema import advanced
+from .sizes import check_size
 
 MAX_SEED = 2**64 - 1
-PIXART_MINIMUM = 66  # least latent height + width; below, ComfyUI's position embeddings divide by zero
 
 GridName = Literal["trained", "reference", "custom"]
 GRIDS: tuple[GridName, ...] = get_args(GridName)
@@ -91,6 +90,19 @@ def check_guidance(guidance: float, negative: object | None, name: str = "guidan
         )
 
 
+def check_unconditional(model: ModelPatcher, negative: object | None) -> None:
+    """Raise ValueError where a patch on the model needs a negative prompt at every guidance, and none is connected.
+
+    Such a patch, as Self-Attention Guidance, keeps ComfyUI from leaving out the negative prompt at guidance 1.
+    """
+    if model.model_options.get("disable_cfg1_optimization") and negative is None:
+        raise ValueError(
+            "A patch on this model, such as Self-Attention Guidance, works on the negative prompt even at guidance 1, "
+            "but 'negative' is not connected. Connect a CLIP Text Encode (its text may be empty) to 'negative', or "
+            "remove the patch."
+        )
+
+
 def check_numbers(name: str, values: Tensor) -> None:
     """Raise ValueError where a picture, mask or latent holds NaN or an infinite value."""
     if not bool(values.sum(dtype=torch.float32).isfinite()):  # a sum needs no memory of the values' size
@@ -126,13 +138,8 @@ def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:
             f"This latent has {samples.ndim} dimensions; expected {dimensions} (4 for a picture, 5 for a video). "
             "Connect an empty latent of the model's kind, such as Empty Latent Image, or encode with the model's VAE."
         )
-    if isinstance(model.model, comfy.model_base.PixArt):
-        height, width = samples.shape[-2:]
-        if height % 2 or width % 2 or height + width < PIXART_MINIMUM:
-            raise ValueError(
-                f"This latent is for a picture of {8 * width} x {8 * height} pixels. ComfyUI's PixArt needs sides that "
-                "are multiples of 16, and 264 or more. Choose such a size, best one near the model's own."
-            )
+    if not samples.is_nested and dimensions == 4:
+        check_size(model, *samples.shape[-2:])
     if not samples.is_nested and samples.shape[1] != channels:
         raise ValueError(
             f"This latent has {samples.shape[1]} channels; the model works on {channels}. Encode the picture with the "

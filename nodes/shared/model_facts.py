@@ -1,11 +1,8 @@
-"""Facts of a MODEL (family, sizes), and checks that its VAE and its prompts belong to it."""
+"""Facts of a MODEL (family, sizes), and a check that its VAE belongs to it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import comfy.model_base
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 
@@ -84,37 +81,7 @@ def check_makes_pictures(model: ModelPatcher, node: str) -> None:
         )
 
 
-def text_width(model: ModelPatcher) -> int | None:
-    """The width of the text embeddings that a UNet reads; None for models to which ComfyUI gives other embeddings."""
-    inner = model.model
-    if not isinstance(inner.diffusion_model, UNetModel):
-        return None
-    if type(inner).extra_conds is not comfy.model_base.BaseModel.extra_conds:
-        return None
-    width: int | None = inner.model_config.unet_config.get("context_dim")
-    return width
-
-
-def check_prompts(model: ModelPatcher, **prompts: list[Any] | None) -> None:
-    """Raise ValueError where a connected prompt is empty or was encoded for another model.
-
-    ComfyUI itself makes a grey picture of an empty prompt, and ends with an error of matrix shapes for another model's
-    prompt.
-
-    Args:
-        prompts: by the name of the input.
-    """
-    width = text_width(model)
-    for name, prompt in prompts.items():
-        if prompt is not None and not prompt:
-            raise ValueError(
-                f"The conditioning at '{name}' holds no prompt: its list is empty. Connect a CLIP Text Encode; its "
-                "text may be empty."
-            )
-        for tokens, _ in prompt or []:
-            if width is not None and tokens is not None and tokens.shape[-1] != width:
-                raise ValueError(
-                    f"The prompt at '{name}' was encoded for another model: its text embeddings are "
-                    f"{tokens.shape[-1]} wide; the model is {describe_model(model)}. Encode the prompt with the CLIP "
-                    "that belongs to the model."
-                )
+def further_channels(model: ModelPatcher) -> int:
+    """Return how many channels the model reads beside its noisy latent."""
+    reads = model.model.model_config.unet_config.get("in_channels", 0)
+    return int(reads) - int(model.get_model_object("latent_format").latent_channels)

@@ -64,6 +64,7 @@ NO_NUMBERS = ["NaN or infinite values", "--fp32-vae"]
 NO_PROMPT = ["'positive' holds no prompt", "Connect a CLIP Text Encode"]
 NO_NEGATIVE = ["'negative' holds no prompt"]
 OTHER_TEXT = ["encoded for another model", "768 wide", "the Flash demo (attn2 reads 128 channels)", "the CLIP that"]
+NO_CHANNELS = ["reads 33 channels beside its latent", "brings none", "Flash Concat Conditioning"]
 OTHER_VAE = ["This VAE makes latents of", "Connect the VAE that belongs to the model"]
 OTHER_LATENT = ["latent has 4 channels; the model works on 16", "VAE that belongs"]
 VIDEO = ["latent has 5 dimensions; expected 4", "Empty Latent Image"]
@@ -84,6 +85,8 @@ TABLE: dict[str, dict[str, Row]] = {
         "no prompts": NO_PROMPT,
         "no prompts: negative": NO_NEGATIVE,
         "wrong model family": ["encoded for another model", "128 wide", "SD 1.5 (attn2 reads 32 channels)"],
+        "wrong model family: further channels": NO_CHANNELS,
+        "wrong model family: channels of another size": ["for a latent of 8 x 8", "this latent is 16 x 16"],
         "video latent": VIDEO,
         "latent of another model": OTHER_LATENT,
         "latent of another model: empty": RIGHT,
@@ -115,6 +118,7 @@ TABLE: dict[str, dict[str, Row]] = {
         "NaN": NO_NUMBERS,
         "no prompts": NO_PROMPT,
         "wrong model family": OTHER_TEXT,
+        "wrong model family: further channels": NO_CHANNELS,
         "wrong model family: of two": Elsewhere("test_compare.py::test_models_of_different_families_raise_an_error"),
         "VAE of another model": Elsewhere("test_compare.py::test_wrong_input_raises_a_readable_error"),
         "video latent": Elsewhere("test_compare.py::test_wrong_input_raises_a_readable_error"),

@@ -369,4 +369,4 @@ def test_a_wrong_model_or_grid_raises_a_readable_error(grids: dict[str, Any], na
 def test_wrong_pixart_sizes_raise_a_readable_error(grids: dict[str, Any]) -> None:
     assert len(grids["sizes"]) == 3
     assert "384 x 328 pixels" in grids["sizes"][0]
-    assert all("multiples of 16, and 264 or more" in said for said in grids["sizes"])
+    assert all("multiples of 16 pixels and height + width of 528 pixels or more" in said for said in grids["sizes"])

@@ -38,6 +38,7 @@ class Given:
         self.teacher, clip, self.vae = build_demo()
         self.model = FlashLoraLoader.execute(self.teacher, LORA, 1.0).args[0]
         self.concat, _, _ = build_demo(adapter=TASK_ADAPTERS / "inpainting.safetensors")
+        self.face_swap, _, _ = build_demo(adapter=TASK_ADAPTERS / "face-swap.safetensors")
         self.other = load("sd15", folder)
         self.prompt = clip.encode_from_tokens_scheduled(clip.tokenize("red apple"))
         generator = torch.Generator().manual_seed(1)
@@ -83,6 +84,7 @@ def sampler_cases(given: Given) -> dict[str, Case]:
 
     two = {"samples": given.latent.repeat(2, 1, 1, 1)}
     three = torch.cat([given.mask, 1 - given.mask, given.mask])[:, None]
+    tokens = given.prompt[0][0]
     sampler = "FlashSampler, "
     return {
         f"{sampler}mask of another size": (lambda: run(given.masked(torch.ones(1, 1, 33, 60))), run),
@@ -93,6 +95,10 @@ def sampler_cases(given: Given) -> dict[str, Case]:
         ),
         f"{sampler}one pixel": lambda: run({"samples": torch.zeros(1, 16, 1, 1)}),
         f"{sampler}wrong model family": lambda: run(model=given.other),
+        f"{sampler}wrong model family: further channels": lambda: run(model=given.face_swap),
+        f"{sampler}wrong model family: channels of another size": lambda: run(
+            model=given.face_swap, positive=[[tokens, {"noise_concat": torch.zeros(1, 33, 8, 8)}]]
+        ),
         f"{sampler}NaN": lambda: run({"samples": given.latent * NAN}),
         f"{sampler}NaN: mask": lambda: run(given.masked(given.mask[:, None] * NAN)),
         f"{sampler}no prompts": lambda: run(positive=[]),
@@ -123,6 +129,9 @@ def compare_cases(given: Given) -> dict[str, Case]:
         f"{compare}batch mismatch": lambda: run(given.masked(torch.ones(3, 1, SIDE, SIDE))),
         f"{compare}one pixel": lambda: run({"samples": torch.zeros(1, 16, 1, 1)}),
         f"{compare}wrong model family": lambda: run(positive=[[torch.zeros(1, 7, 768), {}]]),
+        f"{compare}wrong model family: further channels": lambda: run(
+            model=given.face_swap, flash_model=given.face_swap
+        ),
         f"{compare}NaN": lambda: run({"samples": given.latent * NAN}),
         f"{compare}no prompts": lambda: run(positive=[]),
     }
