@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write inside the ``with`` block into a readable error; ``path`` is the file or folder.
+
+    Raises:
+        UserError: names ``path``, the reason and the free space.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(_explain(path, error)) from error
+
+
+def _explain(path: Path, error: OSError | SafetensorError) -> str:
+    """Return a sentence about a failed write: what, why, how much space is free, what to do."""
+    code, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path.cwd())
+    free = shutil.disk_usage(there).free / 2**30
+    advice = "Free some space there, or choose another folder"
+    if code in FORBIDDEN:
+        advice = "Make the folder writable, or choose another folder"
+    elif code is not None and code not in FULL:
+        advice = "Look at that path, or choose another folder"
+    return f"{path} could not be written: {reason} ({free:.2f} GiB are free on that disk). {advice}"
 
 
 def partial_path(path: Path) -> Path:
@@ -20,31 +55,44 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     After a failure or a crash ``path`` still holds its old content. Missing folders are made. The file gets the
     permissions of any new file (0666 without the umask's bits), even where the writer makes it private.
+
+    Raises:
+        UserError: the file cannot be written, for example because the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
-    try:
-        permissions = _new_file_permissions(partial)
-        write(partial)
-        _settle(partial, permissions)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            permissions = _new_file_permissions(partial)
+            write(partial)
+            _settle(partial, permissions)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all, see :func:`write_whole`."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a hidden folder beside ``folder``, then rename the hidden folder to ``folder``.
 
     After a failure ``folder`` still holds its old content.
+
+    Raises:
+        UserError: the folder cannot be written, for example because the disk is full.
     """
     partial = partial_path(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
-        publish_folder(partial, folder)
-    finally:
+    with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            write(partial)
+            publish_folder(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish_folder(partial: Path, folder: Path) -> None:
@@ -53,8 +101,17 @@ def publish_folder(partial: Path, folder: Path) -> None:
     permissions = _new_file_permissions(partial / ".permissions")
     for path in files:
         _settle(path, permissions)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     os.replace(partial, folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it is there. A crash in between leaves a hidden folder, never a part under the old name."""
+    if folder.exists():
+        removed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        os.replace(folder, removed)
+        shutil.rmtree(removed)
 
 
 def _new_file_permissions(path: Path) -> int:
@@ -105,11 +162,16 @@ def fingerprint_texts(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
-def file_hash(path: Path) -> str:
-    """Return the first 16 hexadecimal digits of a file's SHA-256."""
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     _add_file(digest, path)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the first 16 hexadecimal digits of a file's SHA-256."""
+    return sha256(path)[:16]
 
 
 def _add_file(digest: hashlib._Hash, path: Path) -> None:

@@ -21,7 +21,7 @@ LARGER_ROOMS = {
     "flash_core": 12,  # the method: one file for each part that papers name
     "flash_core.lora": 14,  # LoRA files: one file for each step from bytes to weights
     "trainer.tasks": 10,  # one file for each task, and their pictures, masks and scores
-    "trainer.distill": 12,  # one file for each part of a training run
+    "trainer.distill": 13,  # one file for each part of a training run
 }
 PRINTING = (*ROOMS, "scripts", "benchmarks")
 CLOCKS = {"perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "process_time_ns"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.files import replace_folder, write_whole
 
 
 def fail(path: Path) -> None:
     """Write half a file, then fail as a full disk does."""
     (path if path.is_file() or not path.exists() else path / "half").write_text("half")
-    raise OSError("no space left on device")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def permissions(path: Path) -> int:
@@ -33,7 +35,7 @@ def test_write_whole_makes_folders_and_leaves_only_the_file(tmp_path: Path) -> N
 def test_write_whole_keeps_the_old_content_after_a_failure(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=rf"{path} could not be written: No space.* GiB are free .*Free some space"):
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -65,7 +67,7 @@ def test_replace_folder_keeps_the_old_folder_after_a_failure(tmp_path: Path) -> 
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "old").touch()
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=f"{folder} could not be written: No space"):
         replace_folder(folder, fail)
     assert [path.name for path in folder.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [folder]

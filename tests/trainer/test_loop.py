@@ -88,7 +88,7 @@ def test_checkpoint_holds_only_trained_parts(recipe: Recipe, tmp_path: Path) -> 
     names = load_file(checkpoint.checkpoints(tmp_path)[-1] / checkpoint.TENSORS)
     assert {name.split("/")[0] for name in names} == {"student", "discriminator", "average", "optimizer"}
     assert all(".lora_" in name for name in names if name.startswith(("student/", "average/")))
-    assert {path.suffix for path in checkpoint.checkpoints(tmp_path)[-1].iterdir()} == {".safetensors", ".json"}
+    assert {path.suffix for path in checkpoint.checkpoints(tmp_path)[-1].iterdir()} == {".safetensors", ".json", ".sha256"}
 
 
 def test_the_student_learns(recipe_content: dict[str, Any], tmp_path: Path) -> None:

@@ -15,12 +15,15 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.trainer.config import Recipe, parse_recipe
 from flash_diffusion.trainer.distill import checkpoint
+from flash_diffusion.trainer.distill.export_command import export_checkpoint
 from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.errors import UserError
 
 from .conftest import trainer_process
+from .models import tiny_recipe
 
 
 def assert_same_file(one: Path, other: Path) -> None:
@@ -101,12 +104,84 @@ def test_a_checkpoint_of_other_shapes_is_refused(recipe_content: dict[str, Any],
         distil(parse_recipe(recipe_content), tmp_path, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(recipe: Recipe, tmp_path: Path) -> None:
-    distil(recipe, tmp_path)
-    last = checkpoint.checkpoints(tmp_path)[-1]
-    (last / checkpoint.FACTS).write_text("{}")
-    with pytest.raises(UserError, match=f"{last.name} is not a readable checkpoint"):
-        distil(recipe, tmp_path, resume=True)
+def damage_by(kind: str, file: Path) -> None:
+    """Damage a file in one of the ways of a failing disk."""
+    content = bytearray(file.read_bytes())
+    if kind == "missing":
+        file.unlink()
+    elif kind == "a changed byte":
+        content[random.Random(0).randrange(len(content))] ^= 0x10
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[: {"empty": 0, "cut": len(content) // 2}[kind]])
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of five updates with the checkpoints 4 and 5."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    distil(parse_recipe(tiny_recipe(tiny_model, pictures)), folder)
+    return folder
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    """Copy a run without its LoRA."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("lora.safetensors"))
+    return folder
+
+
+FILES = ("state.safetensors", "state.json", "random-0.safetensors", "checksums.sha256")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_any_damage_of_a_checkpoint_is_found(whole_run: Path, tmp_path: Path, file: str) -> None:
+    """Every byte of the small files, and some of the large one."""
+    folder = tmp_path / "00000005"
+    shutil.copytree(checkpoint.checkpoint_path(whole_run, 5), folder)
+    assert checkpoint.damage(folder) == ""
+    content = (folder / file).read_bytes()
+    for position in range(0, len(content), 1 if len(content) < 3000 else len(content) // 40):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        (folder / file).write_bytes(changed)
+        assert checkpoint.damage(folder), position
+    for kind in ("missing", "empty", "cut"):
+        (folder / file).write_bytes(content)
+        damage_by(kind, folder / file)
+        assert file in checkpoint.damage(folder), kind
+    (folder / file).write_bytes(content)
+    assert checkpoint.damage(folder) == ""
+
+
+@pytest.mark.parametrize(("file", "kind"), [*zip(FILES, ("a changed byte", "empty", "cut", "missing"), strict=True)])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    recipe: Recipe, whole_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, kind: str
+) -> None:
+    run = copy_of(whole_run, tmp_path / "run")
+    damage_by(kind, checkpoint.checkpoint_path(run, 5) / file)
+    lora = export_checkpoint(run)
+    assert read_lora(lora).metadata.training["updates"] == "4"
+    assert f"{checkpoint.checkpoint_path(run, 5)}: {file}" in caplog.text
+    with pytest.raises(UserError, match=rf"00000005 is damaged: {file}.*updates 4, 5"):
+        export_checkpoint(run, 5)
+    caplog.clear()
+    distil(recipe, run, resume=True)
+    assert f"{checkpoint.checkpoint_path(run, 5)}: {file}" in caplog.text
+    assert_same_file(run / "lora.safetensors", whole_run / "lora.safetensors")
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["00000004", "00000005"]
+    assert (run / "checkpoints" / "damaged-00000005").is_dir()
+
+
+def test_damage_of_all_checkpoints_is_one_error(recipe: Recipe, whole_run: Path, tmp_path: Path) -> None:
+    run = copy_of(whole_run, tmp_path / "run")
+    for folder in checkpoint.checkpoints(run):
+        damage_by("empty", folder / checkpoint.FACTS)
+    for resume in (lambda: distil(recipe, run, resume=True), lambda: export_checkpoint(run)):
+        with pytest.raises(
+            UserError, match=r"no checkpoint .* is intact .*00000005: state.json .*00000004: state.json"
+        ):
+            resume()
+    assert len(checkpoint.checkpoints(run)) == 2
 
 
 def test_resuming_in_an_empty_folder_begins_a_run(recipe: Recipe, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.distiller import Distiller, Phase, Rollout
 from ..config import Recipe
+from ..interrupts import StopRequest
 from ..seeds import stream
 from .encode import Examples
 from .order import Order
@@ -58,13 +59,14 @@ class Rollouts:
         teacher_hash: str,
         max_minutes: float | None,
         advance: Callable[[int, float | None], None],
+        stop: StopRequest,
     ) -> int:
         """Record the recipe's trajectories in ``folder``, or read them; batches replay them from now on.
 
         Args:
             teacher_hash: of the base's weights before training changed its layers.
             max_minutes: the recording ends early after so many minutes.
-            advance: see :func:`record_trajectories`.
+            advance, stop: see :func:`record_trajectories`.
 
         Returns:
             The number of trajectories.
@@ -80,6 +82,7 @@ class Rollouts:
             self.recipe.seed,
             trajectory_fingerprint(self.recipe, teacher_hash, control),
             advance,
+            stop,
         )
         self.order = Order(len(self.bank), self.recipe.seed)
         return len(self.bank)

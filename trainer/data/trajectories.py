@@ -18,7 +18,8 @@ from ...flash_core.denoiser import Conditioning
 from ...flash_core.distiller import Distiller, Trajectory
 from ..config import Recipe, TrajectorySection
 from ..errors import UserError
-from ..files import write_whole
+from ..files import write_whole, writing
+from ..interrupts import StopRequest
 from ..seeds import stream
 from ..teachers.hashes import weights_hash
 from .encode import Examples
@@ -92,6 +93,7 @@ def record_trajectories(
     seed: int,
     fingerprint: str,
     advance: Callable[[int, float | None], None],
+    stop: StopRequest,
 ) -> TrajectoryBank:
     """Compute the trajectories that are missing in ``folder``, then read them all.
 
@@ -103,18 +105,23 @@ def record_trajectories(
         fingerprint: see :func:`trajectory_fingerprint`; a folder with another fingerprint is refused.
         advance: called after each batch with its trajectories, and the seconds they took or None where the file was
             already there.
+        stop: when asked, no further batch begins; those that are recorded stay.
 
     Raises:
+        Interrupted: ``stop`` was asked.
         UserError: the folder holds trajectories of another recipe, or an unreadable file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     order = Order(len(examples), seed)
     started = time.monotonic()
     done = folder / "complete"
 
     def record(number: int, first: int, count: int) -> float | None:
-        """Record one batch; return the seconds it took, or None when the time was over."""
+        """Record one batch; return the seconds it took, or None when the time was over or ``stop`` was asked."""
         begin = time.monotonic()
+        if stop.asked:
+            return None
         if section.max_minutes is not None and number > 0 and begin - started > 60 * section.max_minutes:
             return None
         index = order.indices(first, count)
@@ -135,9 +142,10 @@ def record_trajectories(
         for (_, _, count), seconds in in_threads(record, missing, accelerator.device):
             if seconds is not None:
                 advance(count, seconds)
+    stop.check(accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        done.touch()
+        write_whole(done, Path.touch)
     accelerator.wait_for_everyone()
     return _read(folder, fingerprint)
 
@@ -157,14 +165,17 @@ def in_threads(
     cores = torch.get_num_threads()
     threads = min(cores, MAX_THREADS)
     torch.set_num_threads(1)
-    executor = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    executor, wait = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)), True
     try:
         futures = {executor.submit(record, *batch): batch for batch in batches}
         for future in as_completed(futures):
             seconds = future.result()
             yield futures[future], None if seconds is None else seconds / threads
+    except (KeyboardInterrupt, GeneratorExit):  # stop now: don't wait for the batches that are being recorded
+        wait = False
+        raise
     finally:
-        executor.shutdown(cancel_futures=True)
+        executor.shutdown(wait, cancel_futures=True)
         torch.set_num_threads(cores)
 
 

@@ -1,11 +1,15 @@
 """Write and read checkpoints: the parts that train and every random state, but no frozen weights.
 
-A checkpoint is a folder of safetensors and JSON. It appears by one rename, so it is complete or absent.
+A checkpoint is a folder of safetensors and JSON. It appears by one rename, so it is complete or absent. Its checksums
+find any byte that changed later; then the checkpoint before it is used.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,15 +17,21 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..export.training_state import TrainingState
-from ..files import partial_path, publish_folder
+from ..files import partial_path, publish_folder, remove_folder, sha256, writing
 
 TENSORS = "state.safetensors"
 FACTS = "state.json"
+CHECKSUMS = "checksums.sha256"  # as `sha256sum --check` reads them
+LINE = re.compile(r"^([0-9a-f]{64})  (.+)$", re.MULTILINE)
+DAMAGED = "damaged-"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,75 @@ def checkpoint_path(run: Path, update: int) -> Path:
     return run / "checkpoints" / f"{update:08d}"
 
 
+def checksums(folder: Path) -> str:
+    """Return a line ``SHA-256  name`` for each file of a checkpoint."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
+    return "".join(f"{sha256(folder / name)}  {name}\n" for name in names)
+
+
+def damage(folder: Path) -> str:
+    """Return what is wrong with a checkpoint, empty where every byte is as it was written.
+
+    Version 0.1 wrote no checksums; its checkpoints are read as they are.
+    """
+    try:
+        if not (folder / CHECKSUMS).is_file():
+            return "" if _is_of_version_0_1(folder) else f"{CHECKSUMS} is missing"
+        written, found = (folder / CHECKSUMS).read_bytes().decode(errors="backslashreplace"), checksums(folder)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if written == found:
+        return ""
+    before, now = ({name: digest for digest, name in LINE.findall(text)} for text in (written, found))
+    if set(now) <= set(before):
+        for name, digest in before.items():
+            if now.get(name) != digest:
+                return f"{name} {'has changed' if name in now else 'is missing'}"
+    return f"{CHECKSUMS} has changed"
+
+
+def _is_of_version_0_1(folder: Path) -> bool:
+    try:
+        with safe_open(folder / TENSORS, "pt"):
+            return "processes" not in json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def last_intact(run: Path) -> Path | None:
+    """Return the last intact checkpoint of a run, None for a run without checkpoints. Name the damaged ones after it.
+
+    Raises:
+        UserError: all checkpoints are damaged.
+    """
+    found = checkpoints(run)
+    damaged: list[str] = []
+    for folder in reversed(found):
+        reason = damage(folder)
+        if not reason:
+            for text in damaged:
+                logger.warning("damaged checkpoint: %s. The checkpoint before it is used", text)
+            return folder
+        damaged.append(f"{folder}: {reason}")
+    if found:
+        raise UserError(
+            f"no checkpoint of {run} is intact ({'; '.join(damaged)}). Copy one back from a backup, or remove "
+            f"{run / 'checkpoints'} to begin again"
+        )
+    return None
+
+
+def set_aside(run: Path, last: Path | None) -> None:
+    """Rename the damaged checkpoints after ``last``, so that they don't count, and remove what killed sessions left."""
+    for folder in checkpoints(run):
+        if last is not None and folder.name > last.name:
+            aside = folder.with_name(DAMAGED + folder.name)
+            remove_folder(aside)
+            os.replace(folder, aside)
+    for left in (run / "checkpoints").glob(".[0-9]*"):
+        shutil.rmtree(left)
+
+
 def collect(trained: Trained) -> dict[str, Tensor]:
     """Return name -> tensor of a checkpoint, without the random states."""
     tensors: dict[str, Tensor] = {}
@@ -66,12 +145,13 @@ def write_shared(partial: Path, trained: Trained, state: TrainingState, digest: 
     """Write the tensors and facts that all processes share into the folder ``partial``."""
     tensors = {name: value.cpu().contiguous() for name, value in collect(trained).items()}
     save_file(tensors, partial / TENSORS)
-    (partial / FACTS).write_text(json.dumps({**asdict(state), "recipe": digest}, indent=2) + "\n")
+    (partial / FACTS).write_text(json.dumps({**asdict(state), "recipe": digest}, indent=2) + "\n", encoding="utf-8")
 
 
-def write_random(partial: Path, rank: int, generators: Mapping[str, torch.Generator]) -> None:
-    """Write one process's random states into the folder ``partial``."""
+def write_own(partial: Path, rank: int, generators: Mapping[str, torch.Generator], means: Mapping[str, Tensor]) -> None:
+    """Write what each process has of its own into the folder ``partial``: random states, sums of the log's means."""
     states = {f"generator/{name}": generator.get_state() for name, generator in generators.items()}
+    states |= {f"means/{name}": value.cpu() for name, value in means.items()}
     states["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -84,6 +164,7 @@ def save(
     state: TrainingState,
     digest: str,
     generators: Mapping[str, torch.Generator],
+    means: Mapping[str, Tensor],
     accelerator: Accelerator,
     keep: int,
 ) -> Path:
@@ -93,24 +174,35 @@ def save(
         run: the run's folder.
         digest: of the recipe.
         generators: this process's random streams, by name.
+        means: this process's sums and counts since the last line of the log.
         keep: how many checkpoints stay.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        UserError: the checkpoint cannot be written; the older ones stay.
     """
     final = checkpoint_path(run, state.update)
     partial = partial_path(final)
-    if accelerator.is_main_process:
+    try:
+        with writing(final):
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                write_shared(partial, trained, state, digest)
+            accelerator.wait_for_everyone()
+            write_own(partial, accelerator.process_index, generators, means)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (partial / CHECKSUMS).write_text(checksums(partial), encoding="utf-8", newline="\n")
+                publish_folder(partial, final)
+    except UserError:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_shared(partial, trained, state, digest)
-    accelerator.wait_for_everyone()
-    write_random(partial, accelerator.process_index, generators)
-    accelerator.wait_for_everyone()
+        raise
     if accelerator.is_main_process:
-        publish_folder(partial, final)
         for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            remove_folder(old)
     return final
 
 
@@ -121,7 +213,7 @@ def read_facts(folder: Path) -> tuple[TrainingState, str]:
         UserError: the folder is not a readable checkpoint.
     """
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         digest = facts.pop("recipe")
         return TrainingState(**facts), digest
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -159,11 +251,11 @@ def restore_shared(folder: Path, trained: Trained) -> None:
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def restore_random(folder: Path, rank: int, generators: Mapping[str, torch.Generator]) -> None:
-    """Read and set the random states of one process.
+def restore_own(folder: Path, rank: int, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
+    """Read what :func:`write_own` wrote for one process, set the random states and return the sums of the means.
 
     Raises:
-        UserError: the checkpoint was written by fewer processes.
+        UserError: the checkpoint has no such process.
     """
     path = folder / f"random-{rank}.safetensors"
     if not path.is_file():
@@ -174,6 +266,12 @@ def restore_random(folder: Path, rank: int, generators: Mapping[str, torch.Gener
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+    return {name.removeprefix("means/"): value for name, value in states.items() if name.startswith("means/")}
+
+
+def count_processes(folder: Path, state: TrainingState) -> int:
+    """Return how many processes wrote a checkpoint; version 0.1 wrote only one file for each."""
+    return state.processes or len(list(folder.glob("random-*.safetensors")))
 
 
 def read_average(folder: Path) -> dict[str, Tensor]:

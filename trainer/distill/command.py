@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import NoReturn
 
+from ..interrupts import Interrupted, StopRequest
 from ..recipes import load_recipe, shipped_recipes
 from ..tasks import TASKS
 from ..teachers import FAMILIES
 
+PROGRAM = "flash-diffusion"
 EPILOG = f"""shipped recipes: {", ".join(shipped_recipes())}
 model families: {", ".join(FAMILIES)}
 tasks: {", ".join(TASKS)}
@@ -21,6 +28,9 @@ The run's folder holds:
   previews/          sample grids, teacher beside student
   tensorboard/       the same curves and grids
   checkpoints/       for --resume and `flash-diffusion export`
+
+Ctrl-C once (or SIGTERM) finishes the update, saves a checkpoint and prints how to
+resume; Ctrl-C twice stops at once.
 
 Several GPUs: accelerate launch -m flash_diffusion.trainer distill ..."""
 
@@ -40,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, help="folder of the run (default: out/NAME OF THE RECIPE)")
     parser.add_argument(
-        "--resume", action="store_true", help="continue from the last checkpoint; begin where there is none"
+        "--resume", action="store_true", help="continue from the last intact checkpoint; begin where there is none"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop; loads no weights")
 
@@ -63,5 +73,50 @@ def run(args: argparse.Namespace) -> int:
     # the whole process, so it is made here and not in the loop, which others may call.
     torch.set_flush_denormal(True)
     output = args.output or Path("out") / Path(args.recipe).stem
-    distil(recipe, output, resume=args.resume)
+    resume = resume_command(args, output)
+    stop = StopRequest()
+    with stop.listening(lambda: _say("stopping at the next safe point; Ctrl-C again stops at once")):
+        try:
+            distil(recipe, output, resume=args.resume, stop=stop)
+        except Interrupted as interrupted:
+            _say(f"stopped; {_kept(output)}. Go on with:\n    {resume}")
+            return interrupted.exit_code
+        except KeyboardInterrupt:
+            _say(f"stopped at once; {_kept(output)}. Go on with:\n    {resume}")
+            _leave(130)
     return 0
+
+
+def resume_command(args: argparse.Namespace, output: Path) -> str:
+    """Return the command that continues a run, as it is typed."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = [PROGRAM] if module is None else ["python", "-m", module.name.removesuffix(".__main__")]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        program = ["accelerate", "launch", "--num_processes", str(processes), *program[1:]]
+    overrides = [part for override in args.overrides for part in ("--set", override)]
+    command = [*program, "distill", args.recipe, *overrides, "--output", str(output), "--resume"]
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
+def _kept(output: Path) -> str:
+    """Return what a stopped run has kept."""
+    from .checkpoint import checkpoints
+
+    found = checkpoints(output)
+    if found:
+        return f"the last checkpoint is {found[-1]}"
+    return "there is no checkpoint yet; what is encoded and recorded stays"
+
+
+def _say(text: str) -> None:
+    """Print a line from the main process, also from inside a signal handler, where a stream's buffer may be in use."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\n{PROGRAM}: {text}\n".encode())
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process now, without waiting for threads that compute."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -10,19 +10,24 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
 
 from ..config import PhaseSection, Recipe
+from ..data.reading import check_source
 from ..data.rollouts import Rollouts
-from ..data.sources import check_source
 from ..data.trajectories import own_batches
 from ..errors import UserError
 from ..export.export import export_run
 from ..export.training_state import TrainingState
+from ..files import write_text_whole, writing
+from ..interrupts import Interrupted, StopRequest
+from ..recipes import LORA_FILE
+from ..seeds import seed_of
 from . import checkpoint
 from .assembly import Assembly, assemble
 from .preview import Preview, preview_rows, save_preview
+from .processes import device_errors_explained, in_main_process, only_run_in, start_accelerator
 from .schedule import RunClock, learning_rate_factor, now, phase_at
 from .time_left import TimeLeft, phase_stages, recording_stage
 from .training_log import TrainingLog
@@ -35,34 +40,40 @@ class TrainingDiverged(UserError):
     """A loss or a gradient is infinite or NaN."""
 
 
-def distil(recipe: Recipe, output: Path, *, resume: bool = False) -> Path:
+def distil(recipe: Recipe, output: Path, *, resume: bool = False, stop: StopRequest | None = None) -> Path:
     """Run a whole distillation and return the path of the exported LoRA.
 
     Args:
         recipe: all settings.
         output: the run's folder; it is made where it is missing.
-        resume: continue from the last checkpoint in ``output``, or begin where there is none.
+        resume: continue from the last intact checkpoint in ``output``, or begin where there is none.
+        stop: asked after each update; the run then saves a checkpoint and ends.
 
     Raises:
-        UserError: the recipe does not fit the model or the data, the folder holds another run, or training diverged.
+        UserError: the recipe does not fit the model or the data, the folder holds another run, training diverged, or
+            the disk or the memory is full.
+        Interrupted: ``stop`` was asked.
     """
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision,
-        # Weights cast under no_grad must not be found in autocast's cache by a step that needs their gradients.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-    )
+    accelerator = start_accelerator(recipe.precision)
     check_source(recipe.data)
-    found = checkpoint.checkpoints(output)
-    if found and not resume:
-        raise UserError(f"{output} already holds a run; continue it with --resume, or choose another --output")
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         logger.setLevel(logging.WARNING)
-    lora = Run(recipe, output, accelerator, found[-1] if found else None).train()
+    with only_run_in(output, accelerator):
+        last = in_main_process(accelerator, lambda: _last_checkpoint(output, resume))
+        with device_errors_explained(recipe, output):
+            lora = Run(recipe, output, accelerator, last, stop).train()
     logger.info("the LoRA is at %s", lora)
     return lora
+
+
+def _last_checkpoint(output: Path, resume: bool) -> Path | None:
+    """Return the checkpoint to continue from, None for a new run."""
+    if checkpoint.checkpoints(output) and not resume:
+        raise UserError(f"{output} already holds a run; continue it with --resume, or choose another --output")
+    last = checkpoint.last_intact(output)
+    with writing(output / "checkpoints"):
+        checkpoint.set_aside(output, last)
+    return last
 
 
 class Run:
@@ -70,12 +81,21 @@ class Run:
 
     Args:
         last: the checkpoint to continue from, or None.
+        stop: asked after each update.
     """
 
-    def __init__(self, recipe: Recipe, output: Path, accelerator: Accelerator, last: Path | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        accelerator: Accelerator,
+        last: Path | None,
+        stop: StopRequest | None = None,
+    ) -> None:
         self.recipe = recipe
         self.output = output
         self.accelerator = accelerator
+        self.stop = stop or StopRequest()
         self.state, digest = checkpoint.read_facts(last) if last else (TrainingState(), recipe.digest())
         if digest != recipe.digest():
             logger.warning("the recipe has changed since %s: the result belongs to neither recipe", last)
@@ -88,25 +108,73 @@ class Run:
         self.preview: Preview | None = None
         if accelerator.is_main_process:
             self.preview = Preview(recipe, preview_rows(self.parts, recipe.preview.prompts))
-        self.state.teacher_hash = teacher.weights_hash()
+        self._identify(teacher.weights_hash(), getattr(examples, "fingerprint", ""))
         teacher.release_encoders()
         if last is not None:
-            checkpoint.restore_shared(last, self.parts.trained)
-            checkpoint.restore_random(last, accelerator.process_index, {"training": self.rollouts.generator})
+            self._restore(last)
+        self.state.processes = accelerator.num_processes
         self.good_checkpoint = last
+        self.stop.check(accelerator)
         self.log = TrainingLog(output, self.state.update, accelerator.is_main_process)
         self.time_left = TimeLeft(phase_stages(recipe, self.state.update))
 
+    def _identify(self, teacher_hash: str, data_fingerprint: str) -> None:
+        """Compare the teacher and the data with those of the updates that are made, and keep what they are."""
+        state = self.state
+        if state.update and state.teacher_hash and state.teacher_hash != teacher_hash:
+            raise UserError(
+                f"{self.output} holds {state.update} updates with another teacher (its weights have the hash "
+                f"{state.teacher_hash[:16]}, those of {self.recipe.model.path} {teacher_hash[:16]}). Resume with the "
+                f"teacher that {self.output / 'config.yaml'} names, or choose another --output"
+            )
+        if state.update and state.data_fingerprint and state.data_fingerprint != data_fingerprint:
+            logger.warning(
+                "the data have changed since update %d: the samples come in another order, and the result belongs to "
+                "both data sets. For a run on the present data alone choose another --output",
+                state.update,
+            )
+        state.teacher_hash, state.data_fingerprint = teacher_hash, data_fingerprint
+
+    def _restore(self, last: Path) -> None:
+        """Continue exactly from a checkpoint, or as well as another number of processes can."""
+        accelerator, update = self.accelerator, self.state.update
+        checkpoint.restore_shared(last, self.parts.trained)
+        before, rank = checkpoint.count_processes(last, self.state), accelerator.process_index
+        samples = self.recipe.batch_size * self.recipe.gradient_accumulation
+        if before == accelerator.num_processes:
+            means = checkpoint.restore_own(last, rank, {"training": self.rollouts.generator})
+            self.updater.means.restore(means, accelerator.device)
+            return
+        logger.warning(
+            "%s was written by %d processes, now there are %d. Weights, optimisers and the order of the samples go on. "
+            "The random numbers are new, and an update has %d samples instead of %d, so the result is not that of a "
+            "run that never stopped. To continue exactly, start as many processes as before",
+            *(last, before, accelerator.num_processes),
+            *(count * samples for count in (accelerator.num_processes, before)),
+        )
+        self.rollouts.generator.manual_seed(seed_of(self.recipe.seed, "training", rank, "resumed", update))
+        torch.manual_seed(seed_of(self.recipe.seed, "torch", rank, "resumed", update))
+
     def train(self) -> Path:
-        """Train to the end, export, and return the path of the LoRA."""
+        """Train to the end, export, and return the path of the LoRA.
+
+        Raises:
+            Interrupted: the run was asked to stop; its updates are in a checkpoint.
+        """
         if self.accelerator.is_main_process:
-            (self.output / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
-        with self.log.progress:
-            if self.recipe.trajectories.count:
-                self._record_trajectories()
-            if self.state.update == 0:
-                self.state.training_since = self.clock.elapsed
-            self._make_updates()
+            write_text_whole(self.output / "config.yaml", self.recipe.to_yaml())
+        try:
+            with self.log.progress:
+                if self.recipe.trajectories.count:
+                    self._record_trajectories()
+                if self.state.update == 0:
+                    self.state.training_since = self.clock.elapsed
+                self._make_updates()
+        except Interrupted:
+            if self.state.update:
+                self._save_checkpoint()
+            self.log.close()
+            raise
         if self.state.update == 0:
             raise UserError(
                 f"limits.max_minutes: {self.recipe.limits.max_minutes:g} minutes were over before the first update, "
@@ -120,7 +188,7 @@ class Run:
         if self.accelerator.is_main_process:
             export_run(self.output, self.recipe, self.parts.average.tensors, self.state)
         self.accelerator.wait_for_everyone()
-        return self.output / "lora.safetensors"
+        return self.output / LORA_FILE
 
     def _record_trajectories(self) -> None:
         section = self.recipe.trajectories
@@ -132,7 +200,7 @@ class Run:
             self._show(f"{stage.done} of {stage.units} teacher trajectories")
 
         folder, minutes = self.output / "trajectories", self.clock.recording_minutes()
-        recorded = self.rollouts.record(folder, self.state.teacher_hash, minutes, advance)
+        recorded = self.rollouts.record(folder, self.state.teacher_hash, minutes, advance, self.stop)
         stage.units = stage.done  # fewer than planned where the time was over
         logger.info("%d teacher trajectories after %.0f s", recorded, self.clock.elapsed)
 
@@ -151,6 +219,7 @@ class Run:
                 self._save_checkpoint()
             if recipe.preview.every and state.update % recipe.preview.every == 0:
                 self._draw_preview()
+            self.stop.check(self.accelerator)
         self.log.show(1.0, 0.0, f"{state.update} updates")
 
     def _log(self, phase: PhaseSection, progress: float, factor: float, updates: int, seconds: float) -> None:
@@ -191,12 +260,14 @@ class Run:
         if self.good_checkpoint == checkpoint.checkpoint_path(self.output, self.state.update):
             return
         self.state.elapsed = self.clock.elapsed
+        self.log.flush()
         self.good_checkpoint = checkpoint.save(
             self.output,
             self.parts.trained,
             self.state,
             self.recipe.digest(),
             {"training": self.rollouts.generator},
+            self.updater.means.state(),
             self.accelerator,
             self.recipe.checkpoint.keep,
         )

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ..files import write_text_whole, writing
 from .time_left import in_words
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,17 @@ class Means:
         self._sums, self._counts = {}, {}
         return means
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums and counts since the last line of the log, for a checkpoint."""
+        sums = {f"sum/{name}": value for name, value in self._sums.items()}
+        return sums | {f"count/{name}": torch.tensor(count) for name, count in self._counts.items()}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Set what :meth:`state` returned, so that the next line of the log is that of a run without a stop."""
+        parts = [(*key.split("/", 1), value) for key, value in state.items()]
+        self._sums = {name: value.to(device) for kind, name, value in parts if kind == "sum"}
+        self._counts = {name: int(value) for kind, name, value in parts if kind == "count"}
+
 
 class TrainingLog:
     """Writes the log of a run. Only the main process writes and prints.
@@ -61,9 +73,12 @@ class TrainingLog:
         self.console = Console(stderr=True)
         self.path = output / "log.jsonl"
         self._shown = time.monotonic()
+        self.curves = output / "tensorboard"
         if active:
             self._cut(update)
-            self.board: SummaryWriter = SummaryWriter(str(output / "tensorboard"), purge_step=update)
+            with writing(self.curves):
+                # TensorBoard hides the points from `purge_step` on: those of updates that are made again.
+                self.board: SummaryWriter = SummaryWriter(str(self.curves), purge_step=update + 1)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -87,21 +102,30 @@ class TrainingLog:
                     kept.append(line)
             except (ValueError, KeyError):
                 logger.warning("%s: dropped a broken line, the trace of a killed session", self.path)
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def record(self, facts: Mapping[str, Any], terms: Mapping[str, float]) -> None:
         """Write one line of the log, and a point of each curve in TensorBoard."""
         if not self.active:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**facts, **{name: float(f"{value:.6g}") for name, value in terms.items()}}) + "\n")
-        for name, value in terms.items():
-            self.board.add_scalar(name, value, facts["update"])
+        line = json.dumps({**facts, **{name: float(f"{value:.6g}") for name, value in terms.items()}})
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        with writing(self.curves):
+            for name, value in terms.items():
+                self.board.add_scalar(name, value, facts["update"])
 
     def picture(self, grid: Image.Image, update: int) -> None:
         """Show a sample grid in TensorBoard."""
         if self.active:
-            self.board.add_image("preview", np.asarray(grid), update, dataformats="HWC")
+            with writing(self.curves):
+                self.board.add_image("preview", np.asarray(grid), update, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Write TensorBoard's points to disk: a checkpoint must not be ahead of them."""
+        if self.active:
+            with writing(self.curves):
+                self.board.flush()
 
     def show(self, share: float, left: float | None, note: str) -> None:
         """Move the bar; where the output is no terminal, print a line every few seconds instead.
@@ -120,4 +144,5 @@ class TrainingLog:
     def close(self) -> None:
         """Finish TensorBoard's file."""
         if self.active:
-            self.board.close()
+            with writing(self.curves):
+                self.board.close()

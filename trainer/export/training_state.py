@@ -15,6 +15,8 @@ class TrainingState:
         elapsed: seconds of wall time over all sessions of the run.
         training_since: ``elapsed`` at the first update, after the trajectories.
         teacher_hash: SHA-256 of the base's weights.
+        data_fingerprint: of the pictures, captions and conditions, empty where unknown.
+        processes: that trained together at the last update, 0 where unknown.
     """
 
     update: int = 0
@@ -22,3 +24,5 @@ class TrainingState:
     elapsed: float = 0.0
     training_since: float = 0.0
     teacher_hash: str = ""
+    data_fingerprint: str = ""
+    processes: int = 0

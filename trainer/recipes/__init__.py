@@ -17,6 +17,7 @@ from ..errors import UserError
 
 RECIPES = Path(__file__).resolve().parent
 EXTENDS = "extends"
+LORA_FILE = "lora.safetensors"  # the LoRA in the folder of a distillation, beside config.yaml
 
 
 def shipped_recipes() -> list[str]:
