@@ -11,12 +11,12 @@ import torch
 from ...flash_core.grid import trailing_fractions, trailing_timesteps
 from ...flash_core.process import Process
 from ..config import Recipe
+from ..recipes import LORA_FILE
 from ..tasks import build_task
 from ..teachers import family
 from ..teachers.base import Teacher
 from ..teachers.conditions.control import KINDS, SCALES, find_control
 
-LORA = "lora.safetensors"
 BEST_STEPS = 4
 # The default strength of SDXL's inpainting pipeline is 0.9999, which drops one step.
 INPAINTING = ("prompt", "image=image", "mask_image=mask_image", "strength=1.0")
@@ -100,7 +100,7 @@ def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> Usage:
         options.append(f"timesteps=[{grid}]" if drawing.takes_timesteps else f"num_inference_steps={BEST_STEPS}")
     lines = [f"from diffusers import {', '.join(sorted([scheduler, *drawing.names]))}", *drawing.imports, ""]
     lines += drawing.loading
-    lines.append(teacher.loading_code.format(folder=folder, file=LORA, rank=rank))
+    lines.append(teacher.loading_code.format(folder=folder, file=LORA_FILE, rank=rank))
     lines += drawing.switching
     lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{settings})")
     lines.append(f"image = pipe({', '.join(options)}, guidance_scale=1.0).images[0]")

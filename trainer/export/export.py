@@ -12,8 +12,9 @@ from ... import __version__
 from ...flash_core.grid import MAX_FEW_STEPS, trailing_timesteps
 from ...flash_core.lora import FlashMetadata, LoraModule, write_lora
 from ..config import Recipe
+from ..recipes import LORA_FILE
 from ..teachers import family, outline_teacher
-from .card_usage import BEST_STEPS, LORA
+from .card_usage import BEST_STEPS
 from .model_card import model_card
 from .training_state import TrainingState
 
@@ -50,7 +51,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
         | ({"control": outline.control.title} if outline.control is not None else {})
         | ({"image_adapter": recipe.model.image_adapter.title} if recipe.model.image_adapter is not None else {}),
     )
-    path = run / LORA
+    path = run / LORA_FILE
     write_lora(path, modules, metadata, transformer=teacher.transformer, dtype=getattr(torch, recipe.lora.dtype))
     (run / "README.md").write_text(model_card(run, recipe, modules, metadata, process, state), encoding="utf-8")
     return path
