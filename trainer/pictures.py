@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+    from PIL.ImageCms import ImageCmsTransform
     from torch import Tensor
 
 GAP = 4  # pixels between pictures of a grid
@@ -50,11 +51,70 @@ def picture_signed(picture: Image.Image) -> Tensor:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """Return a picture as RGB, with white where the picture is transparent."""
-    if picture.mode not in ("RGBA", "LA", "PA", "P"):
+    """Return a picture of any mode as RGB, with white where the picture is transparent.
+
+    Raises:
+        ValueError: the picture has 32 bits a channel, where no number is known to be white.
+    """
+    if picture.mode in ("I", "F") and picture.format not in ("PNG", "PPM"):
+        raise ValueError("its pixels have 32 bits, without a known white; save it with 8 or 16 bits a channel")
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits a channel")
+    if picture.mode.startswith("I"):
+        return _from_16_bits(picture)
+    if picture.mode in ("CMYK", "LAB"):
+        return _to_srgb(picture)
+    if picture.mode in ("RGB", "L", "1"):
+        transparent = picture.info.get("transparency")
+        if transparent is None:
+            return picture.convert("RGB")
+        if isinstance(transparent, tuple) and max(transparent) > 255:  # of 16 bits; Pillow keeps the upper 8 of pixels
+            picture.info["transparency"] = tuple(value >> 8 for value in transparent)
+    elif picture.mode not in ("RGBA", "RGBa", "LA", "La", "PA", "P"):
         return picture.convert("RGB")
+    if picture.mode == "La":
+        picture = picture.convert("LA")
     picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _from_16_bits(picture: Image.Image) -> Image.Image:
+    """Return a grey picture of 16 bits as RGB: 65535 is white, so values are divided by 257."""
+    import numpy as np
+
+    values = np.asarray(picture).astype(np.int64)
+    grey = (values.clip(0, 65535) + 128) // 257
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """Return a CMYK or LAB picture as RGB: by its colour profile if it has a readable one, by a formula otherwise."""
+    from PIL import ImageCms
+
+    profile = picture.info.get("icc_profile")
+    srgb = ImageCms.createProfile("sRGB")
+    if picture.mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        return _converted(picture, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+    if profile is None:
+        return picture.convert("RGB")
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(own, srgb, "CMYK", "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return picture.convert("RGB")  # a profile that is damaged, or of another kind of picture
+    return _converted(picture, transform)
+
+
+def _converted(picture: Image.Image, transform: ImageCmsTransform) -> Image.Image:
+    from PIL import ImageCms
+
+    converted = ImageCms.applyTransform(picture, transform)
+    assert converted is not None  # only None in place
+    return converted
 
 
 def titled_grid(columns: Mapping[str, Tensor]) -> Image.Image:

@@ -17,7 +17,8 @@ from torch import Tensor
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
 from flash_diffusion.trainer.data.encode import encode_examples
-from flash_diffusion.trainer.data.sources import read_samples, to_mask, to_tensor
+from flash_diffusion.trainer.data.framing import to_mask, to_tensor
+from flash_diffusion.trainer.data.reading import read_samples
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.tasks.base import NoOptions, Task
@@ -151,7 +152,7 @@ def test_companion_of_another_size_is_refused_with_both_sizes(tmp_path: Path, na
 def test_companions_without_picture_or_broken_are_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "pictures")
     (folder / "1.identity.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1\.identity\.png is not a readable image"):
+    with pytest.raises(UserError, match=r"the identity of .*1\.png is not a readable image"):
         list(read_samples(section(folder), ("identity",)))
     noise(0).save(folder / "9.mask.png")
     with pytest.raises(UserError, match=r"9\.mask\.png .* there is no picture 9\.\*"):

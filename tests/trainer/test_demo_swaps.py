@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flash_diffusion.trainer.config import DataSection
-from flash_diffusion.trainer.data.sources import read_samples
+from flash_diffusion.trainer.data.reading import read_samples
 from flash_diffusion.trainer.demo.shards import load_pictures
 from flash_diffusion.trainer.demo.swaps import Swap, swaps
 

@@ -25,7 +25,7 @@ from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import ModelSection, TaskSection, parse_recipe
-from flash_diffusion.trainer.data.sources import to_tensor
+from flash_diffusion.trainer.data.framing import to_tensor
 from flash_diffusion.trainer.data.trajectories import trajectory_fingerprint
 from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.distill.plan import print_plan

@@ -19,7 +19,7 @@ from PIL import Image
 
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.trainer.config import ModelSection, TaskSection
-from flash_diffusion.trainer.data.sources import to_mask, to_tensor
+from flash_diffusion.trainer.data.framing import to_mask, to_tensor
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 

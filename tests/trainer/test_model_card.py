@@ -27,7 +27,7 @@ from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.process import VPProcess
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.config import parse_recipe
-from flash_diffusion.trainer.data.sources import to_mask, to_tensor
+from flash_diffusion.trainer.data.framing import to_mask, to_tensor
 from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.export.card_usage import is_on_disk, shown, usage
 from flash_diffusion.trainer.export.model_card import model_card

@@ -16,7 +16,7 @@ from flash_diffusion.flash_core.denoiser import predict_z0
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.trainer.config import ModelSection, TaskSection, parse_recipe
-from flash_diffusion.trainer.data.sources import to_tensor
+from flash_diffusion.trainer.data.framing import to_tensor
 from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.recipes import load_recipe

@@ -13,7 +13,9 @@ from torch import Tensor
 from ...flash_core.denoiser import Conditioning
 from ..config import DataSection
 from ..seeds import stream
-from .sources import Sample, read_samples, to_mask, to_tensor
+from .framing import to_mask, to_tensor
+from .reading import read_samples
+from .reading.samples import Sample
 
 if TYPE_CHECKING:
     from ..tasks.base import Task

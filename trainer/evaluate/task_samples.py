@@ -16,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import DataSection
-from ..data.sources import Sample, read_samples, to_mask, to_tensor
+from ..data.framing import to_mask, to_tensor
+from ..data.reading import read_samples
+from ..data.reading.samples import Sample
 from ..demo.shards import TEACHER_STYLE, load_pictures
 from ..errors import UserError
 from ..seeds import seed_of, stream
@@ -134,7 +136,7 @@ def _demo(style: str, task: Task, samples: int, seed: int) -> Subjects:
     except FileNotFoundError as error:
         raise UserError(f"--data: {error}") from error
     found = [
-        Sample(f"{caption.code} of {style}", Image.fromarray(picture.permute(1, 2, 0).numpy()), caption.general)
+        Sample(f"{caption.code} of {style}", Image.fromarray(picture.permute(1, 2, 0).numpy()), (caption.general,))
         for picture, caption in zip(pictures.images, pictures.captions, strict=True)
         if not task.demo_captions or caption.general in task.demo_captions
     ]

@@ -1,1 +1,109 @@
 """Read pictures with captions from folders, shards, lists of prompts and the demo: one source for each kind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from ...config import DataSection
+from .samples import BadSample, Problems, RawSample, Sample, Source
+
+__all__ = ["check_source", "decode", "open_source", "picture_size", "read_samples"]
+
+logger = logging.getLogger(__name__)
+
+
+def open_source(data: DataSection, companions: Sequence[str] = ()) -> Source:
+    """Return the source of a recipe's data. Files are listed, and no picture is read.
+
+    Args:
+        companions: names of ``COMPANIONS`` to read; of each name, every sample has a picture or no sample has.
+
+    Raises:
+        UserError: there is no data; the message names the path.
+    """
+    if data.source in ("demo", "demo-swaps"):
+        from .embedded import Demo, DemoSwaps
+
+        return Demo(data) if data.source == "demo" else DemoSwaps(data, companions)
+    assert data.path is not None  # the recipe was checked
+    path = data.path.expanduser()
+    if data.source == "folder":
+        from .folder import Folder
+
+        return Folder(data, path, companions)
+    if data.source == "prompts":
+        from .prompts import Prompts
+
+        return Prompts(data, path)
+    from .shards import Shards
+
+    return Shards(data, path, companions)
+
+
+def decode(raw: RawSample) -> Sample:
+    """Return a sample with its pictures decoded: RGB, upright, on white.
+
+    Raises:
+        BadSample: a picture is unreadable, or a mask or hint has another size than its picture.
+    """
+    from .decoding import decode
+
+    return decode(raw)
+
+
+def picture_size(raw: RawSample) -> tuple[int, int]:
+    """Return width and height of a sample's picture, upright, from the file's header.
+
+    Raises:
+        BadSample: a header is unreadable, or a mask or hint has another size than its picture.
+    """
+    from .decoding import picture_size
+
+    return picture_size(raw)
+
+
+def read_samples(data: DataSection, companions: Sequence[str] = ()) -> Iterator[Sample]:
+    """Yield the first ``data.limit`` samples of a recipe's data, decoded, in a fixed order.
+
+    Raises:
+        UserError: there is no data.
+        BadSample: a sample can't be used, and ``data.on_error`` is fail.
+    """
+    return islice(_usable(open_source(data, companions), data), data.limit)
+
+
+def _usable(source: Source, data: DataSection) -> Iterator[Sample]:
+    problems = Problems(source.title, True, data.skip_limit)
+    total = 0
+    for unit in range(len(source)):
+        for raw in source.read(unit):
+            total += 1
+            try:
+                if isinstance(raw, BadSample):
+                    raise raw
+                sample = decode(raw)
+            except BadSample as problem:
+                if data.on_error == "fail":
+                    raise
+                problems.add(str(problem))
+                continue
+            yield sample
+    problems.check(total)
+    if problems.count:
+        logger.warning(problems.summary(total))
+
+
+def check_source(data: DataSection) -> None:
+    """Check that there are samples, and that the first one can be read, before a model is loaded.
+
+    Raises:
+        UserError: the data is missing or unreadable; the message names the path.
+    """
+    source = open_source(data)
+    for note in source.notes():
+        logger.warning(note)
+    if data.source == "prompts":
+        return
+    next(_usable(source, data), None)

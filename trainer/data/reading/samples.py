@@ -5,7 +5,7 @@ A source reads and never decodes: bytes are hashed, looked up in the cache, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,6 +80,10 @@ class Source(Protocol):
         """Return the number of units."""
         ...
 
+    def notes(self) -> list[str]:
+        """Return sentences on what is not read, such as files of unknown formats."""
+        ...
+
     def stamp(self, unit: int) -> str | None:
         """Return a text that changes when a file of the unit changes: names, sizes, times. None: always read it."""
         ...
@@ -91,3 +95,87 @@ class Source(Protocol):
             UserError: the whole unit can't be read; the message names the file.
         """
         ...
+
+
+def uniform(
+    samples: Iterable[RawSample | BadSample], companions: Sequence[str], first: Callable[[], tuple[str, frozenset[str]]]
+) -> Iterator[RawSample | BadSample]:
+    """Yield samples. A sample with other companions than the source's first sample becomes a BadSample.
+
+    Args:
+        first: returns name and companions of the source's first sample.
+    """
+    for sample in samples:
+        problem = None
+        if companions and isinstance(sample, RawSample):
+            name, expected = first()
+            for companion in companions:
+                if (companion in sample.companions) != (companion in expected):
+                    lacking, having = (sample.name, name) if companion in expected else (name, sample.name)
+                    problem = BadSample(
+                        sample.name,
+                        f"{lacking} has no {companion} picture beside it, and {having} has one; give every picture "
+                        f"its .{companion}.png, or remove them all, and the task draws its own",
+                    )
+                    break
+        yield problem or sample
+
+
+class Problems:
+    """The samples that can't be used, up to a limit.
+
+    Args:
+        title: the source in a few words.
+        skip: leave samples out; False: one is too many.
+        limit: the most samples to leave out: a share below 1, or a number from 1 on.
+    """
+
+    def __init__(self, title: str, skip: bool, limit: float) -> None:
+        self.title = title
+        self.skip = skip
+        self.limit = limit
+        self.count = 0
+        self._first: list[str] = []  # messages, at most SHOWN_PROBLEMS
+
+    def add(self, message: str) -> None:
+        """Add the message of a sample that can't be used."""
+        self.count += 1
+        if len(self._first) < SHOWN_PROBLEMS:
+            self._first.append(message)
+
+    def check(self, total: int) -> None:
+        """Check the limit.
+
+        Args:
+            total: number of all samples, with those that can't be used.
+
+        Raises:
+            UserError: too many samples can't be used; the message names the first ones and says what to do.
+        """
+        if self.count == 0:
+            return
+        if not self.skip:
+            raise UserError(self.summary(total) + f"\n{FAIL_ADVICE}")
+        most = self.limit if self.limit >= 1 else self.limit * total
+        if self.count > most:
+            allowed = f"{self.limit:g}" if self.limit >= 1 else f"{self.limit:.2%} of {total}"
+            raise UserError(
+                f"{self.summary(total)}\nThis is more than data.skip_limit allows ({allowed}); mend or remove them, or "
+                "raise data.skip_limit"
+            )
+
+    def summary(self, total: int) -> str:
+        """Return how many samples can't be used, and why, for the first ones."""
+        if self.count == 1 == len(self._first) and not self.skip:
+            return self._first[0]
+        what = "are left out" if self.skip else "can't be used"
+        lines = [f"{self.count} of {total} samples of {self.title} {what}:", *(f"  {text}" for text in self._first)]
+        if self.count > len(self._first):
+            lines.append(f"  ... and {self.count - len(self._first)} more")
+        return "\n".join(lines)
+
+
+SHOWN_PROBLEMS = 20
+FAIL_ADVICE = (
+    "Mend or remove them (`flash-diffusion data check` lists everything), or leave them out with data.on_error: skip"
+)
