@@ -136,9 +136,7 @@ class Distiller:
         Every state on the path has the same solution, so one recorded path serves all four modes: less work for small
         budgets. The states come from the teacher's own path instead of noised data; both have the teacher's marginals.
         """
-        modes = len(PUBLISHED_PHASES[0].modes)
-        reachable = timestep_mixture(self.settings.teacher_steps, [1.0] * modes) > RECORDED_PROBABILITY
-        kept = tuple(int(index) for index in reachable.nonzero())
+        kept = self.recorded_indices()
         states: list[Tensor] = []
 
         def keep(index: int, z: Tensor) -> None:
@@ -149,6 +147,12 @@ class Distiller:
         noise = _normal(z0, generator)
         z_teacher = self.teacher_solution(noise, conditioning, unconditional, guidance, observe=keep)
         return Trajectory(kept, torch.stack(states), z_teacher, z0, guidance, conditioning, unconditional)
+
+    def recorded_indices(self) -> tuple[int, ...]:
+        """Return the indices of the teacher's grid whose states :meth:`trajectory` keeps, ascending."""
+        modes = len(PUBLISHED_PHASES[0].modes)
+        reachable = timestep_mixture(self.settings.teacher_steps, [1.0] * modes) > RECORDED_PROBABILITY
+        return tuple(int(index) for index in reachable.nonzero())
 
     def replay(self, trajectory: Trajectory, phase: Phase, generator: torch.Generator) -> Rollout:
         """Return a rollout from a recorded trajectory; each sample starts at an index drawn for this phase."""

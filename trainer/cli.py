@@ -53,6 +53,7 @@ COMMANDS = {
     "export": Command("write the LoRA of a run's checkpoint", ".distill.export_command"),
     "evaluate": Command("compare the student's few steps with the teacher's many", ".evaluate.command"),
     "report": Command("write the HTML report of an evaluation again", ".report.build"),
+    "cache": Command("list, check and prune the encoded data on disk", ".data.cache.command"),
     "lora": Command("inspect, convert, merge and shrink LoRA files", ".lora_command"),
     "demo": Command("make the files of the embedded demo again", commands=DEMO_COMMANDS),
 }

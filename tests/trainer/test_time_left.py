@@ -9,8 +9,9 @@ import pytest
 
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.distill.loop import distil
-from flash_diffusion.trainer.distill.time_left import Stage, TimeLeft, in_words, phase_stages, recording_stage
+from flash_diffusion.trainer.distill.time_left import Stage, TimeLeft, phase_stages, recording_stage
 from flash_diffusion.trainer.distill.training_log import TrainingLog
+from flash_diffusion.trainer.progress import in_words
 
 
 def test_nothing_measured_is_unknown_or_the_limit() -> None:

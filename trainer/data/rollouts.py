@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from ...flash_core.distiller import Distiller, Phase, Rollout
 from ..config import Recipe
 from ..interrupts import StopRequest
 from ..seeds import stream
-from .encode import Examples
+from .encoding.examples import CachedExamples
 from .order import Order
 from .trajectories import TrajectoryBank, record_trajectories, trajectory_fingerprint
 
@@ -31,7 +32,7 @@ class Rollouts:
 
     Attributes:
         generator: the process's random stream, which the training steps share; a checkpoint keeps its state.
-        length: examples of an epoch, or recorded trajectories.
+        order: of the examples, or of the recorded trajectories.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Rollouts:
         recipe: Recipe,
         teacher: Teacher,
         task: Task,
-        examples: Examples,
+        examples: CachedExamples,
         distiller: Distiller,
         accelerator: Accelerator,
     ) -> None:
@@ -51,7 +52,12 @@ class Rollouts:
         self.accelerator = accelerator
         self.generator = stream(recipe.seed, "training", accelerator.process_index)
         self.bank: TrajectoryBank | None = None
-        self.order = Order(len(examples), recipe.seed)
+        self.order = Order(len(examples), recipe.seed, examples.frames, recipe.batch_size)
+
+    def fingerprint(self, teacher_hash: str) -> str:
+        """Return the fingerprint of this run's trajectories, see :func:`trajectory_fingerprint`."""
+        control = getattr(self.teacher.denoiser, "control", None)
+        return trajectory_fingerprint(self.recipe, self.examples.fingerprint, teacher_hash, control)
 
     def record(
         self,
@@ -71,7 +77,6 @@ class Rollouts:
         Returns:
             The number of trajectories.
         """
-        control = getattr(self.teacher.denoiser, "control", None)
         self.bank = record_trajectories(
             folder,
             self.recipe.trajectories.model_copy(update={"max_minutes": max_minutes}),
@@ -80,24 +85,29 @@ class Rollouts:
             self._unconditional,
             self.accelerator,
             self.recipe.seed,
-            trajectory_fingerprint(self.recipe, teacher_hash, control),
+            self.fingerprint(teacher_hash),
             advance,
             stop,
+            self.recipe.data.caption_dropout,
         )
-        self.order = Order(len(self.bank), self.recipe.seed)
+        self.order = Order(len(self.bank), self.recipe.seed, self.bank.frames, self.recipe.batch_size)
         return len(self.bank)
 
     def batch(self, position: int, phase: Phase) -> Rollout:
         """Return this process's rollout of the batch at ``position``, in samples of all processes together."""
         size = self.recipe.batch_size
-        index = self.order.indices(position + self.accelerator.process_index * size, size)
+        position += self.accelerator.process_index * size
+        index = self.order.indices(position, size)
         device = self.accelerator.device
         if self.bank is not None:
             trajectory = self.bank.batch(index, self.examples, self._unconditional, device)
             return self.distiller.replay(trajectory, phase, self.generator)
-        z0, conditioning = self.examples.batch(index, device)
+        counts = self.examples.caption_counts(index)
+        caption = self.order.captions(position, counts, self.recipe.data.caption_dropout)
+        z0, conditioning = self.examples.batch(index, device, caption)
         return self.distiller.rollout(z0, conditioning, self._unconditional(conditioning), phase, self.generator)
 
     def _unconditional(self, conditioning: Conditioning) -> Conditioning:
-        """Return the conditions of guidance's unconditional branch."""
-        return self.task.unconditional(conditioning, self.teacher.unconditional(len(conditioning)))
+        """Return the conditions of guidance's unconditional branch, for pictures of the same size."""
+        empty = self.teacher.unconditional(len(conditioning))
+        return self.task.unconditional(conditioning, replace(empty, size_ids=conditioning.size_ids))

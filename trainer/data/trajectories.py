@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.distiller import Distiller, Trajectory
 from ..config import Recipe, TrajectorySection
 from ..errors import UserError
-from ..files import write_whole, writing
+from ..files import write_whole
 from ..interrupts import StopRequest
+from ..lookahead import one_core_each
 from ..seeds import stream
 from ..teachers.hashes import weights_hash
-from .encode import Examples
+from .cache.store import Places, Store, as_keys, key_of
+from .encoding.examples import CachedExamples
 from .order import Order
 
 if TYPE_CHECKING:
@@ -30,45 +33,50 @@ if TYPE_CHECKING:
 
     from ..teachers.conditions.control import Control
 
-MAX_THREADS = 8  # batches recorded side by side on a CPU; each holds its activations in memory
+ENDED = "ended"  # a file in the folder: how many trajectories the time was enough for
+FACTS = "trajectories.json"
 
 
 @dataclass(frozen=True)
 class TrajectoryBank:
-    """N recorded trajectories on the CPU.
+    """N recorded trajectories on disk.
 
     Attributes:
+        store: holds them.
+        places: where each is.
         indices: the M grid indices that were kept.
-        states: (N, M, C, h, w) latents there.
-        z_teacher: (N, C, h, w) where they end.
-        guidance: (N,).
-        sample: (N,) index of the training example whose conditions each trajectory has.
+        frames: (N,) number of each one's frame; None if all have the same.
     """
 
+    store: Store
+    places: Places
     indices: tuple[int, ...]
-    states: Tensor
-    z_teacher: Tensor
-    guidance: Tensor
-    sample: Tensor
+    frames: Tensor | None
 
     def __len__(self) -> int:
-        return len(self.sample)
+        return len(self.places.file)
 
     def batch(
         self,
         index: Tensor,
-        examples: Examples,
+        examples: CachedExamples,
         unconditional: Callable[[Conditioning], Conditioning],
         device: torch.device | str,
     ) -> Trajectory:
-        """Return the trajectories at ``index`` (B,), on ``device``; ``unconditional`` makes guidance's other branch."""
-        z0, conditioning = examples.batch(self.sample[index], device)
+        """Return the trajectories at ``index`` (B,), on ``device``; ``unconditional`` makes guidance's other branch.
+
+        Raises:
+            UserError: a file is damaged; it is removed.
+        """
+        rows = self.store.read(self.places.part(index.numpy()))
+        z0, conditioning = examples.batch(rows["sample"], device, rows["caption"])
+        z_teacher = rows["z_teacher"].to(device)
         return Trajectory(
             self.indices,
-            self.states[index].transpose(0, 1).to(device),
-            self.z_teacher[index].to(device),
-            z0,
-            self.guidance[index].to(device),
+            rows["states"].transpose(0, 1).to(device),
+            z_teacher,
+            z0 if examples.has_latents else z_teacher,
+            rows["guidance"].to(device),
             conditioning,
             unconditional(conditioning),
         )
@@ -76,26 +84,50 @@ class TrajectoryBank:
 
 def own_batches(section: TrajectorySection, accelerator: Accelerator) -> list[tuple[int, int, int]]:
     """Return the batches that this process records, each as (number, first trajectory, trajectories)."""
-    batches = [
+    return _batches(section)[accelerator.process_index :: accelerator.num_processes]
+
+
+def _batches(section: TrajectorySection) -> list[tuple[int, int, int]]:
+    return [
         (number, first, min(section.batch, section.count - first))
         for number, first in enumerate(range(0, section.count, section.batch))
     ]
-    return batches[accelerator.process_index :: accelerator.num_processes]
+
+
+def check_recorded(folder: Path, fingerprint: str) -> None:
+    """Check that the folder's trajectories, if there are any, are those of ``fingerprint``.
+
+    Raises:
+        UserError: they are of another teacher, data or method.
+    """
+    there = sorted(folder.glob("*.safetensors"))
+    if not there:
+        return
+    try:
+        known = json.loads((folder / FACTS).read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    if known != fingerprint:
+        raise UserError(
+            f"{folder} holds trajectories of another teacher, data or method (pictures and captions count by their "
+            "content, and trajectories of version 0.1 count as others); remove the folder, or choose another --output"
+        )
 
 
 def record_trajectories(
     folder: Path,
     section: TrajectorySection,
     distiller: Distiller,
-    examples: Examples,
+    examples: CachedExamples,
     unconditional: Callable[[Conditioning], Conditioning],
     accelerator: Accelerator,
     seed: int,
     fingerprint: str,
     advance: Callable[[int, float | None], None],
     stop: StopRequest,
+    caption_dropout: float = 0.0,
 ) -> TrajectoryBank:
-    """Compute the trajectories that are missing in ``folder``, then read them all.
+    """Compute the trajectories that are missing in ``folder``, and return them all.
 
     Each batch has its own file and its own generator. So a killed run computes only the missing batches, and several
     processes share the work.
@@ -106,16 +138,23 @@ def record_trajectories(
         advance: called after each batch with its trajectories, and the seconds they took or None where the file was
             already there.
         stop: when asked, no further batch begins; those that are recorded stay.
+        caption_dropout: share of the empty prompt.
 
     Raises:
         Interrupted: ``stop`` was asked.
-        UserError: the folder holds trajectories of another recipe, or an unreadable file.
+        UserError: the folder holds trajectories of another recipe.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    order = Order(len(examples), seed)
+    check_recorded(folder, fingerprint)
+    order = Order(len(examples), seed, examples.frames, section.batch)
+    store = Store(folder)
+    keys = as_keys([key_of("trajectory", fingerprint, number) for number in range(section.count)])
+    indices = distiller.recorded_indices()
+    if accelerator.is_main_process:
+        facts = json.dumps({"fingerprint": fingerprint, "indices": indices}) + "\n"
+        write_whole(folder / FACTS, lambda partial: partial.write_text(facts, encoding="utf-8"))
+    present = ~store.find(keys).missing
+    accelerator.wait_for_everyone()
     started = time.monotonic()
-    done = folder / "complete"
 
     def record(number: int, first: int, count: int) -> float | None:
         """Record one batch; return the seconds it took, or None when the time was over or ``stop`` was asked."""
@@ -125,93 +164,82 @@ def record_trajectories(
         if section.max_minutes is not None and number > 0 and begin - started > 60 * section.max_minutes:
             return None
         index = order.indices(first, count)
-        z0, conditioning = examples.batch(index, accelerator.device)
+        caption = order.captions(first, examples.caption_counts(index), caption_dropout)
+        z0, conditioning = examples.batch(index, accelerator.device, caption)
         with accelerator.autocast():
             trajectory = distiller.trajectory(
                 z0, conditioning, unconditional(conditioning), stream(seed, "trajectory", number)
             )
-        _write(folder / f"{number:05d}.safetensors", trajectory, index, fingerprint)
+        rows = {
+            "states": trajectory.states.transpose(0, 1),
+            "z_teacher": trajectory.z_teacher,
+            "guidance": trajectory.guidance,
+            "sample": index,
+            "caption": caption,
+        }
+        store.write([key.tobytes() for key in keys[first : first + count]], rows)
         return time.monotonic() - begin
 
-    batches = [] if done.exists() else own_batches(section, accelerator)
-    missing = [batch for batch in batches if not (folder / f"{batch[0]:05d}.safetensors").exists()]
-    for batch in batches:
-        if batch not in missing:
-            advance(batch[2], None)
+    ended = _ended(folder)
+    missing = []
+    for number, first, count in own_batches(section, accelerator):
+        if present[first : first + count].all():
+            advance(count, None)
+        elif first < ended:  # not one that the time was too short for
+            missing.append((number, first, count))
     with distiller.denoiser.role("teacher"):  # once for all threads: the role belongs to the network
-        for (_, _, count), seconds in in_threads(record, missing, accelerator.device):
+        for (_, _, count), seconds in side_by_side(record, missing, accelerator.device):
             if seconds is not None:
                 advance(count, seconds)
     stop.check(accelerator)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_whole(done, Path.touch)
+    places = store.find(keys)
+    found = np.flatnonzero(~places.missing)
+    if accelerator.is_main_process and len(found) < section.count:
+        text = f"{int(found[-1]) + 1}\n"
+        write_whole(folder / ENDED, lambda partial: partial.write_text(text, encoding="utf-8"))
     accelerator.wait_for_everyone()
-    return _read(folder, fingerprint)
+    return TrajectoryBank(store, places.part(found), indices, _frames(order, section, found))
 
 
-def in_threads(
+def _ended(folder: Path) -> float:
+    """Return how many trajectories the time was enough for; infinite unless the time ended an earlier recording."""
+    try:
+        return int((folder / ENDED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def _frames(order: Order, section: TrajectorySection, found: np.ndarray) -> Tensor | None:
+    """Return the frame of each trajectory, None if all have the same."""
+    if order.frames is None or len(order.frames.unique()) == 1:
+        return None
+    frames = [order.frames[order.indices(first, count)] for _, first, count in _batches(section)]
+    return torch.cat(frames)[torch.from_numpy(found)]
+
+
+def side_by_side(
     record: Callable[[int, int, int], float | None], batches: Sequence[tuple[int, int, int]], device: torch.device
 ) -> Iterator[tuple[tuple[int, int, int], float | None]]:
-    """Yield each batch with the seconds it cost, on a CPU from as many threads as torch may use, one core each.
-
-    Batches side by side keep two cores busy, where two cores on one batch wait for each other (1.9 against 1.4 times
-    one core). And a batch computed on one core has the same bits whatever the number of cores.
-    """
+    """Yield each batch with the seconds it cost; on a CPU several are recorded side by side, one core each."""
     if device.type != "cpu":
         for batch in batches:
             yield batch, record(*batch)
         return
-    cores = torch.get_num_threads()
-    threads = min(cores, MAX_THREADS)
-    torch.set_num_threads(1)
-    executor, wait = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)), True
-    try:
-        futures = {executor.submit(record, *batch): batch for batch in batches}
+    with one_core_each() as (pool, threads):
+        futures = {pool.submit(record, *batch): batch for batch in batches}
         for future in as_completed(futures):
             seconds = future.result()
             yield futures[future], None if seconds is None else seconds / threads
-    except (KeyboardInterrupt, GeneratorExit):  # stop now: don't wait for the batches that are being recorded
-        wait = False
-        raise
-    finally:
-        executor.shutdown(wait, cancel_futures=True)
-        torch.set_num_threads(cores)
 
 
-def _write(path: Path, trajectory: Trajectory, sample: Tensor, fingerprint: str) -> None:
-    tensors = {
-        "indices": torch.tensor(trajectory.indices),
-        "states": trajectory.states.transpose(0, 1).contiguous().cpu(),
-        "z_teacher": trajectory.z_teacher.contiguous().cpu(),
-        "guidance": trajectory.guidance.cpu(),
-        "sample": sample,
-    }
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata={"fingerprint": fingerprint}))
+def trajectory_fingerprint(recipe: Recipe, data: str, teacher_hash: str, control: Control | None) -> str:
+    """Return a hash that differs where recorded trajectories would differ.
 
-
-def _read(folder: Path, fingerprint: str) -> TrajectoryBank:
-    parts: list[dict[str, Tensor]] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("fingerprint") != fingerprint:
-                    raise UserError(
-                        f"{folder} holds trajectories of another teacher, data or method; remove the folder, "
-                        "or choose another --output"
-                    )
-                parts.append({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}); remove it and run again with --resume") from error
-    joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "indices"}
-    return TrajectoryBank(indices=tuple(parts[0]["indices"].tolist()), **joined)
-
-
-def trajectory_fingerprint(recipe: Recipe, teacher_hash: str, control: Control | None) -> str:
-    """Return a text that differs where recorded trajectories would differ.
-
-    The teacher's hash holds an IP-Adapter's weights; the adapter's scale and encoder, and a ControlNet's weights and
-    scale, are added here. A recipe without them adds nothing, so that the recordings of plain models stay valid.
+    Args:
+        data: the fingerprint of the examples: contents of pictures, captions and conditions.
+        teacher_hash: of the base's weights; holds an IP-Adapter's weights, but not its scale and encoder.
+        control: its weights and scale count.
     """
     method, model = recipe.method, recipe.model
     beside: list[object] = []
@@ -219,20 +247,16 @@ def trajectory_fingerprint(recipe: Recipe, teacher_hash: str, control: Control |
         beside.append((model.image_adapter.image_encoder, model.image_adapter.scale))
     if control is not None:
         beside.append((weights_hash(control.network), control.scale))
-    if not model.t5:
-        beside.append("without T5")
-    return repr(
-        (
-            teacher_hash,
-            recipe.data.model_dump(mode="json"),
-            recipe.task.model_dump(mode="json"),
-            method.teacher_steps,
-            method.solver,
-            method.guidance,
-            recipe.trajectories.count,
-            recipe.trajectories.batch,
-            recipe.seed,
-            recipe.precision,
-            *beside,
-        )
+    facts = (
+        teacher_hash,
+        data,
+        recipe.data.caption_dropout,
+        method.teacher_steps,
+        method.solver,
+        method.guidance,
+        recipe.trajectories.batch,
+        recipe.seed,
+        recipe.precision,
+        *beside,
     )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -13,9 +13,11 @@ from ...flash_core.denoiser import Conditioning
 from ...flash_core.discriminator import Discriminator
 from ...flash_core.distiller import Distiller
 from ..config import OptimizerSection, Recipe
-from ..data.encode import Examples, encode_examples
+from ..data.encoding.examples import CachedExamples
+from ..data.encoding.prepare import prepare_examples
 from ..errors import UserError
 from ..export.export import stochasticity_of
+from ..interrupts import StopRequest
 from ..metrics.lpips import lpips
 from ..tasks import build_task
 from ..tasks.base import Task
@@ -39,7 +41,7 @@ class Assembly:
 
     teacher: Teacher
     task: Task
-    examples: Examples
+    examples: CachedExamples
     distiller: Distiller
     trained: Trained
     average: WeightAverage
@@ -65,19 +67,31 @@ def add_adapters(denoiser: DiffusersDenoiser, recipe: Recipe, default_targets: t
         denoiser.add_adapter("critic", lora.rank, alpha, targets, recipe.seed + 1)
 
 
-def assemble(recipe: Recipe, accelerator: Accelerator) -> Assembly:
-    """Load the teacher, encode the data, and add adapters, discriminator and optimisers.
+def assemble(recipe: Recipe, accelerator: Accelerator, stop: StopRequest | None = None) -> Assembly:
+    """Load the teacher, encode the data that the cache lacks, and add adapters, discriminator and optimisers.
+
+    Args:
+        stop: asked while data are encoded.
 
     Raises:
         UserError: the recipe does not fit the model or the data.
+        Interrupted: ``stop`` was asked; what is encoded stays in the cache.
     """
     task = build_task(recipe.task)
     check_control(task, recipe.model)
     teacher = load_teacher(recipe.model, str(accelerator.device), recipe.data.resolution)
     _check_solver(recipe, teacher)
     check_channels(task, teacher)
-    with accelerator.autocast():
-        examples = encode_examples(recipe.data, teacher, task, recipe.task.variants, recipe.seed)
+    examples = prepare_examples(
+        recipe.data,
+        teacher,
+        task,
+        recipe.task.variants,
+        method=recipe.method,
+        solves=not recipe.trajectories.count,
+        accelerator=accelerator,
+        stop=stop,
+    )
     denoiser = teacher.denoiser
     teacher.stochasticity = stochasticity_of(recipe)
     add_adapters(denoiser, recipe, teacher.default_targets)

@@ -58,7 +58,9 @@ def distil(recipe: Recipe, output: Path, *, resume: bool = False, stop: StopRequ
     check_source(recipe.data)
     if not accelerator.is_main_process:
         logger.setLevel(logging.WARNING)
+    stop = stop or StopRequest()
     with only_run_in(output, accelerator):
+        stop.check(accelerator)
         last = in_main_process(accelerator, lambda: _last_checkpoint(output, resume))
         with device_errors_explained(recipe, output):
             lora = Run(recipe, output, accelerator, last, stop).train()
@@ -100,15 +102,14 @@ class Run:
         if digest != recipe.digest():
             logger.warning("the recipe has changed since %s: the result belongs to neither recipe", last)
         self.clock = RunClock(recipe, self.state, accelerator)
-        self.parts: Assembly = assemble(recipe, accelerator)
+        self.parts: Assembly = assemble(recipe, accelerator, self.stop)
         teacher, examples = self.parts.teacher, self.parts.examples
-        logger.info("%d pictures with %d distinct captions", len(examples), len(examples.conditioning))
         self.rollouts = Rollouts(recipe, teacher, self.parts.task, examples, self.parts.distiller, accelerator)
         self.updater = Updater(recipe, self.parts, self.rollouts, accelerator)
         self.preview: Preview | None = None
         if accelerator.is_main_process:
             self.preview = Preview(recipe, preview_rows(self.parts, recipe.preview.prompts))
-        self._identify(teacher.weights_hash(), getattr(examples, "fingerprint", ""))
+        self._identify(teacher.weights_hash(), examples.fingerprint)
         teacher.release_encoders()
         if last is not None:
             self._restore(last)
@@ -146,7 +147,7 @@ class Run:
             self.updater.means.restore(means, accelerator.device)
             return
         logger.warning(
-            "%s was written by %d processes, now there are %d. Weights, optimisers and the order of the samples go on. "
+            "%s: processes before: %d, now: %d. Weights, optimisers and the order of the samples go on. "
             "The random numbers are new, and an update has %d samples instead of %d, so the result is not that of a "
             "run that never stopped. To continue exactly, start as many processes as before",
             *(last, before, accelerator.num_processes),

@@ -119,12 +119,3 @@ def _update_passes(recipe: Recipe, phase: PhaseSection) -> float:
     if phase.dmd:
         passes += DMD_PASSES + (CRITIC_PASSES if needs_critic(recipe) else 0)
     return passes * recipe.batch_size * recipe.gradient_accumulation
-
-
-def in_words(seconds: float | None) -> str:
-    """Return a time such as ``40 s``, ``12 min`` or ``3.5 h``; ``?`` where it is unknown."""
-    if seconds is None:
-        return "?"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

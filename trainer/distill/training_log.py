@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..files import write_text_whole, writing
-from .time_left import in_words
+from ..progress import in_words
 
 logger = logging.getLogger(__name__)
 

@@ -35,6 +35,7 @@ class Task(ABC):
         companions: names of the pictures that may lie beside a training picture, such as a mask; the task draws the
             missing ones.
         dropped: the parts of the conditions that are zeros in the unconditional branch.
+        has_conditions: False if the task adds nothing to the captions.
         reads_text: True if the task uses captions; else every caption is empty.
         gives_hint: True if the conditions are a hint for a ControlNet or T2I-adapter (``model.control``).
         figures: the measures of each picture in an evaluation, see :meth:`scores`.
@@ -48,6 +49,7 @@ class Task(ABC):
     options_class: ClassVar[type[Section]] = NoOptions
     companions: ClassVar[tuple[str, ...]] = ()
     dropped: ClassVar[tuple[str, ...]] = ()
+    has_conditions: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
     gives_hint: ClassVar[bool] = False
     figures: ClassVar[tuple[Figure, ...]] = ()
@@ -141,6 +143,7 @@ class TextToImage(Task):
     """Text alone."""
 
     name = "text-to-image"
+    has_conditions = False
 
     def extra_channels(self, latent_channels: int) -> int:
         """Return 0."""

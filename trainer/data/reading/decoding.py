@@ -17,6 +17,7 @@ from .samples import SAME_SIZE, BadSample, RawSample, Sample
 
 # A photograph of 100 million pixels is no attack: Pillow's error, at twice the size of its warning, is enough.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged EXIF data and the like; they name no file
 
 Result = TypeVar("Result")
 

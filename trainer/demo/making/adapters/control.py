@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .....flash_core.denoiser import Conditioning
 from .....flash_core.distiller import Distiller, DistillerSettings
 from ....config import ModelSection, TaskSection
-from ....data.encode import Examples, joined, packed
+from ....data.encoding.examples import MemoryExamples, joined, packed
 from ....export.export import lora_modules
 from ....files import write_whole
 from ....seeds import stream
@@ -152,7 +152,7 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def moved_examples(teacher: Teacher, task: Task, pictures: Pictures, variants: int, seed: int) -> Examples:
+def moved_examples(teacher: Teacher, task: Task, pictures: Pictures, variants: int, seed: int) -> MemoryExamples:
     """Return every picture ``variants`` times, each moved and captioned anew, with its own latents and edges."""
     generator = stream(seed, "moved pictures")
     latents, conditions, captions = [], [], []
@@ -168,13 +168,11 @@ def moved_examples(teacher: Teacher, task: Task, pictures: Pictures, variants: i
                 captions.append(caption.name if named else caption.general)
     distinct = list(dict.fromkeys(captions))
     position = {caption: index for index, caption in enumerate(distinct)}
-    return Examples(
+    return MemoryExamples(
         torch.cat(latents),
-        tuple(captions),
         teacher.encode_prompts(distinct).to("cpu"),
         torch.tensor([position[caption] for caption in captions]),
         joined(conditions),
-        1,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from .....flash_core.lora import write_lora
 from ....config import DataSection, TaskSection
-from ....data.encode import encode_examples
+from ....data.encoding.prepare import prepare_examples
 from ....export.export import lora_modules
 from ....tasks import build_task
 from ...assets import LORAS
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     teacher = demo_teacher(args.device)
     data = DataSection(source="webdataset", path=shard_path(args.style), limit=args.limit)
     task = build_task(TaskSection())
-    examples = encode_examples(data, teacher, task)
+    examples = prepare_examples(data, teacher, task)
     logger.info("%d pictures of the style %s; the teacher draws %s", len(examples), args.style, TEACHER_STYLE)
     teacher_hash = teacher.weights_hash()
     training = AdapterTraining(teacher, examples, task, args.rank, args.batch_size, args.learning_rate, args.seed)

@@ -12,11 +12,12 @@ import json
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .....flash_core.task_adapter import TaskAdapter, write_task_adapter
 from ....config import DataSection, TaskSection
-from ....data.encode import encode_examples
+from ....data.encoding.prepare import prepare_examples
 from ....errors import UserError
 from ....export.export import lora_modules
 from ....tasks import TASKS, build_task
@@ -56,7 +57,8 @@ class TaskTraining(AdapterTraining):
 
     def further_parameters(self) -> dict[str, nn.Parameter]:
         """Widen the input layer and return its new weights."""
-        concat = self.examples.task.concat
+        _, conditioning = self.examples.batch(torch.zeros(1, dtype=torch.long), self.device)
+        concat = conditioning.concat
         if concat is None:
             raise UserError(
                 "this task adds no channels to the network, so it needs no task adapter; choose another task"
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     task = build_task(section)
     teacher = demo_teacher(args.device)
     source = args.data or ("demo-swaps" if args.task == FaceSwap.name else "demo")
-    examples = encode_examples(DataSection(source=source, limit=args.limit), teacher, task, args.variants, args.seed)
+    examples = prepare_examples(DataSection(source=source, limit=args.limit), teacher, task, args.variants)
     logger.info("%d samples of the task %s", len(examples), task.name)
     teacher_hash = teacher.weights_hash()  # of the base, before the training changes its layers
     training = TaskTraining(teacher, examples, task, args.rank, args.batch_size, args.learning_rate, args.seed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .....flash_core.denoiser import Conditioning, Role
 from ....config import ModelSection
-from ....data.encode import Examples
+from ....data.encoding.examples import Examples
 from ....distill.schedule import WeightAverage, warmup_cosine
 from ....errors import UserError
 from ....seeds import stream

@@ -1,0 +1,228 @@
+"""Keep rows of tensors on disk under keys, in safetensors files of many rows.
+
+A file is written whole or not at all, and is never changed. Its name is a hash of its keys. So runs, processes and
+machines may share a store without locks: two that write the same rows write the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...errors import UserError
+from ...files import write_whole
+
+logger = logging.getLogger(__name__)
+
+KEY_BYTES = 16
+KEYS, CHECKSUMS = "keys", "checksums"  # tensors of every file, beside the rows
+FACTS = "facts"  # metadata of every file
+ABOUT = "about.json"
+FORMAT = "flash-cache-1"
+
+Keys = NDArray[np.uint8]  # (n, 16)
+
+
+def key_of(*parts: bytes | str | int) -> bytes:
+    """Return a hash of parts, 16 bytes. Parts of different kinds or lengths never give the same key by chance."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        digest.update(f"{type(part).__name__}{len(content)}:".encode() + content)
+    return digest.digest()
+
+
+def as_keys(keys: Sequence[bytes]) -> Keys:
+    """Return keys as an array (n, 16)."""
+    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES).copy()
+
+
+def sortable(keys: Keys) -> NDArray[Any]:
+    """Return keys (n, 16) as n values that numpy compares and sorts."""
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").reshape(-1)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows are.
+
+    Attributes:
+        file: (n,) number of the file in ``files``; -1 for a row that is missing.
+        row: (n,) row in the file.
+        files: names of all files of the store.
+    """
+
+    file: NDArray[np.int32]
+    row: NDArray[np.int32]
+    files: tuple[str, ...]
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """(n,) True for a row that the store does not hold."""
+        return self.file < 0
+
+    def part(self, index: NDArray[Any]) -> Places:
+        """Return the places at ``index``."""
+        return Places(self.file[index], self.row[index], self.files)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The rows of one kind, made by one encoder: latents, text conditions, a task's conditions.
+
+    Attributes:
+        folder: of the store.
+        about: what the store holds, for `flash-diffusion cache ls`.
+        dtype: of floating-point rows on disk; rows come back in the dtype that they were given in.
+    """
+
+    folder: Path
+    about: Mapping[str, str] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+    def write(self, keys: Sequence[bytes], rows: Mapping[str, Tensor]) -> Path:
+        """Write n rows under n keys as one file, and return its path.
+
+        Args:
+            rows: name -> (n, ...).
+        """
+        self._describe()
+        stored = {name: self._stored(value) for name, value in rows.items()}
+        key_array = as_keys(keys)
+        tensors = {
+            **stored,
+            KEYS: torch.from_numpy(key_array),
+            CHECKSUMS: torch.tensor([_checksum(stored, row) for row in range(len(keys))]),
+        }
+        given = {name: str(value.dtype).removeprefix("torch.") for name, value in rows.items()}
+        facts = {"format": FORMAT, "dtypes": given, "keys": zlib.crc32(key_array.tobytes())}
+        metadata = {FACTS: json.dumps(facts, sort_keys=True)}  # one entry: safetensors writes several in any order
+        path = self.folder / f"{hashlib.sha256(key_array.tobytes()).hexdigest()[:24]}.safetensors"
+        write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+        return path
+
+    def find(self, keys: Keys) -> Places:
+        """Return where the rows of ``keys`` (n, 16) are. Damaged files are removed, with a line in the log."""
+        files, found, numbers, rows = [], [], [], []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            content = self.read_keys(path)
+            if content is None:
+                continue
+            found.append(content)
+            numbers.append(np.full(len(content), len(files), np.int32))
+            rows.append(np.arange(len(content), dtype=np.int32))
+            files.append(path.name)
+        place = Places(np.full(len(keys), -1, np.int32), np.zeros(len(keys), np.int32), tuple(files))
+        if not files or not len(keys):
+            return place
+        present = sortable(np.concatenate(found))
+        order = np.argsort(present, kind="stable")
+        wanted = sortable(keys)
+        at = np.minimum(np.searchsorted(present, wanted, sorter=order), len(present) - 1)
+        hits = present[order[at]] == wanted
+        place.file[hits] = np.concatenate(numbers)[order[at]][hits]
+        place.row[hits] = np.concatenate(rows)[order[at]][hits]
+        return place
+
+    def read(self, places: Places) -> dict[str, Tensor]:
+        """Return name -> rows (n, ...) in the order of ``places``; see :meth:`rows`."""
+        rows = self.rows(places)
+        return {name: torch.cat([row[name] for row in rows]) for name in (rows[0] if rows else {})}
+
+    def rows(self, places: Places) -> list[dict[str, Tensor]]:
+        """Return each row as name -> (1, ...), in the order of ``places``; only these rows are read from disk.
+
+        Raises:
+            UserError: a file is gone, or a row's checksum is wrong; the damaged file is removed.
+        """
+        parts: list[dict[str, Tensor]] = [{} for _ in places.file]
+        for number in dict.fromkeys(places.file.tolist()):
+            path = self.folder / places.files[number]
+            try:
+                with safe_open(path, "pt") as file:
+                    dtypes = json.loads(file.metadata()[FACTS])["dtypes"]
+                    slices = {name: file.get_slice(name) for name in (*dtypes, CHECKSUMS)}
+                    for position in np.flatnonzero(places.file == number).tolist():
+                        row = int(places.row[position])
+                        read = {name: part[row : row + 1] for name, part in slices.items()}
+                        if _checksum(read, 0) != int(read.pop(CHECKSUMS)):
+                            raise SafetensorError(f"row {row} is not what was written")
+                        parts[position] = {name: value.to(getattr(torch, dtypes[name])) for name, value in read.items()}
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                path.unlink(missing_ok=True)
+                raise UserError(
+                    f"{path} of the cache of encoded data is damaged or gone ({error}); it is removed now. Run again "
+                    "(with --resume, if the run has begun), and its samples are encoded again"
+                ) from error
+        return parts
+
+    def touch(self) -> None:
+        """Note that the store is used now, for `flash-diffusion cache prune`."""
+        if self.folder.is_dir():
+            self._describe()
+            os.utime(self.folder / ABOUT)
+
+    def _describe(self) -> None:
+        if not (self.folder / ABOUT).is_file():
+            text = json.dumps({"format": FORMAT, **self.about}, indent=2) + "\n"
+            write_whole(self.folder / ABOUT, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def _stored(self, value: Tensor) -> Tensor:
+        value = value.detach().cpu()
+        return (value.to(self.dtype) if value.is_floating_point() else value).contiguous()
+
+    def read_keys(self, path: Path) -> Keys | None:
+        """Return the keys (n, 16) of a file, or None after removing a damaged file."""
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()[FACTS])
+                keys: Keys = file.get_tensor(KEYS).numpy()
+                lengths = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
+            if facts["format"] != FORMAT or facts["keys"] != zlib.crc32(keys.tobytes()):
+                raise SafetensorError("its keys are not what was written")
+            if lengths != {len(keys)} or keys.shape != (len(keys), KEY_BYTES):
+                raise SafetensorError("its tensors have different numbers of rows")
+        except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            logger.warning(
+                "%s of the cache is damaged (%s): it is removed, and its samples are encoded again", path, error
+            )
+            path.unlink(missing_ok=True)
+            return None
+        return keys
+
+
+def check_file(store: Store, path: Path) -> str:
+    """Check every row of a file; remove a damaged file, and return what is wrong with it, empty for nothing."""
+    keys = store.read_keys(path)
+    if keys is None:
+        return "its header or keys are damaged"
+    rows = np.arange(len(keys), dtype=np.int32)
+    try:
+        store.rows(Places(np.zeros(len(keys), np.int32), rows, (path.name,)))
+    except UserError as error:
+        return str(error.__cause__)
+    return ""
+
+
+def _checksum(rows: Mapping[str, Tensor], row: int) -> int:
+    """Return the CRC-32 of a row over all tensors, in the order of their names."""
+    value = 0
+    for name in sorted(rows):
+        if name != CHECKSUMS:
+            content = rows[name][row].contiguous().view(-1).view(torch.uint8).numpy()
+            value = zlib.crc32(content, zlib.crc32(name.encode(), value))
+    return value
