@@ -21,7 +21,8 @@ class Family:
         comfy_class: the class of the model's configuration in ComfyUI.
         latent_channels: channels of the latent.
         native_side: side in pixels of the square pictures that the family was trained on.
-        epsilon_side: the same for its models that predict epsilon, where these differ; else 0.
+        widest: the longer side / the shorter side, at most, of pictures that the family can draw.
+        epsilon_side: the same as native_side for its models that predict epsilon, where these differ; else 0.
         text_width: width of the text embeddings that a UNet's cross-attention reads; 0 for transformers.
         vector_width: width of the vector (pooled text and sizes) that a UNet reads beside the text; 0 without one.
         level_widths: channels of a UNet's levels with cross-attention, which tell families of one text width apart.
@@ -35,6 +36,8 @@ class Family:
     comfy_class: str
     latent_channels: int
     native_side: int
+    # SDXL was trained on 512 x 2048 to 2048 x 512 (arXiv 2307.01952, appendix I), PixArt on ratios of 0.25 to 4.
+    widest: float = 4.0
     epsilon_side: int = 0
     text_width: int = 0
     vector_width: int = 0
@@ -46,9 +49,21 @@ class Family:
         return f"{self.name} {self.sizes[width]}" if width in self.sizes else self.name
 
 
+# Families of square pictures: twice as wide as high is as far as they and their fine-tunes draw one picture.
+SQUARE = 2.0
+
 FAMILIES: tuple[Family, ...] = (
     Family(
-        "sd15", "SD 1.5", "sd15", "stable-diffusion-v1", "SD15", 4, 512, text_width=768, level_widths=(320, 640, 1280)
+        "sd15",
+        "SD 1.5",
+        "sd15",
+        "stable-diffusion-v1",
+        "SD15",
+        4,
+        512,
+        SQUARE,
+        text_width=768,
+        level_widths=(320, 640, 1280),
     ),
     Family(
         "sd21",
@@ -58,6 +73,7 @@ FAMILIES: tuple[Family, ...] = (
         "SD20",
         4,
         768,
+        SQUARE,
         epsilon_side=512,
         text_width=1024,
         level_widths=(320, 640, 1280),
@@ -70,6 +86,7 @@ FAMILIES: tuple[Family, ...] = (
         "SD_X4Upscaler",
         4,
         512,
+        SQUARE,
         text_width=1024,
         level_widths=(512, 1024),
     ),
@@ -121,6 +138,7 @@ FAMILIES: tuple[Family, ...] = (
         "DemoModelConfig",
         16,
         128,
+        SQUARE,
         text_width=128,
         level_widths=(128,),
     ),

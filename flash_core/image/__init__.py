@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .crops import Box, blend_into, context_box, crop, pad_picture, resize, same_shape, working_size
+from .crops import Box, blend_into, context_box, crop, pad_picture, resize, same_shape, shape_within, working_size
 from .masks import dilate, feather, mask_box
 from .tiles import Tiling, plan_tiles
 
@@ -19,5 +19,6 @@ __all__ = [
     "plan_tiles",
     "resize",
     "same_shape",
+    "shape_within",
     "working_size",
 ]

@@ -33,20 +33,33 @@ class Box:
         return self.left + self.width
 
 
-def context_box(box: Box, height: int, width: int, context: float, least: int = 0) -> Box:
+def context_box(box: Box, height: int, width: int, context: float, least: int = 0, widest: float = math.inf) -> Box:
     """Widen a box so that a model sees its surroundings, within a picture of ``height`` x ``width``.
 
     Args:
         context: how many times the box's size the result should have; 1 adds nothing.
-        least: the result's least side in pixels, where the picture has them.
+        least: the result's least side in pixels, where the picture has them. Default: 0.
+        widest: see :func:`shape_within`; the result has such a shape where the picture is large enough. Default:
+            no limit.
     """
     if context < 1:
         raise ValueError(f"context is a multiple of the masked part's size, at least 1, got {context}")
     wanted_height = min(max(math.ceil(box.height * context), least), height)
     wanted_width = min(max(math.ceil(box.width * context), least), width)
+    shape = shape_within(wanted_height, wanted_width, widest)
+    wanted_height, wanted_width = min(shape[0], height), min(shape[1], width)
     top = _centred(box.top, box.height, wanted_height, height)
     left = _centred(box.left, box.width, wanted_width, width)
     return Box(top, left, wanted_height, wanted_width)
+
+
+def shape_within(height: int, width: int, widest: float) -> tuple[int, int]:
+    """Return the smallest (height, width) that holds this size and whose longer side is at most ``widest`` x the other.
+
+    Args:
+        widest: 1 makes a square; infinity changes nothing.
+    """
+    return max(height, math.ceil(width / widest)), max(width, math.ceil(height / widest))
 
 
 def working_size(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...flash_core.image import crop, mask_box, resize
 from ..shared.inputs import check_numbers, check_picture
-from ..shared.model_facts import CONCAT_KEY, check_vae, further_channels, native_side
+from ..shared.model_facts import CONCAT_KEY, check_vae, further_channels
 from ..shared.prompts import check_prompts
 from ..shared.schema import node_schema
 from .inpaint import Stitch, context_input, feather_input, fitted_mask, plan_crop, size_input
@@ -143,9 +143,7 @@ class FlashFaceSwapPrepare(io.ComfyNode):
                 "mask to 'target_mask', or its boxes to 'target_face'. White must be the face; use Invert Mask for an "
                 "inverted mask."
             )
-        plan, pixels, mask = plan_crop(
-            target, face, (0, 0, 0, 0), size or native_side(model), context, grow=0, softness=feather
-        )
+        plan, pixels, mask = plan_crop(model, target, face, (0, 0, 0, 0), size, context, grow=0, softness=feather)
         source_faces = face_mask("source", source, source_mask, source_face)
         identity = identity_pictures(source, source_faces, *pixels.shape[1:3])
         process_in = model.get_model_object("latent_format").process_in

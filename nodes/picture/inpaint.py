@@ -24,12 +24,14 @@ from ...flash_core.image import (
     pad_picture,
     resize,
     same_shape,
+    shape_within,
     working_size,
 )
 from ..shared.inputs import check_numbers, check_picture
-from ..shared.model_facts import check_vae, native_side
+from ..shared.model_facts import check_vae, native_side, widest_ratio
 from ..shared.prompts import check_prompts
 from ..shared.schema import advanced, node_schema
+from ..shared.sizes import PIXELS, check_size
 
 Stitch = io.Custom("FLASH_STITCH")
 
@@ -45,11 +47,16 @@ class StitchPlan:
         box: the crop's place in the picture.
         weight: (B or 1, box.height, box.width): result = weight * crop + (1 - weight) * picture. At 0 a pixel keeps its
             bits.
+        place: the box's place in the crop, in the picture's pixels. The crop is larger than the box where the picture
+            is too narrow for a shape that the model can draw.
+        framed: the crop's (height, width) in the picture's pixels.
     """
 
     picture: Tensor
     box: Box
     weight: Tensor
+    place: Box
+    framed: tuple[int, int]
 
 
 def size_multiple(side: int) -> int:
@@ -217,8 +224,7 @@ class FlashInpaintPrepare(io.ComfyNode):
         if mask is not None:
             check_numbers("mask", mask)
         padding = (pad_left, pad_top, pad_right, pad_bottom)
-        side = size or native_side(model)
-        plan, pixels, crop_mask = plan_crop(image, mask, padding, side, context, grow, feather)
+        plan, pixels, crop_mask = plan_crop(model, image, mask, padding, size, context, grow, feather)
         prompts = [positive, positive if negative is None else negative]
         if is_inpaint_model(model):
             *prompts, latent = core_nodes.InpaintModelConditioning().encode(*prompts, pixels, vae, crop_mask)
@@ -228,27 +234,32 @@ class FlashInpaintPrepare(io.ComfyNode):
 
 
 def plan_crop(
+    model: ModelPatcher,
     image: Tensor,
     mask: Tensor | None,
     padding: tuple[int, int, int, int],
-    side: int,
+    size: int,
     context: float,
     grow: int,
     softness: int,
 ) -> tuple[StitchPlan, Tensor, Tensor]:
-    """Crop a picture around its mask, and plan how the crop goes back.
+    """Crop a picture around its mask, in a shape that the model can draw, and plan how the crop goes back.
 
     Args:
+        model: the MODEL that will sample.
         image: (B, H, W, C), C of 3 or 4.
         mask: (1 or B, h, w), or None to fill only the padding.
         padding: left, top, right, bottom, in pixels.
-        side: see :func:`~..flash_core.image.working_size`.
+        size: the crop has about the area of size x size pixels; 0: the model's training size.
         context: the crop's size as a multiple of the masked part's size.
         grow: pixels by which the mask grows.
         softness: pixels of the feather.
 
     Returns:
         ``(plan, pixels, mask)``: pixels (B, h, w, 3) and mask (B, h, w) at working size.
+
+    Raises:
+        ValueError: there is no mask, or the model cannot be evaluated at this size.
     """
     fitted = fitted_mask(mask, image, any(padding))
     left, top, right, bottom = padding
@@ -265,11 +276,19 @@ def plan_crop(
             "The mask is empty after growing and feathering. Please report this picture and mask as a bug."
         )
     height, width = image.shape[1:3]
-    box = context_box(masked, height, width, context)
-    size = working_size(box.height, box.width, side, size_multiple(side))
-    pixels = resize(crop(image, box)[..., :3], *size)
-    crop_mask = resize(crop(soft, box), *size).expand(len(image), *size)
-    return StitchPlan(image, box, crop(weight, box)), pixels, crop_mask
+    widest = widest_ratio(model)
+    box = context_box(masked, height, width, context, widest=widest)
+    framed = shape_within(box.height, box.width, widest)
+    place = Box((framed[0] - box.height) // 2, (framed[1] - box.width) // 2, box.height, box.width)
+    border = (place.left, place.top, framed[1] - place.right, framed[0] - place.bottom)
+    side = size or native_side(model)
+    working = working_size(*framed, side, size_multiple(side))
+    check_size(model, working[0] // PIXELS, working[1] // PIXELS)
+    pixels = resize(pad_picture(crop(image, box)[..., :3], *border), *working)
+    left, top, right, bottom = border
+    kept = torch.nn.functional.pad(crop(soft, box), (left, right, top, bottom))
+    crop_mask = resize(kept, *working).expand(len(image), *working)
+    return StitchPlan(image, box, crop(weight, box), place, framed), pixels, crop_mask
 
 
 class FlashInpaintStitch(io.ComfyNode):
@@ -303,7 +322,7 @@ class FlashInpaintStitch(io.ComfyNode):
         times = len(image) // len(picture)
         picture = picture.repeat(times, 1, 1, 1)
         weight = stitch.weight if len(stitch.weight) == 1 else stitch.weight.repeat(times, 1, 1)
-        part = resize(image[..., :3].to(picture), stitch.box.height, stitch.box.width)
+        part = crop(resize(image[..., :3].to(picture), *stitch.framed), stitch.place)
         if picture.shape[-1] > 3:
             part = torch.cat([part, crop(picture, stitch.box)[..., 3:]], dim=-1)
         return io.NodeOutput(blend_into(picture, part, weight, stitch.box))

@@ -52,12 +52,22 @@ def describe_model(model: ModelPatcher) -> str:
 
 def native_side(model: ModelPatcher) -> int:
     """Return the side in pixels of the square pictures that the model was trained on; 1024 for an unknown family."""
-    # ComfyUI's classes for variants of a family derive from the family's own.
-    family = of_comfy_class(kind.__name__ for kind in type(model.model.model_config).__mro__)
+    family = _nearest_family(model)
     if family is None:
         return 1024
     predicts_v = model.model.model_type == comfy.model_base.ModelType.V_PREDICTION
     return family.native_side if predicts_v or not family.epsilon_side else family.epsilon_side
+
+
+def widest_ratio(model: ModelPatcher) -> float:
+    """Return the largest ratio of a picture's longer side to its shorter side that the model can draw."""
+    family = _nearest_family(model)
+    return Family.widest if family is None else family.widest
+
+
+def _nearest_family(model: ModelPatcher) -> Family | None:
+    # ComfyUI's classes for variants of a family derive from the family's own.
+    return of_comfy_class(kind.__name__ for kind in type(model.model.model_config).__mro__)
 
 
 def check_vae(vae: VAE, model: ModelPatcher) -> None:

@@ -111,6 +111,32 @@ def test_sampler_names_the_sizes_that_a_model_cannot_take(
         assert bool(results[name].isfinite().all())
 
 
+# The longer side / the shorter side of the training pictures: SDXL's report, appendix I; PixArt's table of ratios.
+# SD 1.5 and SD 2 saw squares.
+WIDEST = {"sd15": 2, "sd21": 2}
+AREA = {"sd3": 128, "sd35": 128}  # of the script's other crops: 512 x 512 pixels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("picture", ["wide", "line"])
+def test_inpainting_a_thin_line_crops_a_shape_that_the_model_knows(folder: Path, family: str, picture: str) -> None:
+    """ "wide" has room for such a shape; "line" is 24 pixels high, so its border is repeated and cut off again."""
+    facts = json.loads((folder / "facts.json").read_text())[f"{family}, {picture}"]
+    height, width = facts["crop"]
+    side, multiple = AREA.get(family, 512), 16 if family.startswith("sd3") else 64
+    assert width - multiple <= WIDEST.get(family, 4) * height
+    assert 0.7 * side**2 < height * width < 1.4 * side**2
+    assert 0.005 < facts["mask"] < 0.5
+    assert facts["changed"] > 0.95
+    assert facts["outside"] == 0
+    assert facts["back"] < 0.1  # the crop itself, resized and put back
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd35"])
+def test_inpaint_prepare_names_the_sizes_that_a_model_cannot_take(said: dict[str, str], family: str) -> None:
+    assert "sides of 384 pixels or less" in said[f"{family}, inpaint, too large"]
+
+
 CLIP = "Encode the prompt with the CLIP that belongs to the model"
 
 

@@ -19,6 +19,7 @@ from flash_diffusion.flash_core.image import (
     mask_box,
     pad_picture,
     resize,
+    shape_within,
     working_size,
 )
 
@@ -88,6 +89,27 @@ def test_a_context_box_holds_its_box_and_lies_in_the_picture(
     assert 0 <= wide.left <= box.left
     assert box.right <= wide.right <= width
     assert wide.height == min(max(math.ceil(box.height * context), least), height)
+
+
+@given(SIZES, SIZES, st.floats(1, 6), st.data())
+def test_a_context_box_has_a_shape_within_the_limit_where_the_picture_has_room(
+    height: int, width: int, widest: float, data: st.DataObject
+) -> None:
+    box = Box(0, 0, data.draw(st.integers(1, height)), data.draw(st.integers(1, width)))
+    wide = context_box(box, height, width, 1.0, widest=widest)
+    if wide.height < height and wide.width < width:
+        assert max(wide.height, wide.width) - 1 <= widest * min(wide.height, wide.width)
+    framed = shape_within(wide.height, wide.width, widest)
+    assert framed[0] >= wide.height
+    assert framed[1] >= wide.width
+    assert max(framed) <= widest * min(framed) * (1 + 1e-9)
+
+
+def test_shapes_within_a_limit_by_hand() -> None:
+    assert shape_within(72, 2048, 2) == (1024, 2048)
+    assert shape_within(2048, 72, 4) == (2048, 512)
+    assert shape_within(300, 500, 2) == (300, 500)
+    assert context_box(Box(492, 4, 48, 2040), 1024, 2048, 1.5, widest=4) == Box(260, 0, 512, 2048)
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(128, 16), (512, 64), (1024, 64)]))

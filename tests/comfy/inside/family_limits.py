@@ -113,6 +113,37 @@ def sizes(case: Case) -> None:
         )
 
 
+def inpaint(case: Case, facts: dict[str, Any]) -> None:
+    """Inpaint a thin line in a large picture and in a picture that is a thin line itself: crop, sample, stitch."""
+    from dropped_in.nodes.picture.inpaint import FlashInpaintPrepare, FlashInpaintStitch
+
+    vae = PatchVAE(case.picture.shape[1])
+    # SD 1.5: its training size. The tiny SD3's position embeddings end at 384 pixels.
+    size = 0 if case.family == "sd15" else 128 if case.family.startswith("sd3") else 512
+    settings = {"context": 1.5, "grow": 4, "feather": 16, "size": size}
+    settings |= {f"pad_{side}": 0 for side in ("left", "top", "right", "bottom")}
+    for name, (height, width), rows in (("wide", (1024, 2048), slice(500, 508)), ("line", (24, 1900), slice(8, 16))):
+        picture, mask = waves(height, width), torch.zeros(1, height, width)
+        mask[:, rows, 100:1850] = 1
+        given = {**settings, "image": picture, "mask": mask}
+        positive, _, latent, plan, crop, crop_mask = FlashInpaintPrepare.execute(
+            case.model, vae, case.positive, **given
+        ).args
+        drawn = vae.decode(sample(case.model, positive, latent, steps=1))
+        after = FlashInpaintStitch.execute(plan, drawn).args[0]
+        back = FlashInpaintStitch.execute(plan, crop).args[0]
+        facts[f"{case.family}, {name}"] = {
+            "crop": crop.shape[1:3],
+            "mask": float(crop_mask.mean()),
+            "changed": float((after != picture).any(-1)[:, rows, 100:1850].float().mean()),
+            "outside": float((after != picture).any(-1)[:, :, :60].float().mean()),
+            "back": float((back - picture).abs().max()),
+        }
+    if size == 128:
+        large = {**settings, "size": 1024, "image": picture, "mask": mask}
+        case.keep("inpaint, too large", lambda: FlashInpaintPrepare.execute(case.model, vae, case.positive, **large))
+
+
 def prompts(case: Case) -> None:
     """Give prompts of other models: wide text, another pooled embedding, none."""
     tokens, entries = case.positive[0]
@@ -203,6 +234,7 @@ def main(comfyui: Path, root: Path, folder: Path, *families: str) -> None:
         for family in families:
             case = Case(family, folder, said, results)
             sizes(case)
+            inpaint(case, facts)
             prompts(case)
             zero_steps(case)
             if family == "sd15":
