@@ -92,7 +92,7 @@ class Prompts:
 
     def _load_lines(self, path: Path) -> None:
         with path.open("rb") as file:
-            marked = any(file.read(4).startswith(mark) for mark, _ in MARKS)
+            marked = file.read(4).startswith(tuple(mark for mark, _ in MARKS))
             file.seek(0)
             lines = decoded_text(file.read()).encode().split(b"\n") if marked else file
             for number, line in enumerate(lines, 1):

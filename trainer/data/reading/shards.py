@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import IO
 
@@ -182,7 +183,7 @@ def _sample(
     if captions is None:
         wanted = " or ".join(f".{suffix}" for suffix in CAPTION_SUFFIXES)
         hint = "; its .json has no field of captions: set data.caption_field" if "json" in texts else ""
-        return BadSample(name, f"{name} has no caption; expected a {wanted} beside the image{hint}")
+        return BadSample(name, f"{name} has no caption; expected a {wanted} next to the image{hint}")
     beside = {kind: group[ending] for ending in reversed(group) if (kind := _kind(ending)) in companions}
     return RawSample(
         name,
@@ -203,27 +204,20 @@ def group_members(members: Iterable[Member], title: str) -> Iterator[tuple[str, 
         UserError: the members of a key are not adjacent.
     """
     seen: set[int] = set()
-    current: str | None = None
-    group: list[Member] = []
-    for name, content in members:
-        key = webdataset_key(name)
-        if key != current:
-            if current is not None:
-                yield current, group
-            if hash(key) in seen:
-                raise UserError(
-                    f"the files of {key} are not next to each other in {title}; write it again with `tar --sort=name`, "
-                    "or uncompressed, as a plain .tar, whose files may have any order"
-                )
-            seen.add(hash(key))
-            current, group = key, []
-        group.append((name, content))
-    if current is not None:
-        yield current, group
+    for key, group in groupby(members, key=lambda member: webdataset_key(member[0])):
+        if hash(key) in seen:
+            raise UserError(
+                f"the files of {key} are not next to each other in {title}; write it again with `tar --sort=name`"
+            )
+        seen.add(hash(key))
+        yield key, list(group)
 
 
-def read_members(stream: IO[bytes]) -> Iterator[Member]:
+def read_members(stream: IO[bytes], contents: bool = True) -> Iterator[Member]:
     """Yield path and content of each file of a tar stream in one pass; it may be compressed, and need not seek.
+
+    Args:
+        contents: False: yield empty contents, for the names alone.
 
     Raises:
         tarfile.TarError, OSError, EOFError and others: the stream is damaged.
@@ -233,7 +227,7 @@ def read_members(stream: IO[bytes]) -> Iterator[Member]:
             if _is_read(info):
                 file = tar.extractfile(info)
                 assert file is not None  # regular files only
-                yield info.name, file.read()
+                yield info.name, file.read() if contents else b""
 
 
 def stream_groups(stream: IO[bytes], title: str) -> Iterator[tuple[str, list[Member]]]:
@@ -257,7 +251,7 @@ def webdataset_key(name: str) -> str:
 
 
 def _shard_members(path: Path) -> Iterator[tuple[str, list[Member]]]:
-    """Yield key and members of a shard on disk. The members of a plain .tar file may have any order."""
+    """Yield key and members of a shard on disk. The members may have any order."""
     try:
         with path.open("rb") as stream:
             magic = stream.read(6)
@@ -266,11 +260,24 @@ def _shard_members(path: Path) -> Iterator[tuple[str, list[Member]]]:
                 raise UserError(
                     f"the shard {path} is compressed with zstd, which needs Python 3.14; run `zstd -d` on it"
                 )
-            yield from stream_groups(stream, str(path)) if magic.startswith(COMPRESSED) else _indexed_groups(stream)
+            yield from (_counted_groups if magic.startswith(COMPRESSED) else _indexed_groups)(stream)
     except UserError:
         raise
     except Exception as error:  # on damaged bytes tarfile raises anything
         raise _unreadable(path, error) from error
+
+
+def _counted_groups(stream: IO[bytes]) -> Iterator[tuple[str, list[Member]]]:
+    """Yield key and members of a compressed shard, in two passes, in the order in which keys are complete."""
+    missing = Counter(webdataset_key(name) for name, _ in read_members(stream, contents=False))
+    stream.seek(0)
+    waiting: dict[str, list[Member]] = {}
+    for member in read_members(stream):
+        key = webdataset_key(member[0])
+        waiting.setdefault(key, []).append(member)
+        missing[key] -= 1
+        if missing[key] == 0:
+            yield key, waiting.pop(key)
 
 
 def _indexed_groups(stream: IO[bytes]) -> Iterator[tuple[str, list[Member]]]:
