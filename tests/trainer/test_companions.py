@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
-from flash_diffusion.trainer.data.encode import encode_examples
+from flash_diffusion.trainer.data.encoding.prepare import prepare_examples
 from flash_diffusion.trainer.data.framing import to_mask, to_tensor
 from flash_diffusion.trainer.data.reading import read_samples
 from flash_diffusion.trainer.errors import UserError
@@ -103,7 +103,7 @@ def test_companions_are_not_samples_and_are_read_on_request(data: DataSection) -
 @torch.no_grad()
 def test_companions_are_scaled_and_cut_as_their_picture(data: DataSection, teacher: Teacher) -> None:
     looks = Looks()
-    examples = encode_examples(data.model_copy(update={"encode_batch": 2}), teacher, looks, variants=2)
+    examples = prepare_examples(data.model_copy(update={"encode_batch": 2}), teacher, looks, variants=2)
     assert len(examples) == 6
     images = torch.cat([images for images, _ in looks.seen])
     beside = {name: torch.cat([other[name] for _, other in looks.seen]) for name in looks.companions}

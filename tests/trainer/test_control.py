@@ -29,7 +29,8 @@ from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.flash_core.lora import LoraModule, read_lora
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection, parse_recipe
-from flash_diffusion.trainer.data.encode import encode_examples, joined
+from flash_diffusion.trainer.data.encoding.examples import from_rows
+from flash_diffusion.trainer.data.encoding.prepare import prepare_examples
 from flash_diffusion.trainer.demo.making.adapters.control import KINDS, ControlTraining, moved, moved_examples
 from flash_diffusion.trainer.demo.shards import Pictures, load_pictures
 from flash_diffusion.trainer.distill.assembly import assemble
@@ -229,7 +230,7 @@ def test_hints_are_kornias_edges_and_companions_come_first() -> None:
 
 @pytest.mark.parametrize("colours", [1, 3])
 def test_hints_survive_their_storage_as_bytes(
-    folders: dict[str, Path], tmp_path: Path, colours: int, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], tmp_path: Path, colours: int
 ) -> None:
     pictures, levels = tmp_path / "pictures", torch.randint(0, 256, (3, 64, 64, colours), dtype=torch.uint8)
     pictures.mkdir()
@@ -240,18 +241,12 @@ def test_hints_survive_their_storage_as_bytes(
     teacher = load_teacher(section(folders, "sd15", folders["sd15 controlnet"]))
     task = build_task(TaskSection(name="control"))
     data = DataSection(source="folder", path=pictures, encode_batch=2)
-    sizes = []
-
-    def watched(parts: list[Conditioning]) -> Conditioning:
-        sizes.extend(part.hint.element_size() for part in parts)
-        return joined(parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(f"{encode_examples.__module__}.joined", watched)
-        examples = encode_examples(data, teacher, task, 2)
-    assert sizes == [1, 1]  # no batch waits in float32 for the last one
-    assert examples.task.hint is not None
-    assert (examples.task.hint.dtype, examples.task.hint.shape[1]) == (torch.uint8, colours)
+    examples = prepare_examples(data, teacher, task, 2)
+    assert examples.task is not None
+    for row in examples.stores[2].rows(examples.task):
+        hint = from_rows(row).hint
+        assert hint is not None
+        assert (hint.dtype, hint.shape[1]) == (torch.uint8, colours)
     _, conditioning = examples.batch(torch.tensor([5, 0]), "cpu")
     expected = levels[[2, 0]].expand(-1, -1, -1, 3).permute(0, 3, 1, 2) / 255
     torch.testing.assert_close(conditioning.hint, expected)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
-from flash_diffusion.trainer.data.encode import encode_examples
+from flash_diffusion.trainer.data.batches.order import Order
+from flash_diffusion.trainer.data.encoding.prepare import prepare_examples
 from flash_diffusion.trainer.data.framing import to_tensor
-from flash_diffusion.trainer.data.order import Order
 from flash_diffusion.trainer.data.reading import read_samples
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.tasks import build_task
@@ -207,7 +207,7 @@ def test_a_wide_picture_keeps_its_middle() -> None:
 
 def test_examples_hold_the_outputs_of_the_teachers_encoders(tiny_model: Path, pictures: Path) -> None:
     teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
-    examples = encode_examples(section("folder", pictures, encode_batch=4), teacher, build_task(TaskSection()))
+    examples = prepare_examples(section("folder", pictures, encode_batch=4), teacher, build_task(TaskSection()))
     samples = list(read_samples(section("folder", pictures)))
     images = torch.stack([to_tensor(sample.image, (64, 64)) for sample in samples])
     z0, conditioning = examples.batch(torch.tensor([5, 1]), "cpu")
@@ -215,7 +215,7 @@ def test_examples_hold_the_outputs_of_the_teachers_encoders(tiny_model: Path, pi
     assert conditioning.cross_attention is not None
     wanted = teacher.encode_prompts([CAPTIONS[5], CAPTIONS[1]]).cross_attention
     torch.testing.assert_close(conditioning.cross_attention, wanted, atol=1e-5, rtol=1e-5)
-    assert len(examples.conditioning) == 5  # six captions, two of them equal
+    assert examples.distinct_captions == 5  # six captions, two of them equal
 
 
 class Brightness(Task):
@@ -238,7 +238,7 @@ class Brightness(Task):
 def test_each_picture_keeps_its_variants_of_the_tasks_conditions(tiny_model: Path, pictures: Path) -> None:
     teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
     data, task = section("folder", pictures, encode_batch=4), Brightness(NoOptions())
-    examples = encode_examples(data, teacher, task, variants=3, seed=1)
+    examples = prepare_examples(data, teacher, task, variants=3)
     assert len(examples) == 18
     z0, conditioning = examples.batch(torch.arange(18), "cpu")
     means = torch.stack([to_tensor(sample.image, (64, 64)).mean() for sample in read_samples(data)])
@@ -247,7 +247,7 @@ def test_each_picture_keeps_its_variants_of_the_tasks_conditions(tiny_model: Pat
     assert len(conditioning.concat[:, 1, 0, 0].unique()) == 18
     assert torch.equal(z0[3], z0[5])
     assert not torch.equal(z0[2], z0[3])
-    _, again = encode_examples(data, teacher, task, variants=3, seed=1).batch(torch.arange(18), "cpu")
+    _, again = prepare_examples(data, teacher, task, variants=3).batch(torch.arange(18), "cpu")
     assert again.concat is not None
     assert torch.equal(again.concat, conditioning.concat)
     first = examples.first_samples(3)
@@ -263,8 +263,8 @@ def test_a_task_without_text_gives_every_picture_the_empty_caption(tiny_model: P
         reads_text = False
 
     teacher = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))
-    examples = encode_examples(section("folder", pictures, encode_batch=4), teacher, Silent(NoOptions()))
-    assert set(examples.captions) == {""}
+    examples = prepare_examples(section("folder", pictures, encode_batch=4), teacher, Silent(NoOptions()))
+    assert set(examples.table.head) == {("",)}
     assert [index for _, index in examples.first_samples(4)] == [0, 1, 2, 3]
 
 

@@ -9,7 +9,7 @@ import torch
 from flash_diffusion.flash_core.lora import base_of, read_lora
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
-from flash_diffusion.trainer.data.encode import encode_examples
+from flash_diffusion.trainer.data.encoding.prepare import prepare_examples
 from flash_diffusion.trainer.demo.making.adapters.training import AdapterTraining
 from flash_diffusion.trainer.demo.shards import shard_path
 from flash_diffusion.trainer.tasks import build_task
@@ -32,7 +32,7 @@ def test_the_loss_on_the_style_falls() -> None:
     teacher = load_teacher(ModelSection(family="demo"))
     data = DataSection(source="webdataset", path=shard_path("noto"), limit=2)
     task = build_task(TaskSection())
-    examples = encode_examples(data, teacher, task)
+    examples = prepare_examples(data, teacher, task)
     training = AdapterTraining(teacher, examples, task, rank=2, batch_size=4, lr=3e-3, seed=0)
     assert set(training.parameters) == set(teacher.denoiser.adapter_parameters("student"))
 

@@ -26,7 +26,7 @@ from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import ModelSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.data.framing import to_tensor
-from flash_diffusion.trainer.data.trajectories import trajectory_fingerprint
+from flash_diffusion.trainer.data.batches.trajectories import trajectory_fingerprint
 from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.distill.plan import print_plan
 from flash_diffusion.trainer.errors import UserError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flash_diffusion.trainer.data.encoding.buckets import bucket_sizes, nearest_bucket
 from flash_diffusion.trainer.data.encoding.examples import NO_CAPTION
-from flash_diffusion.trainer.data.order import Order
+from flash_diffusion.trainer.data.batches.order import Order
 
 # The aspect-ratio buckets of SDXL's report (arXiv 2307.01952, appendix I), height x width.
 SDXL = """512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408 704x1344

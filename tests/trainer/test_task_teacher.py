@@ -11,7 +11,7 @@ import torch
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.task_adapter import TaskAdapter, write_task_adapter
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection, parse_recipe
-from flash_diffusion.trainer.data.encode import encode_examples
+from flash_diffusion.trainer.data.encoding.prepare import prepare_examples
 from flash_diffusion.trainer.demo.making.adapters.task_teacher import TaskTraining
 from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.errors import UserError
@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     """A few updates of a task teacher, its file, and what it answers before and after."""
     teacher = load_teacher(ModelSection(family="demo"))
     task = build_task(SECTION)
-    examples = encode_examples(DataSection(source="demo", limit=4), teacher, task, 2)
+    examples = prepare_examples(DataSection(source="demo", limit=4), teacher, task, 2)
     with torch.no_grad():
         base = teacher.denoiser.predict(*asked(teacher, 0))
     training = TaskTraining(teacher, examples, task, rank=2, batch_size=4, lr=1e-3, seed=0)

@@ -65,7 +65,7 @@ def distilled(
     run = Run(parse_recipe(recipe), folder / "run", Accelerator(), None)
     network = run.parts.teacher.denoiser.network
     before = {name: value.clone() for name, value in network.state_dict().items() if ".lora_" not in name}
-    conditioning = run.parts.examples.conditioning.rows(torch.tensor([0, 1]))
+    conditioning = run.parts.examples.batch(torch.tensor([0, 1]), "cpu")[1]
     lora = run.train()
     return SimpleNamespace(
         family=family, model=model, run=run, lora=lora, before=before, conditioning=conditioning, network=network

@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 
 from ..config import PhaseSection, Recipe
+from ..data.batches.rollouts import Rollouts
+from ..data.batches.trajectories import own_batches
 from ..data.reading import check_source
-from ..data.rollouts import Rollouts
-from ..data.trajectories import own_batches
 from ..errors import UserError
 from ..export.export import export_run
 from ..export.training_state import TrainingState

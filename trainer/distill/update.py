@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config import PhaseSection, Recipe
-from ..data.rollouts import Rollouts
+from ..data.batches.rollouts import Rollouts
 from ..export.training_state import TrainingState
 from .assembly import Assembly, needs_critic
 from .training_log import Means

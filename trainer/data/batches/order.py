@@ -9,8 +9,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from ..seeds import seed_of, stream
-from .encoding.examples import NO_CAPTION
+from ...seeds import seed_of, stream
+from ..encoding.examples import NO_CAPTION
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...flash_core.denoiser import Conditioning
-from ...flash_core.distiller import Distiller, Trajectory
-from ..config import Recipe, TrajectorySection
-from ..errors import UserError
-from ..files import write_whole
-from ..interrupts import StopRequest
-from ..lookahead import one_core_each
-from ..seeds import stream
-from ..teachers.hashes import weights_hash
-from .cache.store import Places, Store, as_keys, key_of
-from .encoding.examples import CachedExamples
+from ....flash_core.denoiser import Conditioning
+from ....flash_core.distiller import Distiller, Trajectory
+from ...config import Recipe, TrajectorySection
+from ...errors import UserError
+from ...files import write_whole
+from ...interrupts import StopRequest
+from ...lookahead import one_core_each
+from ...seeds import stream
+from ...teachers.hashes import weights_hash
+from ..cache.store import Places, Store, as_keys, key_of
+from ..encoding.examples import CachedExamples
 from .order import Order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..teachers.conditions.control import Control
+    from ...teachers.conditions.control import Control
 
 ENDED = "ended"  # a file in the folder: how many trajectories the time was enough for
 FACTS = "trajectories.json"

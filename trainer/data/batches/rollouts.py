@@ -7,20 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...flash_core.denoiser import Conditioning
-from ...flash_core.distiller import Distiller, Phase, Rollout
-from ..config import Recipe
-from ..interrupts import StopRequest
-from ..seeds import stream
-from .encoding.examples import CachedExamples
+from ....flash_core.denoiser import Conditioning
+from ....flash_core.distiller import Distiller, Phase, Rollout
+from ...config import Recipe
+from ...interrupts import StopRequest
+from ...seeds import stream
+from ..encoding.examples import CachedExamples
 from .order import Order
 from .trajectories import TrajectoryBank, record_trajectories, trajectory_fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..tasks.base import Task
-    from ..teachers.base import Teacher
+    from ...tasks.base import Task
+    from ...teachers.base import Teacher
 
 
 class Rollouts:
