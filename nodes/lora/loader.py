@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io
 from ..shared.inputs import allow_partial_input, files_fingerprint, strength_input
 from ..shared.model_facts import METADATA_KEY
 from ..shared.schema import node_schema
+from .loaded import LOADED_KEY, check_single_flash
 from .patches import apply_lora, read_chosen
 
 
@@ -57,6 +58,8 @@ class FlashLoraLoader(io.ComfyNode):
         if strength == 0:
             return io.NodeOutput(model, "strength 0: the model is unchanged")
         file = read_chosen(lora_name)
+        if file.metadata is not None:
+            check_single_flash(model, model.get_attachment(LOADED_KEY) or (), [lora_name])
         patched, report = apply_lora(file, model, strength, allow_partial)
         if file.metadata is not None:
             patched.set_attachments(METADATA_KEY, file.metadata)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -22,30 +21,13 @@ from ...flash_core.lora.overlap import SIZE_LIMIT, Overlap, common_names, cosine
 from ..shared.inputs import NONE, allow_partial_input, files_fingerprint, strength_input
 from ..shared.model_facts import METADATA_KEY
 from ..shared.schema import count, node_schema, show_text
+from .loaded import LOADED_KEY, Loaded, check_single_flash
 from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch, read_chosen
 
 STYLES = 4  # slots; connect one stack to the next for more
-LOADED_KEY = "flash_lora_stack"  # the ModelPatcher attachment that lists the LoRAs of the stacks before this one
 
 # From this |cosine| between two styles' updates on, the report warns: they add up (> 0) or cancel (< 0).
 STYLE_COSINE = 0.3
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A LoRA that is in the model.
-
-    Attributes:
-        name: the file's name.
-        flash: True for the few-step LoRA.
-        strength: as chosen.
-        modules: its layers by common names.
-    """
-
-    name: str
-    flash: bool
-    strength: float
-    modules: Mapping[str, LoraModule]
 
 
 class FlashLoraStack(io.ComfyNode):
@@ -165,26 +147,6 @@ class FlashLoraStack(io.ComfyNode):
 def is_flash(file: LoraFile, few_step_slot: bool) -> bool:
     """Return whether a LoRA makes the model few-step: it is in the Flash slot, or its metadata says so."""
     return few_step_slot or file.metadata is not None
-
-
-def check_single_flash(model: ModelPatcher, before: Sequence[Loaded], names: Sequence[str]) -> None:
-    """Raise ValueError, with both names, where the model would have two Flash LoRAs.
-
-    Args:
-        model: the MODEL, whose metadata names the Flash LoRA of another loader.
-        before: the LoRAs of earlier stacks.
-        names: the Flash LoRAs to load now.
-    """
-    present = [one.name for one in before if one.flash]
-    metadata = model.get_attachment(METADATA_KEY)
-    if metadata is not None and not present:
-        present = [f"{metadata.title!r} (already in the model)"]
-    found = [*present, *names]
-    if len(found) > 1:
-        raise ValueError(
-            f"These are two Flash LoRAs: {found[0]} and {found[1]}. A model works with only one. Keep one, and set the "
-            "other to 'none' (or remove its loader)."
-        )
 
 
 def load(

@@ -13,7 +13,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.image import resize, same_shape
-from ..shared.inputs import check_numbers, check_picture, fixed_latent
+from ..shared.inputs import check_batch, check_numbers, check_picture, fixed_latent
 from ..shared.model_facts import CONCAT_KEY, check_vae, further_channels
 from ..shared.prompts import check_prompts
 from ..shared.schema import node_schema
@@ -137,7 +137,10 @@ class FlashConcatConditioning(io.ComfyNode):
             name: channels_of(name, given[name], model, vae, images_as, height, width)
             for name in listed_parts(order, given)
         }
-        check_batches(channels, len(latent_image["samples"]))
+        for name, value in channels.items():
+            check_batch(
+                len(value), name if name in ("mask", "latent") else "image", len(latent_image["samples"]), "latent"
+            )
         counts = ", ".join(f"{name} {value.shape[1]}" for name, value in channels.items())
         total, wanted = sum(value.shape[1] for value in channels.values()), further_channels(model)
         if total != wanted:
@@ -194,13 +197,3 @@ def channels_of(
     check_vae(vae, model)
     encoded: Tensor = latent_format.process_in(vae.encode(fitted(name, picture, height * scale, width * scale)))
     return encoded
-
-
-def check_batches(channels: Mapping[str, Tensor], batch: int) -> None:
-    """Raise ValueError where a part has neither one picture nor one for each latent."""
-    for name, value in channels.items():
-        if len(value) not in (1, batch):
-            raise ValueError(
-                f"{name} has {len(value)} pictures for {batch} latents. Give one picture for all latents, or one for "
-                "each."
-            )

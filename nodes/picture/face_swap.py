@@ -13,7 +13,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.image import crop, mask_box, resize
-from ..shared.inputs import check_numbers, check_picture
+from ..shared.inputs import check_batch, check_numbers, check_picture
 from ..shared.model_facts import CONCAT_KEY, check_vae, further_channels
 from ..shared.prompts import check_prompts
 from ..shared.schema import node_schema
@@ -129,11 +129,7 @@ class FlashFaceSwapPrepare(io.ComfyNode):
         for name, picture in (("target", target), ("source", source)):
             check_picture(name, picture)
             check_numbers(name, picture)
-        if len(source) not in (1, len(target)):
-            raise ValueError(
-                f"There are {len(source)} sources for {len(target)} targets. Give one source for all targets, or one "
-                "for each."
-            )
+        check_batch(len(source), "source", len(target), "target")
         face = face_mask("target", target, target_mask, target_face)
         if face is None:
             raise ValueError(

@@ -27,10 +27,10 @@ from ...flash_core.image import (
     shape_within,
     working_size,
 )
-from ..shared.inputs import check_numbers, check_picture
+from ..shared.inputs import check_batch, check_numbers, check_picture
 from ..shared.model_facts import check_vae, native_side, widest_ratio
 from ..shared.prompts import check_prompts
-from ..shared.schema import advanced, node_schema
+from ..shared.schema import advanced, count, node_schema
 from ..shared.sizes import PIXELS, check_size
 
 Stitch = io.Custom("FLASH_STITCH")
@@ -92,10 +92,7 @@ def fitted_mask(mask: Tensor | None, picture: Tensor, padded: bool) -> Tensor:
             + ". Paint a mask (right-click the picture of Load Image: Open in MaskEditor) and connect it to 'mask', or "
             "set a padding to extend the picture. White is made anew; use Invert Mask for an inverted mask."
         )
-    if len(mask) not in (1, batch):
-        raise ValueError(
-            f"There are {len(mask)} masks for {batch} pictures. Give one mask for all pictures, or one for each."
-        )
+    check_batch(len(mask), "mask", batch, "picture")
     mask_height, mask_width = mask.shape[1:]
     if not same_shape((mask_height, mask_width), (height, width)):
         raise ValueError(
@@ -316,8 +313,8 @@ class FlashInpaintStitch(io.ComfyNode):
         picture = stitch.picture
         if len(image) % len(picture):
             raise ValueError(
-                f"There are {len(image)} inpainted crops for {len(picture)} pictures. Sample {len(picture)}, or a "
-                "multiple of this number (Repeat Latent Batch)."
+                f"There are {count(len(image), 'inpainted crop')} for {count(len(picture), 'picture')}. Sample "
+                f"{len(picture)}, or a multiple of this number (Repeat Latent Batch)."
             )
         times = len(image) // len(picture)
         picture = picture.repeat(times, 1, 1, 1)

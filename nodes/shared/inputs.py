@@ -15,7 +15,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
-from .schema import advanced
+from .schema import advanced, count
 from .sizes import check_size
 
 MAX_SEED = 2**64 - 1
@@ -119,6 +119,33 @@ def check_picture(name: str, image: Tensor) -> None:
             f"{name} has the shape {tuple(image.shape)}; expected (pictures, height, width, channels) with 3 or 4 "
             "channels (RGB or RGBA) and at least one picture. Convert it to RGB."
         )
+
+
+ONE_OF = {
+    "mask": "Convert Mask to Image, ImageFromBatch and Convert Image to Mask",
+    "latent": "Latent From Batch",
+}
+
+
+def check_batch(found: int, noun: str, batch: int, other: str) -> None:
+    """Raise ValueError where there are neither one nor ``batch`` of an input: ``3 masks for 1 picture``.
+
+    Args:
+        found: how many there are.
+        noun: "mask", "latent", or a kind of picture.
+        batch, other: the number and the kind of the items that they belong to.
+    """
+    if found in (1, batch):
+        return
+    one = ONE_OF.get(noun, "ImageFromBatch")
+    repeat = "Repeat Latent Batch" if other == "latent" else "RepeatImageBatch"
+    advice = f"Choose one {noun} with {one}"
+    if batch == 1:
+        advice += f", or repeat the {other} with {repeat} (amount {found})"
+    raise ValueError(
+        f"There are {count(found, noun)} for {count(batch, other)}; expected 1 {noun} for all, or one for each. "
+        f"{advice}."
+    )
 
 
 def fixed_latent(model: ModelPatcher, latent: dict[str, Any]) -> Any:

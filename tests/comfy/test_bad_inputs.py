@@ -71,6 +71,7 @@ VIDEO = ["latent has 5 dimensions; expected 4", "Empty Latent Image"]
 NO_DENOISE = ["denoise is 0; expected a number above 0", "bypass"]
 NO_RGB = ["(1, 128, 128, 1)", "RGB or RGBA"]
 STOCHASTICITY = ["stochasticity is 2; expected a number from 0", "to 1"]
+SECOND_FLASH = ["two Flash LoRAs", "(already in the model) and flash_demo.safetensors", "remove its loader"]
 OTHER_BASE = ["does not fit", "It is for the Flash demo", "the model is SD 1.5"]
 
 Row = list[str] | Elsewhere | Moot
@@ -102,9 +103,11 @@ TABLE: dict[str, dict[str, Row]] = {
     "FlashSamplerSelect": {"stochasticity 2": STOCHASTICITY},
     "FlashLoraLoader": {
         "wrong model family": OTHER_BASE,
+        "a second Flash LoRA": SECOND_FLASH,
         "adapter of another base": Elsewhere("test_nodes.py::test_a_lora_for_another_model_raises_an_error_with_names"),
     },
     "FlashLoraStack": {
+        "a second Flash LoRA": SECOND_FLASH,
         "wrong model family": OTHER_BASE,
         "adapter of another base": Elsewhere(
             "test_lora_stack.py::test_a_lora_for_another_base_raises_an_error_with_file_and_architectures"

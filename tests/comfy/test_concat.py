@@ -104,7 +104,7 @@ def test_the_sampled_latent_equals_the_trainers(run, steps: int) -> None:
         ("too few channels", ["reads 33 channels", "17 are connected", "mask 1, image 16"]),
         ("no concat model", ["reads 0 channels", "It is no concat model"]),
         ("another shape", ["image is 128 x 64", "128 x 128 pixels"]),
-        ("three masks", ["mask has 3 pictures for 1 latents"]),
+        ("three masks", ["3 masks for 1 latent;", "Convert Mask to Image", "Repeat Latent Batch (amount 3)"]),
         ("no VAE", ["no VAE is connected"]),
     ],
 )

@@ -163,7 +163,7 @@ def with_one_crop_for_two_pictures(prompt: prompts.Prompt) -> None:
         (with_empty_mask, ["nothing to inpaint", "the mask is empty", "Invert Mask"]),
         (with_a_mask_of_another_shape, ["64 x 128", f"{WIDTH} x {HEIGHT}"]),
         (with_two_pictures_and_three_masks, ["3 masks for 2 pictures"]),
-        (with_one_crop_for_two_pictures, ["1 inpainted crops for 2 pictures"]),
+        (with_one_crop_for_two_pictures, ["1 inpainted crop for 2 pictures"]),
     ],
 )
 def test_wrong_input_raises_a_readable_error(

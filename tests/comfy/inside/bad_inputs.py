@@ -232,6 +232,8 @@ def lora_cases(given: Given) -> dict[str, Case]:
 
     return {
         "FlashLoraLoader, wrong model family": lambda: FlashLoraLoader.execute(given.other, LORA, 1.0),
+        "FlashLoraLoader, a second Flash LoRA": lambda: FlashLoraLoader.execute(given.model, LORA, 1.0),
+        "FlashLoraStack, a second Flash LoRA": lambda: FlashLoraStack.execute(given.model, LORA, 1.0),
         "FlashLoraStack, wrong model family": lambda: FlashLoraStack.execute(given.other, LORA, 1.0),
     }
 
