@@ -18,7 +18,8 @@ from rich.console import Console
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.evaluator import save_pictures
 from flash_diffusion.trainer.evaluate.generate import SamplingSetting
-from flash_diffusion.trainer.evaluate.teacher_comparison import few_step_runs, gaps_of, left_out, targets_of
+from flash_diffusion.trainer.evaluate.teacher.targets import gaps_of, left_out, targets_of
+from flash_diffusion.trainer.evaluate.teacher_comparison import few_step_runs
 from flash_diffusion.trainer.report.build import (
     print_report,
     read_page,

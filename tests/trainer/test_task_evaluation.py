@@ -23,10 +23,11 @@ from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recip
 from flash_diffusion.trainer.demo.assets import LORAS
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.command import add_arguments, request_of
-from flash_diffusion.trainer.evaluate.task_comparison import targets_of, verdict
-from flash_diffusion.trainer.evaluate.task_samples import batches, read_subjects
+from flash_diffusion.trainer.evaluate.task_comparison import about_task, left_out, targets_of, verdict
+from flash_diffusion.trainer.evaluate.task_samples import Subjects, batches, read_subjects
 from flash_diffusion.trainer.metrics import confidence_intervals as bootstrap
 from flash_diffusion.trainer.metrics.confidence_intervals import Estimate
+from flash_diffusion.trainer.metrics.embedders import Features
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.tasks.figures import Figure, Scene
 from flash_diffusion.trainer.tasks.scores import SEAM_FLOOR, cosine, distance, edge_agreement, psnr, reduced, seam
@@ -315,11 +316,13 @@ def test_task_targets_are_ratios_and_clear_differences() -> None:
     context = Figure("own", "Own", "own", "", higher_is_better=False, judged=False)
     names = ("student 4 steps", "teacher 32 steps, guided")
 
-    def measured(ours: float, theirs: float, figure: Figure, low: float, high: float) -> list[dict[str, Any]]:
+    def measured(
+        ours: float, theirs: float, figure: Figure, low: float, high: float, gap: str = "better"
+    ) -> list[dict[str, Any]]:
         estimates = {name: {figure.key: Estimate(value, 0, 0, 9)} for name, value in zip(names, (ours, theirs))}  # noqa: B905
         difference = Estimate((low + high) / 2, low, high, 9)
         line = {"figure": figure.key, "run": names[0], "rival": "teacher 4 steps", "verdict": verdict(difference)}
-        return targets_of([figure], estimates, [line], *names)
+        return targets_of([figure], estimates, [line], *names, {figure.key: gap})
 
     assert [line["met"] for line in measured(1.1, 1.0, lower, 0.1, 0.2)] == [True, True]
     assert [line["met"] for line in measured(1.2, 1.0, lower, -0.1, 0.2)] == [False, False]
@@ -327,8 +330,33 @@ def test_task_targets_are_ratios_and_clear_differences() -> None:
     found = measured(17, 20, higher, 0.1, 0.2)
     assert [line["met"] for line in found] == [False, True]
     assert found[0]["value"] == pytest.approx(0.85)
-    assert measured(0.0, 0.0, lower, 0, 0)[0]["met"]
     assert measured(1, 1, context, 0.1, 0.2) == []
+    # No ratio to a teacher's figure of 0, and no target that a student equal to its teacher would miss.
+    assert [line["kind"] for line in measured(0.0, 0.0, lower, 0, 0)] == ["better"]
+    for gap in ("even", "worse"):
+        assert [line["kind"] for line in measured(1.0, 1.0, lower, -0.1, 0.1, gap)] == ["within"]
+    gaps = {"seam": "worse", "psnr": "better", "own": "even"}
+    (reason,) = left_out([lower, higher, context], gaps)
+    assert reason.startswith("No target to be better than the undistilled teacher in seam: ")
+    assert left_out([higher, context], gaps) == []
+
+
+@pytest.mark.parametrize(
+    ("of_demo", "is_demo", "pictures_of_demo", "targets", "warned"),
+    [
+        (True, True, True, True, False),
+        (True, False, True, False, False),  # a user's model on the demo's pictures
+        (True, True, False, False, True),  # the demo's feature network on other pictures
+        (False, False, False, False, False),  # --features CLIP
+    ],
+)
+def test_targets_are_the_demos_own(
+    of_demo: bool, is_demo: bool, pictures_of_demo: bool, targets: bool, warned: bool
+) -> None:
+    about = about_task(Features(None, "a network", "", of_demo), is_demo, Subjects((), "", pictures_of_demo))
+    assert about.has_targets == targets
+    assert any("There are no targets" in note for note in about.notes) != targets
+    assert any("a network, which has seen only the demo’s pictures" in note for note in about.notes) == warned
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -378,9 +406,10 @@ def test_each_task_is_evaluated(name: str, lora: Path, pictures: Path, tmp_path:
     runs = {run["name"]: run for run in report["runs"]}
     assert [run["nfe"] for run in report["runs"]] == [0, 8, 4, 2, 1, 4, 2, 1, 4] + [8] * (name == "control")
     assert all(0 < run["figures"][key]["count"] <= 7 for run in runs.values() for key in keys)
-    held = {(target["figure"], target["kind"]) for target in report["targets"]}
-    judged = [figure.key for figure in task(name).figures if figure.judged and figure.key in keys]
-    assert held == {(key, kind) for key in judged for kind in ("within", "better")}
+    # The project's targets are the demo's; a user's own model has none, and the report says what measured it.
+    assert report["targets"] == []
+    assert [note for note in report["notes"] if "There are no targets" in note]
+    assert [note for note in report["notes"] if "has seen only the demo’s pictures" in note]
     assert runs["teacher 4 steps, guided"]["figures"]["paired"]["value"] == 0  # which are the many steps here
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(figure["title"] in page for figure in report["figures"])
@@ -401,9 +430,9 @@ def test_each_task_is_evaluated(name: str, lora: Path, pictures: Path, tmp_path:
 
 
 def test_enough_samples_give_frechet_distances(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "flash_diffusion.trainer.evaluate.task_comparison.SAMPLES_A_FEATURE", 1
-    )  # 256 would take minutes
+    monkeypatch.setattr(  # 256 would take minutes
+        "flash_diffusion.trainer.evaluate.task_comparison.samples_needed", lambda features: features
+    )
     model = wide_model(tmp_path / "model", 9)
     command = ["evaluate", "--task", "inpainting", "--family", "sd15", "--teacher", str(model), "--steps", "1"]
     command += ["--data", str(pictures), "--samples", "66", "--batch-size", "33", "--guidance", "1"]

@@ -260,7 +260,7 @@ def test_folder_with_other_pictures_is_refused(tmp_path: Path) -> None:
 
 
 def test_nan_pictures_raise_a_readable_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="NaN instead of a picture"):
+    with pytest.raises(UserError, match="NaN or infinity instead of a picture"):
         make(tmp_path, model=Paints(float("nan")))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from ..config import ModelSection, Recipe, TaskSection, explain
 from ..demo.assets import FEATURES, ROOT, TASK_ADAPTERS
 from ..errors import UserError
 from ..metrics.clip_score import DEFAULT as DEFAULT_CLIP
-from ..recipes import load_run_recipe
+from ..recipes import LORA_FILE, load_run_recipe
 from .coco.protocols import PROTOCOLS
 from .generate import SamplingSetting
 from .request import (
@@ -65,12 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--lora",
-        type=Path,
+        type=_path,
         help="the student: a LoRA file (.safetensors) or PEFT folder (default: the run's, else none)",
     )
-    add("--teacher", help="the teacher: diffusers folder, Hub name or single checkpoint (default: the embedded demo)")
+    add(
+        "--teacher",
+        type=_home,
+        help="the teacher: diffusers folder, Hub name or single checkpoint (default: the run's, else the demo)",
+    )
     add("--family", help="model family of the teacher (default: the run's, else demo)")
-    add("--output", type=Path, default=Path("out/evaluation"), help="folder for the report (default: %(default)s)")
+    add("--output", type=_path, default=Path("out/evaluation"), help="folder for the report (default: %(default)s)")
     add(
         "--samples",
         type=int,
@@ -79,14 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prompts",
-        type=Path,
-        help="text file with one prompt a line (default: the general captions of the demo; with --protocol: COCO's "
-        "captions)",
+        type=_path,
+        help="text file with one prompt a line (default: the captions of the run's data, else those that the feature "
+        "network knows; with --protocol: COCO's captions)",
     )
     add("--seed", type=int, default=defaults.seed, help="seed of prompts and noise (default: %(default)s)")
     add("--batch-size", type=int, default=defaults.batch_size, help="pictures made at once (default: %(default)s)")
     add("--pictures", type=int, default=defaults.pictures, help="prompts shown in the report (default: %(default)s)")
-    add("--log", type=Path, help="log.jsonl of the training, for its curves (default: the one beside the LoRA)")
+    add("--log", type=_path, help="log.jsonl of the training, for its curves (default: the one beside the LoRA)")
     add("--device", help="cpu, cuda, mps, ... (default: cuda where there is a CUDA device, else cpu)")
     add(
         "--model",
@@ -104,7 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resolution", type=int, help="width and height of the pictures in pixels (default: the model's own)")
 
     add = parser.add_argument_group("conditional tasks").add_argument
-    add("--run", type=Path, help="folder of a distillation: evaluate its model, task, data and LoRA; other options win")
+    add(
+        "--run",
+        type=_path,
+        help="folder of a distillation: evaluate its LoRA with its model, task, data, steps, solver and "
+        "guidance; other options win",
+    )
     add("--task", help="inpainting, super-resolution, face-swap or control (default: the run's, else text-to-image)")
     add(
         "--task-options",
@@ -114,14 +125,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--data",
+        type=_home,
         help="pictures to make conditions from: a folder with captions, shards, demo, or demo:noto (a style that no "
         "teacher of the demo has seen) (default: the run's, else demo)",
     )
-    add("--vgg", type=Path, help="VGG-16 weights (.pth or .safetensors): measure LPIPS too")
+    add("--vgg", type=_path, help="VGG-16 weights (.pth or .safetensors): measure LPIPS too")
 
     add = parser.add_argument_group("comparison with the teacher").add_argument
-    add("--features", type=Path, default=FEATURES, help="folder of the feature network (default: the demo's)")
-    add("--steps", type=int, default=defaults.steps, help="teacher's steps in the reference (default: %(default)s)")
+    add(
+        "--features",
+        type=_path,
+        default=FEATURES,
+        help="the network that describes pictures: folder of a feature network, folder of a CLIP, or weights file of "
+        "FID's Inception (default: the demo's feature network, which has seen only the demo's pictures)",
+    )
+    add(
+        "--steps",
+        type=int,
+        help=f"teacher's steps in the reference (default: the run's method.teacher_steps, else {defaults.steps})",
+    )
     add(
         "--guidance",
         type=float,
@@ -131,14 +153,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--make-reference", action="store_true", help="make the teacher's reference, write it to --reference, and stop")
     add(
         "--reference",
-        type=Path,
+        type=_path,
         help="features of the teacher's reference (default: the demo's); with --protocol: statistics of COCO's "
         "pictures, made where they are missing (default: in --output)",
     )
 
     add = parser.add_argument_group("zero-shot evaluation on COCO").add_argument
     add("--protocol", choices=list(PROTOCOLS), help="protocol to measure by")
-    add("--coco", type=Path, help="folder with annotations/ and val2017/ or val2014/")
+    add("--coco", type=_path, help="folder with annotations/ and val2017/ or val2014/")
     add(
         "--runs",
         nargs="+",
@@ -147,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="runs to compare, such as student:4 teacher:25:7.5; guidance 1 (the default) = no guidance "
         f"(default: {' '.join(f'student:{steps}' for steps in FEW_STEPS)}; without a LoRA: teacher:STEPS:GUIDANCE)",
     )
-    add("--inception", type=Path, help="Inception weights for FID, .pth or .safetensors (default: downloaded once)")
+    add("--inception", type=_path, help="Inception weights for FID, .pth or .safetensors (default: downloaded once)")
     add("--clip", default=DEFAULT_CLIP, help="CLIP model for transformers: folder or Hub name (default: %(default)s)")
     add("--no-clip", action="store_true", help="measure FID only")
     add(
@@ -157,6 +179,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="precision of the passes that make pictures; no = float32; metrics are always in float32 "
         "(default: %(default)s)",
     )
+
+
+def _path(text: str) -> Path:
+    """Return a path, with the user's home for ``~``."""
+    return Path(text).expanduser()
+
+
+def _home(text: str) -> str:
+    """Return a path or a Hub name, with the user's home for ``~``."""
+    return str(_path(text)) if text.startswith("~") else text
 
 
 def parse_run(text: str) -> SamplingSetting:
@@ -189,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..report.build import print_report, write_report
 
-    console, request = Console(), request_of(args)
+    console, request = Console(stderr=True), request_of(args)  # the figures go to stdout, the progress beside them
     if isinstance(request, CocoRequest):
         from .coco.zero_shot import evaluate_on_coco
 
@@ -204,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
         assert isinstance(request, TeacherComparisonRequest)
         done = compare_with_teacher(request, console)
     if done:
-        print_report(request.output, write_report(request.output, request.log), console)
+        print_report(request.output, write_report(request.output, request.log), Console())
     return 0
 
 
@@ -221,16 +253,18 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
     task = args.task or (recipe.task.name if recipe else TEXT_TO_IMAGE)
     lora = args.lora if args.lora is not None or recipe is None else run_lora(args.run)
     check(args, task, lora)
-    guidance = args.guidance
+    guidance, steps = args.guidance, args.steps
     if guidance is None:
         guidance = sum(recipe.method.guidance) / 2 if recipe else Options().guidance
+    if steps is None:
+        steps = recipe.method.teacher_steps if recipe else Options().steps
     common = {"output": args.output, "log": args.log or (lora.with_name("log.jsonl") if lora else None)}
     shared = {"seed": args.seed, "batch_size": args.batch_size, "pictures": args.pictures}
     model = model_request(args, recipe, task, lora)
     if args.protocol is not None:
         protocol = PROTOCOLS[args.protocol]
         usual = [SamplingSetting("student", steps) for steps in FEW_STEPS]
-        runs = args.runs or (usual if lora else [SamplingSetting("teacher", args.steps, guidance)])
+        runs = args.runs or (usual if lora else [SamplingSetting("teacher", steps, guidance)])
         return CocoRequest(
             model=model,
             **common,
@@ -243,7 +277,7 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
             clip=None if args.no_clip else args.clip,
             statistics=args.reference or args.output / f"{protocol.name}.safetensors",
         )
-    shared |= {"steps": args.steps, "guidance": guidance}
+    shared |= {"steps": steps, "guidance": guidance, "solver": recipe.method.solver if recipe else None}
     if task == TEXT_TO_IMAGE:
         return TeacherComparisonRequest(
             model=model,
@@ -251,6 +285,7 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
             options=Options(samples=Options().samples if args.samples is None else args.samples, **shared),
             features=args.features,
             prompts=args.prompts,
+            data=recipe.data if recipe else None,
             reference=args.reference or DEMO_REFERENCE,
             make_reference=args.make_reference,
         )
@@ -274,10 +309,10 @@ def run_lora(folder: Path) -> Path:
     Raises:
         UserError: the folder has no LoRA yet.
     """
-    path = folder / "lora.safetensors"
+    path = folder / LORA_FILE
     if not path.is_file():
         raise UserError(
-            f"--run: {folder} has no lora.safetensors yet; wait for the end of the distillation, or write the LoRA "
+            f"--run: {folder} has no {LORA_FILE} yet; wait for the end of the distillation, or write the LoRA "
             f"with `flash-diffusion export {folder}`"
         )
     return path
@@ -287,14 +322,17 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
     """Raise a :class:`UserError` for options that have no meaning, or none for this evaluation."""
     from ..tasks import TASKS
 
-    least = {"samples": 2, "steps": 1, "guidance": 1, "batch_size": 1, "pictures": 1}
+    least = {"samples": 2, "steps": 1, "guidance": 1, "batch_size": 1, "pictures": 1, "resolution": 8}
     for name, value in least.items():
-        if (given := getattr(args, name)) is not None and given < value:
+        if (given := getattr(args, name)) is not None and not (given >= value and math.isfinite(given)):
             raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
     if args.stochasticity is not None and not 0 <= args.stochasticity <= 1:
         raise UserError(f"--stochasticity must be from 0 to 1, got {args.stochasticity:g}")
     if lora is not None and not lora.exists():
         raise UserError(f"--lora: there is no LoRA at {lora}; make a LoRA with `flash-diffusion distill`")
+    if args.log is not None and not args.log.is_file():
+        raise UserError(f"--log: there is no file {args.log}; give the log.jsonl of the training, or leave --log out")
+    check_output(args.output)
     if args.protocol is not None:
         if task != TEXT_TO_IMAGE:
             raise UserError(f"--protocol measures text-to-image, not --task {task}; give only one of the two options")
@@ -315,6 +353,17 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
         where = "conditional tasks; name a task with --task"
     if wrong := [f"--{name}" for name, value in given.items() if value is not None]:
         raise UserError(f"{' and '.join(wrong)}: these are options of {where}")
+
+
+def check_output(folder: Path) -> None:
+    """Raise a :class:`UserError` for a folder that can't be written, before the hours of an evaluation."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(
+            f"--output: {there} is a file; expected a folder for the report, which is made if it is missing"
+        )
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--output: {there} is not writable; make it writable, or choose another folder")
 
 
 def model_request(args: argparse.Namespace, recipe: Recipe | None, task: str, lora: Path | None) -> ModelRequest:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from ..files import write_whole
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,11 @@ class SeesPictures(Protocol):
         """A general caption of each class: "heart"."""
         ...
 
+    @property
+    def title(self) -> str:
+        """The network in a few words: "the demo's feature network"."""
+        ...
+
 
 class Evaluator(ABC, Generic[AnyRun]):
     """One evaluation: :meth:`evaluate` measures every run and writes ``report.json``.
@@ -49,7 +55,7 @@ class Evaluator(ABC, Generic[AnyRun]):
     Attributes:
         output: folder of the report.
         student: the student's title; None = no student.
-        progress: the progress bars; drawn while :meth:`evaluate` runs.
+        progress: counts the passes while :meth:`evaluate` runs.
     """
 
     kind: ClassVar[str]
@@ -86,7 +92,7 @@ class Evaluator(ABC, Generic[AnyRun]):
         """Measure everything, write ``report.json`` and the pictures into ``output``, and return the report.
 
         Args:
-            console: draws the progress bars; None = no bars.
+            console: shows the progress; None shows nothing.
         """
         with progress_bar(console) as self.progress:
             self.prepare()
@@ -106,29 +112,6 @@ class Evaluator(ABC, Generic[AnyRun]):
     def expect(self, bar: TaskID, passes: int) -> None:
         """Add work to a progress bar."""
         self.progress.update(bar, total=(self.progress.tasks[bar].total or 0) + passes)
-
-
-def progress_bar(console: Console | None) -> Progress:
-    """Return progress bars with a ``unit`` each (passes, pictures), drawn on ``console``; None draws nothing."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description:<30}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=console is None,
-    )
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from ..errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +153,14 @@ def share_of_fresh_noise(maker: PictureMaker, steps: int) -> float:
     return maker.stochasticity.get(steps, 1.0)
 
 
+def sampler_facts(maker: PictureMaker, step_counts: Sequence[int], solver: Solver | None) -> dict[str, Any]:
+    """Return how pictures are sampled, for the report: the teacher's solver, the student's stochasticity by steps."""
+    return {
+        "solver": solver or default_solver(maker.denoiser.process),
+        "stochasticity": {str(steps): share_of_fresh_noise(maker, steps) for steps in step_counts if steps > 1},
+    }
+
+
 def sampler_note(maker: PictureMaker, step_counts: Sequence[int]) -> list[str]:
     """Return a sentence on the student's sampler, unless it adds only fresh noise, as the paper does."""
     shares = {steps: share_of_fresh_noise(maker, steps) for steps in step_counts if steps > 1}
@@ -230,10 +240,19 @@ def sample_latents(
 
 
 def decode_pictures(maker: PictureMaker, latents: Tensor) -> Tensor:
-    """Decode latents to pictures (B, 3, H, W) in [0, 1], on the CPU."""
+    """Decode latents to pictures (B, 3, H, W) in [0, 1], on the CPU.
+
+    Raises:
+        UserError: a picture holds NaN or infinity.
+    """
     import torch
 
     size = CPU_DECODE_BATCH if latents.device.type == "cpu" else len(latents)
     with torch.inference_mode():
         images = torch.cat([maker.decode(part) for part in latents.split(size)])
+        if not bool(images.isfinite().all()):
+            raise UserError(
+                "the model made NaN or infinity instead of a picture; the LoRA has diverged, or the guidance is too "
+                "strong, or fp16 overflows: use another LoRA, a lower --guidance, --precision bf16 or no"
+            )
         return (images.float() / 2 + 0.5).clamp(0, 1).cpu()

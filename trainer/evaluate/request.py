@@ -95,11 +95,30 @@ class ModelRequest:
     resolution: int | None = None
     stochasticity: float | None = None
 
+    @property
+    def is_demo(self) -> bool:
+        """Whether the teacher is the embedded demo, whose pictures and names the demo's feature network knows."""
+        return self.section.family == "demo" and self.section.path is None
+
     def pick_device(self) -> str:
-        """Return the device asked for, else ``cuda`` where there is one, else ``cpu``."""
+        """Return the device asked for, else ``cuda`` where there is one, else ``cpu``.
+
+        Raises:
+            UserError: there is no such device here.
+        """
         import torch
 
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device is None:
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(1, device=self.device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"--device: {self.device} can't be used here ({reason}); expected a device of this machine, such as "
+                "cpu, cuda or mps"
+            ) from error
+        return self.device
 
     def load(self, device: str, task: Task | None = None) -> LoadedModel:
         """Load the teacher and put the student's LoRA on it.
@@ -120,13 +139,13 @@ class ModelRequest:
 
         check_control(task or build_task(TaskSection()), self.section)
         teacher = load_teacher(self.section, device, self.resolution)
-        folder = Path(self.section.path) if self.section.path else DEMO_TEACHER
         if task is not None:
             check_channels(task, teacher)
-        weights = fingerprint(folder) if folder.is_dir() and not self.fields else teacher.weights_hash()
+        weights = self._teacher_key(teacher)
         if self.lora is None:
             return LoadedModel(teacher, weights, None)
         lora = read_lora(self.lora)
+        check_whole(lora, self.lora)
         check_lora_task(lora, self.lora, TEXT_TO_IMAGE if task is None else task.name)
         made_for = lora.metadata.teacher_hash if lora.metadata is not None else ""
         trained_for_it = task is None or (lora.metadata is not None and lora.metadata.task == task.name)
@@ -138,6 +157,27 @@ class ModelRequest:
         elif lora.metadata is not None:
             teacher.stochasticity = lora.metadata.stochasticity
         return LoadedModel(teacher, weights, lora.metadata.title if lora.metadata is not None else self.lora.stem)
+
+    def _teacher_key(self, teacher: Teacher) -> str:
+        """Return a hash of everything of the teacher that changes its pictures: weights and noise process, no paths."""
+        import torch
+        from torch import nn
+
+        from ...flash_core.grid import trailing_timesteps
+        from ..teachers.hashes import short_hash, weights_hash
+
+        folder = Path(self.section.path) if self.section.path else DEMO_TEACHER
+        if folder.is_dir() and not self.fields:
+            return fingerprint(folder)
+        parts = {
+            name: weights_hash(part)
+            for name, part in sorted(teacher.pipeline.components.items())
+            if isinstance(part, nn.Module)
+        }
+        process = teacher.denoiser.process
+        timesteps = trailing_timesteps(process, 8)
+        levels = process.alpha_sigma(torch.tensor(timesteps, dtype=torch.float64))
+        return short_hash(parts, process.kind, process.prediction, [level.tolist() for level in levels])
 
 
 @dataclass(frozen=True)
@@ -173,8 +213,9 @@ class TeacherComparisonRequest(EvaluationRequest):
     """Compare the student's few steps with the teacher's many steps.
 
     Attributes:
-        features: folder of the feature network.
-        prompts: text file with one prompt a line; None = the feature network's general captions.
+        features: the network that describes pictures, see :func:`~..metrics.embedders.load_features`.
+        prompts: text file with one prompt a line; None = the run's captions, else those that the network knows.
+        data: the data section of the run's recipe; None without a run.
         reference: file with the features of the teacher's sets.
         make_reference: write ``reference`` and stop.
     """
@@ -182,6 +223,7 @@ class TeacherComparisonRequest(EvaluationRequest):
     options: Options
     features: Path
     prompts: Path | None
+    data: DataSection | None
     reference: Path
     make_reference: bool
 
@@ -192,7 +234,7 @@ class TaskComparisonRequest(EvaluationRequest):
 
     Attributes:
         data: pictures to make conditions from: ``demo``, ``demo:STYLE``, a folder, shards, or a recipe's section.
-        features: folder of the feature network.
+        features: the network that describes pictures, see :func:`~..metrics.embedders.load_features`.
         vgg: VGG-16's weights for LPIPS; None = LPIPS is not measured.
     """
 
@@ -226,6 +268,25 @@ class CocoRequest(EvaluationRequest):
     statistics: Path
 
 
+def check_whole(lora: LoraFile, path: Path) -> None:
+    """Check that every key of a student's LoRA belongs to a layer: a student is measured whole.
+
+    Raises:
+        UserError: names the number of such keys, and examples.
+    """
+    if lora.unknown:
+        count = len(lora.unknown)
+        raise UserError(
+            f"{path}: {count} key{'s' * (count > 1)} of the file belong{'s' * (count == 1)} to no layer of a LoRA, "
+            f"such as {', '.join(lora.unknown[:3])}; a part of the student would be left out. Choose a whole LoRA; "
+            f"`flash-diffusion lora info {path}` lists what the file holds"
+        )
+    if lora.text_encoder:
+        logger.warning(
+            "%s: %d layers of text encoders are left out, since a student is a denoiser.", path, len(lora.text_encoder)
+        )
+
+
 def check_lora_task(lora: LoraFile, path: Path, task: str) -> None:
     """Check that a LoRA was distilled for the task. A text-to-image LoRA is allowed on any task, with a warning.
 
@@ -240,15 +301,3 @@ def check_lora_task(lora: LoraFile, path: Path, task: str) -> None:
             f"LoRA for {task}"
         )
     logger.warning("%s was distilled for text-to-image; it is measured on %s without further training.", path, task)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Read the lines of a text file, without the empty ones.
-
-    Raises:
-        UserError: the file holds no prompts.
-    """
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts: {path} holds no prompts; expected one prompt a line")
-    return prompts

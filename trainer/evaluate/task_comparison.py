@@ -7,6 +7,7 @@ the runs and the targets.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,12 @@ from torch import Tensor
 from ..metrics import confidence_intervals as bootstrap
 from ..metrics.confidence_intervals import Estimate
 from ..metrics.distances import frechet_distance
+from ..metrics.embedders import Features, load_features, samples_needed
 from ..tasks.base import Task
 from ..tasks.figures import Figure, Scene
 from ..tasks.scores import distance
 from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
-from .generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents, sampler_note
+from .generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents, sampler_facts, sampler_note
 from .request import FEW_STEPS, Options, TaskComparisonRequest
 from .task_samples import Batch, Subjects, batches, read_subjects
 
@@ -33,12 +35,11 @@ if TYPE_CHECKING:
 
     from ..teachers.base import Teacher
 
+logger = logging.getLogger(__name__)
+
 BEST_STEPS = 4  # of the student that has targets
 WITHIN = 0.1  # share of the teacher's many-step figure that the student may fall short
 YARDSTICK = "the originals"
-# From fewer samples a Fréchet distance is mostly its own bias: of 80 inpaintings of the demo the teacher against itself
-# scored 5.0, in 4 steps without guidance 5.1, and the originals 4.8.
-SAMPLES_A_FEATURE = 4
 FRECHET = Figure(
     "fd",
     "Fréchet distance to the teacher’s pictures",
@@ -113,31 +114,58 @@ def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
 
 def compare_on_task(request: TaskComparisonRequest, console: Console) -> bool:
     """Do what the request asks for. Return True: there is a report."""
-    from ..files import fingerprint
-    from ..metrics.feature_network import FeatureNetwork
     from ..metrics.lpips import lpips_of_unit_pictures
 
-    options = request.options
+    options, device = request.options, request.model.pick_device()
+    features = load_features(request.features)
     subjects = read_subjects(request.data, request.task, options.samples, options.seed)
-    model = request.model.load(request.model.pick_device(), request.task)
-    network = FeatureNetwork.from_pretrained(request.features).to(model.teacher.device)
+    model = request.model.load(device, request.task)
     TaskComparison(
         model.teacher,
         request.task,
         subjects,
-        network,
+        features.network.to(model.teacher.device),
         options,
         output=request.output,
         student=model.student,
         perceptual=None if request.vgg is None else lpips_of_unit_pictures(model.teacher.device, request.vgg),
         origin={
             "teacher": model.weights,
-            "features": fingerprint(request.features),
+            "features": features.fingerprint,
             "lora": str(request.model.lora) if request.model.lora else None,
             "model": list(request.model.fields),
         },
+        about=about_task(features, request.model.is_demo, subjects),
     ).evaluate(console)
     return True
+
+
+@dataclass(frozen=True)
+class AboutTask:
+    """What follows from a comparison's inputs.
+
+    Attributes:
+        has_targets: whether the project's targets apply: they were set for the demo's teacher on the demo's pictures.
+        notes: sentences on the inputs that a reader must know.
+    """
+
+    has_targets: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def about_task(features: Features, is_demo: bool, subjects: Subjects) -> AboutTask:
+    """Return what the feature network, the teacher and the pictures mean for the report."""
+    notes = []
+    if features.of_demo and not subjects.of_demo:
+        notes.append(
+            f"All distances and cosines of features come from {features.title}, which has seen only the demo’s "
+            "pictures. It is not meant for photographs: trust PSNR, seams, edges, LPIPS and the pictures, or give "
+            "--features the weights file of FID’s Inception or the folder of a CLIP."
+        )
+    has_targets = is_demo and features.of_demo and subjects.of_demo
+    if not has_targets:
+        notes.append("There are no targets: the project’s targets were set for the demo’s teacher on its pictures.")
+    return AboutTask(has_targets, tuple(notes))
 
 
 class TaskComparison(Evaluator[Entry]):
@@ -147,6 +175,7 @@ class TaskComparison(Evaluator[Entry]):
         student: the student's title in the report; None evaluates the teacher alone.
         perceptual: LPIPS of pictures (B, 3, H, W) in [0, 1]; None leaves LPIPS out.
         origin: further entries of the report's origin.
+        about: what follows from the inputs.
     """
 
     kind = "task"
@@ -163,6 +192,7 @@ class TaskComparison(Evaluator[Entry]):
         student: str | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         origin: Mapping[str, Any] | None = None,
+        about: AboutTask | None = None,
     ) -> None:
         super().__init__(output, student)
         self.teacher = teacher
@@ -172,11 +202,15 @@ class TaskComparison(Evaluator[Entry]):
         self.options = options
         self.perceptual = perceptual
         self.origin = dict(origin or {})
+        self.about = about or AboutTask()
         self.entries = entries_of(task, options, student is not None)
         self.many = SamplingSetting("teacher", options.steps, options.guidance)
         blank = torch.ones(1, 3, *teacher.resolution)
-        self.enough = SAMPLES_A_FEATURE * self._look(blank).shape[1]  # samples that a Fréchet distance needs
+        self.dimensions = self._look(blank).shape[1]
+        self.enough = samples_needed(self.dimensions)
         self.measures_sets = task.many_answers and options.samples >= self.enough
+        if task.many_answers and not self.measures_sets:
+            logger.warning("%s", self._too_few_samples())
         self.seen = {entry.name: Seen() for entry in self.entries}
         self.independent: list[Tensor] = []
         self.distances: dict[tuple[str, str], Tensor] = {}
@@ -227,18 +261,20 @@ class TaskComparison(Evaluator[Entry]):
         }
 
     def targets(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Return the targets of :func:`targets_of`."""
+        """Return the targets of :func:`targets_of`, where the targets apply."""
+        if not self.about.has_targets:
+            return []
         student = SamplingSetting("student", BEST_STEPS).name
-        return targets_of(self.figures, self.estimates, self.comparisons, student, self.many.name)
+        return targets_of(self.figures, self.estimates, self.comparisons, student, self.many.name, self._gaps())
 
     def notes(self, records: Sequence[Record]) -> list[str]:
-        """Return the student's sampler, and which figures were left out, and why."""
-        notes = sampler_note(self.teacher, FEW_STEPS) if self.student is not None else []
+        """Return what limits the figures, the student's sampler, and why figures and targets were left out."""
+        notes = list(self.about.notes)
+        notes += sampler_note(self.teacher, FEW_STEPS) if self.student is not None else []
         if self.task.many_answers and not self.measures_sets:
-            notes.append(
-                f"The Fréchet distances were left out: {self.options.samples} samples are too few for "
-                f"{self.enough // SAMPLES_A_FEATURE} features. Use --samples {self.enough} or more."
-            )
+            notes.append(self._too_few_samples())
+        if self.student is not None and self.about.has_targets:
+            notes += left_out(self.figures, self._gaps())
         if any(figure.key == "lpips" for figure in self.task.figures) and self.perceptual is None:
             notes.append("LPIPS was not measured. Give VGG-16’s weights with --vgg.")
         return notes
@@ -260,9 +296,17 @@ class TaskComparison(Evaluator[Entry]):
             "settings": {
                 name: value for name, value in asdict(self.options).items() if name not in ("times", "solver")
             },
+            "inputs": {"features": self.network.title, "dimensions": self.dimensions, "samples_needed": self.enough},
+            "sampling": sampler_facts(self.teacher, FEW_STEPS, self.options.solver),
             "environment": environment(self.teacher.device),
             "pictures": self._save(),
         }
+
+    def _too_few_samples(self) -> str:
+        return (
+            f"The Fréchet distances were left out: {self.options.samples} samples are too few for {self.dimensions} "
+            f"features, and a distance would be mostly its own bias. Use --samples {self.enough} or more."
+        )
 
     # -- making pictures ---------------------------------------------------------------------------------------------
 
@@ -341,8 +385,13 @@ class TaskComparison(Evaluator[Entry]):
         rivals = [entry.name for entry in self.entries[2:] if entry.run is not None and entry.run.role == "teacher"]
         return [self._difference(figure, student, rival) for rival in rivals for figure in self.figures]
 
+    def _gaps(self) -> dict[str, str]:
+        """Return for each figure whether the teacher in many steps is better than the student's rival in few steps."""
+        rival = SamplingSetting("teacher", BEST_STEPS).name
+        return {figure.key: self._difference(figure, self.many.name, rival)["verdict"] for figure in self.figures}
+
     def _difference(self, figure: Figure, student: str, rival: str) -> dict[str, Any]:
-        """Return by how much the student is better than a rival on the same samples, with its interval."""
+        """Return by how much a run is better than its rival on the same samples, with its interval."""
         sign = 1 if figure.higher_is_better else -1
         if figure in (FRECHET, FRECHET_ORIGINALS):
             ours, theirs = (self._set_distances(name, figure.key) for name in (student, rival))
@@ -378,14 +427,19 @@ def targets_of(
     comparisons: Sequence[Mapping[str, Any]],
     student: str,
     many: str,
+    gaps: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """Return the student's targets, two for every judged figure.
+    """Return the student's targets, at most two for every judged figure.
 
     - ``within``: student / teacher in many steps is at most 1.1 where lower is better, at least 0.9 where higher is
-      better. ``value`` is this ratio, None where the teacher's figure is 0.
+      better. ``value`` is this ratio. There is no such target where the teacher's figure is 0 or below.
     - ``better``: the student is clearly better than the undistilled teacher with as many passes: the 95 % interval of
       the mean difference on the same samples is above 0. ``value`` is this difference, positive = the student is
-      better.
+      better. There is no such target where the teacher in many steps is not clearly better itself: then a student that
+      equals its teacher would miss the target.
+
+    Args:
+        gaps: by figure the verdict on the teacher in many steps, against the undistilled teacher with as many passes.
     """
     found: list[dict[str, Any]] = []
     rival = SamplingSetting("teacher", BEST_STEPS).name
@@ -393,12 +447,25 @@ def targets_of(
         ours, theirs = estimates[student][figure.key].value, estimates[many][figure.key].value
         if not figure.judged or ours is None or theirs is None:
             continue
-        slack = WITHIN * abs(theirs)
-        met = ours >= theirs - slack if figure.higher_is_better else ours <= theirs + slack
-        limit = {"at_least": 1 - WITHIN} if figure.higher_is_better else {"at_most": 1 + WITHIN}
-        value = ours / theirs if theirs else None
-        line = {"figure": figure.key, "kind": "within", "run": student, "rival": many}
-        found.append({**line, "value": value, **limit, "met": met})
+        if theirs > 0:
+            least, most = (1 - WITHIN) * theirs, (1 + WITHIN) * theirs
+            met = ours >= least if figure.higher_is_better else ours <= most
+            limit = {"at_least": 1 - WITHIN} if figure.higher_is_better else {"at_most": 1 + WITHIN}
+            line = {"figure": figure.key, "kind": "within", "run": student, "rival": many}
+            found.append({**line, "value": ours / theirs, **limit, "met": met})
+        if gaps[figure.key] != "better":
+            continue
         against = next(line for line in comparisons if (line["figure"], line["rival"]) == (figure.key, rival))
         found.append({**against, "kind": "better", "met": against["verdict"] == "better"})
     return found
+
+
+def left_out(figures: Sequence[Figure], gaps: Mapping[str, str]) -> list[str]:
+    """Return a sentence on the figures whose target ``better`` was left out, if there are such figures."""
+    names = [figure.short for figure in figures if figure.judged and gaps[figure.key] != "better"]
+    if not names:
+        return []
+    return [
+        f"No target to be better than the undistilled teacher in {', '.join(names)}: there the teacher in many steps "
+        "is not clearly better itself, so a perfect student would miss the target."
+    ]

@@ -36,10 +36,12 @@ class Subjects:
     Attributes:
         samples: in the order of use.
         origin: a description for the report.
+        of_demo: whether these are the demo's pictures, in its teacher's style or another.
     """
 
     samples: tuple[Sample, ...]
     origin: str
+    of_demo: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def read_subjects(data: str | DataSection, task: Task, samples: int, seed: int) 
         read = tuple(read_samples(section, task.companions))
         words = "under their captions" if task.reads_text else "without captions"
         trained = ", which the run was trained on" if isinstance(data, DataSection) else ""
-        found = Subjects(read, f"the first {len(read)} pictures of {section.path or section.source}{trained}, {words}")
+        origin = f"the first {len(read)} pictures of {section.path or section.source}{trained}, {words}"
+        found = Subjects(read, origin, section.source.startswith(DEMO))
     if len(found.samples) < 2:
         raise UserError(f"--data: {data} holds {len(found.samples)} pictures; an evaluation needs at least 2")
     return found
@@ -144,7 +147,7 @@ def _demo(style: str, task: Task, samples: int, seed: int) -> Subjects:
     found = found[:samples]
     known = "the teacher learnt from them" if style == TEACHER_STYLE else "a style that no teacher has seen"
     words = "under general captions" if task.reads_text else "without captions"
-    return Subjects(tuple(found), f"{len(found)} of the demo’s pictures ({style}: {known}), {words}")
+    return Subjects(tuple(found), f"{len(found)} of the demo’s pictures ({style}: {known}), {words}", True)
 
 
 def _section(path: Path) -> DataSection:

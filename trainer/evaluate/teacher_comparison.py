@@ -1,24 +1,36 @@
 """Compare a student's few steps with its teacher's many steps, in numbers and in pictures; no data set is needed.
 
-``reference.py`` defines the reference sets and the floor, ``metrics/distances.py`` the distances, ``generate.py`` makes
-the pictures. This file decides the runs and the targets.
+``teacher/`` has the captions, the reference sets with the floor, and the targets; ``metrics/`` the distances and the
+networks; ``generate.py`` makes the pictures. This file decides the runs.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import fingerprint, fingerprint_texts
+from ..files import fingerprint_texts
 from ..metrics.distances import diversity, frechet_distance, kernel_distance, paired_distance, prompt_accuracy
-from .evaluator import Evaluator, Record, SeesPictures, environment, progress_bar, save_pictures
-from .generate import PictureMaker, SamplingSetting, decode_pictures, default_solver, sample_latents, sampler_note
-from .reference import Draw, FeatureSet, Origin, Reference, draw
-from .request import FEW_STEPS, Options, TeacherComparisonRequest, read_prompts
+from ..metrics.embedders import load_features, samples_needed
+from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
+from .generate import (
+    PictureMaker,
+    SamplingSetting,
+    decode_pictures,
+    default_solver,
+    sample_latents,
+    sampler_facts,
+    sampler_note,
+)
+from .progress import progress_bar
+from .request import FEW_STEPS, Options, TeacherComparisonRequest
+from .teacher.captions import choose_captions
+from .teacher.reference import Draw, FeatureSet, Origin, Reference, check_overwrite, draw, find_reference
+from .teacher.targets import gaps_of, left_out, targets_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,14 +40,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference.safetensors"
-# The project's targets for its demo, by the student's steps. The student's Fréchet distance is at most so many times
-# the floor; and the student closes at least this share of the gap between the undistilled teacher and the floor.
-FLOOR_LIMITS = {4: 1.5, 2: 3.0, 1: 6.0}
-GAP_LIMITS = {4: 0.4, 2: 0.8, 1: 0.9}
-NO_GAP_BELOW = 1.5  # times the floor: an undistilled teacher closer than that leaves no gap worth closing
 # Features of pictures made again may differ from the stored features by this share of the set's spread: arithmetic
 # differs a little between machines, and by far more where anything else has changed.
 LIVE_TOLERANCE = 0.02
+UNNAMED = -1  # class of a picture where the feature network knows no names
 
 
 @dataclass(frozen=True)
@@ -48,29 +56,20 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Gap:
-    """A student beside the undistilled teacher with as many passes: Fréchet distances, and the floor."""
+class About:
+    """What the report tells of a comparison's inputs, and what follows from them.
 
-    steps: int
-    student: float
-    undistilled: float
-    floor: float
+    Attributes:
+        captions: where the captions come from.
+        knows_names: whether the feature network knows what the captions name, so that prompt accuracy means something.
+        has_targets: whether the project's targets apply: they were set for the demo's teacher.
+        notes: sentences on the inputs that a reader must know.
+    """
 
-    @property
-    def closed(self) -> float | None:
-        """(undistilled - student) / (undistilled - floor): 1 = at the floor. None where there is no gap."""
-        gap = self.undistilled - self.floor
-        return (self.undistilled - self.student) / gap if gap > 0 else None
-
-    @property
-    def times_closer(self) -> float:
-        """undistilled / student."""
-        return self.undistilled / self.student
-
-    @property
-    def has_target(self) -> bool:
-        """Whether the undistilled teacher is far enough from the floor."""
-        return self.undistilled >= NO_GAP_BELOW * self.floor
+    captions: str = "the given prompts"
+    knows_names: bool = True
+    has_targets: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def few_step_runs(guidance: float) -> list[SamplingSetting]:
@@ -79,21 +78,43 @@ def few_step_runs(guidance: float) -> list[SamplingSetting]:
 
 
 def compare_with_teacher(request: TeacherComparisonRequest, console: Console) -> bool:
-    """Do what the request asks for. Return whether there is a report: not where only the reference was made."""
-    from ..metrics.feature_network import FeatureNetwork
+    """Do what the request asks for. Return whether there is a report: not where only the reference was made.
 
-    model = request.model.load(request.model.pick_device())
-    network = FeatureNetwork.from_pretrained(request.features).to(model.teacher.device)
+    Raises:
+        UserError: an input can't be read, or does not fit.
+    """
+    device = request.model.pick_device()
+    features = load_features(request.features)
+    is_demo = request.model.is_demo
+    foreign = features.of_demo and not is_demo and not _trains_on_demo(request)
+    captions = choose_captions(
+        request.prompts,
+        request.data,
+        () if foreign else features.network.general,
+        demo=features.of_demo,
+        network=features.title,
+    )
+    logger.info("captions: %s", captions.origin)
+    if request.make_reference:
+        check_overwrite(request.reference)
+    model = request.model.load(device)
+    size = request.model.resolution
     comparison = TeacherComparison(
         model.teacher,
-        network,
-        read_prompts(request.prompts) if request.prompts else network.general,
+        features.network.to(model.teacher.device),
+        captions.texts,
         request.options,
-        teacher=model.weights,
-        features=fingerprint(request.features),
+        teacher=model.weights if size is None else f"{model.weights}, {size} px",
+        features=features.fingerprint,
         output=request.output,
         student=model.student,
         references=[request.reference, request.output / REFERENCE],
+        about=About(
+            captions.origin,
+            not foreign,
+            is_demo and features.of_demo,
+            tuple(_notes_on(foreign, is_demo, features.title)),
+        ),
     )
     if not request.make_reference:
         comparison.evaluate(console)
@@ -104,6 +125,24 @@ def compare_with_teacher(request: TeacherComparisonRequest, console: Console) ->
     return False
 
 
+def _trains_on_demo(request: TeacherComparisonRequest) -> bool:
+    return request.data is not None and request.data.source.startswith("demo")
+
+
+def _notes_on(foreign: bool, is_demo: bool, network: str) -> list[str]:
+    """Return what a reader must know of the features and the targets where the model is not the demo's."""
+    notes = []
+    if foreign:
+        notes.append(
+            f"Distances, paired distances and diversity come from {network}, which has seen only the demo’s pictures. "
+            "It is not meant for photographs: trust the pictures, or give --features the weights file of FID’s "
+            "Inception or the folder of a CLIP."
+        )
+    if not is_demo:
+        notes.append("There are no targets: the project’s targets were set for the demo’s teacher.")
+    return notes
+
+
 class TeacherComparison(Evaluator[SamplingSetting]):
     """The student in 4, 2 and 1 steps beside the teacher in many steps and in few.
 
@@ -112,6 +151,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
     Args:
         teacher, features: fingerprints of the weights, see :func:`~..files.fingerprint`.
         student: the student's title in the report; None evaluates the teacher alone.
+        about: what the report tells of the inputs.
         references: reference files to try in turn. Where none fits, all of the teacher's sets are made anew (which
             costs many times the student's sets) and kept in ``output``, with a message that says why.
     """
@@ -130,8 +170,10 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         output: Path,
         student: str | None = None,
         references: Sequence[Path] = (),
+        about: About | None = None,
     ) -> None:
         super().__init__(output, student)
+        self.about = about or About()
         self.maker = maker
         self.network = network
         self.options = options
@@ -141,7 +183,8 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         self.student_runs = [SamplingSetting("student", steps) for steps in FEW_STEPS] if student is not None else []
         self.independent = draw(prompts, options.samples, options.seed, 0, options.times)
         self.samples = draw(prompts, options.samples, options.seed, 1)
-        self.classes = [fitting_classes(network, prompt) for prompt in self.samples.prompts]
+        known = self.about.knows_names
+        self.classes = [fitting_classes(network, prompt) if known else set() for prompt in self.samples.prompts]
         self.origin = Origin(
             teacher=teacher,
             features=features,
@@ -154,6 +197,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
             solver=options.solver or default_solver(maker.denoiser.process),
         )
         self.pictures: dict[str, list[str]] = {}
+        self.dimensions = self.enough = 0  # of the features, and samples that they need; known after the first picture
 
     def runs(self) -> list[SamplingSetting]:
         """Return the teacher's many steps, the student's runs, the undistilled teacher's runs."""
@@ -203,14 +247,18 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         }
 
     def targets(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Return the targets of :func:`targets_of`."""
-        return targets_of(gaps_of(records))
+        """Return the targets of :func:`targets_of`, where the targets apply and the samples are enough."""
+        return targets_of(gaps_of(records)) if self._has_targets() else []
 
     def notes(self, records: Sequence[Record]) -> list[str]:
-        """Return the student's sampler, and the reason for each target that was left out."""
-        if self.student is None:
-            return []
-        return sampler_note(self.maker, FEW_STEPS) + left_out(gaps_of(records))
+        """Return what limits the figures, the student's sampler, and the reason for each target that was left out."""
+        notes = list(self.about.notes)
+        if self.options.samples < self.enough:
+            notes.append(too_few_samples(self.options.samples, self.enough, self.dimensions))
+        if self.student is not None:
+            notes += sampler_note(self.maker, FEW_STEPS)
+            notes += left_out(gaps_of(records)) if self._has_targets() else []
+        return notes
 
     def facts(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return floor, gaps, reference, settings, environment and pictures."""
@@ -223,6 +271,14 @@ class TeacherComparison(Evaluator[SamplingSetting]):
                 "distinct_prompts": len(set(self.samples.prompts)),
                 "stored": self.was_stored,
             },
+            "inputs": {
+                "captions": self.about.captions,
+                "features": self.network.title,
+                "dimensions": self.dimensions,
+                "samples_needed": self.enough,
+                "known_prompts": sum(map(bool, self.classes)),
+            },
+            "sampling": sampler_facts(self.maker, FEW_STEPS, self.options.solver),
             "settings": asdict(self.options),
             "environment": environment(self.maker.device),
             "pictures": {"prompts": [self.samples.prompts[row] for row in self.shown], "files": self.pictures},
@@ -249,7 +305,8 @@ class TeacherComparison(Evaluator[SamplingSetting]):
             with torch.inference_mode():
                 embedding, scores = self.network(images.to(self.maker.device))
             features.append(embedding.float().cpu())
-            predicted.append(scores.argmax(1).cpu())
+            named = scores.shape[1] > 0
+            predicted.append(scores.argmax(1).cpu() if named else torch.full((len(batch),), UNNAMED))
             pictures += [images[row - begin] for row in shown if begin <= row < begin + size]
             self.progress.advance(self.bar, run.nfe * len(batch))
         return Measured(
@@ -262,6 +319,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         """Make all of the teacher's sets and write them to ``path``."""
         with progress_bar(console) as self.progress:
             self.bar = self._start_bar()
+            self._warm_up()
             reference = self.make_reference()
         reference.save(path)
         return reference
@@ -292,10 +350,21 @@ class TeacherComparison(Evaluator[SamplingSetting]):
     def _start_bar(self) -> TaskID:
         return self.progress.add_task("", total=0, unit="passes")
 
+    def _has_targets(self) -> bool:
+        return self.about.has_targets and self.options.samples >= self.enough
+
     def _warm_up(self) -> None:
-        """Make one picture untimed: a first call allocates memory and loads kernels."""
+        """Make one picture untimed: a first call allocates memory and loads kernels. Warn of too few samples."""
+        import torch
+
         one = self.samples.rows([0])
-        decode_pictures(self.maker, sample_latents(self.maker, SamplingSetting("teacher", 1), one.prompts, one.seeds))
+        latents = sample_latents(self.maker, SamplingSetting("teacher", 1), one.prompts, one.seeds)
+        with torch.inference_mode():
+            embedding, _ = self.network(decode_pictures(self.maker, latents).to(self.maker.device))
+        self.dimensions = embedding.shape[1]
+        self.enough = samples_needed(self.dimensions, self.options.times)
+        if self.options.samples < self.enough:
+            logger.warning("%s", too_few_samples(self.options.samples, self.enough, self.dimensions))
 
 
 def shown_rows(prompts: Sequence[str], count: int) -> list[int]:
@@ -308,61 +377,16 @@ def shown_rows(prompts: Sequence[str], count: int) -> list[int]:
     return [*first, *others][: max(2, count)]
 
 
-def find_reference(paths: Sequence[Path], wanted: Origin) -> Reference | None:
-    """Return the first stored reference that fits; log why each other file does not fit."""
-    for path in paths:
-        if not path.is_file():
-            logger.info("There is no reference at %s.", path)
-            continue
-        reference = Reference.load(path)
-        if (mismatch := reference.mismatch(wanted)) is None:
-            return reference.head(wanted.samples)
-        logger.warning("The reference %s does not fit this evaluation: %s.", path, mismatch)
-    return None
+def too_few_samples(samples: int, enough: int, dimensions: int) -> str:
+    """Return the sentence on a set that is too small for its features."""
+    return (
+        f"{samples} pictures a run are too few: a Fréchet distance of {dimensions} features is then mostly its own "
+        f"bias, and all runs look alike. It is usable from --samples {enough} on. Below, trust the pictures, and there "
+        "are no targets."
+    )
 
 
 def fitting_classes(network: SeesPictures, prompt: str) -> set[int]:
     """Return the classes that a prompt names, by their own name or by a general caption."""
     names = zip(network.classes, network.general, strict=True)
     return {index for index, (name, general) in enumerate(names) if prompt in (name, general)}
-
-
-def gaps_of(records: Sequence[Mapping[str, Any]]) -> list[Gap]:
-    """Return the gaps of the student's runs. The first record is the teacher's many steps, which score the floor."""
-    fd = {line["name"]: line["fd"] for line in records}
-    pairs = [(steps, SamplingSetting("student", steps), SamplingSetting("teacher", steps)) for steps in FEW_STEPS]
-    return [Gap(steps, fd[student.name], fd[rival.name], records[0]["fd"]) for steps, student, rival in pairs]
-
-
-def targets_of(gaps: Sequence[Gap]) -> list[dict[str, Any]]:
-    """Return the project's targets with the values that came out.
-
-    - ``floor``: the student's Fréchet distance / the floor is at most ``FLOOR_LIMITS``.
-    - ``gap``: the share of the gap closed is at least ``GAP_LIMITS``, where the undistilled teacher leaves a gap.
-
-    The floor is the Fréchet distance of two independent sets of the teacher's own, above 0.
-    """
-    found: list[dict[str, Any]] = []
-    for gap in gaps:
-        value, limit = gap.student / gap.floor, FLOOR_LIMITS[gap.steps]
-        line = {"run": SamplingSetting("student", gap.steps).name, "kind": "floor", "measure": "times the floor"}
-        found.append({**line, "value": value, "at_most": limit, "met": value <= limit})
-    for gap in gaps:
-        closed, limit = gap.closed, GAP_LIMITS[gap.steps]
-        if closed is None or not gap.has_target:
-            continue
-        rival = SamplingSetting("teacher", gap.steps).name
-        measure = f"of the gap closed between {rival} without guidance and the floor"
-        line = {"run": SamplingSetting("student", gap.steps).name, "kind": "gap", "measure": measure}
-        found.append({**line, "value": closed, "at_least": limit, "met": closed >= limit})
-    return found
-
-
-def left_out(gaps: Sequence[Gap]) -> list[str]:
-    """Return why a step count has no target for the gap, one sentence each."""
-    return [
-        f"Student, {gap.steps} step{'s' * (gap.steps > 1)}: no target for the gap closed. The undistilled teacher with "
-        f"as many passes already lies at {gap.undistilled / gap.floor:.2f} x the floor, below {NO_GAP_BELOW:g} x."
-        for gap in gaps
-        if not gap.has_target
-    ]

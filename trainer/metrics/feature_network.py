@@ -22,6 +22,7 @@ class FeatureNetwork(nn.Module):
         """`classes` are the subjects' names, in the order of the logits, `general` each one's general caption."""
         super().__init__()
         self.classes, self.general = list(classes), list(general)
+        self.title = "a feature network"
         layers: list[nn.Module] = [nn.Conv2d(3, WIDTHS[0], 6, stride=4, padding=1, bias=False)]
         for previous, width in zip((WIDTHS[0], *WIDTHS[:-1]), WIDTHS, strict=True):
             stride = 1 if previous == width else 2

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..errors import UserError
 from ..pictures import data_uri
 from .charts import Chart, Line, passes_chart
 from .numbers import counted, number, seconds
 
 PICTURE_SIZE = 256  # px; larger pictures are reduced for the page
 PICTURE_QUALITY = 90  # of WebP
+
+SOLVERS = {"dpmpp_2m": "DPM-Solver++(2M)", "ddim": "DDIM", "euler": "Euler’s method"}
 
 Run = Mapping[str, Any]  # one of the ``runs`` of report.json
 
@@ -151,8 +154,18 @@ class PictureGrid:
     small: bool = False
 
     def picture(self, column: PictureColumn, row: int) -> str:
-        """Return a picture as a ``data:`` URI."""
-        return data_uri(self.folder / column.files[row], PICTURE_SIZE, PICTURE_QUALITY)
+        """Return a picture as a ``data:`` URI.
+
+        Raises:
+            UserError: the picture's file is missing or damaged.
+        """
+        path = self.folder / column.files[row]
+        try:
+            return data_uri(path, PICTURE_SIZE, PICTURE_QUALITY)
+        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a damaged header
+            raise UserError(
+                f"{path}, a picture of the report, can't be read ({error}); restore the file, or evaluate again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -230,6 +243,16 @@ def target_section(cards: Sequence[Target]) -> tuple[Section, ...]:
     """Return the section of the targets; empty where there are no targets."""
     met = sum(card.met for card in cards)
     return (Section(f"{met} of {len(cards)} targets met", (Targets(tuple(cards)),)),) if cards else ()
+
+
+def sampling_words(sampling: Mapping[str, Any]) -> str:
+    """Return how teacher and student were sampled, from the ``sampling`` of a report."""
+    shares = sampling["stochasticity"]
+    told = ", ".join(f"{share:g} in {steps} steps" for steps, share in shares.items())
+    return (
+        f"The teacher solves its ODE with {SOLVERS.get(sampling['solver'], sampling['solver'])}. The student uses the "
+        f"few-step sampler without guidance, with stochasticity {told} (1 = fresh noise at every step, 0 = none)."
+    )
 
 
 def chart_of(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +33,15 @@ def read_report(folder: Path) -> dict[str, Any]:
         UserError: ``folder`` holds no ``report.json``, or a report of an unknown kind.
     """
     source = folder / "report.json"
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder that `flash-diffusion evaluate` wrote (--output)")
     if not source.is_file():
         raise UserError(f"{folder} holds no report.json; make one with `flash-diffusion evaluate --output {folder}`")
     try:
         report: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{source} is not JSON ({error}); evaluate again") from error
-    if "runs" not in report or report.setdefault("kind", "teacher") not in PAGES:
+    if not isinstance(report, dict) or "runs" not in report or report.setdefault("kind", "teacher") not in PAGES:
         raise UserError(
             f"{source} is not a report that this version reads; expected one written by `flash-diffusion evaluate`, of "
             f"kind {', '.join(PAGES)}"
@@ -57,7 +61,24 @@ def read_page(folder: Path, log: Path | None = None) -> Page:
     """
     report = read_report(folder)
     curves = training_charts(read_log(log)) if log is not None and log.is_file() else []
-    return replace(PAGES[report["kind"]](report, folder), curves=tuple(curves))
+    with _damage_explained(folder / "report.json"):
+        return replace(PAGES[report["kind"]](report, folder), curves=tuple(curves))
+
+
+@contextmanager
+def _damage_explained(source: Path) -> Iterator[None]:
+    """Turn what a damaged report makes a page raise into a readable error.
+
+    Raises:
+        UserError: an entry of the report is missing, or has another form.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise UserError(
+            f"{source} is damaged: an entry is missing or has another form ({type(error).__name__}: {error}); evaluate "
+            "again"
+        ) from error
 
 
 def write_report(folder: Path, log: Path | None = None) -> Path:
@@ -69,7 +90,9 @@ def write_report(folder: Path, log: Path | None = None) -> Path:
     Raises:
         UserError: there is no evaluation in ``folder``.
     """
-    text = render(read_page(folder, log))
+    page = read_page(folder, log)
+    with _damage_explained(folder / "report.json"):
+        text = render(page)
     path = folder / "report.html"
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
@@ -121,5 +144,9 @@ def run(args: argparse.Namespace) -> int:
     """Write `report.html` again and print the figures."""
     from rich.console import Console
 
-    print_report(args.folder, write_report(args.folder, args.log or args.folder / "log.jsonl"), Console())
+    folder = args.folder.expanduser()
+    if args.log is not None and not args.log.expanduser().is_file():
+        raise UserError(f"--log: there is no file {args.log}; give the log.jsonl of the training, or leave --log out")
+    log = folder / "log.jsonl" if args.log is None else args.log.expanduser()
+    print_report(folder, write_report(folder, log), Console())
     return 0

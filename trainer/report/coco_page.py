@@ -59,7 +59,14 @@ def coco_page(report: Report, folder: Path) -> Page:
 
 def comparability(protocol: Mapping[str, Any], networks: Mapping[str, Any]) -> list[str]:
     """Return why the scores can't be compared with published scores; empty where they can."""
+    from ..metrics.inception import FEATURES  # brings torch, which a page does not need
+
     found = []
+    if protocol["captions"] <= FEATURES:
+        found.append(
+            f"{protocol['captions']} pictures a run are too few for Inception's {FEATURES} features: FID is then "
+            f"mostly its own bias. It is usable from --samples {FEATURES + 1} on."
+        )
     if protocol["captions"] != protocol["samples"]:
         found.append(
             f"Not the whole protocol: {protocol['captions']} of {protocol['samples']} captions. FID falls with the "

@@ -22,12 +22,20 @@ from .blocks import (
     TableColumn,
     Target,
     chart_of,
+    sampling_words,
     target_section,
 )
 from .numbers import capital, counted, listed, number, seconds, signed
 
 Report = Mapping[str, Any]
 Figure = Mapping[str, Any]  # one of the ``figures`` of report.json
+SETTINGS = ("inputs", "sampling", "settings", "origin", "environment")  # version 0.1 lacks the first two
+TARGETS = (
+    "For the student’s 4 steps: student / teacher in many steps is at most 1.1 where lower is better, at least 0.9 "
+    "where higher is better; and the student is clearly better than the undistilled teacher with as many passes: the "
+    "95 % interval of the mean difference on the same samples is above 0. The second target is left out where the "
+    "teacher in many steps is not clearly better itself."
+)
 GRID_STEPS = 4  # of the undistilled teacher's pictures in the grid
 
 
@@ -62,7 +70,7 @@ def task_page(report: Report, folder: Path) -> Page:
         ),
         method=Section(
             "How it was measured",
-            (Facts(_facts(report)), Settings({key: report[key] for key in ("settings", "origin", "environment")})),
+            (Facts(_facts(report)), Settings({key: report[key] for key in SETTINGS if key in report})),
         ),
     )
 
@@ -260,12 +268,8 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
             "sampler without guidance; the teacher solves its ODE with guidance w in uncond + w (cond - uncond). “The "
             "originals” are the data’s own pictures after the autoencoder: the best that any denoiser could reach.",
         ),
-        (
-            "Targets",
-            "For the student’s 4 steps: student / teacher in many steps is at most 1.1 where lower is better, at least "
-            "0.9 where higher is better; and the student is clearly better than the undistilled teacher with as many "
-            "passes: the 95 % interval of the mean difference on the same samples is above 0.",
-        ),
+        *_input_facts(report),
+        *([("Targets", TARGETS)] if report["targets"] else []),
         (
             "Intervals",
             "95 %, from the bootstrap over samples: 2,000 draws for means, 200 for distances of sets, whose intervals "
@@ -276,4 +280,15 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
             "Forward passes of the network per picture; guidance needs two per step. Seconds include network and "
             f"decoder, on {where['device']} with {counted(where['threads'], 'thread')}.",
         ),
+    )
+
+
+def _input_facts(report: Report) -> tuple[tuple[str, str], ...]:
+    """Return where the features come from, and how pictures were sampled; reports of version 0.1 lack these."""
+    if "inputs" not in report:
+        return ()
+    inputs = report["inputs"]
+    return (
+        ("Features", f"{capital(inputs['features'])}, {inputs['dimensions']} numbers a picture."),
+        ("Sampling", sampling_words(report["sampling"])),
     )

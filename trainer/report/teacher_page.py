@@ -21,11 +21,13 @@ from .blocks import (
     TableColumn,
     Target,
     chart_of,
+    sampling_words,
     target_section,
 )
-from .numbers import counted, listed, number, seconds, share
+from .numbers import capital, counted, listed, number, seconds, share
 
 Report = Mapping[str, Any]
+SETTINGS = ("inputs", "sampling", "settings", "reference", "environment")  # version 0.1 lacks the first two
 GAP = (
     "(undistilled - student) / (undistilled - floor), and undistilled / student: Fréchet distances of the student and "
     "of the undistilled teacher with as many passes and no guidance. 100 % of the gap closed = as good as the floor."
@@ -58,7 +60,7 @@ def teacher_page(report: Report, folder: Path) -> Page:
             "How it was measured",
             (
                 Facts(_facts(report)),
-                Settings({key: report[key] for key in ("settings", "reference", "environment")}),
+                Settings({key: report[key] for key in SETTINGS if key in report}),
             ),
         ),
     )
@@ -140,6 +142,8 @@ def run_table(report: Report) -> RunTable:
     def gap(run: Run, key: str) -> float | None:
         return gaps[run["name"]][key] if run["name"] in gaps else None
 
+    known = any(run["prompt_accuracy"] is not None for run in report["runs"])
+    accuracy = [TableColumn("Prompt\naccuracy", "acc.", lambda run: share(run["prompt_accuracy"]))] if known else []
     columns = [
         TableColumn("Run", "run", lambda run: run["name"]),
         TableColumn("Passes", "NFE", lambda run: str(run["nfe"])),
@@ -147,7 +151,7 @@ def run_table(report: Report) -> RunTable:
         TableColumn("× floor", "x floor", lambda run: number(run["fd"] / floor)),
         TableColumn("KID", "KID", lambda run: number(run["kid"])),
         TableColumn("Paired\ndistance", "paired", lambda run: number(run["paired"])),
-        TableColumn("Prompt\naccuracy", "acc.", lambda run: share(run["prompt_accuracy"])),
+        *accuracy,
         TableColumn("Diversity", "div.", lambda run: number(run["diversity"])),
         TableColumn("Time per\npicture", "time", lambda run: seconds(run["seconds_per_image"])),
     ]
@@ -191,8 +195,8 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
         if reference["stored"]
         else ""
     )
-    unknown = " The network knows none of these prompts." if many["prompt_accuracy"] is None else ""
     return (
+        *_input_facts(report),
         (
             "Reference",
             f"Two sets of the teacher’s pictures in {counted(many['steps'], 'step')} with guidance "
@@ -211,10 +215,7 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
             "Mean distance between a picture and the second set’s picture of the same prompt and noise. Two teacher "
             f"pictures of one prompt lie {number(many['diversity'])} apart.",
         ),
-        (
-            "Prompt accuracy",
-            f"Share of pictures that the feature network classifies as the thing in their prompt.{unknown}",
-        ),
+        ("Prompt accuracy", _accuracy(report)),
         (
             "Diversity",
             "Mean distance between pictures of one prompt. A value far below the teacher’s would be a collapse.",
@@ -226,3 +227,28 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
             "pictures above.",
         ),
     )
+
+
+def _input_facts(report: Report) -> tuple[tuple[str, str], ...]:
+    """Return where the captions and the features come from, and the samplers; reports of 0.1 lack these."""
+    if "inputs" not in report:
+        return ()
+    inputs = report["inputs"]
+    return (
+        ("Captions", f"{capital(inputs['captions'])}."),
+        (
+            "Features",
+            f"{capital(inputs['features'])}, {inputs['dimensions']} numbers a picture. Fréchet distances are usable "
+            f"from {inputs['samples_needed']} pictures a run on.",
+        ),
+        ("Sampling", sampling_words(report["sampling"])),
+    )
+
+
+def _accuracy(report: Report) -> str:
+    if report["runs"][0]["prompt_accuracy"] is None:
+        return "Not measured: the feature network does not know what these prompts name."
+    known = report.get("inputs", {}).get("known_prompts")
+    samples = report["settings"]["samples"]
+    some = f", of the {known} pictures of {samples} whose prompt it knows" if known not in (None, samples) else ""
+    return f"Share of pictures that the feature network classifies as the thing in their prompt{some}."

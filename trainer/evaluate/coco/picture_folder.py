@@ -38,7 +38,7 @@ class PictureFolder:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / ORIGIN
         if path.is_file():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = _read_origin(path)
             for name in origin:
                 if there.get(name) != origin[name]:
                     raise UserError(
@@ -81,3 +81,16 @@ class PictureFolder:
                     continue
                 rates.append(entry["seconds"] / entry["pictures"])
         return sorted(rates)[len(rates) // 2] if rates else None
+
+
+def _read_origin(path: Path) -> dict[str, Any]:
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(there, dict):
+            raise ValueError("it holds no entries by name")
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}), so nobody knows what the pictures beside it were made from; remove the "
+            f"folder {path.parent}, or choose another --output"
+        ) from error
+    return there

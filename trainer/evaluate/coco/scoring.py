@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +80,6 @@ def reference_moments(
     coco: Coco, protocol: CocoProtocol, networks: Networks, stored: Path, progress: Progress
 ) -> Moments:
     """Return the moments of COCO's own pictures, from the file ``stored`` if it fits; else compute and store them."""
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     origin = {
@@ -90,15 +89,8 @@ def reference_moments(
         "framing": WORDS.format(size=protocol.size),
         "inception": networks.inception_hash,
     }
-    if stored.is_file():
-        with safe_open(stored, "pt") as file:
-            header = file.metadata() or {}
-            if all(header.get(name) == value for name, value in origin.items()):
-                return Moments(len(coco.pictures), file.get_tensor("sum"), file.get_tensor("products"))
-        different = [name for name, value in origin.items() if header.get(name) != value]
-        logger.warning(
-            "The statistics in %s do not fit this evaluation (%s); they are made anew.", stored, ", ".join(different)
-        )
+    if stored.is_file() and (found := _stored_moments(stored, origin)) is not None:
+        return found
     task = progress.add_task("COCO's pictures", total=len(coco.pictures), unit="pictures")
     moments: Moments | None = None
     for pictures in _read(coco.pictures, protocol.size):
@@ -109,6 +101,28 @@ def reference_moments(
     tensors = {"sum": moments.sum, "products": moments.products}
     write_whole(stored, lambda path: save_file(tensors, path, origin))
     return moments
+
+
+def _stored_moments(stored: Path, origin: Mapping[str, str]) -> Moments | None:
+    """Return the moments in a file; None, with a warning, if the file is damaged or was made from something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(stored, "pt") as file:
+            header = file.metadata() or {}
+            different = [name for name, value in origin.items() if header.get(name) != value]
+            if not different:
+                found = Moments(int(origin["count"]), file.get_tensor("sum"), file.get_tensor("products"))
+                if bool(found.sum.isfinite().all()) and found.products.shape == (len(found.sum), len(found.sum)):
+                    return found
+                different = ["sum and products"]
+    except (SafetensorError, OSError) as error:
+        logger.warning("The statistics in %s can't be read (%s); they are made anew.", stored, error)
+        return None
+    logger.warning(
+        "The statistics in %s do not fit this evaluation (%s); they are made anew.", stored, ", ".join(different)
+    )
+    return None
 
 
 def measure_folder(

@@ -21,9 +21,10 @@ from ....flash_core.grid import trailing_timesteps
 from ...errors import UserError
 from ...files import file_hash, fingerprint_texts
 from ...metrics.inception import PUBLISHED
+from ...pictures import picture_from_unit
 from ...report.coco_page import comparability
 from ...seeds import seed_of
-from ..evaluator import Evaluator, Record, environment, folder_name, progress_bar
+from ..evaluator import Evaluator, Record, environment, folder_name
 from ..generate import (
     PictureMaker,
     SamplingSetting,
@@ -32,7 +33,9 @@ from ..generate import (
     sample_latents,
     share_of_fresh_noise,
 )
-from ..request import CocoOptions, CocoRequest, Precision, read_prompts
+from ..progress import progress_bar
+from ..request import CocoOptions, CocoRequest, Precision
+from ..teacher.captions import read_prompts
 from .captions import Caption, Coco, read_coco
 from .framing import WORDS, open_picture, square
 from .picture_folder import PictureFolder
@@ -42,10 +45,8 @@ from .scoring import Networks, load_networks, measure_folder, reference_moments
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
-    from PIL import Image
     from rich.console import Console
     from rich.progress import Progress
-    from torch import Tensor
 
 
 def evaluate_on_coco(request: CocoRequest, console: Console) -> bool:
@@ -289,7 +290,7 @@ def make_pictures(
             folder.add_time(len(batch), time.perf_counter() - start)
             for caption, image in zip(batch, images, strict=True):
                 if caption.number in missing:
-                    folder.save(caption.number, square(_to_picture(image), protocol.size))
+                    folder.save(caption.number, square(picture_from_unit(image), protocol.size))
         progress.advance(task, run.nfe * len(batch))
 
 
@@ -299,18 +300,3 @@ def _autocast(precision: Precision, device: torch.device) -> Any:
     if precision == "no":
         return nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-
-
-def _to_picture(image: Tensor) -> Image.Image:
-    """Return a picture (3, H, W) in [0, 1] with 8 bits a channel.
-
-    Raises:
-        UserError: the picture holds NaN or infinity.
-    """
-    from ...pictures import picture_from_unit
-
-    if not bool(image.isfinite().all()):
-        raise UserError(
-            "the model made NaN instead of a picture; fp16 overflows in some models: use --precision bf16 or no"
-        )
-    return picture_from_unit(image)

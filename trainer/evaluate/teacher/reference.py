@@ -13,17 +13,20 @@ The undistilled teacher's runs in few steps are stored too, since they never cha
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
-from ..files import write_whole
+from ...errors import UserError
+from ...files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1  # of the file
 FEW = "few/"  # prefix of few-step runs in the file
@@ -69,7 +72,7 @@ class Origin:
     """Everything that a reference file depends on.
 
     Attributes:
-        teacher, features: fingerprints of the weights, see :func:`~..files.fingerprint`.
+        teacher, features: fingerprints of the weights, see :func:`~...files.fingerprint`.
         prompts: fingerprint of the list of prompts.
         samples: pictures in the second set and in every run.
         times: pictures in the first set per picture of the second set.
@@ -142,25 +145,80 @@ class Reference:
         """Read a file of :meth:`save`.
 
         Raises:
-            UserError: the file is not a reference file, or has another version.
+            UserError: the file is damaged, is not a reference file, or has another version.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("flash.reference", "{}"))
-            if header.pop("version", None) != VERSION:
-                raise UserError(
-                    f"{path} is not a reference file of version {VERSION}; make one with "
-                    f"`flash-diffusion evaluate --make-reference --reference {path}`"
-                )
-            names = [key.removesuffix(".features") for key in file.keys() if key.endswith(".features")]  # noqa: SIM118
-            sets = {
-                name: FeatureSet(file.get_tensor(f"{name}.features"), file.get_tensor(f"{name}.predicted"))
-                for name in names
-            }
-        few = {name.removeprefix(FEW): made for name, made in sets.items() if name.startswith(FEW)}
-        return cls(Origin(**header), sets["first"], sets["second"], few)
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("flash.reference", "{}"))
+                if header.pop("version", None) != VERSION:
+                    raise UserError(
+                        f"{path} is not a reference file of version {VERSION}; make one with "
+                        f"`flash-diffusion evaluate --make-reference --reference FILE`"
+                    )
+                names = [key.removesuffix(".features") for key in file.keys() if key.endswith(".features")]  # noqa: SIM118
+                sets = {
+                    name: FeatureSet(file.get_tensor(f"{name}.features"), file.get_tensor(f"{name}.predicted"))
+                    for name in names
+                }
+            few = {name.removeprefix(FEW): made for name, made in sets.items() if name.startswith(FEW)}
+            return cls(Origin(**header), sets["first"], sets["second"], few).checked()
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path} can't be read as a reference file ({type(error).__name__}: {error}); it is damaged, or "
+                "another file; remove it, or name another file"
+            ) from error
+
+    def checked(self) -> Reference:
+        """Return this reference if its sets have the sizes of its origin and hold finite numbers.
+
+        Raises:
+            ValueError: they do not.
+        """
+        samples = self.origin.samples
+        sizes = {"first": (self.first, samples * self.origin.times), "second": (self.second, samples)}
+        sizes |= {name: (made, samples) for name, made in self.few.items()}
+        for name, (made, size) in sizes.items():
+            if made.features.shape != (size, self.second.features.shape[1]) or made.predicted.shape != (size,):
+                raise ValueError(f"the set {name!r} has not the size that the header says")
+            if not bool(made.features.isfinite().all()):
+                raise ValueError(f"the set {name!r} holds NaN or infinity")
+        return self
 
 
 def _prefixed(few: Mapping[str, FeatureSet]) -> dict[str, FeatureSet]:
     return {f"{FEW}{name}": made for name, made in few.items()}
+
+
+def find_reference(paths: Sequence[Path], wanted: Origin) -> Reference | None:
+    """Return the first stored reference that fits. Log why each other file does not fit, or can't be read."""
+    for path in paths:
+        if not path.exists():
+            logger.info("There is no reference at %s.", path)
+            continue
+        try:
+            reference = Reference.load(path)
+        except UserError as error:
+            logger.warning("%s. The reference is made anew.", error)
+            continue
+        if (mismatch := reference.mismatch(wanted)) is None:
+            return reference.head(wanted.samples)
+        logger.warning("The reference %s does not fit this evaluation: %s.", path, mismatch)
+    return None
+
+
+def check_overwrite(path: Path) -> None:
+    """Check that a reference may be written to a path: nothing is there, or a reference.
+
+    Raises:
+        UserError: another file is there.
+    """
+    if path.exists():
+        try:
+            Reference.load(path)
+        except UserError as error:
+            raise UserError(
+                f"--make-reference would overwrite {path}, which is not a readable reference; remove that file, or "
+                "name another one with --reference"
+            ) from error
