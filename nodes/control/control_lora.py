@@ -14,7 +14,8 @@ import comfy.controlnet
 import comfy.utils
 from torch import Tensor
 
-HINT = "input_hint_block.0.weight"
+HINT_LAYERS = tuple(f"input_hint_block.{index}" for index in range(0, 15, 2))  # there is a SiLU between them
+MIDDLE = "middle_block_out.0"
 NETWORK = "diffusion_model."  # the prefix of the network's weights in ComfyUI's models
 
 
@@ -53,9 +54,15 @@ class BaseControlLora(comfy.controlnet.ControlLora):
 
 
 def check_control_lora(weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where the first layer for the hint, or half of an update, is missing."""
-    if HINT not in weights:
-        raise ValueError(f"the Control-LoRA has no weight {HINT}; download the file again")
+    """Raise ValueError where a layer that only the ControlNet has, or half of an update, is missing.
+
+    ComfyUI takes missing weights from the base model; a layer that the base model lacks would have no weight.
+    """
+    numbers = {int(name.split(".")[1]) for name in weights if name.startswith("zero_convs.")}
+    own = [*HINT_LAYERS, *(f"zero_convs.{number}.0" for number in range(max(numbers, default=0) + 1)), MIDDLE]
+    for layer in own:
+        if f"{layer}.weight" not in weights and f"{layer}.up" not in weights:
+            raise ValueError(f"the Control-LoRA has no weight {layer}.weight; download the file again")
     for name, up in weights.items():
         layer, _, half = name.rpartition(".")
         if half != "up":

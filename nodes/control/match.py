@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...flash_core.families import name_of, of_comfy_class, of_text_width, of_vector_width
 from ..shared.model_facts import family_name
+from .control_lora import check_control_lora
 
 PUBLISHED_MAPS = (320, 640, 1280, 1280)  # channels of the T2I-adapters of SD 1 and 2 and of SDXL
 XL_UNSHUFFLED = (256, 768)  # 16 x 16 pixels of 1 or 3 channels; other adapters unshuffle 8 x 8 pixels
@@ -163,6 +164,10 @@ def check_adapter(control: Any, model: ModelPatcher, name: str) -> str:
         return "T2I-adapter"
     network = getattr(control, "control_model", None)
     if isinstance(control, comfy.controlnet.ControlLora):
+        try:
+            check_control_lora(control.control_weights)
+        except ValueError as error:
+            raise ValueError(f"{name} is incomplete: {error}.") from error
         _check_unet_control(control.control_weights, model, name)
         return "Control-LoRA"
     if isinstance(network, comfy.cldm.cldm.ControlNet):

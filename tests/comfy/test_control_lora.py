@@ -134,6 +134,11 @@ def test_the_demos_adapter_formats_agree(results: dict[str, Tensor]) -> None:
     [
         ("without a hint", ["broken_control_lora.safetensors", "input_hint_block"]),
         ("without down halves", ["broken_control_lora.safetensors", "down half"]),
+        ("without zero convolutions", ["broken_control_lora.safetensors", "zero_convs.0.0", "download"]),
+        ("core's, without zero convolutions", ["control_net is incomplete", "zero_convs.0.0", "download"]),
+        ("without one zero convolution", ["zero_convs.2.0"]),
+        ("without a middle", ["middle_block_out.0"]),
+        ("without a hint layer", ["input_hint_block.4"]),
         ("of SDXL", ["ControlNet", "a vector of", "the model is SD 1.5"]),
     ],
 )

@@ -200,6 +200,10 @@ def refused(model: Any, given: dict[str, Tensor], folder: Path) -> dict[str, str
     broken = {
         "without a hint": {name: value for name, value in whole.items() if "hint_block" not in name},
         "without down halves": {name: value for name, value in whole.items() if not name.endswith(".down")},
+        "without zero convolutions": {name: value for name, value in whole.items() if "zero_convs" not in name},
+        "without one zero convolution": {name: value for name, value in whole.items() if "zero_convs.2." not in name},
+        "without a middle": {name: value for name, value in whole.items() if "middle_block_out" not in name},
+        "without a hint layer": {name: value for name, value in whole.items() if "hint_block.4." not in name},
         "of SDXL": load_file(folder / "sdxl_control_lora.safetensors"),
     }
     said = {}
@@ -209,6 +213,13 @@ def refused(model: Any, given: dict[str, Tensor], folder: Path) -> dict[str, str
             apply(model, prompt(given, "sd15", "positive"), hint, "broken_control_lora.safetensors")
         except ValueError as error:
             said[name] = str(error)
+    import comfy.controlnet
+
+    core = comfy.controlnet.ControlLora(broken["without zero convolutions"])
+    try:
+        apply(model, prompt(given, "sd15", "positive"), hint, control_net=core)
+    except ValueError as error:
+        said["core's, without zero convolutions"] = str(error)
     return said
 
 
