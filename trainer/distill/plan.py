@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ...flash_core.grid import NUM_MODES, trailing_timesteps
 from ..config import Recipe
+from ..data.encoding.buckets import bucket_sizes
+from ..data.encoding.prepare import count_frames
+from ..data.reading import check_source
 from ..tasks import build_task
 from ..tasks.requirements import check_channels, check_control
 from ..teachers import family, outline_teacher
-from ..teachers.base import count_parameters
+from ..teachers.base import Outline, count_parameters
 from .assembly import add_adapters, needs_critic, needs_discriminator
 from .time_left import expected_passes
 
@@ -26,8 +31,9 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     """Print the phases, the teacher's work, the trained parameters, memory and time.
 
     Raises:
-        UserError: the recipe does not fit the model.
+        UserError: the recipe does not fit the model, or the data are not there.
     """
+    check_source(recipe.data)
     task = build_task(recipe.task)
     check_control(task, recipe.model)
     outline = outline_teacher(recipe.model, recipe.data.resolution)
@@ -74,11 +80,28 @@ def print_plan(recipe: Recipe, console: Console) -> None:
         f"activations come on top{recomputed}"
     )
     channels, height, width = outline.latent_shape
-    say(f"latents: {channels} x {height} x {width} per sample")
+    kilobytes = channels * height * width * BYTES[recipe.data.cache_dtype] / 1000
+    say(f"latents: {channels} x {height} x {width} per sample, {kilobytes:.3g} kB in the cache, beside its conditions")
+    if recipe.data.buckets:
+        _say_buckets(recipe, outline, say)
+    if warning := outline.size_warning():
+        console.print(f"[bold]WARNING: {warning}[/bold]", highlight=False, soft_wrap=True)
     if recipe.limits.max_minutes is None:
         say("time: the progress bar shows the time left after the first measured updates")
     else:
         say(f"time: at most {recipe.limits.max_minutes:g} minutes; phases and learning rates follow the clock")
+
+
+def _say_buckets(recipe: Recipe, outline: Outline, say: Callable[[str], None]) -> None:
+    """Print the buckets, and how many samples each gets; files that no run has read yet are read now."""
+    scale = outline.sizes.scale
+    frames = bucket_sizes(outline.latent_shape[1] * scale, outline.sizes.grain, outline.sizes.most)
+    sizes = ", ".join(f"{width} x {height}" for height, width in frames)
+    say(f"buckets: {len(frames)} sizes of about equal area (width x height): {sizes}")
+    counts = count_frames(recipe.data, build_task(recipe.task).companions, frames)
+    say("samples: " + ", ".join(f"{width} x {height}: {count}" for (height, width), count in counts.items()))
+    if few := sum(count < recipe.batch_size for count in counts.values()):
+        say(f"  {few} sizes have fewer samples than a batch: they get a batch in some epochs only")
 
 
 def _of_adapter(name: str) -> bool:

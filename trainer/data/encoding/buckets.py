@@ -15,15 +15,16 @@ LARGEST_ASPECT = 4
 PICTURES_AT_ONCE = 1 << 16
 
 
-def bucket_sizes(resolution: int, grain: int) -> list[tuple[int, int]]:
+def bucket_sizes(resolution: int, grain: int, longest: int | None = None) -> list[tuple[int, int]]:
     """Return the frames (height, width) of a resolution, the square among them, from the widest to the tallest.
 
     Args:
         resolution: side of the square in pixels.
         grain: the model takes heights and widths that are multiples of this, in pixels.
+        longest: side that the model takes at most, in pixels; None without a limit.
     """
     step = max(grain, resolution // STEPS // grain * grain)
-    sides = range(step, LARGEST_ASPECT * resolution + 1, step)
+    sides = range(step, min(LARGEST_ASPECT * resolution, longest or LARGEST_ASPECT * resolution) + 1, step)
     area = resolution * resolution
     sizes = {
         (height, width)

@@ -32,8 +32,7 @@ class Work:
     """What all passes of a run share.
 
     Attributes:
-        source: gives the undecoded samples.
-        manifests: of the source.
+        manifests: of the source of the samples.
         accelerator: None for a process alone.
         stop: asked between batches.
     """
@@ -43,10 +42,14 @@ class Work:
     task: Task
     variants: int
     method: MethodSection
-    source: Source
     manifests: Manifests
     accelerator: Accelerator | None
     stop: StopRequest
+
+    @property
+    def source(self) -> Source:
+        """The undecoded samples."""
+        return self.manifests.source
 
     @property
     def processes(self) -> PartialState:

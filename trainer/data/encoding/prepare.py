@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import uuid
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -77,15 +78,31 @@ def prepare_examples(
         UserError: the data can't be read, or the disk is full.
         Interrupted: ``stop`` was asked; everything encoded is in the cache.
     """
-    source = open_source(data, task.companions)
-    reading = repr((data.source, data.caption_prefix, data.caption_field))
     run = [uuid.uuid4().hex]
     broadcast_object_list(run)
-    manifests = Manifests(manifests_folder(data), source, task.companions, reading, run[0])
-    work = Work(
-        data, teacher, task, variants, method or MethodSection(), source, manifests, accelerator, stop or StopRequest()
-    )
+    manifests = manifests_of(data, task.companions, run[0])
+    work = Work(data, teacher, task, variants, method or MethodSection(), manifests, accelerator, stop or StopRequest())
     return Preparation(work, solves=solves).run()
+
+
+def manifests_of(data: DataSection, companions: Sequence[str], run: str) -> Manifests:
+    """Return the manifests of a recipe's data; ``run`` is a text of this run, the same in all processes."""
+    reading = repr((data.source, data.caption_prefix, data.caption_field))
+    return Manifests(manifests_folder(data), open_source(data, companions), companions, reading, run)
+
+
+def count_frames(
+    data: DataSection, companions: Sequence[str], frames: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], int]:
+    """Return how many samples each frame (height, width) gets; files that no manifest knows are read now."""
+    manifests = manifests_of(data, companions, uuid.uuid4().hex)
+    units = range(len(manifests.source))
+    if data.limit is None:
+        manifests.prepare(units, StopRequest())
+    table = build_table(
+        map(manifests.load, units), frames, companions, data.limit, reads_text=False, pictures_per_prompt=1
+    )
+    return table.counts()
 
 
 class Preparation:
@@ -197,11 +214,12 @@ class Preparation:
 
     def _frames(self) -> list[tuple[int, int]]:
         height, width = self.work.teacher.resolution
+        sizes = self.work.teacher.sizes
         if not self.work.data.buckets:
             return [(height, width)]
-        frames = bucket_sizes(height, self.work.teacher.latent_grain())
+        frames = bucket_sizes(height, sizes.grain, sizes.most)
         for frame in frames:
-            self.work.teacher.check_resolution(*frame)
+            self.work.teacher.check_resolution(*frame)  # a ControlNet may take fewer sizes than the model
         return frames
 
     def _passes(self, table: SampleTable) -> list[Pass]:
