@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,15 +35,24 @@ def writing(path: Path) -> Iterator[None]:
 
 def _explain(path: Path, error: OSError | SafetensorError) -> str:
     """Return a sentence about a failed write: what, why, how much space is free, what to do."""
-    code, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+    code = error.errno if isinstance(error, OSError) else None
+    if of_system := re.search(r"\(os error (\d+)\)", str(error)):  # as safetensors tells the system's errors
+        code = int(of_system[1])
+    reason = str(error) if code is None else os.strerror(code)
     there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path.cwd())
-    free = shutil.disk_usage(there).free / 2**30
+    free = shutil.disk_usage(there).free
     advice = "Free some space there, or choose another folder"
     if code in FORBIDDEN:
         advice = "Make the folder writable, or choose another folder"
     elif code is not None and code not in FULL:
         advice = "Look at that path, or choose another folder"
-    return f"{path} could not be written: {reason} ({free:.2f} GiB are free on that disk). {advice}"
+    return f"{path} could not be written: {reason} ({_in_words(free)} free on that disk). {advice}"
+
+
+def _in_words(size: int) -> str:
+    """Return a number of bytes as kB, MB or GB."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"
 
 
 def partial_path(path: Path) -> Path:

@@ -35,7 +35,7 @@ def test_write_whole_makes_folders_and_leaves_only_the_file(tmp_path: Path) -> N
 def test_write_whole_keeps_the_old_content_after_a_failure(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(UserError, match=rf"{path} could not be written: No space.* GiB are free .*Free some space"):
+    with pytest.raises(UserError, match=rf"{path} could not be written: No space.* free on that disk.*Free some space"):
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from ..config import Recipe
 from ..interrupts import Interrupted, StopRequest
 from ..recipes import load_recipe, shipped_recipes
 from ..tasks import TASKS
@@ -65,19 +66,12 @@ def run(args: argparse.Namespace) -> int:
 
         print_plan(recipe, Console())
         return 0
-    import torch
-
-    from .loop import distil
-
-    # The moments of small adapters pass through denormal numbers, which slow a CPU down tenfold. The setting holds for
-    # the whole process, so it is made here and not in the loop, which others may call.
-    torch.set_flush_denormal(True)
     output = args.output or Path("out") / Path(args.recipe).stem
     resume = resume_command(args, output)
     stop = StopRequest()
     with stop.listening(lambda: _say("stopping at the next safe point; Ctrl-C again stops at once")):
         try:
-            distil(recipe, output, resume=args.resume, stop=stop)
+            _distil(recipe, output, args.resume, stop)
         except Interrupted as interrupted:
             _say(f"stopped; {_kept(output)}. Go on with:\n    {resume}")
             return interrupted.exit_code
@@ -85,6 +79,17 @@ def run(args: argparse.Namespace) -> int:
             _say(f"stopped at once; {_kept(output)}. Go on with:\n    {resume}")
             _leave(130)
     return 0
+
+
+def _distil(recipe: Recipe, output: Path, resume: bool, stop: StopRequest) -> None:
+    import torch
+
+    from .loop import distil
+
+    # The moments of small adapters pass through denormal numbers, which slow a CPU down tenfold. The setting holds for
+    # the whole process, so it is made here and not in the loop, which others may call.
+    torch.set_flush_denormal(True)
+    distil(recipe, output, resume=resume, stop=stop)
 
 
 def resume_command(args: argparse.Namespace, output: Path) -> str:

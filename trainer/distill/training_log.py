@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class TrainingLog:
         self.curves = output / "tensorboard"
         if active:
             self._cut(update)
+            threading.excepthook = _without_tensorboard(threading.excepthook)
             with writing(self.curves):
                 # TensorBoard hides the points from `purge_step` on: those of updates that are made again.
                 self.board: SummaryWriter = SummaryWriter(str(self.curves), purge_step=update + 1)
@@ -145,4 +147,15 @@ class TrainingLog:
         """Finish TensorBoard's file."""
         if self.active:
             with writing(self.curves):
+                self.board.flush()
                 self.board.close()
+
+
+def _without_tensorboard(print_error: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Return a hook that prints no traceback of TensorBoard's thread: the next write or flush raises its error."""
+
+    def hook(arguments: Any) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            print_error(arguments)
+
+    return hook
