@@ -101,9 +101,10 @@ def test_companions_are_not_samples_and_are_read_on_request(data: DataSection) -
 
 
 @torch.no_grad()
-def test_companions_are_scaled_and_cut_as_their_picture(data: DataSection, teacher: Teacher) -> None:
+def test_companions_are_scaled_and_cut_as_their_picture(data: DataSection, teacher: Teacher, tmp_path: Path) -> None:
     looks = Looks()
-    examples = prepare_examples(data.model_copy(update={"encode_batch": 2}), teacher, looks, variants=2)
+    data = data.model_copy(update={"encode_batch": 2, "cache": tmp_path / "a cache of its own"})
+    examples = prepare_examples(data, teacher, looks, variants=2)
     assert len(examples) == 6
     images = torch.cat([images for images, _ in looks.seen])
     beside = {name: torch.cat([other[name] for _, other in looks.seen]) for name in looks.companions}

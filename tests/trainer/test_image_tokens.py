@@ -25,8 +25,8 @@ from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import ModelSection, TaskSection, parse_recipe
-from flash_diffusion.trainer.data.framing import to_tensor
 from flash_diffusion.trainer.data.batches.trajectories import trajectory_fingerprint
+from flash_diffusion.trainer.data.framing import to_tensor
 from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.distill.plan import print_plan
 from flash_diffusion.trainer.errors import UserError
@@ -216,20 +216,19 @@ def test_trajectories_depend_on_what_is_beside_the_base(root: Path, pictures: Pa
     def changed(**fields: Any) -> str:
         content = face_swap(root, pictures)
         content["model"]["image_adapter"] |= fields
-        return trajectory_fingerprint(parse_recipe(content), "the same", None)
+        return trajectory_fingerprint(parse_recipe(content), "data", "the same", None)
 
     assert changed() == changed()
     assert len({changed(), changed(scale=0.5), changed(image_encoder="another")}) == 3
-    content = face_swap(root, pictures)
-    other = {**content, "task": {"name": "face-swap", "options": {"identity": "tokens", "radius": [0.4, 0.4]}}}
-    assert trajectory_fingerprint(parse_recipe(other), "the same", None) != changed()
+    other = parse_recipe(face_swap(root, pictures))
+    assert trajectory_fingerprint(other, "other data", "the same", None) != changed()
     recipe = parse_recipe(tiny_recipe(root / "sd15", pictures))
     steered = [
-        trajectory_fingerprint(recipe, "the same", Control(tiny_controlnet(tiny_unet("sd15"), seed), scale))
+        trajectory_fingerprint(recipe, "data", "the same", Control(tiny_controlnet(tiny_unet("sd15"), seed), scale))
         for seed, scale in ((0, 1.0), (0, 1.0), (1, 1.0), (0, 0.5))
     ]
     assert steered[0] == steered[1]
-    assert len({*steered, trajectory_fingerprint(recipe, "the same", None)}) == 4
+    assert len({*steered, trajectory_fingerprint(recipe, "data", "the same", None)}) == 4
 
 
 def test_a_face_swap_by_tokens_is_evaluated_with_the_adapter_named_on_the_command_line(
