@@ -21,7 +21,7 @@ from .feature_network import FeatureNetwork
 from .inception import INPUT_SIZE, Inception, load_inception
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor
+    from transformers import CLIPImageProcessor, CLIPModel
 
 EXPECTED = (
     "expected the folder of a feature network (config.json with classes, model.safetensors), the folder of a CLIP for "
@@ -71,9 +71,9 @@ class ClipFeatures(nn.Module):
     classes: tuple[str, ...] = ()
     general: tuple[str, ...] = ()
 
-    def __init__(self, vision: nn.Module, processor: CLIPImageProcessor, title: str) -> None:
+    def __init__(self, model: CLIPModel, processor: CLIPImageProcessor, title: str) -> None:
         super().__init__()
-        self.vision = vision
+        self.vision, self.projection = model.vision_model, model.visual_projection
         self.processor = processor
         self.title = title
 
@@ -83,7 +83,7 @@ class ClipFeatures(nn.Module):
 
         pictures = [picture_from_unit(image) for image in images]
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"].to(images.device)
-        embeddings: Tensor = F.normalize(self.vision(pixels).image_embeds.float(), dim=1)
+        embeddings: Tensor = F.normalize(self.projection(self.vision(pixels).pooler_output).float(), dim=1)
         return embeddings, embeddings.new_zeros(len(embeddings), 0)
 
 
@@ -103,7 +103,7 @@ def load_features(path: Path) -> Features:
     config = _config(path)
     if "classes" in config:
         return _feature_network(path)
-    if "clip" in str(config.get("model_type", "")):
+    if config.get("model_type") == "clip":
         return _clip(path)
     raise UserError(f"--features: {path} holds no network that is known here; {EXPECTED}")
 
@@ -135,10 +135,10 @@ def _feature_network(folder: Path) -> Features:
 
 
 def _clip(folder: Path) -> Features:
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessor, CLIPModel
 
     try:
-        vision = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True)
+        model = CLIPModel.from_pretrained(folder, use_safetensors=True)
         processor = CLIPImageProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -147,7 +147,7 @@ def _clip(folder: Path) -> Features:
             "preprocessor_config.json"
         ) from error
     title = f"the CLIP {folder.name}"
-    network = ClipFeatures(vision.eval().requires_grad_(False), processor, title)
+    network = ClipFeatures(model.eval().requires_grad_(False), processor, title)
     return Features(network, title, fingerprint(folder))
 
 
