@@ -1,30 +1,20 @@
-"""The fields of a recipe: meaning, unit, range and default of each, and errors that name the field."""
+"""The sections of a recipe: meaning, unit, range and default of each field."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from .errors import UserError
+from .data import DATA_FIELDS_OF_0_1, DATA_FIELDS_WITHOUT_EFFECT, DataSection
+from .section import Count, Section, Weight
 
 if TYPE_CHECKING:  # flash_core brings torch, too heavy for a help text
-    from ..flash_core.distiller import DistillerSettings, Phase
-
-Count = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A part of a recipe. Unknown fields are errors, and values cannot change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    from ...flash_core.distiller import DistillerSettings, Phase
 
 
 class StyleLora(Section):
@@ -115,75 +105,6 @@ class ModelSection(Section):
         return ", ".join(f"{style.path.name} x {style.strength:g}" for style in self.style_lora)
 
 
-class DataSection(Section):
-    """Pictures and their captions."""
-
-    source: Literal["folder", "webdataset", "prompts", "demo", "demo-swaps"] = Field(
-        description="folder: images with captions; webdataset: .tar shards; prompts: captions without images; demo: "
-        "the embedded pictures; demo-swaps: faces of the embedded pictures on other heads, for the task face-swap"
-    )
-    path: Path | None = Field(
-        None,
-        description="the folder of images; a shard or a folder of shards; for prompts a .txt file with one prompt a "
-        "line, a folder of .txt files, or a .json file; not needed for demo and demo-swaps",
-    )
-    resolution: int | None = Field(
-        None, ge=8, description="width and height in pixels, a multiple of 8 (default: the model's own)"
-    )
-    limit: Count | None = Field(None, description="use only this many samples, the first ones (default: all)")
-    caption_field: str | None = Field(
-        None,
-        description="field of the captions in .json, .jsonl, .csv and .parquet files (default: caption, captions, text "
-        "or prompt, the first that is there)",
-    )
-    caption_prefix: str = Field("", description="text put before every caption, such as a style's name")
-    on_error: Literal["fail", "skip"] = Field(
-        "fail",
-        description="for samples that can't be used: fail names them and stops; skip leaves up to skip_limit out",
-    )
-    skip_limit: float = Field(
-        0.01,
-        ge=0,
-        description="for on_error skip: the most samples to leave out: a share below 1, or a number from 1 on",
-    )
-    buckets: bool = Field(
-        False,
-        description="true: keep the aspect ratio of pictures, in buckets of about resolution x resolution pixels, "
-        "as SDXL was trained; false: cut a square from the centre",
-    )
-    caption_dropout: float = Field(
-        0.0, ge=0, le=1, description="share of the samples that get the empty prompt instead of their caption"
-    )
-    pictures_per_prompt: Count = Field(
-        1, description="for source prompts: pictures that the teacher draws of each prompt, before training"
-    )
-    encode_batch: Count = Field(8, description="images that the VAE encodes at once, before training")
-    workers: Annotated[int, Field(ge=0)] = Field(
-        4, description="threads that read and decode pictures while others are encoded; 0 decodes between the batches"
-    )
-    cache: Path | None = Field(
-        None,
-        description="folder of the encoded data, which runs share (default: the environment's FLASH_DIFFUSION_CACHE, "
-        "or ~/.cache/flash_diffusion)",
-    )
-    cache_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of latents and conditions in the cache; bfloat16 takes half the space"
-    )
-
-    @model_validator(mode="after")
-    def _path_is_given(self) -> DataSection:
-        if not self.source.startswith("demo") and self.path is None:
-            needed = {"folder": "a folder of images", "webdataset": "shards", "prompts": "a file of prompts"}
-            raise ValueError(f"source {self.source!r} needs data.path, {needed[self.source]}")
-        if self.resolution is not None and self.resolution % 8:
-            raise ValueError(f"resolution must be a multiple of 8 pixels, not {self.resolution}")
-        return self
-
-
-DATA_FIELDS_OF_0_1 = {"source", "path", "resolution", "limit", "encode_batch"}
-DATA_FIELDS_WITHOUT_EFFECT = {"cache", "workers"}
-
-
 class TaskSection(Section):
     """The task: the conditions that the model gets beside text."""
 
@@ -247,7 +168,7 @@ class MethodSection(Section):
 
     def settings(self) -> DistillerSettings:
         """Return the constants as flash_core takes them."""
-        from ..flash_core.distiller import DistillerSettings
+        from ...flash_core.distiller import DistillerSettings
 
         return DistillerSettings(**self.model_dump())
 
@@ -274,7 +195,7 @@ class PhaseSection(Section):
 
     def phase(self) -> Phase:
         """Return the phase as flash_core takes it."""
-        from ..flash_core.distiller import Phase
+        from ...flash_core.distiller import Phase
 
         return Phase(self.modes, self.adversarial, self.dmd, self.distillation)
 
@@ -426,73 +347,3 @@ class Recipe(Section):
             if name in DATA_FIELDS_WITHOUT_EFFECT or data[name] == DataSection.model_fields[name].default:
                 del data[name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def parse_recipe(content: dict[str, Any], where: str = "the recipe") -> Recipe:
-    """Check a recipe's content and return the recipe.
-
-    Raises:
-        UserError: lists every wrong field.
-    """
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        lines = explain(error)
-        raise UserError(f"{where} has {len(lines)} problem{'s'[: len(lines) > 1]}:\n" + "\n".join(lines)) from error
-
-
-def explain(error: ValidationError, within: Sequence[str] = ()) -> list[str]:
-    """Return one line for each wrong field: its name, the expected value, the given value.
-
-    Args:
-        within: names of the fields that hold the checked part.
-    """
-    problems = error.errors(include_url=False)
-    return [_explain({**problem, "loc": (*within, *problem["loc"])}) for problem in problems]
-
-
-def _explain(problem: Any) -> str:
-    field = ".".join(str(part) for part in problem["loc"]) or "the recipe"
-    if problem["type"] == "missing":
-        return f"  {field}: is missing; expected {_description(problem['loc'])}"
-    if problem["type"] == "extra_forbidden":
-        siblings = _fields(problem["loc"][:-1])
-        return f"  {field}: there is no such field; expected one of {', '.join(siblings)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    shown = "" if isinstance(given, dict) else f", got {given!r}"
-    meaning = _description(problem["loc"])
-    return f"  {field}: {message[:1].lower()}{message[1:]}{shown}" + (f" ({meaning})" if meaning else "")
-
-
-def _section(loc: Sequence[Any]) -> type[Section] | None:
-    """Return the section at ``loc``, a path of field names and list positions."""
-    model: type[Section] = Recipe
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
-        if get_origin(annotation) in (list, Union, UnionType):
-            annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
-        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
-            return None
-        model = annotation
-    return model
-
-
-def _fields(loc: Sequence[Any]) -> list[str]:
-    section = _section(loc)
-    return list(section.model_fields) if section else []
-
-
-def _description(loc: Sequence[Any]) -> str:
-    names = [part for part in loc if not isinstance(part, int)]
-    section = _section(names[:-1]) if names else None
-    field = section.model_fields.get(names[-1]) if section else None
-    if field is None:
-        return ""
-    if field.description:
-        return field.description
-    nested = _section(names)
-    return (nested.__doc__ or "").strip().rstrip(".") if nested else ""
