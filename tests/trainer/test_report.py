@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.evaluator import save_pictures
 from flash_diffusion.trainer.evaluate.generate import SamplingSetting
@@ -181,6 +183,89 @@ def test_broken_report_is_refused(tmp_path: Path) -> None:
         read_report(tmp_path)
 
 
+def rename_a_figure(report: dict) -> None:
+    report["runs"][1]["frechet"] = report["runs"][1].pop("fd")
+
+
+def spoil_a_number(report: dict) -> None:
+    report["runs"][1]["fd"] = "near"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        rename_a_figure,
+        spoil_a_number,
+        lambda report: report.pop("floor"),
+        lambda report: report["runs"].clear(),
+    ],
+)
+def test_damaged_report_raises_a_readable_error(
+    damage: Callable[[dict], object], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    damage(report)
+    (folder / "report.json").write_text(json.dumps(report))
+    assert main(["report", str(folder)]) == 2
+    assert "report.json is damaged: an entry is missing or has another form" in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "holds no report.json; make one with `flash-diffusion evaluate"),
+        (b"[1]", "is not a report that this version reads"),
+        (b"\xff\xfe\x00", "is not JSON"),
+    ],
+)
+def test_wrong_report_is_named(
+    content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "report.json").write_bytes(content)
+    assert main(["report", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_missing_files_of_a_report_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(folder / "report.json")]) == 2
+    assert "is a file; give the folder" in capsys.readouterr().err
+    assert main(["report", str(folder), "--log", str(folder / "nowhere.jsonl")]) == 2
+    assert "--log: there is no file" in capsys.readouterr().err
+    picture = folder / "pictures" / "student-4-steps" / "00.webp"
+    picture.write_bytes(picture.read_bytes()[:20])
+    assert main(["report", str(folder)]) == 2
+    assert f"{picture}, a picture of the report, can't be read" in capsys.readouterr().err
+    picture.unlink()
+    assert main(["report", str(folder)]) == 2
+    assert f"{picture}, a picture of the report, can't be read" in capsys.readouterr().err
+
+
+def test_page_tells_captions_features_and_samplers(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    report["inputs"] = {
+        "captions": "5 captions of the run’s data, <here>",
+        "features": "the CLIP big",
+        "dimensions": 768,
+        "samples_needed": 2304,
+        "known_prompts": 64,
+    }
+    report["sampling"] = {"solver": "dpmpp_2m", "stochasticity": {"4": 0.5, "2": 0.5}}
+    (folder / "report.json").write_text(json.dumps(report))
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    for text in (
+        "5 captions of the run’s data, <here>.",
+        "The CLIP big, 768 numbers a picture. Fréchet distances are usable from 2304 pictures a run on.",
+        "Share of pictures that the feature network classifies as the thing in their prompt, of the 64 pictures of 256 "
+        "whose prompt it knows.",
+    ):
+        assert text in page.texts
+    assert any(
+        "DPM-Solver++(2M)" in text and "stochasticity 0.5 in 4 steps, 0.5 in 2 steps" in text for text in page.texts
+    )
+
+
 def test_prompts_are_escaped(folder: Path) -> None:
     text = (write_report(folder)).read_text(encoding="utf-8")
     assert "a &lt;red&gt; heart" in text
@@ -276,6 +361,7 @@ def test_scores_that_are_not_comparable_say_so(scores: Path) -> None:
         sum("Compare these figures only" in part or "so compare these figures only" in part for part in page.texts) == 2
     )
     assert any("100 of 5000 captions" in part for part in page.texts)
+    assert any("100 pictures a run are too few for Inception's 2048 features" in part for part in page.texts)
 
 
 def test_linear_chart_is_to_scale() -> None:

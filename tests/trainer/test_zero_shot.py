@@ -388,6 +388,21 @@ def test_coco_statistics_are_stored_and_their_origin_is_checked(
     assert not torch.equal(changed.sum, made.sum)
 
 
+@pytest.mark.parametrize("content", [b"", b"no tensors here, only words that fill some bytes", None])
+def test_damaged_coco_statistics_are_made_anew_and_said_so(
+    content: bytes | None, coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, stored = read_coco(coco, SMALL), tmp_path / "coco.safetensors"
+    with progress_bar(None) as progress:
+        made = reference_moments(found, SMALL, Networks(Eye(), "eye", None), stored, progress)
+        stored.write_bytes(stored.read_bytes()[:-9] if content is None else content)
+        again = reference_moments(found, SMALL, Networks(Eye(), "eye", None), stored, progress)
+        assert f"The statistics in {stored} can't be read" in caplog.text
+        torch.testing.assert_close(again.products, made.products, rtol=0, atol=0)
+        reference_moments(found, SMALL, Networks(Eye(), "eye", None), stored, progress)
+    assert len(progress.tasks) == 2  # the third time they are read again
+
+
 def test_missing_pictures_raise_a_readable_error(coco: Path, tmp_path: Path) -> None:
     found = read_coco(coco, SMALL)
     networks = Networks(Eye(), "eye", None)
