@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....flash_core.distiller import Distiller
 from ...errors import UserError
-from ...lookahead import load_and_compute
+from .lookahead import load_and_compute
 from ...progress import Progress
 from ...seeds import stream
 from ..cache.manifest import content_key, usable
