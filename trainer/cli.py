@@ -48,6 +48,7 @@ DEMO_COMMANDS = {
     "control": Command("train a T2I-adapter or a ControlNet for the teacher", ".demo.making.adapters.control"),
     "style": Command("train a style LoRA for the teacher", ".demo.making.adapters.style"),
 }
+DATA_COMMANDS = {"check": Command("find everything that is wrong with a data set", ".data.checking.command")}
 COMMANDS = {
     "distill": Command("distil a teacher into a few-step LoRA", ".distill.command"),
     "export": Command("write the LoRA of a run's checkpoint", ".distill.export_command"),
@@ -55,6 +56,7 @@ COMMANDS = {
     "report": Command("write the HTML report of an evaluation again", ".report.build"),
     "cache": Command("list, check and prune the encoded data on disk", ".data.cache.command"),
     "lora": Command("inspect, convert, merge and shrink LoRA files", ".lora_command"),
+    "data": Command("look at training data", commands=DATA_COMMANDS),
     "demo": Command("make the files of the embedded demo again", commands=DEMO_COMMANDS),
 }
 RENAMED = {f"demo-{name}": ("demo", name) for name in DEMO_COMMANDS}  # names of version 0.1; to be removed after 0.2

@@ -151,7 +151,12 @@ def data_uri(path: Path, size: int, quality: int) -> str:
         quality: of the WebP file, 0 to 100.
     """
     with Image.open(path) as picture:
-        picture.thumbnail((size, size))
-        stream = io.BytesIO()
-        picture.convert("RGB").save(stream, "WEBP", quality=quality, method=6)
+        return picture_uri(picture, size, quality)
+
+
+def picture_uri(picture: Image.Image, size: int, quality: int) -> str:
+    """Return a picture as a ``data:`` URI, as :func:`data_uri` does. The picture itself is reduced."""
+    picture.thumbnail((size, size))
+    stream = io.BytesIO()
+    picture.convert("RGB").save(stream, "WEBP", quality=quality, method=6)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -7,6 +7,7 @@ import io
 import os
 import tempfile
 import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flash_diffusion.trainer.config import DataSection
-from flash_diffusion.trainer.data.reading import decode, open_source, picture_size, read_samples
+from flash_diffusion.trainer.data.reading import check_source, decode, open_source, picture_size, read_samples
 from flash_diffusion.trainer.data.reading.folder import UNIT
+from flash_diffusion.trainer.data.reading.names import not_read
 from flash_diffusion.trainer.data.reading.samples import BadSample, RawSample, Sample, Source
 from flash_diffusion.trainer.data.reading.shards import samples_of, stream_groups
 from flash_diffusion.trainer.errors import UserError
@@ -260,16 +262,15 @@ def test_a_folder_lists_links_and_passes_over_what_is_no_file(tmp_path: Path) ->
     assert [sample.captions[0] for sample in samples if isinstance(sample, RawSample)] == ["a fox", "a fox", "a dog"]
 
 
-def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
-    others = {"a.svg": b"", "b.svg": b"", "c.zzz": b"", "README": b""}
+def test_files_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    others = {"a.svg": b"", "b.SVG": b"", "c.zzz": b"", "README": b"", "notes.txt": b""}
     folder(tmp_path, {"1.png": PNG, "1.txt": b"", **others})
-    (note,) = open_source(section("folder", tmp_path)).notes()
-    assert "4 files are not read (2 .svg, 1 .zzz, 1 files without a suffix)" in note
-    (tmp_path / "IMG.HEIC").touch()
-    if find_spec("pillow_heif") is None:
-        (note,) = open_source(section("folder", tmp_path)).notes()
-        assert "1 .heic" in note
-        assert "pip install pillow-heif" in note
+    left_out = open_source(section("folder", tmp_path)).left_out
+    assert left_out.suffixes == {".svg": 2, ".zzz": 1, "files without a suffix": 1}
+    assert (left_out.captions, left_out.example) == (1, "notes.txt")
+    check_source(section("folder", tmp_path))
+    assert "4 files are not read (2 .svg, 1 .zzz, 1 files without a suffix)" in caplog.text
+    assert "pip install pillow-heif" in not_read(Counter({".heic": 3}))
 
 
 @given(st.lists(st.text(st.sampled_from("ab.-_/\U0001f98a"), min_size=1, max_size=8), max_size=12, unique=True))
@@ -448,7 +449,7 @@ def test_prompts_are_read_in_order(tmp_path: Path, name: str) -> None:
     samples = [sample for sample in raw_samples(source) if isinstance(sample, RawSample)]
     assert [sample.captions for sample in samples] == [(f"emoji, {text}",) for text in expected]
     assert all(sample.picture is None and name in sample.name for sample in samples)
-    assert [note.split(": ")[1] for note in source.notes()] == [f"{empty} empty prompts are left out"][:empty]
+    assert source.left_out.empty == empty
 
 
 def test_a_folder_of_texts_gives_one_prompt_a_file(tmp_path: Path) -> None:

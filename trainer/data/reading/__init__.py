@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from ...config import DataSection
+from .names import not_read
 from .samples import BadSample, Problems, RawSample, Sample, Source
 
 __all__ = ["check_source", "decode", "open_source", "picture_size", "read_samples"]
@@ -14,11 +15,12 @@ __all__ = ["check_source", "decode", "open_source", "picture_size", "read_sample
 logger = logging.getLogger(__name__)
 
 
-def open_source(data: DataSection, companions: Sequence[str] = ()) -> Source:
+def open_source(data: DataSection, companions: Sequence[str] = (), strict: bool = True) -> Source:
     """Return the source of a recipe's data. Files are listed, and no picture is read.
 
     Args:
-        companions: names of ``COMPANIONS`` to read; of each name, every sample has a picture or no sample has.
+        companions: names of ``COMPANIONS`` to read.
+        strict: a sample with other companions than the first sample can't be used.
 
     Raises:
         UserError: there is no data; the message names the path.
@@ -32,14 +34,14 @@ def open_source(data: DataSection, companions: Sequence[str] = ()) -> Source:
     if data.source == "folder":
         from .folder import Folder
 
-        return Folder(data, path, companions)
+        return Folder(data, path, companions, strict)
     if data.source == "prompts":
         from .prompts import Prompts
 
         return Prompts(data, path)
     from .shards import Shards
 
-    return Shards(data, path, companions)
+    return Shards(data, path, companions, strict)
 
 
 def decode(raw: RawSample) -> Sample:
@@ -102,8 +104,10 @@ def check_source(data: DataSection) -> None:
         UserError: the data is missing or unreadable; the message names the path.
     """
     source = open_source(data)
-    for note in source.notes():
-        logger.warning(note)
+    if sentence := not_read(source.left_out.suffixes):
+        logger.warning("%s: %s", source.title, sentence)
+    if source.left_out.empty:
+        logger.warning("%s: %d empty prompts are left out", source.title, source.left_out.empty)
     if data.source == "prompts":
         return
     next(_usable(source, data), None)

@@ -76,6 +76,7 @@ def _check_size(raw: RawSample, name: str, size: tuple[int, int], expected: tupl
             raw.name,
             f"the {name} beside {raw.name} has {size[0]} x {size[1]} pixels, and the picture has "
             f"{expected[0]} x {expected[1]}; make them the same size",
+            "companion",
         )
 
 

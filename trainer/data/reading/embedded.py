@@ -9,7 +9,7 @@ from ...demo.assets import DATA
 from ...demo.shards import TEACHER_STYLE, load_pictures, shard_path
 from ...demo.swaps import swaps
 from ...pictures import picture_from_bytes, picture_from_signed
-from .samples import BadSample, RawSample
+from .samples import BadSample, LeftOut, RawSample
 
 
 class Demo:
@@ -19,13 +19,10 @@ class Demo:
 
     def __init__(self, data: DataSection) -> None:
         self._prefix = data.caption_prefix
+        self.left_out = LeftOut()
 
     def __len__(self) -> int:
         return 1
-
-    def notes(self) -> list[str]:
-        """Return no sentences: all files are read."""
-        return []
 
     def stamp(self, unit: int) -> str:
         """Return size and time of the demo's shard."""
@@ -47,14 +44,11 @@ class DemoSwaps:
 
     def __init__(self, data: DataSection, companions: Sequence[str] = ()) -> None:
         self._prefix = data.caption_prefix
+        self.left_out = LeftOut()
         self.companions = tuple(companions)
 
     def __len__(self) -> int:
         return 1
-
-    def notes(self) -> list[str]:
-        """Return no sentences: all files are read."""
-        return []
 
     def stamp(self, unit: int) -> str:
         """Return size and time of the demo's shard."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -16,7 +15,7 @@ from ...config import DataSection
 from ...errors import UserError
 from .captions import TABLES, BadCaption, CaptionTable, captions_beside, table_rows
 from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, is_hidden, not_read, split_name, suffix_of
-from .samples import COMPANIONS, BadSample, RawSample, uniform
+from .samples import COMPANIONS, BadSample, LeftOut, RawSample, uniform
 
 UNIT = 512  # files
 SEPARATOR = "\0"  # of the files of one sample; no file's name holds it
@@ -27,20 +26,21 @@ class Folder:
 
     Args:
         companions: names of ``COMPANIONS`` to read.
+        strict: a sample with other companions than the first sample can't be used.
 
     Raises:
         UserError: there is no folder, or there are no pictures in it.
     """
 
-    def __init__(self, data: DataSection, path: Path, companions: Sequence[str] = ()) -> None:
+    def __init__(self, data: DataSection, path: Path, companions: Sequence[str] = (), strict: bool = True) -> None:
         if not path.is_dir():
             raise UserError(
                 f"data.path: there is no folder {path}; give a folder of images with a .txt caption beside each"
             )
         self.path = path
         self.companions = tuple(companions)
-        self.suffixes: Counter[str] = Counter()
-        self.lonely_captions = 0
+        self.strict = strict
+        self.left_out = LeftOut()
         self._field, self._prefix = data.caption_field, data.caption_prefix
         # Each sample is one entry: "0001.png\0txt\0mask.png", the picture and the endings of the files beside it.
         self._entries = bytearray()
@@ -61,11 +61,6 @@ class Folder:
     def __len__(self) -> int:
         return -(-len(self._ends) // UNIT)
 
-    def notes(self) -> list[str]:
-        """Return sentences on files that are not read."""
-        sentence = not_read(self.suffixes)
-        return [f"{self.path}: {sentence}"] if sentence else []
-
     def stamp(self, unit: int) -> str:
         """Return a hash of names, sizes and times of the unit's files, and of the tables of captions."""
         digest = blake2b(str(self.path.resolve()).encode("utf-8", "surrogatepass"), digest_size=16)
@@ -82,7 +77,7 @@ class Folder:
     def read(self, unit: int) -> Iterator[RawSample | BadSample]:
         """Yield the samples of a unit; the last unit ends with the companions that have no picture."""
         samples = (self._sample(stem, endings) for stem, endings in self._unit(unit))
-        yield from uniform(samples, self.companions, lambda: self._first)
+        yield from uniform(samples, self.companions, lambda: self._first) if self.strict else samples
         if unit == len(self) - 1:
             for lost in self._lost:
                 path = self.path / lost
@@ -90,6 +85,7 @@ class Folder:
                     str(path),
                     f"{path} has the name of a companion ({', '.join(COMPANIONS)}), but there is no picture "
                     f"{split_name(path.name)[0]}.*; rename it, or put it beside its picture",
+                    "companion",
                 )
 
     @cached_property
@@ -103,7 +99,7 @@ class Folder:
         try:
             captions = self._captions(stem, endings, path)
             if captions is None:
-                return BadSample(str(path), self._no_caption(path, endings))
+                return BadSample(str(path), self._no_caption(path, endings), "caption")
             return RawSample(
                 str(path),
                 path.read_bytes(),
@@ -113,7 +109,7 @@ class Folder:
         except OSError as error:
             return BadSample(str(path), f"{error.filename or path} can't be read ({error.strerror or error})")
         except BadCaption as error:
-            return BadSample(str(path), f"the caption of {path} {error}")
+            return BadSample(str(path), f"the caption of {path} {error}", "caption")
 
     def _companions(self, stem: str, endings: list[str]) -> dict[str, Path]:
         found = {}
@@ -198,7 +194,7 @@ class Folder:
                     elif entry.name in TABLES and not entry.name.endswith(".json"):
                         self._add_table(path / entry.name)
                     elif (kind := split_name(entry.name))[1] == OTHER or not (entry.is_file() or entry.is_symlink()):
-                        self.suffixes[suffix_of(entry.name)] += 1
+                        self.left_out.suffixes[suffix_of(entry.name)] += 1
                     else:
                         files.append(f"{kind[0]}{SEPARATOR}{entry.name[len(kind[0]) + 1 :]}")
         except OSError as error:
@@ -221,7 +217,8 @@ class Folder:
                 self._add_table(self.path / folder / f"{stem}.json")
             for ending, kind in zip(endings, kinds, strict=True):
                 if kind == CAPTION:
-                    self.lonely_captions += 1
+                    self.left_out.captions += 1
+                    self.left_out.example = f"{folder}{stem}.{ending}"
                 else:
                     self._lost.append(f"{folder}{stem}.{ending}")
 
@@ -232,10 +229,10 @@ class Folder:
         self._tables.append(path)
 
     def _nothing(self) -> str:
-        shards = sum(count for suffix, count in self.suffixes.items() if suffix in (".tar", ".gz", ".tgz"))
+        shards = sum(count for suffix, count in self.left_out.suffixes.items() if suffix in (".tar", ".gz", ".tgz"))
         if shards:
             return f"data.path: no images in {self.path}, but {shards} .tar files; set data.source to webdataset"
-        found = "; ".join((*([not_read(self.suffixes)] if self.suffixes else []), *self._lost[:1]))
+        found = "; ".join((*([not_read(self.left_out.suffixes)] if self.left_out.suffixes else []), *self._lost[:1]))
         return (
             f"data.path: no images in {self.path}; expected png, jpg, webp or other images, with a .txt caption beside "
             "each" + (f" ({found})" if found else "")

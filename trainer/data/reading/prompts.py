@@ -11,7 +11,7 @@ from ...config import DataSection
 from ...errors import UserError
 from .captions import MARKS, BadCaption, captions_of, decoded_text, json_lines, loaded_json
 from .names import is_hidden
-from .samples import BadSample, RawSample
+from .samples import BadSample, LeftOut, RawSample
 
 UNIT = 512  # prompts
 SHAPES = (
@@ -29,7 +29,7 @@ class Prompts:
 
     def __init__(self, data: DataSection, path: Path) -> None:
         self.path = path
-        self.empty = 0
+        self.left_out = LeftOut()
         self._prefix, self._field = data.caption_prefix, data.caption_field
         self._texts = bytearray()
         self._ends = array("Q")
@@ -50,10 +50,6 @@ class Prompts:
     def __len__(self) -> int:
         return -(-len(self._ends) // UNIT)
 
-    def notes(self) -> list[str]:
-        """Return a sentence on empty prompts, which are left out."""
-        return [f"{self.path}: {self.empty} empty prompts are left out"] if self.empty else []
-
     def stamp(self, unit: int) -> str | None:
         """Return None: prompts are in memory, so reading them again costs nothing."""
         return None
@@ -70,7 +66,7 @@ class Prompts:
     def _add(self, text: str, place: int) -> None:
         text = text.strip()
         if not text:
-            self.empty += 1
+            self.left_out.empty += 1
             return
         self._texts += text.encode()
         self._ends.append(len(self._texts))

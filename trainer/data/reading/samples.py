@@ -5,9 +5,10 @@ A source reads and never decodes: bytes are hashed, looked up in the cache, and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from PIL import Image
 
@@ -22,11 +23,13 @@ class BadSample(UserError):
 
     Attributes:
         name: file or record, for messages.
+        kind: what is wrong: the picture, its caption or a companion.
     """
 
-    def __init__(self, name: str, message: str) -> None:
+    def __init__(self, name: str, message: str, kind: Literal["picture", "caption", "companion"] = "picture") -> None:
         super().__init__(message)
         self.name = name
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,23 @@ class RawSample:
     companions: Mapping[str, bytes | Image.Image] = field(default_factory=dict)
 
 
+@dataclass
+class LeftOut:
+    """What lies beside the samples and is not read.
+
+    Attributes:
+        suffixes: suffix, such as ``.heic`` -> number of files.
+        captions: number of caption files without a picture.
+        example: one of these.
+        empty: number of empty prompts.
+    """
+
+    suffixes: Counter[str] = field(default_factory=Counter)
+    captions: int = 0
+    example: str = ""
+    empty: int = 0
+
+
 class Source(Protocol):
     """Samples in a fixed order, in units that are read one after the other: files of a folder, or one shard."""
 
@@ -80,8 +100,9 @@ class Source(Protocol):
         """Return the number of units."""
         ...
 
-    def notes(self) -> list[str]:
-        """Return sentences on what is not read, such as files of unknown formats."""
+    @property
+    def left_out(self) -> LeftOut:
+        """What is not read, of the units that were read so far."""
         ...
 
     def stamp(self, unit: int) -> str | None:
@@ -116,6 +137,7 @@ def uniform(
                         sample.name,
                         f"{lacking} has no {companion} picture beside it, and {having} has one; give every picture "
                         f"its .{companion}.png, or remove them all, and the task draws its own",
+                        "companion",
                     )
                     break
         yield problem or sample

@@ -18,8 +18,8 @@ from typing import IO
 from ...config import DataSection
 from ...errors import UserError
 from .captions import BadCaption, captions_beside
-from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, is_hidden, not_read, split_name, suffix_of
-from .samples import COMPANIONS, BadSample, RawSample, uniform
+from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, is_hidden, split_name, suffix_of
+from .samples import COMPANIONS, BadSample, LeftOut, RawSample, uniform
 
 ZSTD_SUFFIXES = (".tar.zst", ".tzst")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", *ZSTD_SUFFIXES)
@@ -46,16 +46,18 @@ class Shards:
 
     Args:
         companions: names of ``COMPANIONS`` to read.
+        strict: a sample with other companions than the first sample can't be used.
 
     Raises:
         UserError: there are no shards.
     """
 
-    def __init__(self, data: DataSection, path: Path, companions: Sequence[str] = ()) -> None:
+    def __init__(self, data: DataSection, path: Path, companions: Sequence[str] = (), strict: bool = True) -> None:
         self.path = path
         self.companions = tuple(companions)
+        self.strict = strict
         self.paths = _shard_paths(path)
-        self.suffixes: Counter[str] = Counter()  # of members that are not read, of the shards read so far
+        self.left_out = LeftOut()
         self._field, self._prefix = data.caption_field, data.caption_prefix
 
     @property
@@ -65,11 +67,6 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def notes(self) -> list[str]:
-        """Return sentences on members that are not read, of the shards read so far."""
-        sentence = not_read(self.suffixes)
-        return [f"{self.path}: {sentence}"] if sentence else []
 
     def stamp(self, unit: int) -> str:
         """Return path, size and time of a shard."""
@@ -86,7 +83,8 @@ class Shards:
         Raises:
             UserError: the shard can't be read, or holds no pictures.
         """
-        return uniform(self._samples(self.paths[unit]), self.companions, lambda: self._first)
+        samples = self._samples(self.paths[unit])
+        return uniform(samples, self.companions, lambda: self._first) if self.strict else samples
 
     @cached_property
     def _first(self) -> tuple[str, frozenset[str]]:
@@ -102,7 +100,7 @@ class Shards:
         found = False
         for key, members in _shard_members(path):
             for sample in samples_of(
-                key, members, path.name, self.companions, self._field, self._prefix, self.suffixes
+                key, members, path.name, self.companions, self._field, self._prefix, self.left_out.suffixes
             ):
                 found = True
                 yield sample
@@ -165,7 +163,9 @@ def samples_of(
             lost = next((kind for ending in group if (kind := _kind(ending)) in COMPANIONS), None)
             if lost is not None:
                 yield BadSample(
-                    name, f"{name} has a {lost} picture, but no picture that the {lost} belongs to; add the picture"
+                    name,
+                    f"{name} has a {lost} picture, but no picture that the {lost} belongs to; add the picture",
+                    "companion",
                 )
             continue
         for ending in pictures:
@@ -179,11 +179,11 @@ def _sample(
     try:
         captions = captions_beside(texts, field)
     except BadCaption as error:
-        return BadSample(name, f"the caption of {name} {error}")
+        return BadSample(name, f"the caption of {name} {error}", "caption")
     if captions is None:
         wanted = " or ".join(f".{suffix}" for suffix in CAPTION_SUFFIXES)
         hint = "; its .json has no field of captions: set data.caption_field" if "json" in texts else ""
-        return BadSample(name, f"{name} has no caption; expected a {wanted} next to the image{hint}")
+        return BadSample(name, f"{name} has no caption; expected a {wanted} next to the image{hint}", "caption")
     beside = {kind: group[ending] for ending in reversed(group) if (kind := _kind(ending)) in companions}
     return RawSample(
         name,

@@ -1,0 +1,1 @@
+"""Find everything that is wrong with a data set, before a model is loaded: `flash-diffusion data check`."""
