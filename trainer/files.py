@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 from .errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ABANDONED_AFTER = 24 * 60 * 60  # seconds; nothing is written for so long
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -60,16 +63,20 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
     """Let ``write`` fill a hidden file beside ``path``, then rename the hidden file to ``path``.
 
     After a failure or a crash ``path`` still holds its old content. Missing folders are made. The file gets the
     permissions of any new file (0666 without the umask's bits), even where the writer makes it private.
 
+    Args:
+        shared: other processes may write ``path`` at the same time, so each hidden file has a name of its own. After a
+            kill :func:`remove_partials` removes it.
+
     Raises:
         UserError: the file cannot be written, for example because the disk is full.
     """
-    partial = partial_path(path)
+    partial = partial_path(path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}") if shared else path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -84,6 +91,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text_whole(path: Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all, see :func:`write_whole`."""
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the hidden files in ``folder`` that killed processes left; files younger than a day may be in use."""
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError):  # another process removes it, or the folder is read-only
+            if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
+                path.unlink()
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:

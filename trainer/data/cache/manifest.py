@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ...files import write_whole
 from ...interrupts import StopRequest
@@ -28,7 +29,7 @@ from .store import KEY_BYTES, Keys, as_keys, key_of
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the manifest, raised when samples are read in another way
+VERSION = 2  # of the manifest, raised when samples are read in another way
 NO_PICTURE = b"\0" * KEY_BYTES  # content of a prompt without a picture
 
 
@@ -112,21 +113,20 @@ class Manifests:
         folder: of all manifests.
         source: is read where a manifest is missing.
         reading: what else decides how samples are read: prefix of captions, companions, ...
-        run: a text of this run, for units whose files have no stamp; the same in all processes.
     """
 
-    def __init__(self, folder: Path, source: Source, companions: Sequence[str], reading: str, run: str) -> None:
+    def __init__(self, folder: Path, source: Source, companions: Sequence[str], reading: str) -> None:
         self.folder = folder
         self.source = source
         self.companions = tuple(companions)
         self.reading = reading
-        self.run = run
 
-    def path(self, unit: int) -> Path:
-        """Return the path of a unit's manifest."""
+    def path(self, unit: int) -> Path | None:
+        """Return the path of a unit's manifest; None for a unit without a stamp, which is read each time."""
         stamp = self.source.stamp(unit)
-        known = (stamp,) if stamp is not None else (self.source.title, unit, self.run)
-        name = key_of(VERSION, self.reading, ",".join(self.companions), *known).hex()
+        if stamp is None:
+            return None
+        name = key_of(VERSION, self.reading, ",".join(self.companions), stamp).hex()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def prepare(self, units: Sequence[int], stop: StopRequest) -> None:
@@ -135,20 +135,29 @@ class Manifests:
         Args:
             units: this process's share.
         """
-        missing = [unit for unit in units if not self.path(unit).is_file()]
+        missing = [unit for unit in units if (path := self.path(unit)) is not None and not path.is_file()]
         progress = Progress(f"reading {self.source.title}", "units", len(missing))
         for unit in missing:
             if stop.asked:
                 return
-            _write(self.path(unit), scan_unit(self.source, unit, self.companions))
+            self._scan(unit, self.path(unit))
             progress.advance(1)
 
     def load(self, unit: int) -> Manifest:
         """Return a unit's manifest; it is made anew where it is missing or damaged."""
         path = self.path(unit)
-        manifest = _read(path)
-        if manifest is None:
-            manifest = scan_unit(self.source, unit, self.companions)
+        manifest = None if path is None else _read(path)
+        return self._scan(unit, path) if manifest is None else manifest
+
+    def forget(self, unit: int) -> None:
+        """Remove a unit's manifest, so that the unit is read again."""
+        path = self.path(unit)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def _scan(self, unit: int, path: Path | None) -> Manifest:
+        manifest = scan_unit(self.source, unit, self.companions)
+        if path is not None:
             _write(path, manifest)
         return manifest
 
@@ -161,8 +170,15 @@ def _write(path: Path, manifest: Manifest) -> None:
         "text": torch.frombuffer(bytearray(text), dtype=torch.uint8),
         **{f"beside.{name}": torch.from_numpy(keys) for name, keys in manifest.beside.items()},
     }
-    check = key_of(*(value.numpy().tobytes() for _, value in sorted(tensors.items()))).hex()
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata={"check": check}))
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata={"check": _check(tensors)}), shared=True)
+
+
+def _check(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of names, dtypes, shapes and contents."""
+    parts: list[bytes | str] = []
+    for name, value in sorted(tensors.items()):
+        parts += [name, repr((value.dtype, tuple(value.shape))), value.numpy().tobytes()]
+    return key_of(*parts).hex()
 
 
 def _read(path: Path) -> Manifest | None:
@@ -173,7 +189,7 @@ def _read(path: Path) -> Manifest | None:
         with safe_open(path, "pt") as file:
             check = (file.metadata() or {}).get("check")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if check != key_of(*(value.numpy().tobytes() for _, value in sorted(tensors.items()))).hex():
+        if check != _check(tensors):
             raise SafetensorError("its content is not what was written")
         captions, problems = json.loads(tensors["text"].numpy().tobytes())
         beside = {

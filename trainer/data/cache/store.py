@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import UserError
-from ...files import write_whole
+from ...files import remove_partials, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ KEY_BYTES = 16
 KEYS, CHECKSUMS = "keys", "checksums"  # tensors of every file, beside the rows
 FACTS = "facts"  # metadata of every file
 ABOUT = "about.json"
-FORMAT = "flash-cache-1"
+FORMAT = "flash-cache-2"
 
 Keys = NDArray[np.uint8]  # (n, 16)
 
@@ -46,9 +46,12 @@ def key_of(*parts: bytes | str | int) -> bytes:
     return digest.digest()
 
 
-def as_keys(keys: Sequence[bytes]) -> Keys:
-    """Return keys as an array (n, 16)."""
-    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES).copy()
+def as_keys(keys: Iterable[bytes]) -> Keys:
+    """Return keys as an array (n, 16). No list of the keys is made, so that a million of them take 16 MB."""
+    content = bytearray()
+    for key in keys:
+        content += key
+    return np.frombuffer(content, dtype=np.uint8).reshape(-1, KEY_BYTES)
 
 
 def sortable(keys: Keys) -> NDArray[Any]:
@@ -112,31 +115,32 @@ class Store:
         facts = {"format": FORMAT, "dtypes": given, "keys": zlib.crc32(key_array.tobytes())}
         metadata = {FACTS: json.dumps(facts, sort_keys=True)}  # one entry: safetensors writes several in any order
         path = self.folder / f"{hashlib.sha256(key_array.tobytes()).hexdigest()[:24]}.safetensors"
-        write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+        write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata), shared=True)
         return path
 
     def find(self, keys: Keys) -> Places:
-        """Return where the rows of ``keys`` (n, 16) are. Damaged files are removed, with a line in the log."""
-        files, found, numbers, rows = [], [], [], []
+        """Return where the rows of ``keys`` (n, 16) are. Damaged files are removed, with a line in the log.
+
+        The store may hold far more rows than are asked for: the keys of one file at a time are in memory.
+        """
+        files: list[str] = []
+        place = Places(np.full(len(keys), -1, np.int32), np.zeros(len(keys), np.int32), ())
+        order = np.argsort(sortable(keys), kind="stable")
+        wanted = sortable(keys)[order]
         for path in sorted(self.folder.glob("*.safetensors")):
             content = self.read_keys(path)
             if content is None:
                 continue
-            found.append(content)
-            numbers.append(np.full(len(content), len(files), np.int32))
-            rows.append(np.arange(len(content), dtype=np.int32))
+            first, end = (np.searchsorted(wanted, sortable(content), side) for side in ("left", "right"))
+            hits = np.flatnonzero(end > first)
+            counts = (end - first)[hits]  # a key may be wanted several times
+            inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            at = order[np.repeat(first[hits], counts) + inside]
+            new = place.file[at] < 0
+            place.file[at[new]] = len(files)
+            place.row[at[new]] = np.repeat(hits, counts)[new]
             files.append(path.name)
-        place = Places(np.full(len(keys), -1, np.int32), np.zeros(len(keys), np.int32), tuple(files))
-        if not files or not len(keys):
-            return place
-        present = sortable(np.concatenate(found))
-        order = np.argsort(present, kind="stable")
-        wanted = sortable(keys)
-        at = np.minimum(np.searchsorted(present, wanted, sorter=order), len(present) - 1)
-        hits = present[order[at]] == wanted
-        place.file[hits] = np.concatenate(numbers)[order[at]][hits]
-        place.row[hits] = np.concatenate(rows)[order[at]][hits]
-        return place
+        return Places(place.file, place.row, tuple(files))
 
     def read(self, places: Places) -> dict[str, Tensor]:
         """Return name -> rows (n, ...) in the order of ``places``; see :meth:`rows`."""
@@ -163,7 +167,7 @@ class Store:
                             raise SafetensorError(f"row {row} is not what was written")
                         parts[position] = {name: value.to(getattr(torch, dtypes[name])) for name, value in read.items()}
             except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                path.unlink(missing_ok=True)
+                _remove(path)
                 raise UserError(
                     f"{path} of the cache of encoded data is damaged or gone ({error}); it is removed now. Run again "
                     "(with --resume, if the run has begun), and its samples are encoded again"
@@ -171,15 +175,20 @@ class Store:
         return parts
 
     def touch(self) -> None:
-        """Note that the store is used now, for `flash-diffusion cache prune`."""
-        if self.folder.is_dir():
-            self._describe()
+        """Note that the store is used now, for `flash-diffusion cache prune`, and remove what killed runs left."""
+        if not self.folder.is_dir():
+            return
+        remove_partials(self.folder)
+        self._describe()
+        try:
             os.utime(self.folder / ABOUT)
+        except OSError as error:
+            logger.info("%s is read-only (%s): `cache prune` can't see that it was used", self.folder, error.strerror)
 
     def _describe(self) -> None:
         if not (self.folder / ABOUT).is_file():
             text = json.dumps({"format": FORMAT, **self.about}, indent=2) + "\n"
-            write_whole(self.folder / ABOUT, lambda partial: partial.write_text(text, encoding="utf-8"))
+            write_whole(self.folder / ABOUT, lambda partial: partial.write_text(text, encoding="utf-8"), shared=True)
 
     def _stored(self, value: Tensor) -> Tensor:
         value = value.detach().cpu()
@@ -194,15 +203,30 @@ class Store:
                 lengths = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
             if facts["format"] != FORMAT or facts["keys"] != zlib.crc32(keys.tobytes()):
                 raise SafetensorError("its keys are not what was written")
-            if lengths != {len(keys)} or keys.shape != (len(keys), KEY_BYTES):
+            if lengths != {len(keys)} or keys.shape != (len(keys), KEY_BYTES) or keys.dtype != np.uint8:
                 raise SafetensorError("its tensors have different numbers of rows")
         except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
             logger.warning(
                 "%s of the cache is damaged (%s): it is removed, and its samples are encoded again", path, error
             )
-            path.unlink(missing_ok=True)
+            _remove(path)
             return None
         return keys
+
+
+def _remove(path: Path) -> None:
+    """Remove a damaged file.
+
+    Raises:
+        UserError: the folder is read-only.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} of the cache is damaged, and can't be removed ({error.strerror}); remove it yourself, or set "
+            "data.cache to another folder"
+        ) from error
 
 
 def check_file(store: Store, path: Path) -> str:
@@ -219,10 +243,11 @@ def check_file(store: Store, path: Path) -> str:
 
 
 def _checksum(rows: Mapping[str, Tensor], row: int) -> int:
-    """Return the CRC-32 of a row over all tensors, in the order of their names."""
+    """Return the CRC-32 of a row over name, dtype, shape and content of all tensors, in the order of their names."""
     value = 0
     for name in sorted(rows):
         if name != CHECKSUMS:
-            content = rows[name][row].contiguous().view(-1).view(torch.uint8).numpy()
-            value = zlib.crc32(content, zlib.crc32(name.encode(), value))
+            tensor = rows[name][row]
+            value = zlib.crc32(repr((name, tensor.dtype, tuple(tensor.shape))).encode(), value)
+            value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy(), value)
     return value

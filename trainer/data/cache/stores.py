@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ....flash_core.process import NUM_TIMESTEPS
 from ...config import DataSection, MethodSection
 from ...teachers.base import weights_hash
 from .store import Store, key_of
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ...tasks.base import Task
     from ...teachers.base import Teacher
 
-VERSION = 1  # of encoding: raised when the same encoders give other values
+VERSION = 2  # of encoding: raised when the same encoders give other values
 VARIABLE = "FLASH_DIFFUSION_CACHE"
 MANIFESTS = "manifests"
 KINDS = ("latents", "captions", "conditions", "solutions")  # folders of the stores
@@ -59,13 +60,20 @@ def conditions_store(data: DataSection, teacher: Teacher, task: Task) -> Store:
     return _store(data, "conditions", about)
 
 
-def solutions_store(data: DataSection, teacher: Teacher, method: MethodSection) -> Store:
-    """Return the store of the latents that the teacher draws of prompts."""
+def solutions_store(data: DataSection, teacher: Teacher, method: MethodSection, precision: str) -> Store:
+    """Return the store of the latents that the teacher draws of prompts.
+
+    Args:
+        precision: the dtype of autocast.
+    """
+    process = teacher.denoiser.process
+    levels = process.alpha_sigma(torch.arange(NUM_TIMESTEPS, dtype=torch.float32))
     about = {
         "model": teacher.name,
         "encoder": teacher.text_encoder_hash(),
         "weights": teacher.weights_hash(),
-        "method": json.dumps([method.teacher_steps, method.solver, method.guidance]),
+        "process": key_of(process.kind, process.prediction, *(level.numpy().tobytes() for level in levels)).hex(),
+        "method": json.dumps([method.teacher_steps, method.solver, method.guidance, precision]),
     }
     return _store(data, "solutions", about)
 

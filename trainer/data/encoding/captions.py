@@ -12,7 +12,7 @@ from ....flash_core.denoiser import Conditioning
 from ...progress import Progress
 from ..cache.store import Keys, as_keys, sortable
 from .examples import as_rows
-from .passes import Chunk, Pass, Work
+from .passes import Chunk, Pass, Work, changed
 from .table import text_key
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def encode_captions(work: Work, part: Pass, chunks: list[Chunk]) -> None:
             parts.append(encoded.to("cpu"))
             cut += [text for text, too_long in zip(batch, work.teacher.cut_prompts(batch), strict=True) if too_long]
             progress.advance(len(batch))
-        part.store.write([key.tobytes() for key in part.keys[chunk.rows]], as_rows(Conditioning.cat(parts)))
+        part.write(chunk.rows, as_rows(Conditioning.cat(parts)))
     if cut:
         logger.warning(
             "%d captions are longer than the text encoder reads, and are cut; the first one begins with %r",
@@ -44,19 +44,27 @@ def encode_captions(work: Work, part: Pass, chunks: list[Chunk]) -> None:
 
 
 def _texts(work: Work, wanted: Keys) -> Iterator[str]:
-    """Yield the captions whose keys are ``wanted``, in the order in which the samples have them."""
-    order = np.argsort(sortable(wanted), kind="stable")
-    present = sortable(wanted)[order]
-    seen = np.zeros(len(wanted), bool)
+    """Yield the captions whose keys are ``wanted``, in the order in which the samples have them.
+
+    Raises:
+        UserError: a caption has changed since the samples were listed.
+    """
     if not work.task.reads_text:
         yield from [""] * len(wanted)
         return
+    present = np.sort(sortable(wanted))
+    seen = np.zeros(len(wanted), bool)
+    unit = 0
     for unit in range(len(work.source)):
         if seen.all():
             return
-        for captions in work.manifests.load(unit).captions:
-            for caption in captions:
-                at = np.searchsorted(present, sortable(as_keys([text_key(caption)])))[0]
-                if at < len(present) and present[at] == text_key(caption) and not seen[at]:
-                    seen[at] = True
-                    yield caption
+        captions = [caption for captions in work.manifests.load(unit).captions for caption in captions]
+        keys = sortable(as_keys(map(text_key, captions)))
+        at = np.searchsorted(present, keys)
+        hits = np.flatnonzero(present[np.minimum(at, len(present) - 1)] == keys)
+        for number, place in zip(hits.tolist(), at[hits].tolist(), strict=True):
+            if not seen[place]:
+                seen[place] = True
+                yield captions[number]
+    if not seen.all():
+        raise changed(work, unit, f"a caption of {work.source.title} has changed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ...config import DataSection, MethodSection
+from ...errors import UserError
 from ...interrupts import StopRequest
 from ..cache.manifest import Manifests
 from ..cache.store import Keys, Store, sortable
@@ -52,13 +55,19 @@ class Work:
         return self.manifests.source
 
     @property
+    def precision(self) -> str:
+        """The dtype in which the teacher draws: of autocast, ``no`` without it."""
+        return "no" if self.accelerator is None else str(self.accelerator.mixed_precision)
+
+    @property
     def processes(self) -> PartialState:
         """The processes that encode together."""
         return PartialState()
 
     def own(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Return this process's share of the chunks."""
-        return chunks[self.processes.process_index :: self.processes.num_processes]
+        """Return this process's share of the chunks: one stretch of the source, so that each file is read once."""
+        rank, ranks = self.processes.process_index, self.processes.num_processes
+        return chunks[rank * len(chunks) // ranks : (rank + 1) * len(chunks) // ranks]
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,9 @@ class Pass:
     variants: int = 1
 
     def missing_chunks(self, frames: tuple[tuple[int, int], ...], row_bytes: int) -> list[Chunk]:
-        """Return the rows that the store lacks, cut into chunks of one frame each; equal keys are one row.
+        """Return the rows that the store lacks, cut into chunks of one frame each, in the order of the source.
+
+        Equal keys are one row.
 
         Args:
             row_bytes: about the size of a row.
@@ -107,13 +118,36 @@ class Pass:
         for number, frame in enumerate(frames):
             rows = missing[self.frame[missing] == number]
             chunks += [Chunk(rows[start : start + size], frame) for start in range(0, len(rows), size)]
-        return chunks
+        return sorted(chunks, key=lambda chunk: int(chunk.rows[0]))
+
+    def write(self, rows: Sequence[int] | NDArray[np.int64], tensors: Mapping[str, Tensor]) -> None:
+        """Write encoded rows as a file of the store.
+
+        Raises:
+            UserError: a value is NaN or infinite; a cache would keep it for all later runs.
+        """
+        for name, value in tensors.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise UserError(
+                    f"the model gave NaN or infinite values ({name}) for {self.what}; expected finite numbers. "
+                    "Load the model in another precision (model.dtype: float32), or check its weights"
+                )
+        self.store.write([key.tobytes() for key in self.keys[rows]], tensors)
 
 
-def row_bytes(part: Pass, teacher: Teacher) -> int:
-    """Return the size of a row on disk; a task's conditions are taken to be as large as latents."""
+def changed(work: Work, unit: int, what: str) -> UserError:
+    """Forget a unit's manifest, and return the error that says what has changed in it."""
+    work.manifests.forget(unit)
+    return UserError(f"{what} since the data were listed; run again, and the files are listed anew")
+
+
+def row_bytes(part: Pass, teacher: Teacher, task: Task) -> int:
+    """Return about the size of a row on disk; a task's conditions are hints, or taken to be as large as latents."""
     bytes_each = torch.finfo(part.store.dtype).bits // 8
     if part.kind == "captions":
         return sum(value.numel() for value in as_rows(teacher.unconditional(1)).values()) * bytes_each
+    if part.kind == "conditions" and task.gives_hint:
+        height, width = teacher.resolution
+        return 3 * height * width  # bytes, see packed()
     channels, height, width = teacher.latent_shape
     return channels * height * width * bytes_each

@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ....flash_core.distiller import Distiller
-from ...errors import UserError
-from .lookahead import load_and_compute
 from ...progress import Progress
 from ...seeds import stream
 from ..cache.manifest import content_key, usable
@@ -25,7 +22,8 @@ from ..framing import to_mask, to_tensor
 from ..reading import decode
 from ..reading.samples import BadSample, RawSample
 from .examples import LATENTS, as_rows, from_rows, joined, packed
-from .passes import Chunk, Pass, Work
+from .lookahead import load_and_compute
+from .passes import Chunk, Pass, Work, changed
 from .table import SampleTable
 
 
@@ -54,26 +52,26 @@ class Loaded:
         rows: numbers of the rows whose pictures could be decoded.
         images: (B, 3, H, W) in [-1, 1].
         beside: companion -> (B, C, H, W).
-        bad: name -> message of the others.
+        bad: number of a sample -> message, for the others.
     """
 
     rows: list[int]
     images: Tensor
     beside: Mapping[str, Tensor]
-    bad: Mapping[str, str]
+    bad: Mapping[int, str]
 
 
 class PictureEncoder:
     """Encodes the pictures of a table.
 
     Attributes:
-        bad: name -> message of the samples that could not be decoded.
+        bad: number of a sample -> message, for the samples that could not be decoded.
     """
 
     def __init__(self, work: Work, table: SampleTable) -> None:
         self.work = work
         self.table = table
-        self.bad: dict[str, str] = {}
+        self.bad: dict[int, str] = {}
 
     # -- what the encoders make ----------------------------------------------------------------------------------------
 
@@ -150,7 +148,7 @@ class PictureEncoder:
                 tensors = as_rows(joined([from_rows(value) for value in conditions]))
             else:
                 tensors = {name: torch.cat([value[name] for value in conditions]) for name in conditions[0]}
-            part.store.write([key.tobytes() for key in part.keys[rows]], tensors)
+            part.write(rows, tensors)
 
     def _batches(self, part: Pass, chunks: list[Chunk]) -> Iterator[Batch]:
         """Read the files of the chunks' samples, unit by unit, and yield the batches until ``stop`` is asked."""
@@ -166,9 +164,9 @@ class PictureEncoder:
                 continue
             sample = start
             for raw in usable(self.work.source, unit):
+                if sample == end:
+                    break
                 for _ in range(copies):
-                    if sample == end:
-                        break
                     for row in range(sample * part.variants, (sample + 1) * part.variants):
                         number = int(chunk_of[row])
                         if number < 0:
@@ -184,14 +182,14 @@ class PictureEncoder:
                             yield batch
                     sample += 1
             if sample < end:
-                self._changed(unit, f"{self.work.source.title} has fewer samples than before")
+                raise changed(self.work, unit, f"{self.work.source.title} has fewer samples than before")
 
     def _load(self, batch: Batch) -> Loaded:
         """Decode and frame the pictures of a batch."""
         rows: list[int] = []
         images: list[Tensor] = []
         beside: dict[str, list[Tensor]] = {}
-        bad: dict[str, str] = {}
+        bad: dict[int, str] = {}
         framed: dict[int, tuple[Tensor, dict[str, Tensor]] | None] = {}
         for row, (number, raw) in zip(batch.rows, batch.samples, strict=True):
             if number not in framed:
@@ -199,7 +197,7 @@ class PictureEncoder:
                 try:
                     framed[number] = self._framed(number, raw, batch.frame)
                 except BadSample as problem:
-                    bad[problem.name] = str(problem)
+                    bad[number] = str(problem)
             found = framed[number]
             if found is None:
                 continue
@@ -219,17 +217,16 @@ class PictureEncoder:
         """Return a sample's picture and companions, scaled and cut to the frame."""
         if raw.picture is None:
             return torch.empty(0), {}
-        if content_key(raw.picture) != self.table.content[number].tobytes():
-            unit = int(np.searchsorted(self.table.unit_start, number, side="right")) - 1
-            self._changed(unit, f"{raw.name} has changed")
+        given = [(raw.name, raw.picture, self.table.content)]
+        for name, keys in self.table.beside.items():
+            given.append((f"the {name} of {raw.name}", raw.companions.get(name), keys))
+        for what, content, keys in given:
+            if content_key(content) != keys[number].tobytes():
+                unit = int(np.searchsorted(self.table.unit_start, number, side="right")) - 1
+                raise changed(self.work, unit, f"{what} has changed")
         sample = decode(raw)
         beside = {
             name: (to_mask if name == "mask" else to_tensor)(picture, frame)
             for name, picture in sample.companions.items()
         }
         return to_tensor(sample.image, frame), beside
-
-    def _changed(self, unit: int, what: str) -> NoReturn:
-        """Forget a unit's manifest, and raise."""
-        self.work.manifests.path(unit).unlink(missing_ok=True)
-        raise UserError(f"{what} since the data were listed; run again, and the files are listed anew")

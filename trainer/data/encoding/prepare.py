@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import uuid
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from ...errors import UserError
 from ...interrupts import StopRequest
 from ...progress import size_in_words
 from ..cache.manifest import Manifest, Manifests
-from ..cache.store import Keys, as_keys, key_of, sortable
+from ..cache.store import sortable
 from ..cache.stores import (
     cache_root,
     caption_store,
@@ -78,24 +77,22 @@ def prepare_examples(
         UserError: the data can't be read, or the disk is full.
         Interrupted: ``stop`` was asked; everything encoded is in the cache.
     """
-    run = [uuid.uuid4().hex]
-    broadcast_object_list(run)
-    manifests = manifests_of(data, task.companions, run[0])
+    manifests = manifests_of(data, task.companions)
     work = Work(data, teacher, task, variants, method or MethodSection(), manifests, accelerator, stop or StopRequest())
     return Preparation(work, solves=solves).run()
 
 
-def manifests_of(data: DataSection, companions: Sequence[str], run: str) -> Manifests:
-    """Return the manifests of a recipe's data; ``run`` is a text of this run, the same in all processes."""
+def manifests_of(data: DataSection, companions: Sequence[str]) -> Manifests:
+    """Return the manifests of a recipe's data."""
     reading = repr((data.source, data.caption_prefix, data.caption_field))
-    return Manifests(manifests_folder(data), open_source(data, companions), companions, reading, run)
+    return Manifests(manifests_folder(data), open_source(data, companions), companions, reading)
 
 
 def count_frames(
     data: DataSection, companions: Sequence[str], frames: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], int]:
     """Return how many samples each frame (height, width) gets; files that no manifest knows are read now."""
-    manifests = manifests_of(data, companions, uuid.uuid4().hex)
+    manifests = manifests_of(data, companions)
     units = range(len(manifests.source))
     if data.limit is None:
         manifests.prepare(units, StopRequest())
@@ -136,25 +133,30 @@ class Preparation:
                 with work.teacher.denoiser.role("teacher"):  # once for all threads: the role belongs to the network
                     encoder.encode(part, missing, partial(encoder.solutions, passes[0].store))
             self._meet()
-        undecoded: dict[str, str] = {}
-        for found in gather_object([encoder.bad]):
-            undecoded |= found
-        if undecoded:
-            self.bad |= undecoded
-            self._complain_about_bad(len(table) - len(undecoded))
-        return self._examples(table, passes)
+        return self._examples(table, passes, encoder)
 
-    def _examples(self, table: SampleTable, passes: list[Pass]) -> CachedExamples:
+    def _examples(self, table: SampleTable, passes: list[Pass], encoder: PictureEncoder) -> CachedExamples:
         """Return the examples; samples that could not be decoded are left out."""
         places = [part.store.find(part.keys) for part in passes]
         there = np.ones(len(table), bool)
         for part, place in zip(passes[1:], places[1:], strict=True):
             there &= ~place.missing.reshape(len(table), part.variants).any(1)
-        if places[0].missing.any() or not (there.all() or self.bad):
+        undecoded: dict[int, str] = {}
+        for found in gather_object([encoder.bad]):
+            undecoded |= found
+        unreadable = np.zeros(len(table), bool)
+        if undecoded:  # with their copies, which were not tried
+            unreadable = np.isin(sortable(table.content), sortable(table.content[list(undecoded)]))
+        if places[0].missing.any() or not (there | unreadable).all():
             raise UserError(
                 f"rows have gone from the cache at {cache_root(self.work.data.cache)} while it was being filled; is it "
                 "pruned at the same time? Run again"
             )
+        if not there.all():
+            copies = np.flatnonzero(~there)
+            self.bad |= {f"sample {number}": "a copy of one of these pictures" for number in copies.tolist()}
+            self.bad |= {f"sample {number}": message for number, message in undecoded.items()}
+            self._complain_about_bad(int(there.sum()))
         if not there.any():
             raise UserError(f"data.path: {self.work.source.title} holds no samples that can be used")
         texts = np.repeat(there, np.diff(table.first_text))
@@ -225,46 +227,25 @@ class Preparation:
     def _passes(self, table: SampleTable) -> list[Pass]:
         """Return what the run needs: captions, pictures unless trajectories stand for them, a task's conditions."""
         data, teacher, task, variants = self.work.data, self.work.teacher, self.work.task, self.work.variants
-        keys = self._picture_keys(table)
+        keys = table.picture_keys()
         first = np.zeros(len(table.texts), np.int32)
         passes = [Pass("captions", "captions", caption_store(data, teacher), table.texts, first)]
         if table.has_pictures:
             passes.append(Pass("pictures", "pictures", pictures_store(data, teacher), keys, table.frame))
         elif self.solves:
-            store = solutions_store(data, teacher, self.work.method)
+            store = solutions_store(data, teacher, self.work.method, self.work.precision)
             passes.append(Pass("pictures", "pictures that the teacher draws", store, keys, table.frame))
         if task.has_conditions:
-            store, keys = conditions_store(data, teacher, task), self._condition_keys(table, keys)
-            what = f"conditions of {task.name}"
+            store, what = conditions_store(data, teacher, task), f"conditions of {task.name}"
+            keys = table.condition_keys(keys, variants)
             passes.append(Pass("conditions", what, store, keys, table.frame.repeat(variants), variants))
         return passes
-
-    def _picture_keys(self, table: SampleTable) -> Keys:
-        """Return the key of each sample's latents: its picture in its frame."""
-        return as_keys(
-            [
-                key_of(content.tobytes(), *table.frames[frame])
-                for content, frame in zip(table.content, table.frame, strict=True)
-            ]
-        )
-
-    def _condition_keys(self, table: SampleTable, picture_keys: Keys) -> Keys:
-        """Return the keys of the task's conditions of the N V samples."""
-        names = sorted(table.beside)
-        beside = [b"".join(table.beside[name][row].tobytes() for name in names) for row in range(len(table))]
-        return as_keys(
-            [
-                key_of(key.tobytes(), companions, variant)
-                for key, companions in zip(picture_keys, beside, strict=True)
-                for variant in range(self.work.variants)
-            ]
-        )
 
     def _chunks(self, part: Pass, table: SampleTable) -> list[Chunk]:
         """Return the chunks that a store lacks. The first process looks, for all."""
         shared: list[list[Chunk]] = [[]]
         if self.work.processes.is_main_process:
-            shared = [part.missing_chunks(table.frames, row_bytes(part, self.work.teacher))]
+            shared = [part.missing_chunks(table.frames, row_bytes(part, self.work.teacher, self.work.task))]
         broadcast_object_list(shared)
         return shared[0]
 
@@ -287,7 +268,7 @@ class Preparation:
         needed = 0
         for part, missing in zip(passes, chunks, strict=True):
             rows = sum(len(chunk.rows) for chunk in missing)
-            size = rows * row_bytes(part, self.work.teacher)
+            size = rows * row_bytes(part, self.work.teacher, self.work.task)
             needed += size
             if rows:
                 logger.info("to encode: %d %s, about %s", rows, part.what, size_in_words(size))

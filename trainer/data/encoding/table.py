@@ -29,6 +29,7 @@ class SampleTable:
         first_text: (N + 1,) where each sample's captions begin in ``texts``.
         unit_start: (U + 1,) where each unit's samples begin.
         head: captions of the first samples.
+        has_pictures: False for prompts without pictures.
     """
 
     content: Keys
@@ -39,14 +40,10 @@ class SampleTable:
     first_text: NDArray[np.int64]
     unit_start: NDArray[np.int64]
     head: tuple[tuple[str, ...], ...]
+    has_pictures: bool
 
     def __len__(self) -> int:
         return len(self.content)
-
-    @property
-    def has_pictures(self) -> bool:
-        """False for prompts without pictures."""
-        return len(self) == 0 or bool((self.content[0] != np.frombuffer(NO_PICTURE, np.uint8)).any())
 
     def counts(self) -> dict[tuple[int, int], int]:
         """Return frame (height, width) -> samples, without empty frames."""
@@ -76,6 +73,23 @@ class SampleTable:
             np.concatenate([[0], np.cumsum(counts[index])]).astype(np.int64),
             before[self.unit_start].astype(np.int64),
             tuple(captions for captions, kept in zip(self.head, chosen, strict=False) if kept),
+            self.has_pictures,
+        )
+
+    def picture_keys(self) -> Keys:
+        """Return the key of each sample's latents: its picture in its frame, (N, 16)."""
+        return as_keys(
+            key_of(content.tobytes(), *self.frames[frame])
+            for content, frame in zip(self.content, self.frame.tolist(), strict=True)
+        )
+
+    def condition_keys(self, picture_keys: Keys, variants: int) -> Keys:
+        """Return the keys of a task's conditions, variant after variant of each sample, (N V, 16)."""
+        beside = [self.beside[name] for name in sorted(self.beside)]
+        return as_keys(
+            key_of(key.tobytes(), b"".join(keys[row].tobytes() for keys in beside), variant)
+            for row, key in enumerate(picture_keys)
+            for variant in range(variants)
         )
 
 
@@ -105,6 +119,7 @@ def build_table(
     head: list[tuple[str, ...]] = []
     empty = text_key("")
     counted = 0
+    has_pictures = True
     for manifest in manifests:
         left = len(manifest) if limit is None else min(len(manifest), limit - counted)
         counted += left
@@ -112,15 +127,16 @@ def build_table(
         repeat = 1
         keys = manifest.content[:left]
         if left and keys[0].tobytes() == NO_PICTURE:
+            has_pictures = False
             repeat = pictures_per_prompt
             captions = [given for given in captions for _ in range(repeat)]
-            keys = as_keys([key_of("prompt", given[0], n % repeat) for n, given in enumerate(captions)])
+            keys = as_keys(key_of("prompt", given[0], n % repeat) for n, given in enumerate(captions))
         content.append(keys)
         sizes.append(manifest.sizes[:left].repeat(repeat, 0))
         for name, found in manifest.beside.items():
             beside[name].append(found[:left].repeat(repeat, 0))
         given = [[text_key(text) for text in sample] if reads_text else [empty] for sample in captions]
-        texts.append(as_keys([key for sample in given for key in sample]))
+        texts.append(as_keys(key for sample in given for key in sample))
         counts.append(np.array([len(sample) for sample in given], np.int64))
         head += [tuple(sample) if reads_text else ("",) for sample in captions[: HEAD - len(head)]]
         starts.append(starts[-1] + len(captions))
@@ -137,4 +153,5 @@ def build_table(
         np.cumsum(np.concatenate(counts)).astype(np.int64),
         np.array(starts, np.int64),
         tuple(head),
+        has_pictures,
     )
