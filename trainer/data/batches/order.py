@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Order:
         parts = []
         while count > 0:
             epoch, offset = divmod(position, len(members))
-            part = _permutation(len(members), self.seed, frame, epoch)[offset : offset + count]
+            part = self._permutation(len(members), frame, epoch)[offset : offset + count]
             parts.append(members[part])
             position, count = position + len(part), count - len(part)
         return torch.cat(parts)
@@ -93,7 +93,7 @@ class Order:
         frames = torch.cat(
             [torch.full((b - a,), frame) for frame, (a, b) in enumerate(zip(before, after, strict=True))]
         )
-        frames = frames[_permutation(len(frames), self.seed, -1, epoch)]
+        frames = frames[self._permutation(len(frames), -1, epoch)]
         within = number - sum(before)
         frame = int(frames[within])
         return frame, (before[frame] + int((frames[:within] == frame).sum())) * self.batch
@@ -102,8 +102,16 @@ class Order:
         """Return the number of batches before an epoch."""
         return sum(epoch * len(members) // self.batch for members in self._members)
 
+    def _permutation(self, length: int, frame: int, epoch: int) -> Tensor:
+        """Return the order of ``length`` samples of a frame, or of the batches (frame -1), in an epoch."""
+        kept = self._kept.get(frame)
+        if kept is None or kept[0] != epoch:
+            purpose = ("order", epoch) if frame == 0 else ("order", frame, epoch)
+            kept = epoch, torch.randperm(length, generator=stream(self.seed, *purpose))
+            self._kept[frame] = kept
+        return kept[1]
 
-@lru_cache(maxsize=128)
-def _permutation(length: int, seed: int, frame: int, epoch: int) -> Tensor:
-    purpose = ("order", epoch) if frame == 0 else ("order", frame, epoch)
-    return torch.randperm(length, generator=stream(seed, *purpose))
+    @cached_property
+    def _kept(self) -> dict[int, tuple[int, Tensor]]:
+        """Frame -> epoch and order; only the latest epoch, because a million samples take 8 MB."""
+        return {}
