@@ -28,7 +28,8 @@ from .conditions.image_tokens import ImageAdapter, load_image_adapter, outline_i
 from .conditions.task_adapters import find_task_adapter, widened
 from .denoiser import DiffusersDenoiser
 from .hashes import image_encoder_hash, text_encoder_hash, weights_hash
-from .loading import Source, load_pipeline, locate
+from .loading.pipeline import load_pipeline
+from .loading.source import Source, locate
 from .lora_layers import merge_style
 from .prompts import cut, cut_warning, silent_libraries
 from .sizes import Sizes

@@ -23,7 +23,7 @@ ENCODER_SETTINGS = (
 # The same of an autoencoder's encoder, and the scale and shift of its latents.
 AUTOENCODER_SETTINGS = ("scaling_factor", "shift_factor", "act_fn", "norm_num_groups", "down_block_types")
 # Shows what a tokenizer does with case, accents, spaces, numbers and special tokens, whatever its settings are called.
-TOKENIZER_PROBE = "A  Photo, of it's \u00c9t\u00e9 <extra_id_0> <|endoftext|> 1234\t\u65e5\u672c !"
+TOKENIZER_PROBE = "A  Photo, of it's \u00c9t\u00e9 <extra_id_0> <|endoftext|> 1234\t!"
 
 
 def weights_hash(network: nn.Module) -> str:

@@ -7,6 +7,7 @@ few-step sampling does not use the variance.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ....flash_core.denoiser import Conditioning
 from ...config import ModelSection
 from ...errors import UserError
-from ..loading import Source
+from ..loading.source import Source
 from .transformer import TransformerDenoiser, TransformerTeacher
 
 
@@ -80,13 +81,12 @@ set_peft_model_state_dict(pipe.transformer, weights)
     @classmethod
     def locate(cls, model: ModelSection) -> Source:
         """Return the folder or Hub name; raise UserError for a single file, which diffusers can't read for PixArt."""
-        source = super().locate(model)
-        if source.file is not None:
+        if model.path is not None and model.path.endswith(".safetensors") and Path(model.path).is_file():
             raise UserError(
-                f"model.path: {source.file} is a single file, which diffusers can't read for PixArt; expected a "
+                f"model.path: {model.path} is a single file, which diffusers can't read for PixArt; expected a "
                 f"diffusers folder or a Hub name such as {cls.default_config}"
             )
-        return source
+        return super().locate(model)
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any], name: str) -> None:

@@ -21,7 +21,7 @@ from ...errors import UserError
 from ..base import Teacher
 from ..conditions.image_tokens import image_embeds
 from ..denoiser import DiffusersDenoiser
-from ..loading import Source
+from ..loading.source import Source
 
 
 class UNetDenoiser(DiffusersDenoiser):

@@ -18,7 +18,8 @@ from torch import Tensor
 from ....flash_core.denoiser import Conditioning
 from ...config import ModelSection
 from ...errors import UserError
-from ..loading import SINGLE_FILE_PARTS, Source, weight_names
+from ..loading.single_file import SINGLE_FILE_PARTS, weight_names
+from ..loading.source import Source
 from .transformer import TransformerDenoiser, TransformerTeacher
 
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
