@@ -90,7 +90,7 @@ class Store:
     Attributes:
         folder: of the store.
         about: what the store holds, for `flash-diffusion cache ls`.
-        dtype: of floating-point rows on disk; rows come back in the dtype that they were given in.
+        dtype: of floating-point rows on disk, unless their own is smaller; rows come back in their own.
     """
 
     folder: Path
@@ -192,7 +192,8 @@ class Store:
 
     def _stored(self, value: Tensor) -> Tensor:
         value = value.detach().cpu()
-        return (value.to(self.dtype) if value.is_floating_point() else value).contiguous()
+        wide = value.is_floating_point() and value.element_size() > self.dtype.itemsize
+        return (value.to(self.dtype) if wide else value).contiguous()
 
     def read_keys(self, path: Path) -> Keys | None:
         """Return the keys (n, 16) of a file, or None after removing a damaged file."""

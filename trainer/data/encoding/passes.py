@@ -145,7 +145,8 @@ def row_bytes(part: Pass, teacher: Teacher, task: Task) -> int:
     """Return about the size of a row on disk; a task's conditions are hints, or taken to be as large as latents."""
     bytes_each = torch.finfo(part.store.dtype).bits // 8
     if part.kind == "captions":
-        return sum(value.numel() for value in as_rows(teacher.unconditional(1)).values()) * bytes_each
+        parts = as_rows(teacher.unconditional(1)).values()
+        return sum(value.numel() * min(value.element_size(), bytes_each) for value in parts)
     if part.kind == "conditions" and task.gives_hint:
         height, width = teacher.resolution
         return 3 * height * width  # bytes, see packed()
