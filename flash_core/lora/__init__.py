@@ -9,7 +9,7 @@ from .names import is_transformer, with_diffusers_names
 from .published import PUBLISHED, PublishedLora
 from .report import LeftOut, LoraReport, report_on
 from .settings import PEFT_WEIGHTS
-from .weights import LoraFile, LoraModule, flat_name
+from .weights import Difference, LoraFile, LoraModule, flat_name
 from .writing import DIALECTS, Dialect, write_lora
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "PEFT_WEIGHTS",
     "PUBLISHED",
     "Dialect",
+    "Difference",
     "FlashMetadata",
     "LeftOut",
     "LoraError",

@@ -77,12 +77,17 @@ class Container:
     memory: mmap.mmap | bytearray
 
     def number(self, key: str) -> float | None:
-        """Return the first number of a tensor without torch (files have hundreds of alphas); None for a rare type."""
+        """Return the first number of a tensor; None for booleans and for rare types of whole numbers.
+
+        The usual types are read without torch: files have hundreds of alphas.
+        """
         dtype, begin = self.places[key]
         raw = self.memory[begin : begin + DTYPE_BYTES[dtype]]
         if dtype == "BF16":  # a float32 without its lower half
             dtype, raw = "F32", b"\0\0" + raw
         number = NUMBER_FORMATS.get(dtype)
+        if number is None and DTYPES[dtype].is_floating_point:  # 8 bits
+            return float(torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).to(torch.float32)[0])
         return None if number is None else float(struct.unpack(number, raw)[0])
 
     def tensor(self, key: str) -> Tensor:

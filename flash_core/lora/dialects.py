@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple, TypeAlias
 
-Part: TypeAlias = Literal["down", "up", "mid", "alpha", "foreign"]
+Part: TypeAlias = Literal["down", "up", "mid", "alpha", "weight", "bias", "foreign"]
 
 # The first match wins, so what begins with another prefix stands before it.
 _PREFIXES: tuple[tuple[str, str, bool], ...] = (
@@ -44,11 +44,16 @@ _SUFFIX = re.compile(
     | (?P<up>\.lora_up\.weight | \.lora_B (?:\.[\w-]+)? \.weight | \.lora_B | \.lora(?:_linear_layer)?\.up\.weight)
     | (?P<mid>\.lora_mid\.weight)
     | (?P<alpha>(?:\.lora)?\.alpha)
+    | (?P<weight>\.diff | \.w_norm)
+    | (?P<bias>\.diff_b | \.b_norm)
     )$""",  # PEFT may put the adapter's name before ".weight"
     re.VERBOSE,
 )
 
-_PARTS: dict[str, Part] = {"down": "down", "up": "up", "mid": "mid", "alpha": "alpha"}
+_PARTS: dict[str, Part] = {
+    **{"down": "down", "up": "up", "mid": "mid", "alpha": "alpha"},
+    **{"weight": "weight", "bias": "bias"},  # the change of a whole weight or bias
+}
 
 # Tensors by which other algorithms are known (LyCORIS' and PEFT's names).
 _ALGORITHMS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -76,7 +81,7 @@ class LoraKey(NamedTuple):
     Attributes:
         dialect: the tool that spells keys this way.
         path: the layer; a text encoder's keeps its prefix, which tells several encoders apart.
-        part: the tensor of the layer: down, up, alpha ...
+        part: the tensor of the layer: down, up, alpha ...; ``weight`` and ``bias`` are changes of the whole tensor.
         text_encoder: whether the layer is a text encoder's.
         algorithm: the algorithm's name where ``part`` is ``foreign``: not plain LoRA.
     """

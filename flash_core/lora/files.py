@@ -17,7 +17,7 @@ from .dialects import EMBEDDING, LoraKey, Part, parse_key
 from .metadata import FlashMetadata
 from .published import recognise, with_stock_names
 from .settings import PEFT_CONFIG, PEFT_WEIGHTS, FileSettings, find_settings
-from .weights import AlphaSource, LoraFile, LoraModule, flat_name
+from .weights import AlphaSource, Difference, LoraFile, LoraModule, flat_name
 
 MAX_RANK = 8192  # far above any LoRA's: 1024 is large, and a full-rank file of SDXL has 1280
 
@@ -44,7 +44,12 @@ def read_lora(path: str | os.PathLike[str], *, mapped: bool = True) -> LoraFile:
     if path.is_dir():
         path = path / PEFT_WEIGHTS
     container = open_container(path, mapped=mapped)
-    grouped, unknown, dialects = _group(path.name, container.shapes)
+    grouped, whole, unknown, dialects = _group(path.name, container.shapes)
+    if not grouped and whole:
+        raise LoraError(
+            f"{path.name} holds changes of whole weights (key {next(iter(whole))[:120]!r}) and no LoRA. Load it with "
+            "ComfyUI's own loader, Load LoRA; or extract a LoRA with Extract and Save LoRA, type 'standard'"
+        )
     if not grouped:
         example = next(iter(container.shapes), "nothing at all")
         raise LoraError(
@@ -83,6 +88,8 @@ def read_lora(path: str | os.PathLike[str], *, mapped: bool = True) -> LoraFile:
     return LoraFile(
         modules=modules,
         text_encoder=text_encoder,
+        differences=_differences(container, whole, grouped, text_encoder=False),
+        text_encoder_differences=_differences(container, whole, grouped, text_encoder=True),
         unknown=tuple(key[:MAX_NAME] for key in unknown if not EMBEDDING.match(key)),
         embeddings=tuple(key[:MAX_NAME] for key in unknown if EMBEDDING.match(key)),
         dialect=dialects.most_common(1)[0][0],
@@ -117,9 +124,10 @@ class _Layer:
         self.keys: dict[Part, str] = {}
 
 
-def _group(name: str, keys: Iterable[str]) -> tuple[dict[str, _Layer], list[str], Counter[str]]:
-    """Return the file's layers by name, the keys of no layer, and how many keys each dialect has."""
+def _group(name: str, keys: Iterable[str]) -> tuple[dict[str, _Layer], dict[str, LoraKey], list[str], Counter[str]]:
+    """Return the file's layers by name, the keys of whole changes, all keys of no layer, and the dialects' counts."""
     layers: dict[str, _Layer] = {}
+    whole: dict[str, LoraKey] = {}
     unknown: list[str] = []
     dialects: Counter[str] = Counter()
     for key in keys:
@@ -132,6 +140,10 @@ def _group(name: str, keys: Iterable[str]) -> tuple[dict[str, _Layer], list[str]
                 f"{name} is a {parsed.algorithm} file (key {key[:120]!r}); only plain LoRA can be read. Load the "
                 "file with ComfyUI's own LoRA loader, or ask its author for a LoRA"
             )
+        if parsed.part in ("weight", "bias"):
+            whole[key] = parsed
+            unknown.append(key)
+            continue
         dialects[parsed.dialect] += 1
         flat = flat_name(parsed.path)
         layer = layers.setdefault(flat, _Layer(parsed.path, parsed.text_encoder))
@@ -143,7 +155,35 @@ def _group(name: str, keys: Iterable[str]) -> tuple[dict[str, _Layer], list[str]
         layer.keys[parsed.part] = key
         if "." in parsed.path:
             layer.path = parsed.path
-    return layers, unknown, dialects
+    return layers, whole, unknown, dialects
+
+
+def _differences(
+    container: Container, whole: Mapping[str, LoraKey], grouped: Mapping[str, _Layer], *, text_encoder: bool
+) -> tuple[Difference, ...]:
+    """Return the changes of whole weights and biases of the denoiser, or of the text encoders.
+
+    Raises:
+        LoraError: a weight has a change beside its LoRA, or a change holds NaN or infinite values.
+    """
+    found = []
+    name = container.path.name
+    for key, parsed in whole.items():
+        if parsed.text_encoder != text_encoder:
+            continue
+        if parsed.part == "weight" and flat_name(parsed.path) in grouped:
+            raise LoraError(
+                f"{name} has a LoRA and a change of the whole weight for {parsed.path}, so it is ambiguous; download "
+                "it again, or ask its author"
+            )
+        values = container.tensor(key)
+        if not values.is_floating_point() or not (text_encoder or all_finite(values)):
+            raise LoraError(
+                f"{name}: {key[:MAX_NAME]} holds NaN or infinite values ({values.dtype}). The training failed or the "
+                "file is damaged: download it again"
+            )
+        found.append(Difference(key[:MAX_NAME], parsed.path, "bias" if parsed.part == "bias" else "weight", values))
+    return tuple(found)
 
 
 def _check(name: str, layer: _Layer, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .matching import MatchReport, base_of, describe_base
 from .metadata import FlashMetadata
-from .weights import AlphaSource, LoraFile
+from .weights import AlphaSource, Difference, LoraFile
 
 ALPHA_SOURCES: dict[AlphaSource, str] = {
     "file": "from the file",
@@ -148,12 +149,18 @@ class LoraReport:
         )
 
 
-def report_on(file: LoraFile, met: MatchReport | None = None, notes: tuple[str, ...] = ()) -> LoraReport:
+def report_on(
+    file: LoraFile,
+    met: MatchReport | None = None,
+    notes: tuple[str, ...] = (),
+    unfit: Sequence[Difference] = (),
+) -> LoraReport:
     """Return the report on a file, and on how it fits a model.
 
     Args:
         met: the comparison with the model. Default: no model.
         notes: more hints for the user. Default: none.
+        unfit: the file's differences that do not fit the model. Default: none.
     """
     left_out = []
     if met is not None:
@@ -161,13 +168,19 @@ def report_on(file: LoraFile, met: MatchReport | None = None, notes: tuple[str, 
         for names, why in kinds:
             if names:
                 left_out.append(LeftOut(len(names), f"layers {why}", names[0], harmless=False))
-    if file.unknown:
-        left_out.append(
-            LeftOut(len(file.unknown), "keys that are not plain LoRA on a layer", file.unknown[0], harmless=False)
-        )
+    if unfit:
+        what = "changes of whole weights or biases that do not fit the model"
+        left_out.append(LeftOut(len(unfit), what, unfit[0].key, harmless=False))
+    whole = {one.key for one in (*file.differences, *file.text_encoder_differences)}
+    unknown = [key for key in file.unknown if key not in whole]
+    if unknown:
+        left_out.append(LeftOut(len(unknown), "keys that are not plain LoRA on a layer", unknown[0], harmless=False))
     if file.text_encoder:
         what = "text encoder layers (Flash LoRAs change the denoiser only)"
         left_out.append(LeftOut(len(file.text_encoder), what, next(iter(file.text_encoder)), harmless=True))
+    if file.text_encoder_differences:
+        what, example = "changes of text encoders' whole weights or biases", file.text_encoder_differences[0].key
+        left_out.append(LeftOut(len(file.text_encoder_differences), what, example, harmless=True))
     if file.embeddings:
         left_out.append(LeftOut(len(file.embeddings), "packed embeddings", file.embeddings[0], harmless=True))
     return LoraReport(
@@ -181,10 +194,19 @@ def report_on(file: LoraFile, met: MatchReport | None = None, notes: tuple[str, 
         layers=len(file.modules),
         matched=None if met is None else len(met.matched),
         left_out=tuple(left_out),
-        notes=(*file.notes, *notes),
+        notes=(*file.notes, *_whole_changes(file, unfit), *notes),
         metadata=file.metadata,
         published=file.published,
     )
+
+
+def _whole_changes(file: LoraFile, unfit: Sequence[Difference]) -> tuple[str, ...]:
+    """Return a note on the changes of whole weights and biases that ComfyUI's nodes add, if there are any."""
+    missing = {one.key for one in unfit}
+    parts = [one.part for one in file.differences if one.key not in missing]
+    if not parts:
+        return ()
+    return (f"it also changes whole weights ({parts.count('weight')}) and biases ({parts.count('bias')})",)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

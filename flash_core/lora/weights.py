@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -72,13 +72,33 @@ class LoraModule:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """The change of a whole weight or bias, which some files hold beside their LoRA: ``tensor + strength * values``.
+
+    Attributes:
+        key: in the file.
+        path: the module's path as in the file.
+        part: which of the module's tensors changes.
+        values: of the tensor's shape.
+    """
+
+    key: str
+    path: str
+    part: Literal["weight", "bias"]
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class LoraFile:
     """A LoRA file in memory.
 
     Attributes:
         modules: the denoiser's layers by :func:`flat_name`.
         text_encoder: the text encoders' layers by prefix and flat name, kept apart.
-        unknown: keys that belong to no known layer.
+        unknown: keys that belong to no LoRA layer, those of differences included: a reader of ``modules`` alone loses
+            them.
+        differences: changes of the denoiser's whole weights and biases.
+        text_encoder_differences: the same of the text encoders.
         embeddings: keys of textual-inversion embeddings that were packed into the file.
         dialect: the spelling of the keys.
         alpha_source: the source of alpha.
@@ -93,11 +113,19 @@ class LoraFile:
     alpha_source: AlphaSource
     text_encoder: Mapping[str, LoraModule] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    text_encoder_differences: tuple[Difference, ...] = ()
     embeddings: tuple[str, ...] = ()
     metadata: FlashMetadata | None = None
     header: Mapping[str, str] = field(default_factory=dict)
     published: str | None = None
     notes: tuple[str, ...] = ()
+
+    def without_text_encoder(self) -> LoraFile:
+        """Return the file without its text encoders' layers and changes."""
+        keys = {difference.key for difference in self.text_encoder_differences}
+        unknown = tuple(key for key in self.unknown if key not in keys)
+        return replace(self, text_encoder={}, text_encoder_differences=(), unknown=unknown)
 
     @property
     def ranks(self) -> tuple[int, ...]:

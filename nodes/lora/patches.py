@@ -7,7 +7,7 @@ layers are listed under every name that they have, and a LoRA is applied whole o
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import comfy.lora
@@ -18,6 +18,7 @@ from comfy.weight_adapter import LoRAAdapter
 
 from ...flash_core.families import name_of
 from ...flash_core.lora import (
+    Difference,
     LoraFile,
     LoraModule,
     LoraReport,
@@ -121,18 +122,18 @@ def apply_lora(
         LoraMismatch: no layer fits; or, without ``allow_partial``, some layer does not fit.
     """
     met, layers = fit(file, model)
-    report = report_on(file, met, _notes(file, model))
+    whole, unfit = whole_patches(file.differences, model, _find_layers(model, _names(file.differences)))
+    report = report_on(file, met, _notes(file, model), unfit)
     if not met.matched or not (report.complete or allow_partial):
         raise LoraMismatch(_refusal(file, model, report))
-    patches = {}
-    for name in met.matched:
-        patches[layers[name]] = lora_patch(name, file.modules[name])
+    patches: dict[Target, Any] = {layers[name]: lora_patch(name, file.modules[name]) for name in met.matched}
+    patches |= whole
     patched = model.clone()
     applied = patched.add_patches(patches, strength)
-    if len(applied) != len(met.matched):
+    if len(applied) != len(met.matched) + len(whole):
         raise LoraMismatch(
-            f"ComfyUI applied only {len(applied)} of the LoRA's {len(met.matched)} matching layers. Please report this "
-            "file as a bug."
+            f"ComfyUI applied only {len(applied)} of the LoRA's {len(met.matched) + len(whole)} matching layers. "
+            "Please report this file as a bug."
         )
     return patched, report
 
@@ -142,6 +143,44 @@ def lora_patch(name: str, module: LoraModule) -> LoRAAdapter:
     halves = {f"{name}.lora_up.weight": module.up, f"{name}.lora_down.weight": module.down}
     # The third argument is alpha: ComfyUI divides it by the rank.
     return LoRAAdapter.load(name, halves, module.scale * module.rank, None)
+
+
+def whole_patches(
+    differences: Sequence[Difference], model: ModelPatcher, layers: Mapping[str, Target]
+) -> tuple[dict[Target, Any], list[Difference]]:
+    """Make ComfyUI's patches for changes of whole weights and biases.
+
+    Args:
+        differences: of the file.
+        model: the MODEL, or a text encoder's patcher.
+        layers: its layers' weights by flat name.
+
+    Returns:
+        ``(patches, unfit)``: the patches by their targets, and the differences that the model has no place for.
+    """
+    patches: dict[Target, Any] = {}
+    unfit = []
+    for difference in differences:
+        target = layers.get(flat_name(difference.path))
+        if target is not None and difference.part == "bias":
+            target = _bias(target)
+        if target is None or layer_shape(model, target) != tuple(difference.values.shape):
+            unfit.append(difference)
+        else:
+            patches[target] = ("diff", (difference.values,))
+    return patches, unfit
+
+
+def _bias(target: Target) -> Target | None:
+    """Return the bias of a layer; None for a slice of a fused weight along its inputs, which have no bias."""
+    name = f"{_weight(target).removesuffix('.weight')}.bias"
+    if isinstance(target, str):
+        return name
+    return (name, *target[1:]) if target[1] is None or target[1][0] == 0 else None
+
+
+def _names(differences: Sequence[Difference]) -> set[str]:
+    return {flat_name(difference.path) for difference in differences}
 
 
 def _notes(file: LoraFile, model: ModelPatcher) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -22,7 +21,7 @@ from ..shared.inputs import NONE, allow_partial_input, files_fingerprint, streng
 from ..shared.model_facts import METADATA_KEY
 from ..shared.schema import count, node_schema, show_text
 from .loaded import LOADED_KEY, Loaded, check_single_flash
-from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch, read_chosen
+from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch, read_chosen, whole_patches
 
 STYLES = 4  # slots; connect one stack to the next for more
 
@@ -162,19 +161,19 @@ def load(
     """
     lines = []
     modules = file.modules
-    if modules:
+    layers = len(file.text_encoder) + len(file.text_encoder_differences)
+    if modules or file.differences:
         # The report on the text encoder's layers follows below.
-        patched, report = apply_lora(dataclasses.replace(file, text_encoder={}), model, strength, allow_partial)
+        patched, report = apply_lora(file.without_text_encoder(), model, strength, allow_partial)
         if not report.complete:
             modules = {name: modules[name] for name in fit(file, model)[0].matched}
         model = patched
         lines.append(report.text())
     elif clip is None:
         raise LoraMismatch(
-            f"it changes only the text encoder ({len(file.text_encoder)} layers), but no text encoder is connected. "
+            f"it changes only the text encoder ({count(layers, 'layer')}), but no text encoder is connected. "
             "Connect the checkpoint's CLIP to 'clip', and use the 'clip' output for the prompts."
         )
-    layers = len(file.text_encoder)
     if layers and clip is None:
         lines.append(f"left out: {count(layers, 'text encoder layer')}; connect 'clip' to use them")
     elif layers:
@@ -194,7 +193,7 @@ def apply_to_clip(file: LoraFile, clip: CLIP, strength: float) -> tuple[CLIP, in
     targets = {
         flat_name(key): target for key, target in comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}).items()
     }
-    patches = {}
+    patches: dict[Target, Any] = {}
     for name, module in file.text_encoder.items():
         target = _find(targets, name)
         shape = None if target is None else layer_shape(clip.patcher, target)
@@ -203,11 +202,22 @@ def apply_to_clip(file: LoraFile, clip: CLIP, strength: float) -> tuple[CLIP, in
         if not (torch.isfinite(module.up).all() and torch.isfinite(module.down).all()):
             raise LoraError(f"text encoder layer {module.path} holds NaN or infinite values; download the file again")
         patches[target] = lora_patch(name, module)
+    for difference in file.text_encoder_differences:
+        name = flat_name(difference.path)
+        target = _find(targets, name)
+        whole, _ = whole_patches([difference], clip.patcher, {} if target is None else {name: target})
+        if whole and not torch.isfinite(difference.values).all():
+            raise LoraError(
+                f"text encoder layer {difference.key} holds NaN or infinite values; download the file again"
+            )
+        patches |= whole
     if not patches:
-        name, module = next(iter(file.text_encoder.items()))
+        shapes = [(name, module.shape) for name, module in file.text_encoder.items()]
+        shapes += [(one.key, tuple(one.values.shape)) for one in file.text_encoder_differences]
+        name, expected = shapes[0]
         raise LoraMismatch(
-            f"none of its {count(len(file.text_encoder), 'text encoder layer')} fits this CLIP (e.g. {name}, "
-            f"{' x '.join(map(str, module.shape))}). Connect the CLIP of the checkpoint that the LoRA was made for. Or "
+            f"none of its {count(len(shapes), 'text encoder layer')} fits this CLIP (e.g. {name}, "
+            f"{' x '.join(map(str, expected))}). Connect the CLIP of the checkpoint that the LoRA was made for. Or "
             "disconnect 'clip': then these layers are left out."
         )
     patched = clip.clone()

@@ -181,7 +181,9 @@ def write_crosses(folder: Path) -> None:
     write_lora(folder / "said to be alpha", layers, said, transformer=True)
     text = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{half}": torch.randn(2, 2) for half in KOHYA}
     save_file(text, folder / "text encoder")
-    save_file(load_file(folder / "sd15" / "kohya") | {"lora_unet_conv_in.diff": torch.ones(1)}, folder / "unknown keys")
+    save_file(
+        load_file(folder / "sd15" / "kohya") | {"lora_unet_conv_in.set_weight": torch.ones(1)}, folder / "unknown keys"
+    )
 
 
 @dataclass(frozen=True)
@@ -377,6 +379,6 @@ def test_pixart_alpha_has_all_layers_of_sigma(matrix: Matrix) -> None:
 def test_layers_outside_the_denoiser_are_reported(matrix: Matrix) -> None:
     assert "has no layer for the diffusion model" in matrix.answers["a text encoder's alone"]["error"]
     assert (
-        "keys that are not plain LoRA on a layer: 1, e.g. lora_unet_conv_in.diff"
+        "keys that are not plain LoRA on a layer: 1, e.g. lora_unet_conv_in.set_weight"
         in matrix.answers["unknown keys"]["error"]
     )

@@ -85,6 +85,27 @@ def test_every_spelling_reads_as_the_same_layer(spelling: str, alpha: float | No
     assert not file.unknown
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_changes_of_whole_weights_and_biases_are_read_beside_the_layers(spelling: str, tmp_path: Path) -> None:
+    """Core's "Extract and Save LoRA" writes diff and diff_b, LyCORIS w_norm and b_norm; readers of layers see keys."""
+    name, down_key, up_key = SPELLINGS[spelling]
+    down, up = halves()
+    norm = name.removesuffix("attn2.to_k").removesuffix("attn2_to_k") + "norm1"
+    whole = {f"{name}.diff_b": torch.ones(8), f"{norm}.w_norm": torch.ones(6), f"{norm}.b_norm": torch.zeros(6)}
+    text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.diff_b": torch.ones(5)}
+    path = tmp_path / "lora.safetensors"
+    save_file({f"{name}.{down_key}": down, f"{name}.{up_key}": up, **whole, **text}, path)
+    file = read_lora(path)
+    found = {(flat_name(one.path), one.part): one.values for one in file.differences}
+    flat = flat_name(PATH).removesuffix("attn2_to_k")
+    assert set(found) == {(f"{flat}attn2_to_k", "bias"), (f"{flat}norm1", "weight"), (f"{flat}norm1", "bias")}
+    assert torch.equal(found[f"{flat}attn2_to_k", "bias"], torch.ones(8))
+    assert [one.key for one in file.text_encoder_differences] == list(text)
+    assert set(file.unknown) == {*whole, *text}
+    assert set(file.without_text_encoder().unknown) == set(whole)
+    assert "it also changes whole weights (1) and biases (2)" in report_on(file).text()
+
+
 def test_the_old_attention_processor_spelling(tmp_path: Path) -> None:
     down, up = halves()
     block = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor"

@@ -20,6 +20,7 @@ from torch import Tensor
 from flash_diffusion.flash_core.lora import FlashMetadata, LoraError, read_lora
 
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
+DIFF, BIAS = f"{LAYER}.diff", f"{LAYER}.diff_b"
 DOWN, UP, ALPHA = f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight", f"{LAYER}.alpha"
 SECONDS = 300  # a scan of quadratic time, or a regular expression that backtracks, takes hours
 MEGABYTES = 200.0
@@ -156,6 +157,14 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes | dict[str, Tensor]], str]] = {
         lambda _: {**halves(), ALPHA: torch.tensor(float("nan"), dtype=torch.bfloat16)},
         "one finite number",
     ),
+    "alpha is NaN in 8 bits": (
+        lambda _: {**halves(), ALPHA: torch.tensor(float("nan")).to(torch.float8_e4m3fn)},
+        "one finite number",
+    ),
+    "changes of whole weights alone": (lambda _: {DIFF: torch.ones(4, 4), BIAS: torch.ones(4)}, "Load LoRA"),
+    "a LoRA and a change of the whole weight": (lambda _: {**halves(), DIFF: torch.ones(4, 4)}, "ambiguous"),
+    "NaN in a change of a bias": (lambda _: {**halves(), BIAS: torch.full((4,), float("nan"))}, "finite"),
+    "integers in a change of a bias": (lambda _: {**halves(), BIAS: torch.ones(4).int()}, "int32"),
     "alpha is true": (lambda _: {**halves(), ALPHA: torch.tensor(True)}, "one finite number"),
     "alpha of two numbers": (lambda _: {**halves(), ALPHA: torch.ones(2)}, "one finite number"),
     "alpha of none": (lambda _: {**halves(), ALPHA: torch.ones(0)}, "one finite number"),
@@ -294,9 +303,11 @@ def test_a_bad_flash_header(field: str, value: str | None, tmp_path: Path) -> No
     "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64]
 )
 def test_every_floating_type_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
-    save_file({key: half.to(dtype) for key, half in halves().items()}, tmp_path / "lora.safetensors")
+    tensors = {**halves(), ALPHA: torch.tensor(3.5)}  # a number of every type
+    save_file({key: value.to(dtype) for key, value in tensors.items()}, tmp_path / "lora.safetensors")
     (module,) = read_lora(tmp_path / "lora.safetensors").modules.values()
     assert module.down.dtype == dtype
+    assert module.alpha == 3.5
 
 
 def test_large_numbers_are_numbers(tmp_path: Path) -> None:
