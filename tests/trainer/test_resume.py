@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.trainer.config import Recipe, parse_recipe
 from flash_diffusion.trainer.distill import checkpoint
 from flash_diffusion.trainer.distill.export_command import export_checkpoint
 from flash_diffusion.trainer.distill.loop import distil
+from flash_diffusion.trainer.distill.training_log import TrainingLog
 from flash_diffusion.trainer.errors import UserError
 
-from .conftest import trainer_process
-from .models import tiny_recipe
+from .models import tiny_recipe, tiny_stable_diffusion
 
 
 def assert_same_file(one: Path, other: Path) -> None:
@@ -34,43 +33,6 @@ def assert_same_file(one: Path, other: Path) -> None:
         assert value.numpy().tobytes() == theirs[name].numpy().tobytes(), name
     with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
         assert first.metadata() == second.metadata()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("trajectories", [0, 6], ids=["rollouts", "trajectories"])
-def test_a_killed_run_resumes_exactly(recipe_content: dict[str, Any], tmp_path: Path, trajectories: int) -> None:
-    recipe_content["method"]["fake_score"] = "critic"
-    recipe_content |= {
-        "phases": [{**phase, "updates": 8} for phase in recipe_content["phases"]],
-        "trajectories": {"count": trajectories, "batch": 2},
-        "checkpoint": {"every": 3},
-        "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup": 3},
-        "gradient_accumulation": 2,
-        "log_every": 2,
-    }
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe_content))
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = trainer_process("distill", file, "--output", killed)
-    while not (checkpoint.checkpoints(killed) or list((killed / "trajectories").glob("*.safetensors"))):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    moment = random.SystemRandom().uniform(0, 3)
-    time.sleep(moment)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    at = [path.name for path in checkpoint.checkpoints(killed)]
-    print(f"killed {moment:.3f} s after the first file; checkpoints {at}")  # noqa: T201
-    resumed = trainer_process("distill", file, "--output", killed, "--resume")
-    text = resumed.communicate(timeout=600)[0]
-    assert resumed.returncode == 0, text
-    distil(parse_recipe(recipe_content), whole)
-    assert_same_file(killed / "lora.safetensors", whole / "lora.safetensors")
-    logged, wanted = (
-        [(line["update"], line["total"]) for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())]
-        for run in (killed, whole)
-    )
-    assert [update for update, _ in logged] == [update for update, _ in wanted]
 
 
 def test_resuming_at_any_checkpoint_gives_the_same_lora(recipe_content: dict[str, Any], tmp_path: Path) -> None:
@@ -186,3 +148,60 @@ def test_damage_of_all_checkpoints_is_one_error(recipe: Recipe, whole_run: Path,
 
 def test_resuming_in_an_empty_folder_begins_a_run(recipe: Recipe, tmp_path: Path) -> None:
     assert distil(recipe, tmp_path / "new", resume=True).is_file()
+
+
+def test_another_teacher_is_refused_and_other_data_are_said(
+    recipe_content: dict[str, Any], whole_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = copy_of(whole_run, tmp_path / "run")
+    shutil.rmtree(checkpoint.checkpoint_path(run, 5))
+    before = (run / "config.yaml").read_bytes()
+    other = {**recipe_content, "model": {"family": "sd15", "path": str(tiny_stable_diffusion(tmp_path / "b", seed=1))}}
+    with pytest.raises(UserError, match=rf"{run} holds 4 updates with another teacher .*{tmp_path / 'b'}.*config.yaml"):
+        distil(parse_recipe(other), run, resume=True)
+    assert (run / "config.yaml").read_bytes() == before
+    pictures = shutil.copytree(recipe_content["data"]["path"], tmp_path / "pictures")
+    moved = parse_recipe({**recipe_content, "data": {"source": "folder", "path": str(pictures)}})
+    distil(moved, copy_of(run, tmp_path / "moved"), resume=True)
+    assert "the data have changed" not in caplog.text
+    (pictures / "000.txt").write_text("another caption")
+    distil(moved, run, resume=True)
+    assert "the data have changed since update 4" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [40, 400, 3000, 30_000, 300_000])
+def test_a_full_disk_is_an_error_that_leaves_the_run_usable(
+    recipe: Recipe, whole_run: Path, tmp_path: Path, limit: int
+) -> None:
+    """The system refuses to write more than ``limit`` bytes into any file, as it refuses on a full disk."""
+    resource = pytest.importorskip("resource")
+    run = copy_of(whole_run, tmp_path / "run")
+    shutil.rmtree(checkpoint.checkpoint_path(run, 5))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(UserError) as error:
+            distil(recipe, run, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    path = re.fullmatch(r"(.*) could not be written: File too large \(.* GB free on that disk\)\. .*", str(error.value))
+    assert path, error.value
+    assert Path(path[1]).is_relative_to(run)
+    assert not checkpoint.damage(checkpoint.checkpoint_path(run, 4))
+    assert not list(run.rglob(".*.partial"))
+    distil(recipe, run, resume=True)
+    assert_same_file(run / "lora.safetensors", whole_run / "lora.safetensors")
+
+
+def test_every_update_is_once_in_the_log_and_in_tensorboard(tmp_path: Path) -> None:
+    """A session logs five updates and is killed; the next one goes on from a checkpoint after the third."""
+    for first, updates in ((0, range(1, 6)), (3, range(4, 7))):
+        log = TrainingLog(tmp_path, first, active=True)
+        for update in updates:
+            log.record({"update": update}, {"total": update + first / 10})
+        log.flush()
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("total")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    wanted = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.3), (5, 5.3), (6, 6.3)]
+    assert [(point.step, round(point.value, 5)) for point in curves] == wanted
+    assert [(line["update"], line["total"]) for line in lines] == wanted

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_whole
 from .assets import DATA
 
 if TYPE_CHECKING:
@@ -58,11 +59,21 @@ def write_shard(samples: Iterable[tuple[Caption, Image.Image]], path: Path) -> i
     gzip is for the tar headers, which are larger than such small files. The bytes depend only on the samples: the shard
     records no time, user or host.
     """
+    count = 0
+
+    def write(partial: Path) -> None:
+        nonlocal count
+        count = _fill_shard(samples, partial)
+
+    write_whole(path, write)
+    return count
+
+
+def _fill_shard(samples: Iterable[tuple[Caption, Image.Image]], partial: Path) -> int:
     import webdataset
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with path.open("wb") as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as stream:
+    with partial.open("wb") as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as stream:
         writer = webdataset.TarWriter(stream, encoder=False, mtime=0, user="", group="")
         for caption, image in samples:
             webp = io.BytesIO()

@@ -171,17 +171,23 @@ class Run:
                 if self.state.update == 0:
                     self.state.training_since = self.clock.elapsed
                 self._make_updates()
+                self._finish()
         except Interrupted:
             if self.state.update:
                 self._save_checkpoint()
             self.log.close()
             raise
+        return self.output / LORA_FILE
+
+    def _finish(self) -> None:
+        """Save the last checkpoint, draw the last preview and export."""
         if self.state.update == 0:
             raise UserError(
                 f"limits.max_minutes: {self.recipe.limits.max_minutes:g} minutes were over before the first update, "
                 f"after {self.clock.elapsed / 60:.1f}; nothing was learnt. Raise it, or lower trajectories.count; "
                 "--resume keeps the recorded trajectories"
             )
+        self.log.show(1.0, 0.0, f"{self.state.update} updates; writing the last checkpoint, the preview and the LoRA")
         self._save_checkpoint()
         self._draw_preview()
         self.log.close()
@@ -189,7 +195,6 @@ class Run:
         if self.accelerator.is_main_process:
             export_run(self.output, self.recipe, self.parts.average.tensors, self.state)
         self.accelerator.wait_for_everyone()
-        return self.output / LORA_FILE
 
     def _record_trajectories(self) -> None:
         section = self.recipe.trajectories
@@ -221,7 +226,6 @@ class Run:
             if recipe.preview.every and state.update % recipe.preview.every == 0:
                 self._draw_preview()
             self.stop.check(self.accelerator)
-        self.log.show(1.0, 0.0, f"{state.update} updates")
 
     def _log(self, phase: PhaseSection, progress: float, factor: float, updates: int, seconds: float) -> None:
         """Write the means since the last line, which is ``updates`` and ``seconds`` ago."""

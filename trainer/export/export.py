@@ -12,6 +12,7 @@ from ... import __version__
 from ...flash_core.grid import MAX_FEW_STEPS, trailing_timesteps
 from ...flash_core.lora import FlashMetadata, LoraModule, write_lora
 from ..config import Recipe
+from ..files import write_text_whole
 from ..recipes import LORA_FILE
 from ..teachers import family, outline_teacher
 from .card_usage import BEST_STEPS
@@ -53,7 +54,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
     )
     path = run / LORA_FILE
     write_lora(path, modules, metadata, transformer=teacher.transformer, dtype=getattr(torch, recipe.lora.dtype))
-    (run / "README.md").write_text(model_card(run, recipe, modules, metadata, process, state), encoding="utf-8")
+    write_text_whole(run / "README.md", model_card(run, recipe, modules, metadata, process, state))
     return path
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..demo.assets import FEATURES
 from ..demo.shards import SIZE
+from ..files import write_text_whole, write_whole
 
 WIDTHS = (32, 64, 96, 128)
 EMBEDDING = 64  # well below the usual numbers of samples, or a covariance would be singular
@@ -50,17 +51,13 @@ class FeatureNetwork(nn.Module):
         """Write `config.json` (with any `facts`) and `model.safetensors`, in half precision."""
         from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict()
-        save_file(
-            {
-                name: (value.half() if value.is_floating_point() else value).contiguous()
-                for name, value in state.items()
-            },
-            folder / "model.safetensors",
-        )
+        tensors = {
+            name: (value.half() if value.is_floating_point() else value).contiguous()
+            for name, value in self.state_dict().items()
+        }
+        write_whole(folder / "model.safetensors", lambda partial: save_file(tensors, partial))
         config = {"classes": self.classes, "general": self.general, **facts}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_text_whole(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: Path = FEATURES) -> FeatureNetwork:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...files import write_whole
 from ..assets import DATA
 
 LATENT_CHANNELS = 16  # linear reconstruction of Fluent 3D: 22.0 / 25.7 / 27.8 / 29.5 dB with 4 / 8 / 12 / 16
@@ -64,7 +65,8 @@ class PatchPCA:
         """Write the code into `folder`."""
         from safetensors.torch import save_file
 
-        save_file({"mean": self.mean, "encoder": self.encoder, "decoder": self.decoder}, folder / PCA_FILE)
+        tensors = {"mean": self.mean, "encoder": self.encoder, "decoder": self.decoder}
+        write_whole(folder / PCA_FILE, lambda partial: save_file(tensors, partial))
 
     @classmethod
     def load(cls, folder: Path = DATA) -> PatchPCA:

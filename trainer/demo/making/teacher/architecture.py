@@ -15,6 +15,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ....files import write_text_whole
+
 LATENT_CHANNELS = 16
 LATENT_SIZE = 16  # 128 px
 TEXT_WIDTH = 128
@@ -94,9 +96,9 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges = merges[: VOCABULARY - len(tokens) - 2]
     tokens += [merge.replace(" ", "") for merge in merges] + [begin, end]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
+    write_text_whole(folder / "vocab.json", vocabulary)
+    write_text_whole(folder / "merges.txt", "#version: 0.2\n" + "\n".join(merges) + "\n")
     tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
         folder,
         unk_token=end,

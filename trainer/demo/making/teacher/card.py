@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ....files import write_text_whole, write_whole
 from ....metrics.feature_network import FeatureNetwork
 from ....pictures import tile_grid
 from ...assets import FEATURES, TEACHER
@@ -73,7 +74,8 @@ def write_card(teacher: Path = TEACHER, features: Path = FEATURES) -> dict[str, 
     code = PatchPCA.load()
 
     drawn = draw(pipeline, names, GUIDANCE)
-    tile_grid(drawn, GRID_COLUMNS, GRID_TILE).save(teacher / "grid.webp", quality=85, method=6)
+    grid = tile_grid(drawn, GRID_COLUMNS, GRID_TILE)
+    write_whole(teacher / "grid.webp", lambda partial: grid.save(partial, "WEBP", quality=85, method=6))
     config = json.loads((features / "config.json").read_text())
     training = json.loads((teacher / TRAINING_FILE).read_text())
     millions = {
@@ -106,7 +108,7 @@ def write_card(teacher: Path = TEACHER, features: Path = FEATURES) -> dict[str, 
         **millions,
         **figures,
     )
-    (teacher / "README.md").write_text(card, encoding="utf-8")
+    write_text_whole(teacher / "README.md", card)
     return figures
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ....files import replace_folder
+from ....files import replace_folder, write_text_whole
 from ...assets import ROOT, TEACHER
 from ...shards import Pictures, load_pictures
 from .architecture import build_scheduler, build_text_encoder, build_unet, train_tokenizer
@@ -56,14 +56,14 @@ def export(trainer: Trainer, folder: Path = TEACHER) -> None:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_text_whole(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     training = {
         "updates": trainer.earlier_steps + trainer.step,
         "seconds": round(trainer.seconds),
         "batch_size": trainer.batch_size,
         "pictures": len(trainer.data.latents),
     }
-    (folder / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n")
+    write_text_whole(folder / TRAINING_FILE, json.dumps(training, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,159 @@
+"""The processes of a run: one folder for one run, several processes on CPUs, other numbers of them, full memories."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+from flash_diffusion.flash_core.distiller import Distiller
+from flash_diffusion.trainer.config import Recipe, parse_recipe
+from flash_diffusion.trainer.distill import checkpoint
+from flash_diffusion.trainer.distill.loop import distil
+from flash_diffusion.trainer.distill.processes import only_run_in, start_accelerator
+from flash_diffusion.trainer.errors import UserError
+
+from .test_resume import assert_same_file
+
+
+def test_a_folder_in_use_is_refused_and_names_the_other_run(recipe: Recipe, tmp_path: Path) -> None:
+    me = rf"process {os.getpid()} on {socket.gethostname()}, since \d{{4}}-"
+    with only_run_in(tmp_path, Accelerator()):
+        for resume in (False, True):
+            with pytest.raises(
+                UserError, match=rf"{tmp_path} is in use by another run \({me}.*choose another --output"
+            ):
+                distil(recipe, tmp_path, resume=resume)
+    assert distil(recipe, tmp_path).is_file()
+    assert not (tmp_path / ".lock-owner.json").exists()
+
+
+def test_output_that_is_a_file_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="--output: .*file is a file; expected the run's folder"):
+        distil(recipe, tmp_path / "file")
+    with pytest.raises(UserError, match="file.below could not be written: Not a directory"):
+        distil(recipe, tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    # In this process accelerate has already started, alone.
+    [("two", "WORLD_SIZE is 'two'; expected the number"), ("2", "2 processes were launched, but accelerate joined 1")],
+)
+def test_processes_that_do_not_join_are_refused(monkeypatch: pytest.MonkeyPatch, size: str, message: str) -> None:
+    Accelerator()
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match=message):
+        start_accelerator("no")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), r"the GPU's memory is full\. Set a batch_size below 2, .*"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), r"the memory is full\. Set a batch_size below 2"),
+        (RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer"), "the processes lost each other"),
+    ],
+)
+def test_full_memories_and_lost_processes_are_explained(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, message: str
+) -> None:
+    original, calls = Distiller.student_step, []
+
+    def failing(self: Distiller, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise error
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Distiller, "student_step", failing)
+    last = checkpoint.checkpoint_path(tmp_path, 2)
+    with pytest.raises(UserError, match=rf"{message}.*; --resume goes on from {last}"):
+        distil(recipe, tmp_path)
+
+
+def test_other_errors_keep_their_traceback(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Distiller, *arguments: Any) -> Any:
+        raise RuntimeError("mat1 and mat2")
+
+    monkeypatch.setattr(Distiller, "student_step", failing)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        distil(recipe, tmp_path)
+
+
+def launch(file: Path, output: Path, *options: str) -> subprocess.Popen[str]:
+    """Start two processes with torchrun, which tells accelerate nothing of CPUs."""
+    command = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            *command,
+            "-m",
+            "flash_diffusion.trainer",
+            "distill",
+            file,
+            "--output",
+            output,
+            *options,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to one process")
+def test_two_processes_share_the_work_and_stop_together(
+    recipe_content: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One run of 12 updates; the same run, of whose processes one gets SIGTERM, and resumed."""
+    recipe_content |= {"trajectories": {"count": 6, "batch": 2}, "checkpoint": {"every": 3, "keep": 9}}
+    recipe_content["phases"][1]["updates"] = 10
+    file, whole, stopped = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "stopped"
+    file.write_text(yaml.safe_dump(recipe_content))
+    process = launch(file, whole)
+    text = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, text
+    last = checkpoint.checkpoints(whole)[-1]
+    state, _ = checkpoint.read_facts(last)
+    assert (state.update, state.position, state.processes) == (12, 12 * 2 * 2, 2)
+    assert {path.name for path in last.glob("random-*")} == {"random-0.safetensors", "random-1.safetensors"}
+    assert [json.loads(line)["update"] for line in (whole / "log.jsonl").open()] == list(range(1, 13))
+
+    process = launch(file, stopped)
+    while not checkpoint.checkpoints(stopped):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    os.kill(json.loads((stopped / ".lock-owner.json").read_text())["pid"], signal.SIGTERM)
+    text = process.communicate(timeout=600)[0]
+    assert "exitcode  : 143" in text
+    assert "accelerate launch --num_processes 2 -m flash_diffusion.trainer distill" in text
+    last = checkpoint.checkpoints(stopped)[-1]
+    assert {path.name for path in last.glob("random-*")} == {"random-0.safetensors", "random-1.safetensors"}
+    alone = shutil.copytree(stopped, tmp_path / "alone")
+    process = launch(file, stopped, "--resume")
+    text = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, text
+    assert "processes before" not in text
+    assert_same_file(stopped / "lora.safetensors", whole / "lora.safetensors")
+
+    distil(parse_recipe(recipe_content), alone, resume=True)
+    assert f"{last.name}: processes before: 2, now: 1" in caplog.text
+    assert "an update has 2 samples instead of 4" in caplog.text
