@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ...pictures import on_white
 from .names import picture_formats
@@ -128,7 +128,7 @@ def _explained(raw: RawSample, name: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return str(error) if "BytesIO" not in text else "its bytes are no picture in a format that is read"
     if not text or "BytesIO" in text:
         return "its content is damaged"
@@ -138,7 +138,7 @@ def _reason(error: Exception) -> str:
 def _with_picture(content: bytes, work: Callable[[Image.Image], Result]) -> Result:
     """Return ``work`` of the opened picture. A PNG file with texts that Pillow refuses is opened without them."""
     if not content:
-        raise Image.UnidentifiedImageError("the file is empty: 0 bytes")
+        raise UnidentifiedImageError("the file is empty: 0 bytes")
     formats = tuple(set(picture_formats().values()))
     try:
         with Image.open(io.BytesIO(content), formats=formats) as picture:

@@ -63,7 +63,7 @@ class Folder:
 
     def stamp(self, unit: int) -> str:
         """Return a hash of names, sizes and times of the unit's files, and of the tables of captions."""
-        digest = blake2b(str(self.path.resolve()).encode("utf-8", "surrogatepass"), digest_size=16)
+        digest = blake2b(f"{self.path.resolve()}\0{self._expected}".encode("utf-8", "surrogatepass"), digest_size=16)
         files = (self._file(stem, ending) for *_, stem, endings in self._unit(unit) for ending in endings)
         for file in (*files, *self._tables):
             try:
@@ -94,6 +94,11 @@ class Folder:
         stem, endings = next(self._unit(0))
         return str(self._file(stem, endings[0])), frozenset(self._companions(stem, endings))
 
+    @property
+    def _expected(self) -> list[str]:
+        """The companions that every sample must have."""
+        return sorted(self._first[1]) if self.companions else []
+
     def _sample(self, stem: str, endings: list[str]) -> RawSample | BadSample:
         path = self._file(stem, endings[0])
         try:
@@ -112,7 +117,7 @@ class Folder:
             return BadSample(str(path), f"the caption of {path} {error}", "caption")
 
     def _companions(self, stem: str, endings: list[str]) -> dict[str, Path]:
-        found = {}
+        found: dict[str, Path] = {}
         for ending in endings[1:]:
             name = ending.partition(".")[0]
             if name in self.companions and "." in ending:
