@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from .section import Count, Section
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # a drive's single letter is no protocol
+STREAMED = ("folder", "webdataset")
+
+
+def is_url(text: str) -> bool:
+    """Return True for a URL, False for a path."""
+    return URL.match(text) is not None
+
+
+def _locations(given: Any) -> Path | str | list[Path | str] | None:
+    """Return paths as Path and URLs as text, one or a list.
+
+    Raises:
+        ValueError: the value is something else, or runs a command.
+    """
+    if not isinstance(given, list | tuple):
+        return given if given is None else _location(given)
+    if not given:
+        raise ValueError("the list is empty; give at least one path or URL")
+    return [_location(one) for one in given]
+
+
+def _location(given: Any) -> Path | str:
+    if isinstance(given, Path):
+        return given
+    if not isinstance(given, str):
+        raise ValueError("expected a path, a URL, or a list of them")
+    if given.lstrip().startswith("pipe:"):
+        raise ValueError("commands are not run: a recipe from a stranger could do anything; give a path or a URL")
+    if "::" in given and "://" in given:
+        raise ValueError("chained URLs (::) are not read; give the URL of the shard itself")
+    if not is_url(given):
+        return Path(given)
+    protocol = given.partition("://")[0].lower()
+    if protocol in ("file", "local"):
+        raise ValueError(f"give a file of this machine as a path, without {protocol}://")
+    return given
 
 
 class DataSection(Section):
@@ -17,10 +56,20 @@ class DataSection(Section):
         description="folder: images with captions; webdataset: .tar shards; prompts: captions without images; demo: "
         "the embedded pictures; demo-swaps: faces of the embedded pictures on other heads, for the task face-swap"
     )
-    path: Path | None = Field(
+    path: Annotated[Path | str | list[Path | str] | None, PlainValidator(_locations)] = Field(
         None,
-        description="the folder of images; a shard or a folder of shards; for prompts a .txt file with one prompt a "
+        description="the folder of images; for webdataset a shard, a folder of shards, a URL (https://, s3://, ...), "
+        "a pattern such as shard-{000..099}.tar, or a list of these; for prompts a .txt file with one prompt a "
         "line, a folder of .txt files, or a .json file; not needed for demo and demo-swaps",
+    )
+    stream: bool = Field(
+        False,
+        description="true: read and encode pictures as training needs them and keep nothing on disk, for data larger "
+        "than the disk; false: encode everything before training",
+    )
+    lanes: Count = Field(16, description="for stream: readers side by side; at best a multiple of processes x workers")
+    shuffle: Count = Field(
+        1000, description="for stream: samples that wait in memory, of which the next is drawn, over all lanes"
     )
     resolution: int | None = Field(
         None, ge=8, description="width and height in pixels, a multiple of 8 (default: the model's own)"
@@ -54,7 +103,9 @@ class DataSection(Section):
     )
     encode_batch: Count = Field(8, description="images that the VAE encodes at once, before training")
     workers: Annotated[int, Field(ge=0)] = Field(
-        4, description="threads that read and decode pictures while others are encoded; 0 decodes between the batches"
+        4,
+        description="threads that read and decode pictures while others are encoded; 0 decodes between the batches; "
+        "for stream: processes",
     )
     cache: Path | None = Field(
         None,
@@ -70,8 +121,23 @@ class DataSection(Section):
         if not self.source.startswith("demo") and self.path is None:
             needed = {"folder": "a folder of images", "webdataset": "shards", "prompts": "a file of prompts"}
             raise ValueError(f"source {self.source!r} needs data.path, {needed[self.source]}")
+        if self.source != "webdataset" and not isinstance(self.path, Path | None):
+            raise ValueError(
+                f"source {self.source!r} reads one path of this machine; URLs and lists are for source 'webdataset'"
+            )
         if self.resolution is not None and self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8 pixels, not {self.resolution}")
+        return self
+
+    @model_validator(mode="after")
+    def _stream_can_be_read(self) -> DataSection:
+        if not self.stream:
+            return self
+        if self.source not in STREAMED:
+            raise ValueError(f"stream reads the sources {' and '.join(STREAMED)}; leave it out for {self.source!r}")
+        for name, value in (("buckets", self.buckets), ("limit", self.limit)):
+            if value:
+                raise ValueError(f"{name} needs cached data; leave out data.{name}, or data.stream")
         return self
 
 

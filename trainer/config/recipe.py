@@ -324,6 +324,14 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _trajectories_need_cached_data(self) -> Recipe:
+        if self.data.stream and self.trajectories.count:
+            raise ValueError(
+                "recorded trajectories need cached data; set trajectories.count to 0, or leave out data.stream"
+            )
+        return self
+
     @property
     def updates(self) -> int:
         """The updates of all phases."""

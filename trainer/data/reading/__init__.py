@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 from ...config import DataSection
 from .names import not_read
@@ -30,18 +31,19 @@ def open_source(data: DataSection, companions: Sequence[str] = (), strict: bool 
 
         return Demo(data) if data.source == "demo" else DemoSwaps(data, companions)
     assert data.path is not None  # the recipe was checked
+    if data.source == "webdataset":
+        from .shards import Shards
+
+        return Shards(data, data.path, companions, strict)
+    assert isinstance(data.path, Path)  # the recipe was checked
     path = data.path.expanduser()
     if data.source == "folder":
         from .folder import Folder
 
         return Folder(data, path, companions, strict)
-    if data.source == "prompts":
-        from .prompts import Prompts
+    from .prompts import Prompts
 
-        return Prompts(data, path)
-    from .shards import Shards
-
-    return Shards(data, path, companions, strict)
+    return Prompts(data, path)
 
 
 def decode(raw: RawSample) -> Sample:

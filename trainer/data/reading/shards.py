@@ -9,14 +9,16 @@ from __future__ import annotations
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from functools import cached_property, partial
+from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
 from typing import IO
 
 from ...config import DataSection
 from ...errors import UserError
+from ..remote.opening import RemoteFile, stamp_of
+from ..remote.patterns import expand, file_name, shown
 from .captions import BadCaption, captions_beside
 from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, is_hidden, split_name, suffix_of
 from .samples import COMPANIONS, BadSample, LeftOut, RawSample, uniform
@@ -24,6 +26,7 @@ from .samples import COMPANIONS, BadSample, LeftOut, RawSample, uniform
 ZSTD_SUFFIXES = (".tar.zst", ".tzst")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", *ZSTD_SUFFIXES)
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+REMOTE_BUFFER = 1 << 18  # bytes
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\0\0\x80", ZSTD_MAGIC)
 
 Member = tuple[str, bytes]  # path in the shard, content
@@ -42,9 +45,10 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 class Shards:
-    """The samples of shards; a unit is a shard.
+    """The samples of shards; a unit is a shard, on disk or remote.
 
     Args:
+        path: shards, folders of shards, patterns and URLs, see ``data.path``.
         companions: names of ``COMPANIONS`` to read.
         strict: a sample with other companions than the first sample can't be used.
 
@@ -52,30 +56,45 @@ class Shards:
         UserError: there are no shards.
     """
 
-    def __init__(self, data: DataSection, path: Path, companions: Sequence[str] = (), strict: bool = True) -> None:
-        self.path = path
+    def __init__(
+        self,
+        data: DataSection,
+        path: Path | str | Sequence[Path | str],
+        companions: Sequence[str] = (),
+        strict: bool = True,
+    ) -> None:
         self.companions = tuple(companions)
         self.strict = strict
-        self.paths = _shard_paths(path)
+        self.paths = [shard for one in expand(path) for shard in _shard_paths(one)]
+        if twice := [shard for shard, count in Counter(self.paths).items() if count > 1]:
+            raise UserError(f"data.path: {shown(twice[0])} comes twice; name each shard once")
         self.left_out = LeftOut()
         self._field, self._prefix = data.caption_field, data.caption_prefix
+        given = [path] if isinstance(path, Path | str) else list(path)
+        self._title = shown(given[0]) + (f" and {len(given) - 1} more" if len(given) > 1 else "")
 
     @property
     def title(self) -> str:
-        """The path of the shard, or of the folder of shards."""
-        return str(self.path)
+        """The path of the shard, or of the folder of shards; of a list the first one."""
+        return self._title
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def stamp(self, unit: int) -> str:
-        """Return path, size and time of a shard."""
+    def stamp(self, unit: int) -> str | None:
+        """Return path, size, time of a shard, and the companions that every sample must have; None where its server
+        tells too little.
+        """
         path = self.paths[unit]
+        expected = "\0".join(("", *sorted(self._first[1]))) if self.companions else ""
+        if isinstance(path, str):
+            stamp = stamp_of(path)
+            return None if stamp is None else stamp + expected
         try:
             status = path.stat()
         except OSError as error:
             raise _unreadable(path, error) from error
-        return f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        return f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}{expected}"
 
     def read(self, unit: int) -> Iterator[RawSample | BadSample]:
         """Yield the samples of a shard.
@@ -88,25 +107,24 @@ class Shards:
 
     @cached_property
     def _first(self) -> tuple[str, frozenset[str]]:
-        """Name and companions of the first sample: all others must have the same companions."""
+        """Name and companions of the first usable sample: all others must have the same companions."""
         for path in self.paths:
-            with closing(self._samples(path)) as samples:
-                for sample in samples:
-                    if isinstance(sample, RawSample):
-                        return sample.name, frozenset(sample.companions)
-        raise UserError(f"no sample of {self.path} can be used; `flash-diffusion data check` says why")
+            for sample in self._samples(path):
+                if isinstance(sample, RawSample):
+                    return sample.name, frozenset(sample.companions)
+        return "", frozenset()
 
-    def _samples(self, path: Path) -> Iterator[RawSample | BadSample]:
+    def _samples(self, path: Path | str) -> Iterator[RawSample | BadSample]:
         found = False
-        for key, members in _shard_members(path):
+        for key, members in _shard_members(path) if isinstance(path, Path) else _remote_members(path):
             for sample in samples_of(
-                key, members, path.name, self.companions, self._field, self._prefix, self.left_out.suffixes
+                key, members, file_name(path), self.companions, self._field, self._prefix, self.left_out.suffixes
             ):
                 found = True
                 yield sample
         if not found:
             raise UserError(
-                f"the shard {path} holds no images; expected png, jpg, webp or other images with .txt captions"
+                f"the shard {shown(path)} holds no images; expected png, jpg, webp or other images with .txt captions"
             )
 
 
@@ -267,6 +285,12 @@ def _shard_members(path: Path) -> Iterator[tuple[str, list[Member]]]:
         raise _unreadable(path, error) from error
 
 
+def _remote_members(url: str) -> Iterator[tuple[str, list[Member]]]:
+    """Yield key and members of a remote shard, in one pass."""
+    with RemoteFile(url) as raw, BufferedReader(raw, REMOTE_BUFFER) as stream:
+        yield from stream_groups(stream, shown(url))
+
+
 def _counted_groups(stream: IO[bytes]) -> Iterator[tuple[str, list[Member]]]:
     """Yield key and members of a compressed shard, in two passes, in the order in which keys are complete."""
     missing = Counter(webdataset_key(name) for name, _ in read_members(stream, contents=False))
@@ -313,7 +337,15 @@ def _unreadable(shard: Path | str, error: Exception) -> UserError:
     )
 
 
-def _shard_paths(path: Path) -> list[Path]:
+def _shard_paths(path: Path | str) -> Sequence[Path | str]:
+    """Return a shard, or the shards of a folder."""
+    if isinstance(path, str):
+        if path.endswith("/"):
+            raise UserError(
+                f"data.path: {shown(path)} is a folder; name its shards with a pattern, such as "
+                f"{shown(path)}shard-{{000..099}}.tar"
+            )
+        return [path]
     if path.is_file():
         return [path]
     shards = []
