@@ -187,7 +187,7 @@ class Teacher(ABC):
         Raises:
             UserError: there is no model to load.
         """
-        return locate(model, cls.default_config)
+        return locate(model, cls.default_config, cls.pipeline_class.__name__)
 
     @classmethod
     def title(cls, source: Source) -> str:

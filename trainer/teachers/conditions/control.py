@@ -207,7 +207,7 @@ def find_control(section: ControlSection) -> ControlSource:
         UserError: there is no such network, or it is no ControlNet or T2I-adapter.
     """
     path = Path(section.path)
-    refuse_pickle(path, "model.control.path")
+    refuse_pickle(path, "model.control.path", "ControlNetModel")
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise UserError(f"model.control.path: the file {path} does not exist; check the path")

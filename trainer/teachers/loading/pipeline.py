@@ -95,7 +95,10 @@ def _from_folder(
     if source.folder is not None:
         # Libraries fail on missing and unreadable parts with different errors, and not all of these name the part.
         check_folder(source.folder, parts)
-        options = {**options, **fast_tokenizers(source.folder, parts, source.part_config(""))}
+        tokenizers = fast_tokenizers(source.folder, parts, source.part_config(""))
+        options = {**options, **dict.fromkeys(tokenizers)}
+    else:
+        tokenizers = {}
     types = {"default": dtype, "vae": torch.float32}
     try:
         with _quiet():
@@ -107,9 +110,13 @@ def _from_folder(
                 local_files_only=source.local_only,
                 **options,
             )
-            return loaded
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise source.unreadable(error) from error
+    # Put in afterwards: from_pretrained refuses a tokenizer of a class that the pipeline's index does not name.
+    loaded.register_modules(**tokenizers)  # type: ignore[no-untyped-call]
+    if "tokenizer" in tokenizers and hasattr(loaded, "tokenizer_max_length"):  # SD3's pipeline keeps a copy
+        loaded.tokenizer_max_length = tokenizers["tokenizer"].model_max_length
+    return loaded
 
 
 def _check_complete(parts: Mapping[str, Any], source: Source) -> None:

@@ -119,11 +119,12 @@ class Source:
         return config
 
 
-def locate(model: ModelSection, default_config: str) -> Source:
+def locate(model: ModelSection, default_config: str, reader: str) -> Source:
     """Find the model that a recipe names.
 
     Args:
         default_config: the Hub name with the configuration for single files, unless the recipe sets ``model.config``.
+        reader: the diffusers pipeline that reads the family's pickles, for the message that refuses them.
 
     Raises:
         UserError: no path, no model at the path, or a file of another kind, such as a LoRA.
@@ -142,7 +143,7 @@ def locate(model: ModelSection, default_config: str) -> Source:
     if path.is_dir():
         _check_index(path, "model.path")
         return Source(str(path), variant=model.variant or _only_variant(path))
-    refuse_pickle(path, "model.path")
+    refuse_pickle(path, "model.path", reader)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(
