@@ -14,10 +14,15 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin
+
+from flash_diffusion.trainer.config import DataSection
+from flash_diffusion.trainer.data.reading import decode
+from flash_diffusion.trainer.data.reading.samples import BadSample, RawSample, Sample, Source
 
 Pixels = NDArray[np.uint8]
 Color = tuple[int, int, int]
@@ -343,6 +348,14 @@ CAPTIONS = {
     "no caption": OddCaption({}, error="has no caption"),
 }
 
+# Tables of captions: 1.png is a fox twice, deep/2.png is a dog.
+TABLES = {
+    "metadata.jsonl": b'{"file_name": "1.png", "text": "a fox"}\n\n{"file_name": "deep/2.png", "text": "a dog"}\n'
+    b'{"file_name": "1.png", "text": "fox"}\n',
+    "metadata.csv": b'\xef\xbb\xbffile_name,width,text\n1.png,8,a fox\n"deep/2.png",8,"a dog"\n1.png,8,fox\n',
+    "captions.json": b'{"1.png": ["a fox", "fox"], "deep/2": {"caption": "a dog"}}',
+}
+
 # Names of pictures, each with a caption of its own: all are samples, in a folder and in a shard.
 NAMES = (
     *("IMG_1.png", "v1.5_fox.png", "v1.6_fox.png", "photo.of.dog.png", "0001.PNG", "mask.png", "a b.png", "日本.png"),
@@ -376,3 +389,27 @@ WRITERS: dict[str, Writer] = {
     "folder": lambda path, files: folder(path / "folder", files),
     "webdataset": lambda path, files: shard(path / "a.tar", files),
 }
+
+
+PNG = saved(plain, "PNG")
+SOURCES = tuple(WRITERS)
+
+
+def section(source: str, path: Path, **fields: Any) -> DataSection:
+    """A data section."""
+    return DataSection.model_validate({"source": source, "path": path, **fields})
+
+
+def raw_samples(source: Source) -> list[RawSample | BadSample]:
+    """All samples of a source, and those that can't be used."""
+    return [sample for unit in range(len(source)) for sample in source.read(unit)]
+
+
+def decoded(sample: RawSample | BadSample) -> Sample | BadSample:
+    """A decoded sample, or why it can't be."""
+    if isinstance(sample, BadSample):
+        return sample
+    try:
+        return decode(sample)
+    except BadSample as problem:
+        return problem
