@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_base
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
@@ -28,7 +29,7 @@ from ...flash_core.image import (
     working_size,
 )
 from ..shared.inputs import check_batch, check_numbers, check_picture
-from ..shared.model_facts import check_vae, native_side, widest_ratio
+from ..shared.model_facts import check_vae, further_channels, native_side, widest_ratio
 from ..shared.prompts import check_prompts
 from ..shared.schema import advanced, count, node_schema
 from ..shared.sizes import PIXELS, check_size
@@ -65,7 +66,9 @@ def size_multiple(side: int) -> int:
 
 
 def is_inpaint_model(model: ModelPatcher) -> bool:
-    """Return whether the model reads the mask and the masked picture as channels (9-channel models)."""
+    """Return whether the model reads the mask and the masked picture as channels (9-channel models, Flux Fill)."""
+    if isinstance(model.model, comfy.model_base.Flux):  # a model with the picture alone (Canny, Depth) has no more
+        return further_channels(model) > int(model.get_model_object("latent_format").latent_channels)
     return "masked_image" in model.model.concat_keys
 
 

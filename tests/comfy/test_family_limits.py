@@ -132,6 +132,13 @@ def test_inpainting_a_thin_line_crops_a_shape_that_the_model_knows(folder: Path,
     assert facts["back"] < 0.1  # the crop itself, resized and put back
 
 
+def test_flux_fill_gets_the_masked_picture_and_other_flux_models_do_not(folder: Path) -> None:
+    """ComfyUI would show Flux Fill an empty picture without them."""
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["flux Fill"] == ["concat_latent_image", "concat_mask"]
+    assert facts["flux Canny"] == facts["flux dev"] == []
+
+
 @pytest.mark.parametrize("family", ["sd3", "sd35"])
 def test_inpaint_prepare_names_the_sizes_that_a_model_cannot_take(said: dict[str, str], family: str) -> None:
     assert "sides of 384 pixels or less" in said[f"{family}, inpaint, too large"]

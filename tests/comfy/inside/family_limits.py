@@ -139,6 +139,12 @@ def inpaint(case: Case, facts: dict[str, Any]) -> None:
             "outside": float((after != picture).any(-1)[:, :, :60].float().mean()),
             "back": float((back - picture).abs().max()),
         }
+    if case.family == "flux":
+        config = case.model.model.model_config.unet_config
+        for kind, channels in (("Fill", 16 + 16 + 64), ("Canny", 16 + 16), ("dev", 16)):
+            with patch.dict(config, in_channels=channels):
+                positive = FlashInpaintPrepare.execute(case.model, vae, case.positive, **given).args[0]
+            facts[f"flux {kind}"] = sorted(name for name in positive[0][1] if name.startswith("concat"))
     if size == 128:
         large = {**settings, "size": 1024, "image": picture, "mask": mask}
         case.keep("inpaint, too large", lambda: FlashInpaintPrepare.execute(case.model, vae, case.positive, **large))
