@@ -202,3 +202,28 @@ def test_extends_refuses_missing_recipes_and_circles(tmp_path: Path, text: str, 
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe(str(path))
+
+
+def test_every_path_may_start_at_home(
+    recipe_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    model = {
+        "path": "~/model",
+        "config": "~/config",
+        "task_adapter": "~/task.safetensors",
+        "control": {"path": "~/control"},
+        "image_adapter": {"path": "~/ip", "image_encoder": "~/encoder"},
+        "style_lora": [{"path": "~/style.safetensors"}],
+    }
+    content = changed(changed(recipe_content, "model", **model), "data", path=["~/one", "~/two"], cache="~/cache")
+    content["data"]["source"] = "webdataset"
+    recipe = parse_recipe(content)
+    given = recipe.to_yaml()
+    assert "~" not in given
+    names = "model config task.safetensors control ip encoder style.safetensors one two cache".split()
+    for name in names:
+        assert f"{tmp_path / name}\n" in given
+    assert parse_recipe(changed(content, "data", path="~/one")).data.path == tmp_path / "one"
+    assert "model.path" in refusal(changed(content, "model", path="~no-such-user-here/model"))

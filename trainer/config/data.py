@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
-from .section import Count, Section
+from .section import Count, FilePath, Section, at_home
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # a drive's single letter is no protocol
 STREAMED = ("folder", "webdataset")
@@ -33,6 +33,7 @@ def _locations(given: Any) -> Path | str | list[Path | str] | None:
 
 
 def _location(given: Any) -> Path | str:
+    given = at_home(given)
     if isinstance(given, Path):
         return given
     if not isinstance(given, str):
@@ -107,7 +108,7 @@ class DataSection(Section):
         description="threads that read and decode pictures while others are encoded; 0 decodes between the batches; "
         "for stream: processes",
     )
-    cache: Path | None = Field(
+    cache: FilePath | None = Field(
         None,
         description="folder of the encoded data, which runs share (default: the environment's FLASH_DIFFUSION_CACHE, "
         "or ~/.cache/flash_diffusion)",

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from .data import DATA_FIELDS_OF_0_1, DATA_FIELDS_WITHOUT_EFFECT, DataSection
-from .section import Count, Section, Weight
+from .section import Count, FilePath, Location, Section, Weight
 
 if TYPE_CHECKING:  # flash_core brings torch, too heavy for a help text
     from ...flash_core.distiller import DistillerSettings, Phase
@@ -20,14 +20,14 @@ if TYPE_CHECKING:  # flash_core brings torch, too heavy for a help text
 class StyleLora(Section):
     """A style LoRA merged into the teacher."""
 
-    path: Path = Field(description="the LoRA's .safetensors file")
+    path: FilePath = Field(description="the LoRA's .safetensors file")
     strength: float = Field(1.0, description="factor of the LoRA's update; 0 is off")
 
 
 class ControlSection(Section):
     """A frozen network that reads a hint, such as edges, and steers teacher, student and critic."""
 
-    path: str = Field(
+    path: Location = Field(
         description="a ControlNet, Control-LoRA or T2I-adapter: a diffusers folder, a Hub name such as owner/model, a "
         ".safetensors file, or the name of one of the demo's"
     )
@@ -39,13 +39,13 @@ class ControlSection(Section):
 class ImageAdapterSection(Section):
     """An IP-Adapter: a UNet reads a picture by cross-attention, as it reads text (arXiv 2308.06721)."""
 
-    path: str = Field(
+    path: Location = Field(
         description="the IP-Adapter's .safetensors file; with `weight_name`, a folder or a Hub name such as owner/name"
     )
     weight_name: str | None = Field(
         None, description="the .safetensors file inside the folder or Hub repository that `path` names"
     )
-    image_encoder: str = Field(
+    image_encoder: Location = Field(
         description="the CLIP vision encoder that the IP-Adapter was trained with: a folder, a Hub name, or a "
         "folder inside a Hub repository, such as owner/name/folder"
     )
@@ -61,12 +61,12 @@ class ModelSection(Section):
     """The teacher: the frozen base of teacher, student and critic."""
 
     family: str = Field(description="model family; `flash-diffusion distill --help` lists the names")
-    path: str | None = Field(
+    path: Location | None = Field(
         None,
         description="a diffusers folder, a Hub name such as owner/model, or a .safetensors checkpoint; not needed for "
         "the family demo",
     )
-    config: str | None = Field(
+    config: Location | None = Field(
         None,
         description="for a .safetensors checkpoint: a diffusers folder or Hub name with the model's "
         "configuration, and with the weights that the checkpoint lacks (default: the family's own on the Hub)",
@@ -80,7 +80,7 @@ class ModelSection(Section):
         description="dtype of the frozen base in memory; LoRA and heads are always float32; float16 is not for "
         "training",
     )
-    task_adapter: str | None = Field(
+    task_adapter: Location | None = Field(
         None,
         description="a task adapter, with which a text-to-image UNet reads a task's channels: a .safetensors file, or "
         "the name of one of the demo's tasks",

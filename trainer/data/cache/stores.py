@@ -11,7 +11,7 @@ import torch
 
 from ....flash_core.process import NUM_TIMESTEPS
 from ...config import DataSection, MethodSection
-from ...teachers.base import weights_hash
+from ...teachers.hashes import weights_hash
 from .store import Store, key_of
 
 if TYPE_CHECKING:
