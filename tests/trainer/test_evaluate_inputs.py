@@ -317,6 +317,14 @@ def test_lora_with_keys_of_no_layer_is_refused(run: Path, tmp_path: Path, capsys
         (["--run", "{run}", "--output", "{empty}"], ["--output: ", "is a file"]),
         (["--run", "{run}", "--output", "{empty}/below"], ["--output: ", "is a file"]),
         (["--run", "{run}", "--log", "{tmp}"], ["--log: there is no file"]),
+        (["--run", "{run}", "--log", "{latin}"], ["can't be read as the log of a training"]),
+        (["--run", "{run}", "--log", "{torn}"], ["line 1 is not JSON"]),
+        (
+            ["--run", "{run}", "--inception", "{empty}"],
+            ["--inception: these are options of a --protocol", "--features"],
+        ),
+        (["--run", "{run}", "--no-clip", "--precision", "bf16"], ["--no-clip and --precision", "--protocol"]),
+        (["--run", "{run}", "--protocol", "coco2017-5k", "--coco", "{tmp}", "--vgg", "{empty}"], ["--vgg: these are"]),
         (["--run", "{run}", "--features", "{tmp}/nowhere"], ["--features: there is no network at", "expected"]),
         (["--run", "{run}", "--features", "{empty}"], ["empty.txt"]),
         (["--run", "{lost}"], ["captions of the run's data can't be read", "--prompts FILE"]),
@@ -335,6 +343,8 @@ def test_wrong_input_is_named(
     names |= {name: tmp_path / f"{name}.txt" for name in ("empty", "latin")}
     names["empty"].write_text("\n \n")
     names["latin"].write_bytes("café".encode("latin-1"))
+    names["torn"] = tmp_path / "torn.jsonl"
+    names["torn"].write_text('{"update": 1, "tot\n{"update": 2}\n')
     for name in ("killed", "broken", "lost"):
         names[name] = tmp_path / name
         names[name].mkdir()

@@ -461,7 +461,7 @@ def test_wrong_run_text_is_refused(text: str, capsys: pytest.CaptureFixture[str]
     ("arguments", "message"),
     [
         (["--protocol", "coco2017-5k"], "--protocol coco2017-5k needs --coco"),
-        (["--coco", "x"], "--coco and --runs belong to a --protocol"),
+        (["--coco", "x"], "--coco: these are options of a --protocol, one of coco2017-5k"),
         (
             ["--protocol", "coco2017-5k", "--coco", "x", "--runs", "student:4"],
             "names a student, but there is no --lora",

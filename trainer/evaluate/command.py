@@ -38,6 +38,8 @@ from .request import (
 if TYPE_CHECKING:
     from ..tasks.base import Task
 
+TASK_OPTIONS = ("data", "task_options", "vgg")
+PROTOCOL_OPTIONS = ("coco", "runs", "inception", "clip", "no_clip", "precision")
 DEMO_REFERENCE = ROOT / "reference.safetensors"
 OPTIONS_EXAMPLE = """such as '{"scale": 4}'"""
 EPILOG = """examples:
@@ -220,8 +222,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..report.build import print_report, write_report
+    from ..report.charts import read_log
 
     console, request = Console(stderr=True), request_of(args)  # the figures go to stdout, the progress beside them
+    if request.log is not None and request.log.is_file():
+        read_log(request.log)  # a broken log must not end the evaluation after hours
     if isinstance(request, CocoRequest):
         from .coco.zero_shot import evaluate_on_coco
 
@@ -340,19 +345,29 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
             raise UserError(f"--protocol {args.protocol} needs --coco, the folder of COCO's annotations and pictures")
         if lora is None and any(run.role == "student" for run in args.runs or ()):
             raise UserError("--runs names a student, but there is no --lora; give the LoRA, or only teacher runs")
+        refuse(args, ("features", "make_reference", *TASK_OPTIONS), "other evaluations; leave --protocol out for those")
         return
-    if args.coco is not None or args.runs is not None:
-        raise UserError("--coco and --runs belong to a --protocol; expected one of " + ", ".join(PROTOCOLS))
+    refuse(
+        args,
+        PROTOCOL_OPTIONS,
+        f"a --protocol, one of {', '.join(PROTOCOLS)}; without one, --features names the network",
+    )
     if task not in TASKS:
         raise UserError(f"--task: there is no task {task!r}; expected one of {', '.join(TASKS)}")
     if task != TEXT_TO_IMAGE:
-        given = {"prompts": args.prompts, "reference": args.reference, "make-reference": args.make_reference or None}
         where = "text-to-image; a task takes its captions from --data and makes its reference anew"
+        refuse(args, ("prompts", "reference", "make_reference"), where)
     else:
-        given = {"data": args.data, "task-options": args.task_options or None, "vgg": args.vgg}
-        where = "conditional tasks; name a task with --task"
-    if wrong := [f"--{name}" for name, value in given.items() if value is not None]:
-        raise UserError(f"{' and '.join(wrong)}: these are options of {where}")
+        refuse(args, TASK_OPTIONS, "conditional tasks; name a task with --task")
+
+
+def refuse(args: argparse.Namespace, names: Sequence[str], where: str) -> None:
+    """Raise a :class:`UserError` if one of the options was given; ``where`` says what the options belong to."""
+    unset = {"features": FEATURES, "clip": DEFAULT_CLIP, "precision": "no"}
+    wrong = [name for name in names if getattr(args, name) not in (None, False, unset.get(name))]
+    if wrong:
+        told = " and ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise UserError(f"{told}: these are options of {where}")
 
 
 def check_output(folder: Path) -> None:

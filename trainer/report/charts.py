@@ -148,17 +148,25 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the updates of a training's log, one JSON object a line; an unfinished last line is skipped.
 
     Raises:
-        UserError: another line is not JSON.
+        UserError: another line is not JSON, or the file is not text.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            f"{path} can't be read as the log of a training ({error}); name another file with --log"
+        ) from error
     entries = []
     for index, line in enumerate(lines):
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError as error:
             if index + 1 < len(lines):
-                raise UserError(f"{path}, line {index + 1} is not JSON: {error}; expected one object a line") from error
-    return [entry for entry in entries if "update" in entry]
+                raise UserError(
+                    f"{path}, line {index + 1} is not JSON: {error}; expected one object a line, so remove "
+                    "this line, or name another file with --log"
+                ) from error
+    return [entry for entry in entries if isinstance(entry, dict) and "update" in entry]
 
 
 def training_charts(entries: Sequence[dict[str, Any]]) -> list[Chart]:
