@@ -21,6 +21,8 @@ OUTPUT = ROOT / "out" / "demo"
 SAMPLES = "192"  # pictures a run: 3/4 of the default, since decoding them is most of the time
 WORKFLOW = ROOT / "tests" / "comfy" / "workflows" / "flash_demo_text_to_image.json"
 
+INTERRUPTED = 130  # exit code after Ctrl-C
+
 console = Console()
 
 
@@ -29,11 +31,24 @@ def step(title: str, *arguments: str) -> None:
     console.rule(f"[bold]{title}")
     command = [sys.executable, *arguments]
     begin = time.perf_counter()
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    code = run(command)
+    if code == INTERRUPTED:
+        console.print("stopped; run `make demo` again to go on")
+        sys.exit(code)
     if code:
         console.print(f"[red]`{' '.join(command)}` failed (exit {code}); its output above says why.")
         sys.exit(code)
     console.print(f"[dim]{time.perf_counter() - begin:.0f} s")
+
+
+def run(command: list[str]) -> int:
+    """Run a command to its end and return its exit code. Ctrl-C reaches the command too, which saves what it has."""
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
 
 
 def results() -> None:

@@ -94,11 +94,12 @@ def _distil(recipe: Recipe, output: Path, resume: bool, stop: StopRequest) -> No
 
 def resume_command(args: argparse.Namespace, output: Path) -> str:
     """Return the command that continues a run, as it is typed."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = [PROGRAM] if module is None else ["python", "-m", module.name.removesuffix(".__main__")]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec else ""
+    program = ["python", "-m", module] if module.endswith("trainer") else [PROGRAM]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
-        program = ["accelerate", "launch", "--num_processes", str(processes), *program[1:]]
+        program = ["accelerate", "launch", "--num_processes", str(processes), "-m", module or "flash_diffusion.trainer"]
     overrides = [part for override in args.overrides for part in ("--set", override)]
     command = [*program, "distill", args.recipe, *overrides, "--output", str(output), "--resume"]
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
