@@ -90,7 +90,7 @@ def test_run_is_evaluated_with_its_own_captions_and_settings_and_without_the_dem
         assert "missed" not in text.replace(".badge.missed", "")
     assert "acc." not in said
     assert f"5 captions of the run’s data, {pictures}" in page
-    assert "stochasticity 0.25 in 4 steps, 0.25 in 2 steps" in page
+    assert "stochasticity is 0.25 in 4 steps, 0.25 in 2 steps" in page
     ordinary = 0o666 & ~os.umask(os.umask(0o022))
     files = [path for path in output.rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {ordinary}

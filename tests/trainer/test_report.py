@@ -262,7 +262,7 @@ def test_page_tells_captions_features_and_samplers(folder: Path) -> None:
     ):
         assert text in page.texts
     assert any(
-        "DPM-Solver++(2M)" in text and "stochasticity 0.5 in 4 steps, 0.5 in 2 steps" in text for text in page.texts
+        "DPM-Solver++(2M)" in text and "stochasticity is 0.5 in 4 steps, 0.5 in 2 steps" in text for text in page.texts
     )
 
 
@@ -314,6 +314,7 @@ def scores(tmp_path: Path) -> Path:
         "weights": {},
         "resolution": [512, 640],
         "timesteps": {run.label: [999.0, 312.25] for run in runs},
+        "sampling": {"solver": "euler", "stochasticity": {"4": 0.5, "2": 1.0}},
         "networks": {"inception": "6726825d", "published_inception": True, "clip": "ViT-g/14"},
         "environment": {"device": "cuda:0", "processes": 8},
         "runs": [
@@ -340,6 +341,7 @@ def test_zero_shot_page_shows_scores_and_pictures(scores: Path) -> None:
     assert "a &lt;red&gt; heart" in text
     assert "640 × 512 px" in text  # width first
     assert "999, 312.25" in text
+    assert any("Euler’s method" in part and "0.5 in 4 steps, 1 in 2 steps" in part for part in page.texts)
     assert not any("compare these figures only" in part.lower() for part in page.texts)
     order = [page.texts.index(name) for name in ("student 2 steps", "student 4 steps", "teacher 4 steps")]
     assert order == sorted(order)

@@ -247,12 +247,10 @@ def target_section(cards: Sequence[Target]) -> tuple[Section, ...]:
 
 def sampling_words(sampling: Mapping[str, Any]) -> str:
     """Return how teacher and student were sampled, from the ``sampling`` of a report."""
-    shares = sampling["stochasticity"]
-    told = ", ".join(f"{share:g} in {steps} steps" for steps, share in shares.items())
-    return (
-        f"The teacher solves its ODE with {SOLVERS.get(sampling['solver'], sampling['solver'])}. The student uses the "
-        f"few-step sampler without guidance, with stochasticity {told} (1 = fresh noise at every step, 0 = none)."
-    )
+    solver = SOLVERS.get(sampling["solver"], sampling["solver"])
+    told = ", ".join(f"{share:g} in {steps} steps" for steps, share in sampling["stochasticity"].items())
+    noise = f" Its stochasticity is {told} (1 = fresh noise at every step, 0 = none)." if told else ""
+    return f"The teacher solves its ODE with {solver}. The student uses the few-step sampler.{noise}"
 
 
 def chart_of(

@@ -20,6 +20,7 @@ from .blocks import (
     Settings,
     TableColumn,
     chart_of,
+    sampling_words,
 )
 from .numbers import capital, number, seconds
 
@@ -149,6 +150,7 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
             )
             + ".",
         ),
+        *([("Sampling", sampling_words(report["sampling"]))] if "sampling" in report else []),
         ("Guidance", "w in uncond + w (cond - uncond). 1 = no guidance, one pass per step instead of two."),
         (
             "FID",

@@ -31,6 +31,7 @@ from ..generate import (
     decode_pictures,
     default_solver,
     sample_latents,
+    sampler_facts,
     share_of_fresh_noise,
 )
 from ..progress import progress_bar
@@ -122,6 +123,7 @@ def _make_all(
         "weights": weights,
         "resolution": list(maker.resolution),
         "timesteps": {run.label: trailing_timesteps(process, run.steps) for run in options.runs},
+        "sampling": sampler_facts(maker, [run.steps for run in options.runs if run.role == "student"], None),
         "environment": {**environment(maker.device), "processes": state.num_processes},
     }
 
