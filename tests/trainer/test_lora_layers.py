@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flash_diffusion.flash_core.lora import LoraError, LoraModule, flat_name, read_lora, write_lora
@@ -213,3 +214,21 @@ def test_a_style_of_another_model_is_refused_by_its_name(folders: dict[str, Path
         load_teacher(
             ModelSection.model_validate({**model, "style_lora": [{"path": str(tmp_path / "nothing.safetensors")}]})
         )
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        ({"something.else": torch.ones(4)}, 1),
+        ({"lora_unet_mid_block_attentions_0_norm.diff_b": torch.ones(64), "something.else": torch.ones(1)}, 2),
+    ],
+)
+def test_a_style_with_more_than_lora_is_refused_with_its_keys(
+    folders: dict[str, Path], tmp_path: Path, more: dict[str, torch.Tensor], count: int
+) -> None:
+    style = style_file("sd15", folders["sd15"], tmp_path / "style.safetensors")
+    save_file({**load_file(style), **more}, style)
+    model = {"family": "sd15", "path": str(folders["sd15"]), "style_lora": [{"path": str(style)}]}
+    with pytest.raises(UserError, match=rf"style\.safetensors: {count} of its keys are not plain LoRA") as caught:
+        load_teacher(ModelSection.model_validate(model))
+    assert any(name in str(caught.value) for name in more)

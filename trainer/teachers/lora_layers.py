@@ -80,10 +80,15 @@ def merge_style(pipeline: DiffusionPipeline, network_part: str, style: StyleLora
     """Merge a style LoRA into a pipeline's network and text encoders.
 
     Raises:
-        UserError: the LoRA does not fit the model; the message names the file.
+        UserError: the LoRA does not fit the model, or holds more than plain LoRA; the message names the file.
         LoraError: the file can't be read.
     """
     file = read_lora(style.path)
+    if file.unknown:
+        raise UserError(
+            f"model.style_lora: {style.path}: {len(file.unknown)} of its keys are not plain LoRA on a layer, such as "
+            f"{file.unknown[0]}, and would be lost. Choose a plain LoRA of this style"
+        )
     by_part: dict[str, dict[str, LoraModule]] = {network_part: dict(file.modules)} if file.modules else {}
     for name, module in file.text_encoder.items():
         place = text_encoder_path(module.path)
@@ -98,6 +103,4 @@ def merge_style(pipeline: DiffusionPipeline, network_part: str, style: StyleLora
             merge_lora(network, {flat_name(module.path): module for module in modules.values()}, style.strength)
         except UserError as error:
             raise UserError(f"model.style_lora: {style.path}, {part}: {error}") from error
-    if file.unknown:
-        logger.warning("%s: %d keys belong to no layer and are left out", style.path, len(file.unknown))
     logger.info("merged %s at strength %g into %s", style.path.name, style.strength, ", ".join(by_part))
