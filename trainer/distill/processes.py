@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -76,7 +76,7 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Res
     Raises:
         UserError: ``work`` raised it, in all processes: none waits for another one that has left.
     """
-    outcome: list[object] = [None, None]
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome = [work(), None]
@@ -84,10 +84,11 @@ def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Res
             outcome = [None, error]
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
-    result, error = outcome
-    if isinstance(error, UserError):
-        raise error
-    return result  # type: ignore[return-value]
+    result: Result
+    result, refused = outcome
+    if isinstance(refused, UserError):
+        raise refused
+    return result
 
 
 @contextmanager
@@ -100,11 +101,11 @@ def only_run_in(output: Path, accelerator: Accelerator) -> Iterator[None]:
         UserError: ``output`` is no folder, can't be written, or another run holds its lock.
     """
     lock = FileLock(output / LOCK, timeout=0)
-    in_main_process(accelerator, lambda: _acquire(lock, output))
     try:
+        in_main_process(accelerator, lambda: _acquire(lock, output))
         yield
     finally:
-        if accelerator.is_main_process:
+        if lock.is_locked:
             (output / OWNER).unlink(missing_ok=True)
             lock.release()
 

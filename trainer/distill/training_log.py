@@ -55,9 +55,9 @@ class Means:
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """Set what :meth:`state` returned, so that the next line of the log is that of a run without a stop."""
-        parts = [(*key.split("/", 1), value) for key, value in state.items()]
-        self._sums = {name: value.to(device) for kind, name, value in parts if kind == "sum"}
-        self._counts = {name: int(value) for kind, name, value in parts if kind == "count"}
+        parts = {tuple(key.split("/", 1)): value for key, value in state.items()}
+        self._sums = {name: value.to(device) for (kind, name), value in parts.items() if kind == "sum"}
+        self._counts = {name: int(value) for (kind, name), value in parts.items() if kind == "count"}
 
 
 class TrainingLog:
