@@ -254,6 +254,12 @@ def pictures() -> dict[str, OddPicture]:
         "animated-png": OddPicture(animated("PNG"), "apng", pixels=CORNERS),
         "animated-webp": OddPicture(animated("WEBP"), "webp", pixels=CORNERS),
         "avif": OddPicture(saved(plain, "AVIF", quality=100, subsampling="4:4:4"), "avif", pixels=CORNERS, tolerance=6),
+        "avif-sideways": OddPicture(
+            saved(image(stored(6)), "AVIF", exif=exif(6), quality=100, subsampling="4:4:4"),
+            "avif",
+            pixels=CORNERS,
+            tolerance=6,
+        ),
         "jpeg-2000": OddPicture(saved(plain, "JPEG2000"), "jp2", pixels=CORNERS, tolerance=2),
         "bitmap": OddPicture(saved(plain, "BMP"), "bmp", pixels=CORNERS),
         "portable-pixmap": OddPicture(saved(plain, "PPM"), "ppm", pixels=CORNERS),

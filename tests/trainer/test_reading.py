@@ -19,7 +19,7 @@ from PIL import Image
 from flash_diffusion.trainer.data.reading import check_source, open_source, picture_size, read_samples
 from flash_diffusion.trainer.data.reading.folder import UNIT
 from flash_diffusion.trainer.data.reading.names import not_read
-from flash_diffusion.trainer.data.reading.samples import BadSample, Problems, RawSample, Sample
+from flash_diffusion.trainer.data.reading.samples import BadSample, LeftOut, Problems, RawSample, Sample
 from flash_diffusion.trainer.errors import UserError
 
 from .odd_data import (
@@ -150,6 +150,7 @@ def test_tables_caption_the_pictures_of_a_folder(tmp_path: Path, name: str) -> N
     files = {"1.png": PNG, "deep/2.png": PNG, "deep/3.png": PNG, "deep/3.txt": b"a cat", name: TABLES[name]}
     samples = list(read_samples(section("folder", folder(tmp_path, files))))
     assert [sample.captions for sample in samples] == [("a fox", "fox"), ("a dog",), ("a cat",)]
+    assert open_source(section("folder", tmp_path)).left_out == LeftOut()
     (tmp_path / "4.png").write_bytes(PNG)
     with pytest.raises(UserError, match=rf"4\.png has no caption; {name} does not name it"):
         list(read_samples(section("folder", tmp_path)))

@@ -8,13 +8,12 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
-from itertools import groupby
 from pathlib import Path
 
 from ...config import DataSection
 from ...errors import UserError
 from .captions import TABLES, BadCaption, CaptionTable, captions_beside, table_rows
-from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, is_hidden, not_read, split_name, suffix_of
+from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, is_hidden, kind_of, not_read, split_name, suffix_of
 from .samples import COMPANIONS, BadSample, LeftOut, RawSample, uniform
 
 UNIT = 512  # files
@@ -50,6 +49,8 @@ class Folder:
         self._table = CaptionTable()
         self._tables: list[Path] = []
         self._scan("", ())
+        for table in sorted(self._tables):
+            self._add_table(table)
         if not self._ends:
             raise UserError(self._nothing())
 
@@ -172,7 +173,6 @@ class Folder:
         if here in parents:
             return
         items = [*self._grouped(files, folder), *(f"{name}/" for name in folders)]
-        del files
         items.sort()
         opened = False
         for item in items:
@@ -197,7 +197,7 @@ class Folder:
                     if entry.is_dir():
                         folders.append(entry.name)
                     elif entry.name in TABLES and not entry.name.endswith(".json"):
-                        self._add_table(path / entry.name)
+                        self._tables.append(path / entry.name)
                     elif (kind := split_name(entry.name))[1] == OTHER or not (entry.is_file() or entry.is_symlink()):
                         self.left_out.suffixes[suffix_of(entry.name)] += 1
                     else:
@@ -208,20 +208,23 @@ class Folder:
         return files, folders
 
     def _grouped(self, files: list[str], folder: str) -> Iterator[str]:
-        """Yield the entry of each picture."""
-        for stem, names in groupby(files, key=lambda name: name.partition(SEPARATOR)[0]):
-            endings = [name.partition(SEPARATOR)[2] for name in names]
-            kinds = [split_name(f"{stem}.{ending}")[1] for ending in endings]
-            pictures = [ending for ending, kind in zip(endings, kinds, strict=True) if kind == PICTURE]
-            others = [ending for ending, kind in zip(endings, kinds, strict=True) if kind != PICTURE]
+        """Yield the entry of each picture. The list of files is empty afterwards."""
+        while files:  # from the end, so that the memory of names is free for entries
+            stem, _, ending = files.pop().partition(SEPARATOR)
+            endings = [ending]
+            while files and files[-1].startswith(f"{stem}{SEPARATOR}"):
+                endings.append(files.pop().partition(SEPARATOR)[2])
+            endings.reverse()
+            pictures = [ending for ending in endings if kind_of(ending) == PICTURE]
+            others = [ending for ending in endings if kind_of(ending) != PICTURE]
             for picture in pictures:
                 yield SEPARATOR.join((f"{stem}.{picture}", *others))
             if pictures:
                 continue
-            if f"{stem}.json" in TABLES and "json" in endings:
-                self._add_table(self.path / folder / f"{stem}.json")
-            for ending, kind in zip(endings, kinds, strict=True):
-                if kind == CAPTION:
+            for ending in endings:
+                if f"{stem}.{ending}" in TABLES:
+                    self._tables.append(self.path / folder / f"{stem}.{ending}")
+                elif kind_of(ending) == CAPTION:
                     self.left_out.captions += 1
                     self.left_out.example = f"{folder}{stem}.{ending}"
                 else:
@@ -231,7 +234,6 @@ class Folder:
         folder = path.parent.relative_to(self.path)
         for name, captions in table_rows(path, self._field):
             self._table.add(os.path.normpath(folder / name).replace(os.sep, "/"), captions)
-        self._tables.append(path)
 
     def _nothing(self) -> str:
         shards = sum(count for suffix, count in self.left_out.suffixes.items() if suffix in (".tar", ".gz", ".tgz"))

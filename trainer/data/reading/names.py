@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 from .samples import COMPANIONS
@@ -53,6 +53,12 @@ def split_name(name: str) -> tuple[str, str]:
     if owner and companion in COMPANIONS:
         return owner, companion
     return stem, PICTURE
+
+
+@lru_cache(1024)
+def kind_of(ending: str) -> str:
+    """Return the kind of an ending without its stem: ``picture`` of ``png``, ``mask`` of ``mask.png``."""
+    return split_name(f"x.{ending}")[1]
 
 
 def is_hidden(name: str) -> bool:

@@ -20,7 +20,7 @@ from ...errors import UserError
 from ..remote.opening import RemoteFile, stamp_of
 from ..remote.patterns import expand, file_name, shown
 from .captions import BadCaption, captions_beside
-from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, is_hidden, split_name, suffix_of
+from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, is_hidden, kind_of, split_name, suffix_of
 from .samples import COMPANIONS, BadSample, LeftOut, RawSample, uniform
 
 ZSTD_SUFFIXES = (".tar.zst", ".tzst")
@@ -164,21 +164,21 @@ def samples_of(
             )
             return
         group[ending] = content
-    captions = {stem: group for stem, group in groups.items() if any(_kind(ending) == CAPTION for ending in group)}
+    captions = {stem: group for stem, group in groups.items() if any(kind_of(ending) == CAPTION for ending in group)}
     for stem, group in groups.items():
         # In WebDataset's naming 0001.image.png belongs to the caption 0001.txt. Beside 0001.png it is a further member,
         # and no sample.
         whole = groups.get(key) if key != stem else None
         name = f"{stem} in {shard}"
-        pictures = [ending for ending in group if _kind(ending) == PICTURE]
+        pictures = [ending for ending in group if kind_of(ending) == PICTURE]
         if stem not in captions and whole is not None and key in captions and pictures:
-            if any(_kind(ending) == PICTURE for ending in whole):
+            if any(kind_of(ending) == PICTURE for ending in whole):
                 if others is not None:
                     others.update(f".{stem[len(key) + 1 :]}.{ending}".lower() for ending in pictures)
                 continue
             group = {**whole, **group}
         if not pictures:
-            lost = next((kind for ending in group if (kind := _kind(ending)) in COMPANIONS), None)
+            lost = next((kind for ending in group if (kind := kind_of(ending)) in COMPANIONS), None)
             if lost is not None:
                 yield BadSample(
                     name,
@@ -193,7 +193,7 @@ def samples_of(
 def _sample(
     name: str, group: dict[str, bytes], picture: str, companions: Sequence[str], field: str | None, prefix: str
 ) -> RawSample | BadSample:
-    texts = {ending.lower(): partial(group.__getitem__, ending) for ending in group if _kind(ending) == CAPTION}
+    texts = {ending.lower(): partial(group.__getitem__, ending) for ending in group if kind_of(ending) == CAPTION}
     try:
         captions = captions_beside(texts, field)
     except BadCaption as error:
@@ -202,17 +202,13 @@ def _sample(
         wanted = " or ".join(f".{suffix}" for suffix in CAPTION_SUFFIXES)
         hint = "; its .json has no field of captions: set data.caption_field" if "json" in texts else ""
         return BadSample(name, f"{name} has no caption; expected a {wanted} next to the image{hint}", "caption")
-    beside = {kind: group[ending] for ending in reversed(group) if (kind := _kind(ending)) in companions}
+    beside = {kind: group[ending] for ending in reversed(group) if (kind := kind_of(ending)) in companions}
     return RawSample(
         name,
         group[picture],
         tuple(f"{prefix}{text}".strip() for text in captions),
         {companion: beside[companion] for companion in companions if companion in beside},
     )
-
-
-def _kind(ending: str) -> str:
-    return split_name(f"x.{ending}")[1]
 
 
 def group_members(members: Iterable[Member], title: str) -> Iterator[tuple[str, list[Member]]]:
