@@ -140,6 +140,9 @@ def test_unreadable_shards_do_not_hide_the_others(tmp_path: Path, capsys: pytest
     (tmp_path / "b.tar").write_bytes(b"no tar")
     shard(tmp_path / "c.tar", {f"c{name}": content for name, content in good_set(3).items()})
     code, findings, result = check(capsys, tmp_path, "--resolution", "64")
+    assert result == check(capsys, *(tmp_path / f"{name}.tar" for name in "abc"), "--resolution", "64")[2] | {
+        "data": str(tmp_path)
+    }
     assert (code, result["samples"]) == (2, 6)
     assert findings["shard"]["count"] == 1
     assert "b.tar can't be read" in findings["shard"]["cases"][0]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import DataSection
 from ..data.framing import to_mask, to_tensor
-from ..data.reading import read_samples
+from ..data.reading import read_samples, source_of
 from ..data.reading.samples import Sample
 from ..demo.shards import TEACHER_STYLE, load_pictures
 from ..errors import UserError
@@ -152,5 +152,4 @@ def _demo(style: str, task: Task, samples: int, seed: int) -> Subjects:
 
 def _section(path: Path) -> DataSection:
     """Return the data section of a folder of pictures or of shards."""
-    shards = path.is_file() or (path.is_dir() and any(".tar" in "".join(file.suffixes) for file in path.iterdir()))
-    return DataSection(source="webdataset" if shards else "folder", path=path)
+    return DataSection(source=source_of(path), path=path)

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 RESOLUTION = 512  # pixels, Stable Diffusion 1.5's
 SHEET_SAMPLES = 120
-SHARD_ENDINGS = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")
-PROMPT_ENDINGS = (".txt", ".json", ".jsonl")
 EXIT_CODES = "Exit code: 0 = nothing is wrong, 1 = only warnings, 2 = errors, with which training would stop."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = EXIT_CODES
-    parser.add_argument("path", nargs="?", type=Path, help="a folder of pictures, a shard, a folder of shards, prompts")
+    parser.add_argument(
+        "path", nargs="*", help="a folder of pictures; shards, folders of shards, patterns or URLs of shards; prompts"
+    )
     parser.add_argument("--source", help="data.source (default: told by the path: folder, webdataset or prompts)")
     parser.add_argument("--task", metavar="NAME", help="the task to train: check the companions that it reads")
     parser.add_argument(
@@ -62,25 +62,17 @@ def run(args: argparse.Namespace) -> int:
 def _section(args: argparse.Namespace) -> DataSection:
     from pydantic import ValidationError
 
-    source = args.source or _source_of(args.path)
-    fields = {"source": source, "path": args.path, "resolution": args.resolution, "limit": args.limit}
+    from ..reading import source_of
+
+    if not args.path and not (args.source or "").startswith("demo"):
+        raise UserError("there is no path; give a folder of pictures, shards or prompts, or --source demo")
+    source = args.source or source_of(args.path[0])
+    path = args.path[0] if len(args.path) == 1 else args.path or None
+    fields = {"source": source, "path": path, "resolution": args.resolution, "limit": args.limit}
     try:
         return DataSection.model_validate({**fields, "buckets": args.buckets, "caption_field": args.caption_field})
     except ValidationError as error:
         raise UserError("\n".join(("these options don't fit:", *explain(error, ("data",))))) from error
-
-
-def _source_of(path: Path | None) -> str:
-    """Return the source that a path looks like."""
-    if path is None:
-        raise UserError("there is no path; give a folder of pictures, a shard or prompts, or --source demo")
-    path = path.expanduser()
-    if not path.exists():
-        raise UserError(f"there is no {path}; give a folder of pictures, a shard, a folder of shards, or prompts")
-    if path.is_dir():
-        shards = any(file.name.endswith(SHARD_ENDINGS) for file in path.iterdir())
-        return "webdataset" if shards else "folder"
-    return "prompts" if path.suffix.lower() in PROMPT_ENDINGS else "webdataset"
 
 
 def _companions(task: str | None) -> tuple[str, ...] | None:

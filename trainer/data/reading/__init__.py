@@ -6,12 +6,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from ...config import DataSection
-from .names import not_read
+from ...config.data import is_url
+from ...errors import UserError
+from .names import PROMPT_SUFFIXES, SHARD_SUFFIXES, not_read
 from .samples import BadSample, Problems, RawSample, Sample, Source
 
-__all__ = ["check_source", "decode", "open_source", "picture_size", "read_samples"]
+__all__ = ["check_source", "decode", "open_source", "picture_size", "read_samples", "source_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,22 @@ def open_source(data: DataSection, companions: Sequence[str] = (), strict: bool 
     from .prompts import Prompts
 
     return Prompts(data, path)
+
+
+def source_of(location: Path | str) -> Literal["folder", "webdataset", "prompts"]:
+    """Return the source that a path, pattern or URL looks like.
+
+    Raises:
+        UserError: there is no such file or folder.
+    """
+    path = Path(location).expanduser()
+    if is_url(str(location)) or ("{" in str(location) and not path.exists()):
+        return "webdataset"
+    if not path.exists():
+        raise UserError(f"there is no {path}; give a folder of pictures, a shard, a folder of shards, or prompts")
+    if path.is_dir():
+        return "webdataset" if any(file.name.endswith(SHARD_SUFFIXES) for file in path.iterdir()) else "folder"
+    return "prompts" if path.suffix.lower() in PROMPT_SUFFIXES else "webdataset"
 
 
 def decode(raw: RawSample) -> Sample:

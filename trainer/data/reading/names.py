@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from .samples import COMPANIONS
 
 CAPTION_SUFFIXES = ("txt", "caption", "json")  # in the order in which they are looked for
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tzst")
+PROMPT_SUFFIXES = (".txt", ".json", ".jsonl")
 # Formats of Pillow that are no pictures of their own: drawings that another program renders, data, films.
 NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
 HEIF = {"heic": "HEIF", "heif": "HEIF", "hif": "HEIF"}

@@ -20,11 +20,9 @@ from ...errors import UserError
 from ..remote.opening import RemoteFile, stamp_of
 from ..remote.patterns import expand, file_name, shown
 from .captions import BadCaption, captions_beside
-from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, is_hidden, kind_of, split_name, suffix_of
+from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, SHARD_SUFFIXES, is_hidden, kind_of, split_name, suffix_of
 from .samples import COMPANIONS, BadSample, LeftOut, RawSample, uniform
 
-ZSTD_SUFFIXES = (".tar.zst", ".tzst")
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", *ZSTD_SUFFIXES)
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 REMOTE_BUFFER = 1 << 18  # bytes
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\0\0\x80", ZSTD_MAGIC)
