@@ -27,6 +27,8 @@ class Family:
         vector_width: width of the vector (pooled text and sizes) that a UNet reads beside the text; 0 without one.
         level_widths: channels of a UNet's levels with cross-attention, which tell families of one text width apart.
         sizes: names of a transformer's sizes, by the width of the image stream.
+        architectures: the ModelSpec names of its models, where these differ: by the width of the image stream, or by
+            the prediction. ``architecture`` is the name where neither is known.
     """
 
     key: str
@@ -43,10 +45,15 @@ class Family:
     vector_width: int = 0
     level_widths: tuple[int, ...] = ()
     sizes: Mapping[int, str] = field(default_factory=dict)
+    architectures: Mapping[int | str, str] = field(default_factory=dict)
 
     def sized(self, width: int) -> str:
         """Return the name with the size of that width: "SD3.5 large"; the name alone for an unknown width."""
         return f"{self.name} {self.sizes[width]}" if width in self.sizes else self.name
+
+    def architecture_of(self, prediction: str, width: int = 0) -> str:
+        """Return the ModelSpec name of a model, from its prediction and its image stream's width (0: unknown)."""
+        return self.architectures.get(width) or self.architectures.get(prediction) or self.architecture
 
 
 # Families of square pictures: twice as wide as high is as far as they and their fine-tunes draw one picture.
@@ -69,7 +76,7 @@ FAMILIES: tuple[Family, ...] = (
         "sd21",
         "SD 2",
         "sd21",
-        "stable-diffusion-v2-768-v",
+        "stable-diffusion-v2",
         "SD20",
         4,
         768,
@@ -77,6 +84,7 @@ FAMILIES: tuple[Family, ...] = (
         epsilon_side=512,
         text_width=1024,
         level_widths=(320, 640, 1280),
+        architectures={"v_prediction": "stable-diffusion-v2-768-v", "epsilon": "stable-diffusion-v2-512"},
     ),
     Family(
         "sd_x4",
@@ -122,11 +130,12 @@ FAMILIES: tuple[Family, ...] = (
         "sd35",
         "SD3.5",
         "sd35",
-        "stable-diffusion-v3.5-medium",
+        "stable-diffusion-v3.5",
         "SD3",
         16,
         1024,
         sizes={1536: "medium", 2432: "large"},
+        architectures={1536: "stable-diffusion-v3.5-medium", 2432: "stable-diffusion-v3.5-large"},
     ),
     Family("flux", "Flux", "", "flux-1-dev", "Flux", 16, 1024),
     # The demo's class is nodes/demo/models.py's.

@@ -14,6 +14,7 @@ FORMAT_VERSION = "1"
 PREFIX = "flash."
 TRAINING_PREFIX = "flash.training."
 MAX_GRIDS = 64
+LORA = "/lora"  # ends the ModelSpec name of a LoRA's architecture
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class FlashMetadata:
         guidance: the scale of classifier-free guidance to sample with; 1 is no guidance. Default: 1.
         teacher: the teacher's name; ``teacher_hash`` identifies its weights.
         recipe_hash: identifies the recipe of the training.
+        architecture: the base's name in ModelSpec; empty for the name that follows from ``base`` and ``prediction``.
         training: more facts of the training, as strings.
     """
 
@@ -47,14 +49,14 @@ class FlashMetadata:
     teacher_hash: str = ""
     recipe_hash: str = ""
     license: str = ""
+    architecture: str = ""
     training: Mapping[str, str] = field(default_factory=dict)
 
     def to_header(self) -> dict[str, str]:
         """Return the header's strings."""
-        family = family_of(self.base)
         header = {
             "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": f"{self.base if family is None else family.architecture}/lora",
+            "modelspec.architecture": f"{self.architecture or _architecture(self.base, self.prediction)}{LORA}",
             "modelspec.implementation": "diffusers",
             "modelspec.title": self.title,
             "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(
@@ -108,6 +110,7 @@ class FlashMetadata:
                 teacher_hash=header.get("flash.teacher_hash", ""),
                 recipe_hash=header.get("flash.recipe", ""),
                 license=header.get("modelspec.license", ""),
+                architecture=_told_architecture(header),
                 training={
                     name[len(TRAINING_PREFIX) :]: value
                     for name, value in header.items()
@@ -118,6 +121,18 @@ class FlashMetadata:
             raise ValueError(f"the Flash LoRA header lacks the field {missing}") from missing
         except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"the Flash LoRA header can't be read: {error}") from error
+
+
+def _architecture(base: str, prediction: str) -> str:
+    """Return the ModelSpec name that follows from family and prediction; the key itself for families of others."""
+    family = family_of(base)
+    return base if family is None else family.architecture_of(prediction)
+
+
+def _told_architecture(header: Mapping[str, str]) -> str:
+    """Return the architecture of a header; empty if it follows from family and prediction, or is missing."""
+    told = header.get("modelspec.architecture", "").removesuffix(LORA)
+    return "" if told == _architecture(header["flash.base"], header["flash.prediction"]) else told
 
 
 def _stochasticity(shares: Mapping[str, float]) -> dict[int, float]:

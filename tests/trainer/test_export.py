@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import LCMScheduler, StableDiffusionPipeline
+from safetensors import safe_open
 
 from flash_diffusion.flash_core.denoiser import predict_z0
 from flash_diffusion.flash_core.grid import trailing_timesteps
-from flash_diffusion.flash_core.lora import read_lora
+from flash_diffusion.flash_core.lora import FlashMetadata, read_lora
+from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
+from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import Recipe, parse_recipe
 from flash_diffusion.trainer.distill.export_command import export_checkpoint
 from flash_diffusion.trainer.distill.loop import Run, distil
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.teachers import load_teacher
+from flash_diffusion.trainer.export.base_facts import read_base_facts, write_base_facts
+from flash_diffusion.trainer.teachers import family, load_teacher, outline_teacher
+
+from ..families.pipelines import save_pipeline
+from .models import tiny_recipe
 
 
 def test_stock_diffusers_loads_it_with_the_same_output(
@@ -149,3 +158,119 @@ def test_the_file_is_stored_as_the_recipe_says(recipe_content: dict[str, Any], t
     )
     for name, module in full.modules.items():
         torch.testing.assert_close(file.modules[name].up.float(), module.up, atol=1e-6, rtol=1e-3)
+
+
+# -- the base, hours later ---------------------------------------------------------------------------------------------
+
+
+def content_of(path: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
+    """A file's header and tensors; safetensors writes the header's strings in any order."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).flatten().tolist() for name in file.keys()}  # noqa: SIM118
+        return file.metadata(), tensors
+
+
+def test_an_export_needs_the_base_no_more(
+    recipe_content: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    recipe_content["model"]["path"] = str(base)
+    recipe_content["phases"] = recipe_content["phases"][:1]
+
+    def gone(*_: object) -> None:
+        raise AssertionError("the base was read again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flash_diffusion.trainer.export.base_facts.outline_teacher", gone)
+        lora = distil(parse_recipe(recipe_content), tmp_path / "run")
+    card = lora.with_name("README.md")
+    first = content_of(lora), card.read_bytes()
+    shutil.rmtree(base)
+    export_checkpoint(tmp_path / "run")
+    assert (content_of(lora), card.read_bytes()) == first
+    facts = tmp_path / "run" / "base.json"
+    facts.write_text('{"name": 3}')
+    with pytest.raises(UserError, match=r"base\.json can't be read: .* delete it"):
+        export_checkpoint(tmp_path / "run")
+    facts.unlink()  # as in runs of earlier versions
+    with pytest.raises(UserError, match=r"model\.path: .*base does not exist"):
+        export_checkpoint(tmp_path / "run")
+    shutil.copytree(tiny_model, base)
+    export_checkpoint(tmp_path / "run")
+    assert (content_of(lora), card.read_bytes()) == first
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler"), [("sd15", {}), ("sd21", {}), ("sd15", {"prediction_type": "sample"}), ("sd3", {})]
+)
+def test_facts_of_the_base_are_read_back_exactly(family: str, scheduler: dict[str, Any], tmp_path: Path) -> None:
+    save_pipeline(family, tmp_path / "model", **scheduler)
+    content = tiny_recipe(tmp_path / "model", tmp_path)
+    content["model"]["family"] = family
+    recipe = parse_recipe(content)
+    outline = outline_teacher(recipe.model)
+    write_base_facts(tmp_path, recipe, outline)
+    process, read = outline.denoiser.process, read_base_facts(tmp_path, recipe).process
+    assert read_base_facts(tmp_path, recipe).name == "model"
+    assert (read.kind, read.prediction) == (process.kind, process.prediction)
+    t = torch.linspace(0, 999, 1000).round()
+    for ours, theirs in zip(read.alpha_sigma(t), process.alpha_sigma(t), strict=True):
+        assert torch.equal(ours, theirs)
+    for steps in range(1, 9):
+        assert trailing_timesteps(read, steps) == trailing_timesteps(process, steps)
+
+
+# The names are the public ModelSpec's; widths and predictions those of the published configurations.
+MMDIT = {"attention_head_dim": 64}
+FLOW = FlowProcess(3.0)
+ARCHITECTURES = {
+    "sd15": ({}, VPProcess.from_betas(), "stable-diffusion-v1"),
+    "sd21-v": ({}, VPProcess.from_betas(prediction="v_prediction"), "stable-diffusion-v2-768-v"),
+    "sd21-base": ({}, VPProcess.from_betas(), "stable-diffusion-v2-512"),
+    "sd21-other": ({}, VPProcess.from_betas(prediction="sample"), "stable-diffusion-v2"),
+    "sdxl": ({}, VPProcess.from_betas(), "stable-diffusion-xl-v1-base"),
+    "sd3": ({**MMDIT, "num_attention_heads": 24}, FLOW, "stable-diffusion-v3-medium"),
+    "sd35-medium": ({**MMDIT, "num_attention_heads": 24}, FLOW, "stable-diffusion-v3.5-medium"),
+    "sd35-large": ({**MMDIT, "num_attention_heads": 38}, FLOW, "stable-diffusion-v3.5-large"),
+    "sd35-other": ({**MMDIT, "num_attention_heads": 2}, FLOW, "stable-diffusion-v3.5"),
+}
+
+
+@pytest.mark.parametrize(("model", "facts"), ARCHITECTURES.items(), ids=ARCHITECTURES)
+def test_the_architecture_is_that_of_the_model(
+    model: str, facts: tuple[dict[str, int], Any, str], tmp_path: Path
+) -> None:
+    config, process, expected = facts
+    found = family(model.partition("-")[0]).architecture(config, process)
+    assert found == expected
+    metadata = FlashMetadata(
+        model.partition("-")[0], process.prediction, process.kind, {1: (999.0,)}, architecture=found
+    )
+    header = metadata.to_header()
+    assert header["modelspec.architecture"] == f"{expected}/lora"
+    read = FlashMetadata.from_header(header)
+    assert read is not None
+    assert read.to_header() == header  # as `flash-diffusion lora convert` writes it again
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_a_runs_files_have_the_permissions_of_any_new_file(
+    recipe_content: dict[str, Any], tmp_path: Path, mask: int
+) -> None:
+    recipe_content["phases"] = [{**recipe_content["phases"][0], "updates": 1}]
+    before = os.umask(mask)
+    try:
+        lora = distil(parse_recipe(recipe_content), tmp_path / "run")
+        for dialect in ("kohya", "diffusers", "peft"):
+            name = dialect if dialect == "peft" else f"{dialect}.safetensors"
+            assert main(["lora", "convert", str(lora), str(tmp_path / "run" / name), "--to", dialect]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and "lock" not in path.name]
+    assert {"lora.safetensors", "README.md", "config.yaml", "base.json", "adapter_config.json"} <= {
+        path.name for path in files
+    }
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(0o666 & ~mask) for path in files
+    }

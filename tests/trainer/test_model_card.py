@@ -29,6 +29,7 @@ from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.data.framing import to_mask, to_tensor
 from flash_diffusion.trainer.distill.loop import Run
+from flash_diffusion.trainer.export.base_facts import facts_of
 from flash_diffusion.trainer.export.card_usage import is_on_disk, shown, usage
 from flash_diffusion.trainer.export.model_card import model_card
 from flash_diffusion.trainer.recipes import load_recipe
@@ -276,8 +277,8 @@ def test_a_card_without_code_points_to_the_nodes(root: Path, pictures: Path, tmp
     run, lora = trained(root, pictures, "plain", "sd15", "sd15", {"name": "text-to-image"})
     file = read_lora(lora)
     assert file.metadata is not None
-    process = run.parts.teacher.denoiser.process
-    card = model_card(tmp_path, recipe, file.modules, file.metadata, process, run.state)
+    facts = facts_of(run.recipe, run.parts.teacher)
+    card = model_card(tmp_path, recipe, file.modules, file.metadata, facts, run.state)
     assert "```python" not in card
     assert "no stock pipeline has its base" in card
     assert "Use the ComfyUI nodes." in card

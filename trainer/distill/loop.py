@@ -18,6 +18,7 @@ from ..data.batches.rollouts import Rollouts
 from ..data.batches.trajectories import own_batches
 from ..data.reading import check_source
 from ..errors import UserError
+from ..export.base_facts import write_base_facts
 from ..export.export import export_run
 from ..export.training_state import TrainingState
 from ..files import write_text_whole, writing
@@ -110,7 +111,8 @@ class Run:
         if accelerator.is_main_process:
             self.preview = Preview(recipe, preview_rows(self.parts, recipe.preview.prompts))
         self._identify(teacher.weights_hash(), examples.fingerprint)
-        teacher.release_encoders()
+        if not recipe.data.stream:
+            teacher.release_encoders()
         if last is not None:
             self._restore(last)
         self.state.processes = accelerator.num_processes
@@ -164,6 +166,7 @@ class Run:
         """
         if self.accelerator.is_main_process:
             write_text_whole(self.output / "config.yaml", self.recipe.to_yaml())
+            write_base_facts(self.output, self.recipe, self.parts.teacher)
         try:
             with self.log.progress:
                 if self.recipe.trajectories.count:
@@ -177,6 +180,8 @@ class Run:
                 self._save_checkpoint()
             self.log.close()
             raise
+        finally:
+            self.rollouts.close()
         return self.output / LORA_FILE
 
     def _finish(self) -> None:

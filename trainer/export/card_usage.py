@@ -15,7 +15,7 @@ from ..recipes import LORA_FILE
 from ..tasks import build_task
 from ..teachers import family
 from ..teachers.base import Teacher
-from ..teachers.conditions.control import KINDS, SCALES, find_control
+from .base_facts import ControlFacts
 
 BEST_STEPS = 4
 # The default strength of SDXL's inpainting pipeline is 0.9999, which drops one step.
@@ -70,16 +70,17 @@ class NoStockPipeline(Exception):
     """Raised if diffusers has no pipeline for the task; the message is the end of a sentence."""
 
 
-def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> Usage:
+def usage(recipe: Recipe, folder: str, rank: int, process: Process, control: ControlFacts | None = None) -> Usage:
     """Return Python that makes a picture with diffusers.
 
     Args:
         folder: the LoRA's folder.
         rank: of the LoRA; transformers' LoRAs have alpha = rank.
+        control: the network that reads hints, for the task control.
     """
     teacher = family(recipe.model.family)
     try:
-        drawing = _drawing(recipe, teacher)
+        drawing = _drawing(recipe, teacher, control)
     except NoStockPipeline as reason:
         return Usage("", str(reason))
     options = [*drawing.arguments, *(f"{name}={value!r}" for name, value in teacher.call_options.items())]
@@ -107,7 +108,7 @@ def usage(recipe: Recipe, folder: str, rank: int, process: Process) -> Usage:
     return Usage("\n".join(lines), drawing.given)
 
 
-def _drawing(recipe: Recipe, teacher: type[Teacher]) -> Drawing:
+def _drawing(recipe: Recipe, teacher: type[Teacher], control: ControlFacts | None) -> Drawing:
     """Return the pipeline and the arguments for the recipe's task.
 
     Raises:
@@ -133,7 +134,10 @@ def _drawing(recipe: Recipe, teacher: type[Teacher]) -> Drawing:
             names=(f"{stem}InpaintPipeline",),
             loading=(_switched(f"{stem}InpaintPipeline"),),
         )
-    return _face_swap(recipe, stem) if task.name == "face-swap" else _control(recipe, stem)
+    if task.name == "face-swap":
+        return _face_swap(recipe, stem)
+    assert control is not None  # a recipe without it does not train this task
+    return _control(control, stem)
 
 
 def _upscaling(recipe: Recipe, teacher: type[Teacher]) -> Drawing:
@@ -180,22 +184,16 @@ def _face_swap(recipe: Recipe, stem: str) -> Drawing:
     )
 
 
-def _control(recipe: Recipe, stem: str) -> Drawing:
-    assert recipe.model.control is not None  # a recipe without it does not train this task
-    source = find_control(recipe.model.control)
-    if source.file is not None:
-        raise NoStockPipeline(
-            f"stock pipelines read hints by networks in diffusers' folders, not by {source.file.name}"
-        )
-    kind = source.config["_class_name"]
-    part, ending, argument = NETWORKS[kind]
-    scale = SCALES[KINDS[kind]] if source.scale is None else source.scale
-    grey = kind == "T2IAdapter" and source.config.get("in_channels") == 1
+def _control(control: ControlFacts, stem: str) -> Drawing:
+    if control.file:
+        raise NoStockPipeline(f"stock pipelines read hints by networks in diffusers' folders, not by {control.file}")
+    part, ending, argument = NETWORKS[control.kind]
+    place = _quoted(shown(control.place))
     return Drawing(
-        f"`prompt` and `image` (the hint, a PIL picture{' in mode L' if grey else ''})",
-        ("prompt", "image=image", f"{argument}={scale:g}"),
-        names=(kind, f"{stem}{ending}"),
-        loading=(f"{part} = {kind}.from_pretrained({_quoted(shown(source.folder))}, torch_dtype=pipe.dtype)",),
+        f"`prompt` and `image` (the hint, a PIL picture{' in mode L' if control.grey else ''})",
+        ("prompt", "image=image", f"{argument}={control.scale:g}"),
+        names=(control.kind, f"{stem}{ending}"),
+        loading=(f"{part} = {control.kind}.from_pretrained({place}, torch_dtype=pipe.dtype)",),
         # SD 1.5's T2I-adapter pipeline loads no LoRAs.
         switching=(_switched(f"{stem}{ending}", f"{part}={part}"),),
     )

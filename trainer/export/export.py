@@ -14,7 +14,8 @@ from ...flash_core.lora import FlashMetadata, LoraModule, write_lora
 from ..config import Recipe
 from ..files import write_text_whole
 from ..recipes import LORA_FILE
-from ..teachers import family, outline_teacher
+from ..teachers import family
+from .base_facts import read_base_facts
 from .card_usage import BEST_STEPS
 from .model_card import model_card
 from .training_state import TrainingState
@@ -28,8 +29,8 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
         state: the state of the run.
     """
     teacher = family(recipe.model.family)
-    outline = outline_teacher(recipe.model, recipe.data.resolution)
-    process = outline.denoiser.process
+    facts = read_base_facts(run, recipe)
+    process = facts.process
     modules = lora_modules(average, recipe.lora.alpha)
     metadata = FlashMetadata(
         base=teacher.base,
@@ -39,8 +40,9 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
         timesteps={steps: tuple(trailing_timesteps(process, steps)) for steps in range(1, MAX_FEW_STEPS + 1)},
         steps=BEST_STEPS,
         stochasticity=stochasticity_of(recipe),
-        title=f"Flash LoRA of {outline.name}",
-        teacher=outline.name,
+        title=f"Flash LoRA of {facts.name}",
+        teacher=facts.name,
+        architecture=facts.architecture,
         teacher_hash=state.teacher_hash,
         recipe_hash=recipe.digest(),
         training={
@@ -49,12 +51,12 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
             "trainer": f"flash-diffusion {__version__}",
         }
         | ({"style_lora": recipe.model.styles} if recipe.model.style_lora else {})
-        | ({"control": outline.control.title} if outline.control is not None else {})
+        | ({"control": facts.control.title} if facts.control is not None else {})
         | ({"image_adapter": recipe.model.image_adapter.title} if recipe.model.image_adapter is not None else {}),
     )
     path = run / LORA_FILE
     write_lora(path, modules, metadata, transformer=teacher.transformer, dtype=getattr(torch, recipe.lora.dtype))
-    write_text_whole(run / "README.md", model_card(run, recipe, modules, metadata, process, state))
+    write_text_whole(run / "README.md", model_card(run, recipe, modules, metadata, facts, state))
     return path
 
 

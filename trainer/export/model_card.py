@@ -10,8 +10,8 @@ import yaml
 
 from ...flash_core.grid import NUM_MODES, trailing_timesteps
 from ...flash_core.lora import FlashMetadata, LoraModule
-from ...flash_core.process import Process
 from ..config import Recipe
+from .base_facts import BaseFacts
 from .card_usage import Usage, is_on_disk, usage
 from .training_state import TrainingState
 
@@ -39,11 +39,11 @@ def model_card(
     recipe: Recipe,
     modules: Mapping[str, LoraModule],
     metadata: FlashMetadata,
-    process: Process,
+    facts: BaseFacts,
     state: TrainingState,
 ) -> str:
     """Return the run's README.md, with the YAML head of a Hub page."""
-    grids = {steps: ", ".join(f"{t:g}" for t in trailing_timesteps(process, steps)) for steps in (1, 2, 4)}
+    grids = {steps: ", ".join(f"{t:g}" for t in trailing_timesteps(facts.process, steps)) for steps in (1, 2, 4)}
     previews = sorted((run / "previews").glob("*.webp")) if (run / "previews").is_dir() else []
     picture = f"![teacher beside student](previews/{previews[-1].name})\n" if previews else ""
     first = next(iter(modules.values()))
@@ -68,7 +68,7 @@ A LoRA with which **{metadata.teacher}** makes pictures in 1 to 4 steps without 
 
 {_together(recipe, metadata)}ComfyUI: {nodes}{_stochasticity(metadata)}
 
-{_diffusers(usage(recipe, run.name, first.rank, process), recipe, metadata)}
+{_diffusers(usage(recipe, run.name, first.rank, facts.process, facts.control), recipe, metadata)}
 
 | steps | timesteps |
 |---|---|

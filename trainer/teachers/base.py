@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ...flash_core.denoiser import Conditioning
+from ...flash_core.families import family_of
 from ...flash_core.process import FlowProcess, Process, VPProcess
 from ..config import ModelSection
 from ..errors import UserError
@@ -152,6 +153,14 @@ class Teacher(ABC):
         Raises:
             UserError: the network belongs to another family; the message names the family.
         """
+
+    @classmethod
+    def architecture(cls, config: Mapping[str, Any], process: Process) -> str:
+        """Return the model's name in ModelSpec, from its network's configuration and its noise process."""
+        found = family_of(cls.base)
+        assert found is not None
+        heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+        return found.architecture_of(process.prediction, heads * width if cls.transformer and heads and width else 0)
 
     @classmethod
     def absent_parts(cls, model: ModelSection) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ class Sizes:
             return ""
         far, times = ("larger", ratio) if ratio > 1 else ("smaller", 1 / ratio)
         return (
-            f"WARNING: pictures of {width} x {height} pixels are {times:.3g} times {far} in area than the "
+            f"pictures of {width} x {height} pixels are {times:.3g} times {far} in area than the "
             f"{self.own} x {self.own} that {self.name} was trained on. A teacher draws badly at such a size, and the "
             f"LoRA learns it. Set data.resolution to {self.own}, or choose a model of this size"
         )
