@@ -340,6 +340,8 @@ def published(folder: Path) -> dict[str, Any]:
         f"zero_convs.{index}.0.weight": torch.zeros(width, 1)
         for index, width in enumerate([320] * 4 + [640] * 3 + [1280] * 2)
     }
+    own = (*(f"input_hint_block.{index}" for index in range(0, 15, 2)), "middle_block_out.0")
+    low_rank |= {f"{layer}.weight": torch.zeros(1, 1) for layer in own}
     low_rank |= {
         "input_blocks.4.1.transformer_blocks.0.attn2.to_k.down": torch.zeros(8, 2048),
         "label_emb.0.0.down": torch.zeros(8, 2816),
