@@ -23,7 +23,7 @@ from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recip
 from flash_diffusion.trainer.demo.assets import LORAS
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.command import add_arguments, request_of
-from flash_diffusion.trainer.evaluate.task_comparison import about_task, left_out, targets_of, verdict
+from flash_diffusion.trainer.evaluate.task_comparison import AboutTask, about_task, left_out, targets_of, verdict
 from flash_diffusion.trainer.evaluate.task_samples import Subjects, batches, read_subjects
 from flash_diffusion.trainer.metrics import confidence_intervals as bootstrap
 from flash_diffusion.trainer.metrics.confidence_intervals import Estimate
@@ -402,7 +402,10 @@ def test_each_task_is_evaluated(name: str, lora: Path, pictures: Path, tmp_path:
     keys = [figure["key"] for figure in report["figures"]]
     wanted = [figure.key for figure in task(name).figures if figure.key != "lpips"] + ["paired"]
     assert keys == wanted  # seven samples are too few for a distance of sets
-    assert any("samples are too few" in note for note in report["notes"]) == (name in ("inpainting", "control"))
+    assert any("7 samples are too few for 64" in note for note in report["notes"]) == (
+        name in ("inpainting", "control")
+    )
+    assert any("usable from --samples 32 on" in note for note in report["notes"])
     runs = {run["name"]: run for run in report["runs"]}
     assert [run["nfe"] for run in report["runs"]] == [0, 8, 4, 2, 1, 4, 2, 1, 4] + [8] * (name == "control")
     assert all(0 < run["figures"][key]["count"] <= 7 for run in runs.values() for key in keys)
@@ -458,6 +461,24 @@ def test_run_folder_names_model_task_and_options(lora: Path, pictures: Path, tmp
     assert report["task"] == "super-resolution"
     assert (report["origin"]["task_options"]["scale"], report["origin"]["task_options"]["jpeg"]) == (2, None)
     assert str(pictures) in report["origin"]["data"]
+
+
+def test_targets_need_enough_samples(
+    lora: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = "flash_diffusion.trainer.evaluate.task_comparison"
+    monkeypatch.setattr(f"{comparison}.about_task", lambda *inputs: AboutTask())  # as for the demo
+    monkeypatch.setattr(f"{comparison}.FEWEST_SAMPLES", 3)
+    student = for_task(lora, "super-resolution", tmp_path / "lora.safetensors")
+    command = ["evaluate", "--task", "super-resolution", "--family", "sd15", "--data", str(pictures), "--steps", "2"]
+    command += ["--teacher", str(wide_model(tmp_path / "model", 8)), "--lora", str(student), "--output", str(tmp_path)]
+    held = []
+    for samples in ("2", "3"):
+        assert main([*command, "--samples", samples]) == 0
+        report = json.loads((tmp_path / "report.json").read_text())
+        held.append({target["figure"] for target in report["targets"] if target["kind"] == "within"})
+        assert any("samples are too few: the intervals" in note for note in report["notes"]) == (samples == "2")
+    assert held == [set(), {"psnr", "features", "consistency"}]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEST_STEPS = 4  # of the student that has targets
+FEWEST_SAMPLES = 32  # for targets: of fewer samples the bootstrap's intervals are too narrow
 WITHIN = 0.1  # share of the teacher's many-step figure that the student may fall short
 YARDSTICK = "the originals"
 FRECHET = Figure(
@@ -209,8 +210,8 @@ class TaskComparison(Evaluator[Entry]):
         self.dimensions = self._look(blank).shape[1]
         self.enough = samples_needed(self.dimensions)
         self.measures_sets = task.many_answers and options.samples >= self.enough
-        if task.many_answers and not self.measures_sets:
-            logger.warning("%s", self._too_few_samples())
+        for note in self._too_few_samples():
+            logger.warning("%s", note)
         self.seen = {entry.name: Seen() for entry in self.entries}
         self.independent: list[Tensor] = []
         self.distances: dict[tuple[str, str], Tensor] = {}
@@ -262,7 +263,7 @@ class TaskComparison(Evaluator[Entry]):
 
     def targets(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Return the targets of :func:`targets_of`, where the targets apply."""
-        if not self.about.has_targets:
+        if not self._has_targets():
             return []
         student = SamplingSetting("student", BEST_STEPS).name
         return targets_of(self.figures, self.estimates, self.comparisons, student, self.many.name, self._gaps())
@@ -271,9 +272,8 @@ class TaskComparison(Evaluator[Entry]):
         """Return what limits the figures, the student's sampler, and why figures and targets were left out."""
         notes = list(self.about.notes)
         notes += sampler_note(self.teacher, FEW_STEPS) if self.student is not None else []
-        if self.task.many_answers and not self.measures_sets:
-            notes.append(self._too_few_samples())
-        if self.student is not None and self.about.has_targets:
+        notes += self._too_few_samples()
+        if self.student is not None and self._has_targets():
             notes += left_out(self.figures, self._gaps())
         if any(figure.key == "lpips" for figure in self.task.figures) and self.perceptual is None:
             notes.append("LPIPS was not measured. Give VGG-16’s weights with --vgg.")
@@ -302,11 +302,23 @@ class TaskComparison(Evaluator[Entry]):
             "pictures": self._save(),
         }
 
-    def _too_few_samples(self) -> str:
-        return (
-            f"The Fréchet distances were left out: {self.options.samples} samples are too few for {self.dimensions} "
-            f"features, and a distance would be mostly its own bias. Use --samples {self.enough} or more."
-        )
+    def _has_targets(self) -> bool:
+        return self.about.has_targets and self.options.samples >= FEWEST_SAMPLES
+
+    def _too_few_samples(self) -> list[str]:
+        """Return what the number of samples is too small for, a sentence each."""
+        samples, found = self.options.samples, []
+        if samples < FEWEST_SAMPLES:
+            found.append(
+                f"{samples} samples are too few: the intervals are too narrow, and there are no targets. They are "
+                f"usable from --samples {FEWEST_SAMPLES} on."
+            )
+        if self.task.many_answers and not self.measures_sets:
+            found.append(
+                f"The Fréchet distances were left out: {samples} samples are too few for {self.dimensions} features, "
+                f"and a distance would be mostly its own bias. Use --samples {self.enough} or more."
+            )
+        return found
 
     # -- making pictures ---------------------------------------------------------------------------------------------
 
