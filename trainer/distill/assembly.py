@@ -15,6 +15,7 @@ from ...flash_core.distiller import Distiller
 from ..config import OptimizerSection, Recipe
 from ..data.encoding.examples import CachedExamples
 from ..data.encoding.prepare import prepare_examples
+from ..data.streaming.examples import StreamExamples
 from ..errors import UserError
 from ..export.export import stochasticity_of
 from ..interrupts import StopRequest
@@ -41,7 +42,7 @@ class Assembly:
 
     teacher: Teacher
     task: Task
-    examples: CachedExamples
+    examples: CachedExamples | StreamExamples
     distiller: Distiller
     trained: Trained
     average: WeightAverage
@@ -82,16 +83,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, stop: StopRequest | None 
     teacher = load_teacher(recipe.model, str(accelerator.device), recipe.data.resolution)
     _check_solver(recipe, teacher)
     check_channels(task, teacher)
-    examples = prepare_examples(
-        recipe.data,
-        teacher,
-        task,
-        recipe.task.variants,
-        method=recipe.method,
-        solves=not recipe.trajectories.count,
-        accelerator=accelerator,
-        stop=stop,
-    )
+    examples = _examples(recipe, teacher, task, accelerator, stop)
     denoiser = teacher.denoiser
     teacher.stochasticity = stochasticity_of(recipe)
     add_adapters(denoiser, recipe, teacher.default_targets)
@@ -122,6 +114,24 @@ def assemble(recipe: Recipe, accelerator: Accelerator, stop: StopRequest | None 
         optimizers["critic"] = _adamw(parameters["critic"], section.critic_lr, section.betas, section)
     average = WeightAverage(parameters["student"], recipe.ema)
     return Assembly(teacher, task, examples, distiller, Trained(parameters, optimizers, average.tensors), average)
+
+
+def _examples(
+    recipe: Recipe, teacher: Teacher, task: Task, accelerator: Accelerator, stop: StopRequest | None
+) -> CachedExamples | StreamExamples:
+    """Return the run's samples: encoded in the cache now, or as they come."""
+    if recipe.data.stream:
+        return StreamExamples(recipe.data, teacher, task, recipe.seed)
+    return prepare_examples(
+        recipe.data,
+        teacher,
+        task,
+        recipe.task.variants,
+        method=recipe.method,
+        solves=not recipe.trajectories.count,
+        accelerator=accelerator,
+        stop=stop,
+    )
 
 
 def _adamw(

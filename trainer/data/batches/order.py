@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...seeds import seed_of, stream
-from ..encoding.examples import NO_CAPTION
+from ...seeds import stream
+from ..encoding.examples import caption_at
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,8 @@ class Order:
         """
         if dropout == 0 and bool((counts == 1).all()):
             return torch.zeros(len(counts), dtype=torch.long)
-        chosen = []
-        for row, count in enumerate(counts.tolist()):
-            empty = seed_of(self.seed, "empty prompt", position + row) < dropout * 2**32
-            chosen.append(NO_CAPTION if empty else seed_of(self.seed, "caption", position + row) % count)
-        return torch.tensor(chosen)
+        numbers = enumerate(counts.tolist())
+        return torch.tensor([caption_at(self.seed, position + row, count, dropout) for row, count in numbers])
 
     @cached_property
     def _members(self) -> list[Tensor]:

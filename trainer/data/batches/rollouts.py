@@ -13,6 +13,7 @@ from ...config import Recipe
 from ...interrupts import StopRequest
 from ...seeds import stream
 from ..encoding.examples import CachedExamples
+from ..streaming.examples import StreamBatches, StreamExamples
 from .order import Order
 from .trajectories import TrajectoryBank, record_trajectories, trajectory_fingerprint
 
@@ -28,11 +29,12 @@ class Rollouts:
 
     Args:
         distiller: solves or replays.
-        examples: encoded pictures with their conditions.
+        examples: pictures with their conditions, encoded in the cache or as they come.
 
     Attributes:
         generator: the process's random stream, which the training steps share; a checkpoint keeps its state.
-        order: of the examples, or of the recorded trajectories.
+        order: of the examples, or of the recorded trajectories; None for a stream.
+        streamed: reads a stream; None for examples in the cache.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Rollouts:
         recipe: Recipe,
         teacher: Teacher,
         task: Task,
-        examples: CachedExamples,
+        examples: CachedExamples | StreamExamples,
         distiller: Distiller,
         accelerator: Accelerator,
     ) -> None:
@@ -52,7 +54,13 @@ class Rollouts:
         self.accelerator = accelerator
         self.generator = stream(recipe.seed, "training", accelerator.process_index)
         self.bank: TrajectoryBank | None = None
-        self.order = Order(len(examples), recipe.seed, examples.frames, recipe.batch_size)
+        self.streamed: StreamBatches | None = None
+        self.order: Order | None = None
+        if isinstance(examples, StreamExamples):
+            rank, ranks = accelerator.process_index, accelerator.num_processes
+            self.streamed = StreamBatches(examples, rank, ranks, recipe.batch_size)
+        else:
+            self.order = Order(len(examples), recipe.seed, examples.frames, recipe.batch_size)
 
     def fingerprint(self, teacher_hash: str) -> str:
         """Return the fingerprint of this run's trajectories, see :func:`trajectory_fingerprint`."""
@@ -77,6 +85,7 @@ class Rollouts:
         Returns:
             The number of trajectories.
         """
+        assert isinstance(self.examples, CachedExamples)  # the recipe was checked
         self.bank = record_trajectories(
             folder,
             self.recipe.trajectories.model_copy(update={"max_minutes": max_minutes}),
@@ -95,6 +104,11 @@ class Rollouts:
 
     def batch(self, position: int, phase: Phase) -> Rollout:
         """Return this process's rollout of the batch at ``position``, in samples of all processes together."""
+        if self.streamed is not None:
+            z0, conditioning = self.streamed.encoded(position)
+            return self.distiller.rollout(z0, conditioning, self._unconditional(conditioning), phase, self.generator)
+        assert isinstance(self.examples, CachedExamples)
+        assert self.order is not None
         size = self.recipe.batch_size
         position += self.accelerator.process_index * size
         index = self.order.indices(position, size)
@@ -106,6 +120,11 @@ class Rollouts:
         caption = self.order.captions(position, counts, self.recipe.data.caption_dropout)
         z0, conditioning = self.examples.batch(index, device, caption)
         return self.distiller.rollout(z0, conditioning, self._unconditional(conditioning), phase, self.generator)
+
+    def close(self) -> None:
+        """End the processes that read a stream."""
+        if self.streamed is not None:
+            self.streamed.close()
 
     def _unconditional(self, conditioning: Conditioning) -> Conditioning:
         """Return the conditions of guidance's unconditional branch, for pictures of the same size."""

@@ -21,11 +21,11 @@ from ...config import Recipe, TrajectorySection
 from ...errors import UserError
 from ...files import write_whole
 from ...interrupts import StopRequest
-from ..encoding.lookahead import one_core_each
 from ...seeds import stream
 from ...teachers.hashes import weights_hash
 from ..cache.store import Places, Store, as_keys, key_of
 from ..encoding.examples import CachedExamples
+from ..encoding.lookahead import one_core_each
 from .order import Order
 
 if TYPE_CHECKING:

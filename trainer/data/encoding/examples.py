@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ....flash_core.denoiser import Conditioning
+from ...seeds import seed_of
 from ..cache.store import Places, Store
 from .table import SampleTable
 
@@ -161,11 +162,34 @@ class CachedExamples:
         chosen = torch.zeros(len(picture), dtype=torch.long) if caption is None else caption
         at = self.table.first_text[picture] + chosen.clamp(min=0).numpy()
         text = from_rows(self.stores[1].read(self.text.part(at))).to(device)
-        if (chosen == NO_CAPTION).any():
-            empty = replace(self.teacher.unconditional(len(picture)), size_ids=None, image_tokens=None).to(device)
-            rows = torch.arange(len(picture)) + len(picture) * (chosen == NO_CAPTION)
-            text = Conditioning.cat([text, empty]).rows(rows)
-        return self.teacher.with_size(text, frame)
+        return text_of(text, chosen, self.teacher, frame)
+
+
+def caption_at(seed: int, position: int, count: int, dropout: float) -> int:
+    """Return the number of the caption of the sample at a position, ``NO_CAPTION`` for the empty prompt.
+
+    Args:
+        count: captions of the sample.
+        dropout: share of empty prompts.
+    """
+    if seed_of(seed, "empty prompt", position) < dropout * 2**32:
+        return NO_CAPTION
+    return seed_of(seed, "caption", position) % count
+
+
+def text_of(text: Conditioning, chosen: Tensor, teacher: Teacher, frame: tuple[int, int]) -> Conditioning:
+    """Return the conditions of captions for pictures of a size, and of the empty prompt where it was chosen.
+
+    Args:
+        text: (B) without ``size_ids``.
+        chosen: (B,) numbers of the captions, ``NO_CAPTION`` for the empty prompt.
+        frame: (height, width) in pixels.
+    """
+    count = len(chosen)
+    if (chosen == NO_CAPTION).any():
+        empty = replace(teacher.unconditional(count), size_ids=None, image_tokens=None).to(teacher.device)
+        text = Conditioning.cat([text, empty]).rows(torch.arange(count) + count * (chosen == NO_CAPTION))
+    return teacher.with_size(text, frame)
 
 
 # -- conditions as named rows --------------------------------------------------------------------------------------

@@ -5,14 +5,16 @@ Files are read in the order of the source. Other threads decode and scale them w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ....flash_core.denoiser import Conditioning
 from ....flash_core.distiller import Distiller
 from ...progress import Progress
 from ...seeds import stream
@@ -25,6 +27,10 @@ from .examples import LATENTS, as_rows, from_rows, joined, packed
 from .lookahead import load_and_compute
 from .passes import Chunk, Pass, Work, changed
 from .table import SampleTable
+
+if TYPE_CHECKING:
+    from ...tasks.base import Task
+    from ...teachers.base import Teacher
 
 
 @dataclass(frozen=True)
@@ -82,20 +88,8 @@ class PictureEncoder:
     @torch.no_grad()
     def conditions(self, loaded: Loaded, keys: Keys) -> dict[str, Tensor]:
         """Draw each row's conditions from a random stream of its own, and encode them together, in full precision."""
-        device = self.work.teacher.device
-        images = loaded.images.to(device)
-        beside = {name: value.to(device) for name, value in loaded.beside.items()}
-        with torch.autocast(device.type, enabled=False):
-            drawn = [
-                self.work.task.draw(
-                    images[row : row + 1],
-                    {name: value[row : row + 1] for name, value in beside.items()},
-                    stream(0, "condition", keys[row].tobytes().hex()),
-                )
-                for row in range(len(images))
-            ]
-            together = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
-            return as_rows(packed(self.work.task.encode(together, self.work.teacher)))
+        streams = [stream(0, "condition", key.tobytes().hex()) for key in keys]
+        return as_rows(drawn_conditions(self.work.task, self.work.teacher, loaded.images, loaded.beside, streams))
 
     @torch.no_grad()
     def solutions(self, text: Store, loaded: Loaded, keys: Keys) -> dict[str, Tensor]:
@@ -230,3 +224,28 @@ class PictureEncoder:
             for name, picture in sample.companions.items()
         }
         return to_tensor(sample.image, frame), beside
+
+
+@torch.no_grad()
+def drawn_conditions(
+    task: Task, teacher: Teacher, images: Tensor, beside: Mapping[str, Tensor], streams: Sequence[torch.Generator]
+) -> Conditioning:
+    """Draw each sample's conditions from a random stream of its own, and encode them together, in full precision.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        beside: companion -> (B, C, H, W).
+        streams: one for each sample.
+
+    Returns:
+        :func:`packed` conditions.
+    """
+    images = images.to(teacher.device)
+    beside = {name: value.to(teacher.device) for name, value in beside.items()}
+    with torch.autocast(teacher.device.type, enabled=False):
+        drawn = [
+            task.draw(images[row : row + 1], {name: value[row : row + 1] for name, value in beside.items()}, own)
+            for row, own in enumerate(streams)
+        ]
+        together = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
+        return packed(task.encode(together, teacher))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 from ...config.data import is_url
 from ...errors import UserError
 
+RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 MOST_SHARDS = 1_000_000  # of one pattern
 
 
@@ -35,13 +37,15 @@ def _expanded(pattern: str) -> list[str]:
     # The backslash of a Windows path is no escape.
     escape = is_url(pattern) or "\\" not in pattern
     try:
-        found = list(islice(braceexpand(pattern, escape=escape), MOST_SHARDS + 1))
+        # braceexpand keeps all numbers of a range in memory.
+        too_many = any(abs(int(last) - int(first)) >= MOST_SHARDS for first, last in RANGE.findall(pattern))
+        found: list[str] = [] if too_many else list(islice(braceexpand(pattern, escape=escape), MOST_SHARDS + 1))
     except ValueError as error:
         raise UserError(
             f"data.path: the pattern {shown(pattern)} can't be expanded ({error}); expected one such as "
             "shard-{000..099}.tar"
         ) from error
-    if len(found) > MOST_SHARDS:
+    if too_many or len(found) > MOST_SHARDS:
         raise UserError(f"data.path: the pattern {shown(pattern)} names more than {MOST_SHARDS} shards; give fewer")
     return found
 
