@@ -64,8 +64,14 @@ def test_processes_that_do_not_join_are_refused(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (torch.cuda.OutOfMemoryError("CUDA out of memory"), r"the GPU's memory is full\. Set a batch_size below 2, .*"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), r"the memory is full\. Set a batch_size below 2"),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory"),
+            r"the GPU's memory is full\. Set a lower batch_size than 2, .*",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            r"the memory is full\. Set a lower batch_size than 2",
+        ),
         (RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer"), "the processes lost each other"),
     ],
 )
