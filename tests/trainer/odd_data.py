@@ -185,6 +185,12 @@ def animated(kind: str) -> bytes:
     return saved(plain, kind, save_all=True, append_images=[Image.new("RGB", plain.size)], duration=100, lossless=True)
 
 
+def damaged(content: bytes) -> bytes:
+    """A file with other bytes in its middle."""
+    middle = len(content) // 2
+    return content[:middle] + b"\xff" * 50 + content[middle + 50 :]
+
+
 def pictures() -> dict[str, OddPicture]:
     """Return name -> odd picture."""
     red_hole = chunk(b"tRNS", struct.pack(">HHH", 255, 0, 0))
@@ -280,6 +286,12 @@ def pictures() -> dict[str, OddPicture]:
         ),
         "cut-png": OddPicture(saved(image(noise), "PNG")[:3000], error="is not a readable image", readable_header=True),
         "cut-jpeg": OddPicture(saved(image(noise), "JPEG")[:900], "jpg", error="truncated", readable_header=True),
+        "damaged-lzw": OddPicture(
+            damaged(saved(image(noise), "TIFF", compression="tiff_lzw")),
+            "tif",
+            error="its content is damaged",
+            readable_header=True,
+        ),
         "cut-header": OddPicture(saved(plain, "PNG")[:20], error="is not a readable image"),
         "bomb": OddPicture(png(upright(), 8, 2, size=(60000, 60000)), error="million pixels"),
         "postscript": OddPicture(saved(plain, "EPS"), error="no picture in a format that is read"),

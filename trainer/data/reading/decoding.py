@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = (5, 6, 7, 8)
+UNEXPLAINED = re.compile(r"(decoder error )?-?\d*")  # errors of Pillow's decoders that are only a number
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 
@@ -130,7 +132,7 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UnidentifiedImageError):
         return str(error) if "BytesIO" not in text else "its bytes are no picture in a format that is read"
-    if not text or "BytesIO" in text:
+    if "BytesIO" in text or UNEXPLAINED.fullmatch(text):
         return "its content is damaged"
     return text
 
