@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def test_everything_wrong_is_found_at_once(tmp_path: Path, capsys: pytest.Captur
         "picture": "broken",
         "caption": "silent",
         "enlarged": "20 x 20, enlarged 3.2 times",
-        "aspect": "192 x 64, the square keeps 33%",
+        "aspect": "192 x 64, 33% of it are kept",
         "long caption": "long",
         "same caption": "4 times: fox",
         "not read": "1 .mp4",
@@ -183,6 +184,34 @@ def test_sheet_shows_what_training_sees(
     printed = capsys.readouterr().out
     assert str(page) in printed.replace("\n", "")
     assert "pictures that can't be read" in printed
+
+
+def test_sheet_cuts_to_buckets(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (240, 100), "red")
+    path = folder(tmp_path / "set", {"a.png": saved(wide, "PNG"), "a.txt": b"", "a.identity.png": noise(0)})
+    page = tmp_path / "sheet.html"
+    main(["data", "check", str(path), "--resolution", "64", "--buckets", "--sheet", str(page)])
+    found = re.findall(r'src="data:image/webp;base64,([^"]+)"', page.read_text(encoding="utf-8"))
+    sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in found]
+    # 96 x 40 has 94 % of the square's area, and the picture's shape; the identity is cut alike, and shown smaller.
+    assert sizes == [(96, 40), (64, 27)]
+
+
+def test_names_and_captions_that_no_console_prints_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    name = os.fsdecode(b"caf\xe9")  # Latin-1
+    path = folder(
+        tmp_path / "set", {f"{name}.png": b"x", f"{name}.txt": "\x1b[31m狐".encode(), "1.png": PNG, "1.txt": b""}
+    )
+    page = tmp_path / "sheet.html"
+    assert main(["data", "check", str(path), "--resolution", "16", "--sheet", str(page)]) == 2
+    printed = capsys.readouterr().out
+    assert "caf .png is not a readable image" in printed
+    assert "\x1b[31m" not in printed
+    assert "狐" in page.read_text(encoding="utf-8")
+    assert check(capsys, path)[0] == 2
 
 
 def test_tokens_are_estimated_or_counted_by_a_model(

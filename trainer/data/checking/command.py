@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from .sheet import write_sheet
     from .tokens import is_longer
 
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # captions may hold letters that the console lacks
     data = _section(args)
     longer, counted = is_longer(args.model)
     inspection = Inspection(data, args.resolution, _companions(args.task), longer, SHEET_SAMPLES if args.sheet else 0)

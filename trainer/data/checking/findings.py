@@ -12,6 +12,11 @@ FORMAT = 1  # of the JSON output, raised when fields change
 Severity = Literal["error", "warning"]
 
 
+def printable(text: str) -> str:
+    """Return a name or caption for a terminal and a page, with blanks for control characters and broken letters."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
 @dataclass
 class Finding:
     """One kind of thing that is wrong.
@@ -36,7 +41,7 @@ class Finding:
         """Add a case."""
         self.count += count
         if len(self.cases) < SHOWN:
-            self.cases.append(case)
+            self.cases.append(printable(case))
 
 
 # Kind -> severity, title, advice; in the order of the output.
@@ -47,7 +52,7 @@ KINDS: Mapping[str, tuple[Severity, str, str]] = {
     "companion": ("error", "masks, identities and hints that don't fit", "mend them, or remove all of the kind"),
     "companion of a task": ("warning", "companions that a task would refuse", "mend them before you train that task"),
     "enlarged": ("warning", "pictures much smaller than the resolution", "use larger ones, or lower data.resolution"),
-    "aspect": ("warning", "pictures of which a square keeps little", "crop them by hand, or set data.buckets: true"),
+    "aspect": ("warning", "pictures of which little is kept", "crop them by hand, or set data.buckets: true"),
     "duplicate": ("warning", "pictures that are there several times", "remove them; training sees them more often"),
     "empty caption": ("warning", "empty captions", "write them; the model learns the empty prompt from these pictures"),
     "long caption": ("warning", "captions longer than the text encoder reads", "shorten them; the rest has no effect"),
@@ -66,8 +71,9 @@ class Findings:
     Attributes:
         title: path or name of the data.
         samples: number of samples that can be used.
-        pictures: width and height -> number of pictures.
         notes: further sentences.
+        facts: name -> figure.
+        found: kind -> finding.
     """
 
     title: str

@@ -12,16 +12,20 @@ from itertools import islice
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ...config import DataSection
 from ...errors import UserError
+from ..encoding.buckets import bucket_sizes, nearest_bucket
+from ..framing import framed
 from ..reading import decode, open_source
 from ..reading.samples import COMPANIONS, BadSample, RawSample, Source
-from .findings import Findings
+from .findings import Findings, printable
 
 ENLARGED = 1.5  # scaled up by more than this, a picture is soft
-ASPECT = 2.5  # longer side / shorter side, from which a square keeps less than 40 % of a picture
+KEPT = 0.4  # share of a picture inside its frame, below which it is mentioned; a square of a picture of 2.5 : 1
+GRAIN = 8  # of the buckets' sides, in pixels: models take multiples of 8 or more
 SHARED = 3  # pictures, from which a shared caption is mentioned, where it is also a
 SHARED_SHARE = 0.05  # of all pictures
 FEW = 20  # samples
@@ -64,7 +68,7 @@ class Inspection:
     """Look at every sample once.
 
     Args:
-        resolution: side in pixels of the square that training cuts.
+        resolution: side in pixels of the square that training cuts, or of the square among the buckets.
         task_companions: companions that the task reads; None without a task: all are looked at.
         longer: returns for each caption True if it is too long.
         sheet: samples on the contact sheet: those with findings first, then others, chosen at random.
@@ -80,6 +84,7 @@ class Inspection:
     ) -> None:
         self.data = data
         self.resolution = resolution
+        self._frames = bucket_sizes(resolution, GRAIN) if data.buckets else [(resolution, resolution)]
         self.companions = COMPANIONS if task_companions is None else tuple(task_companions)
         self._companion_kind = "companion of a task" if task_companions is None else "companion"
         self._longer = longer
@@ -152,22 +157,31 @@ class Inspection:
                 look.problems.append((self._companion_kind, str(problem)))
         look.problems += self._size_problems(raw.name, image.size)
         if self._sheet:
-            thumbnails = {name: self._thumbnail(picture) for name, picture in beside.items()}
-            look.shown = Shown(raw.name, " | ".join(raw.captions), image.size, (), self._thumbnail(image), thumbnails)
+            thumbnails = {name: self._thumbnail(picture, image.size) for name, picture in beside.items()}
+            look.shown = Shown(
+                raw.name, " | ".join(raw.captions), image.size, (), self._thumbnail(image, image.size), thumbnails
+            )
         return look
 
     def _size_problems(self, name: str, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
         width, height = size
-        short, long = sorted(size)
-        if self.resolution > ENLARGED * short:
-            yield "enlarged", f"{name}: {width} x {height}, enlarged {self.resolution / short:.1f} times"
-        if long > ASPECT * short and not self.data.buckets:
-            yield "aspect", f"{name}: {width} x {height}, the square keeps {short / long:.0%} of it"
+        frame_height, frame_width = self._frame(size)
+        scale = max(frame_height / height, frame_width / width)
+        kept = frame_height * frame_width / (scale * scale * height * width)
+        if scale > ENLARGED:
+            yield "enlarged", f"{name}: {width} x {height}, enlarged {scale:.1f} times"
+        if kept < KEPT:
+            yield "aspect", f"{name}: {width} x {height}, {kept:.0%} of it are kept"
 
-    def _thumbnail(self, picture: Image.Image) -> Image.Image:
-        from ..framing import framed
+    def _frame(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width) of the frame that training cuts from a picture of ``size`` = (width, height)."""
+        if len(self._frames) == 1:
+            return self._frames[0]
+        return self._frames[int(nearest_bucket(np.array([size], np.int32), self._frames)[0])]
 
-        cut = framed(picture, (self.resolution, self.resolution))
+    def _thumbnail(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """Return a picture or companion, cut to the frame of a picture of ``size``."""
+        cut = framed(picture, self._frame(size))
         cut.thumbnail((THUMBNAIL, THUMBNAIL))
         return cut
 
@@ -206,7 +220,8 @@ class Inspection:
 
     def _show(self, look: _Look, number: int, remarks: tuple[str, ...], title: str) -> None:
         shown = look.shown or Shown(look.raw.name, " | ".join(getattr(look.raw, "captions", ())), (0, 0))
-        shown = replace(shown, name=shown.name.replace(f"{title}/", ""), remarks=remarks)
+        name = printable(shown.name.replace(f"{title}/", ""))
+        shown = replace(shown, name=name, caption=printable(shown.caption), remarks=remarks)
         if any(self._remarks[remark] < SHOWN_REMARKS for remark in remarks):
             self._remarks.update(remarks)
             self._remarked.append(shown)

@@ -38,7 +38,7 @@ def write_sheet(path: Path, findings: Findings, shown: Sequence[Shown], resoluti
 <p>{findings.samples} samples can be used. {"" if rows else "Nothing is wrong."}</p>
 {table}
 <table>{facts}</table>
-<h2>What training sees: cut to {resolution} x {resolution}</h2>
+<h2>What training sees at {resolution} px</h2>
 <p>{len(shown)} samples: first those with findings, then others, chosen at random.</p>
 <div class="sheet">{"".join(map(_figure, shown))}</div>
 </body></html>
