@@ -13,6 +13,7 @@ from ..config import Recipe
 from ..data.encoding.buckets import bucket_sizes
 from ..data.encoding.prepare import count_frames
 from ..data.reading import check_source
+from ..data.remote.patterns import title as title_of
 from ..tasks import build_task
 from ..tasks.requirements import check_channels, check_control
 from ..teachers import family, outline_teacher
@@ -46,7 +47,8 @@ def print_plan(recipe: Recipe, console: Console) -> None:
 
     say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates")
     variants = f", {recipe.task.variants} variants of each picture" if recipe.task.variants > 1 else ""
-    say(f"task: {task.name}{variants}; data: {recipe.data.path or recipe.data.source}")
+    where = recipe.data.source if recipe.data.path is None else title_of(recipe.data.path)
+    say(f"task: {task.name}{variants}; data: {where}")
     if recipe.model.style_lora:
         say(f"style LoRAs merged into the teacher: {recipe.model.styles}")
     beside = count_parameters(outline.control.network) if outline.control is not None else 0
@@ -81,7 +83,8 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     )
     channels, height, width = outline.latent_shape
     kilobytes = channels * height * width * BYTES[recipe.data.cache_dtype] / 1000
-    say(f"latents: {channels} x {height} x {width} per sample, {kilobytes:.3g} kB in the cache, beside its conditions")
+    kept = "not kept (data.stream)" if recipe.data.stream else f"{kilobytes:.3g} kB in the cache, beside its conditions"
+    say(f"latents: {channels} x {height} x {width} per sample, {kept}")
     if recipe.data.buckets:
         _say_buckets(recipe, outline, say)
     if warning := outline.size_warning():

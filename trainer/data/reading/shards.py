@@ -18,7 +18,7 @@ from typing import IO
 from ...config import DataSection
 from ...errors import UserError
 from ..remote.opening import RemoteFile, stamp_of
-from ..remote.patterns import expand, file_name, shown
+from ..remote.patterns import expand, file_name, shown, title
 from .captions import BadCaption, captions_beside
 from .names import CAPTION, CAPTION_SUFFIXES, OTHER, PICTURE, SHARD_SUFFIXES, is_hidden, kind_of, split_name, suffix_of
 from .samples import COMPANIONS, BadSample, LeftOut, RawSample, uniform
@@ -68,8 +68,7 @@ class Shards:
             raise UserError(f"data.path: {shown(twice[0])} comes twice; name each shard once")
         self.left_out = LeftOut()
         self._field, self._prefix = data.caption_field, data.caption_prefix
-        given = [path] if isinstance(path, Path | str) else list(path)
-        self._title = shown(given[0]) + (f" and {len(given) - 1} more" if len(given) > 1 else "")
+        self._title = title(path)
 
     @property
     def title(self) -> str:

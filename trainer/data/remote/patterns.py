@@ -59,6 +59,12 @@ def shown(location: Path | str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
+def title(given: Path | str | Sequence[Path | str]) -> str:
+    """Return ``data.path`` in a few words for messages: its first part, and how many others there are."""
+    first, *others = [given] if isinstance(given, Path | str) else given
+    return shown(first) + (f" and {len(others)} more" if others else "")
+
+
 def file_name(location: Path | str) -> str:
     """Return the name of a shard's file."""
     return location.name if isinstance(location, Path) else shown(location).rpartition("/")[2]

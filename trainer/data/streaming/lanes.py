@@ -1,4 +1,4 @@
-"""The order of a stream: lanes of shards, each with a shuffle buffer. See docs/adr/0014-lanes.md.
+"""The order of a stream: lanes of shards, each with a shuffle buffer. See docs/adr/0015-lanes.md.
 
 The sample at position p is number p // L of lane p % L, where L is the number of lanes. Lanes depend on the seed alone,
 so any number of processes and workers reads the same order. Each reader opens only the lanes that it needs.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
@@ -154,7 +154,7 @@ class Lane(Generic[Item]):
         counts = [self.counts.get(shard) for shard in self.plan.dealt(self.lane, epoch)]
         return None if None in counts else sum(count for count in counts if count is not None)
 
-    def _epoch(self, epoch: int, skip: int) -> Iterator[Item]:
+    def _epoch(self, epoch: int, skip: int) -> Generator[Item, None, int]:
         """Yield the samples of an epoch but the first ``skip``; return the number of all."""
         shards = self.plan.dealt(self.lane, epoch)
         passed = self._passed(shards, epoch, skip)
