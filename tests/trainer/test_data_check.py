@@ -180,7 +180,7 @@ def test_sheet_shows_what_training_sees(
     assert shown.getpixel((1, 32))[1] < 60  # type: ignore[index]
     assert "&lt;b&gt;wide" in text
     assert "<b>wide" not in text
-    assert text.count("not readable</div>") == 1
+    assert text.count("can't be used</div>") == 1
     printed = capsys.readouterr().out
     assert str(page) in printed.replace("\n", "")
     assert "pictures that can't be read" in printed

@@ -60,7 +60,7 @@ KINDS: Mapping[str, tuple[Severity, str, str]] = {
     "lonely caption": ("warning", "caption files without a picture", "remove them, or add their pictures"),
     "empty prompt": ("warning", "empty prompts", "remove them; training leaves them out"),
     "not read": ("warning", "files that are not read", "convert them to .png or .jpg if they are pictures"),
-    "few": ("warning", "few samples", "add samples; with few, the student learns them by heart"),
+    "few": ("warning", "few samples", "add samples; a few hundred are enough to try"),
 }
 
 

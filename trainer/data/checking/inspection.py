@@ -20,6 +20,7 @@ from ...errors import UserError
 from ..encoding.buckets import bucket_sizes, nearest_bucket
 from ..framing import framed
 from ..reading import decode, open_source
+from ..reading.names import HEIF, HEIF_ADVICE
 from ..reading.samples import COMPANIONS, BadSample, RawSample, Source
 from .findings import Findings, printable
 
@@ -248,7 +249,8 @@ class Inspection:
         if left_out.empty:
             findings.add("empty prompt", source.title, left_out.empty)
         for suffix, count in left_out.suffixes.most_common():
-            findings.add("not read", f"{count} {suffix}", count)
+            advice = f" ({HEIF_ADVICE})" if suffix.lstrip(".") in HEIF else ""
+            findings.add("not read", f"{count} {suffix}{advice}", count)
         if findings.samples < FEW:
             findings.add("few", f"{findings.samples} samples")
         findings.facts = self._facts()

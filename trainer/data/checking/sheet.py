@@ -20,7 +20,7 @@ table {{ border-collapse: collapse; margin: 1rem 0; }}
 td, th {{ padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8884; }}
 .error {{ color: #c62828; }} .warning {{ color: #b26a00; }}
 .sheet {{ display: grid; grid-template-columns: repeat(auto-fill, minmax({THUMBNAIL}px, 1fr)); gap: 1.2rem; }}
-figure {{ margin: 0; }} figure > img {{ width: 100%; display: block; }}
+figure {{ margin: 0; }} figure > img {{ width: 100%; display: block; outline: 1px solid #8884; }}
 .beside {{ display: flex; gap: 4px; margin-top: 4px; }} .beside img {{ width: {THUMBNAIL // 3}px; }}
 .missing {{ aspect-ratio: 1; display: grid; place-items: center; border: 1px dashed #888; }}
 figcaption {{ font-size: 12px; overflow-wrap: anywhere; }} figcaption small {{ opacity: .7; }}
@@ -55,7 +55,7 @@ def _row(finding: Finding) -> str:
 
 
 def _figure(shown: Shown) -> str:
-    image = f'<div class="missing">{"not readable" if shown.remarks else "no picture"}</div>'
+    image = f'<div class="missing">{"can't be used" if shown.remarks else "no picture"}</div>'
     if shown.picture is not None:
         image = f'<img src="{picture_uri(shown.picture, THUMBNAIL, QUALITY)}" alt="{escape(shown.caption)}">'
     beside = "".join(

@@ -14,6 +14,7 @@ PROMPT_SUFFIXES = (".txt", ".json", ".jsonl")
 # Formats of Pillow that are no pictures of their own: drawings that another program renders, data, films.
 NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
 HEIF = {"heic": "HEIF", "heif": "HEIF", "hif": "HEIF"}
+HEIF_ADVICE = "pip install pillow-heif to read .heic and .heif, or convert them to .jpg"
 SHOWN_SUFFIXES = 8  # in a message
 PICTURE, CAPTION, OTHER = "picture", "caption", "other"
 
@@ -82,6 +83,6 @@ def not_read(suffixes: Counter[str]) -> str:
     names = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(SHOWN_SUFFIXES))
     more = "" if len(suffixes) <= SHOWN_SUFFIXES else f" and {len(suffixes) - SHOWN_SUFFIXES} other kinds"
     heif = any(suffix.lstrip(".") in HEIF for suffix in suffixes)
-    advice = "; pip install pillow-heif to read .heic and .heif, or convert them to .jpg" if heif else ""
+    advice = f"; {HEIF_ADVICE}" if heif else ""
     files = "file is" if total == 1 else "files are"
     return f"{total} {files} not read ({names}{more}){advice}"
