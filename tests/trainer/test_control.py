@@ -229,9 +229,7 @@ def test_hints_are_kornias_edges_and_companions_come_first() -> None:
 
 
 @pytest.mark.parametrize("colours", [1, 3])
-def test_hints_survive_their_storage_as_bytes(
-    folders: dict[str, Path], tmp_path: Path, colours: int
-) -> None:
+def test_hints_survive_their_storage_as_bytes(folders: dict[str, Path], tmp_path: Path, colours: int) -> None:
     pictures, levels = tmp_path / "pictures", torch.randint(0, 256, (3, 64, 64, colours), dtype=torch.uint8)
     pictures.mkdir()
     for index, hint in enumerate(levels):
@@ -315,8 +313,11 @@ def test_a_dry_run_counts_the_network(folders: dict[str, Path], pictures: Path) 
         ("t2i_adapter_sdxl", "sdxl", "sdxl full_adapter_xl", 0.8),
     ],
 )
-def test_the_recipes_run_dry(folders: dict[str, Path], name: str, family: str, control: str, scale: float) -> None:
-    recipe = load_recipe(name, [f"model.path={folders[family]}", f"model.control.path={folders[control]}"])
+def test_the_recipes_run_dry(
+    folders: dict[str, Path], pictures: Path, name: str, family: str, control: str, scale: float
+) -> None:
+    data = ["data.source=folder", f"data.path={pictures}"]
+    recipe = load_recipe(name, [*data, f"model.path={folders[family]}", f"model.control.path={folders[control]}"])
     assert recipe.model.control is not None
     assert (recipe.task.name, recipe.model.control.scale) == ("control", scale)
     text = io.StringIO()

@@ -29,7 +29,7 @@ from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.data.framing import to_mask, to_tensor
 from flash_diffusion.trainer.distill.loop import Run
-from flash_diffusion.trainer.export.base_facts import facts_of
+from flash_diffusion.trainer.export.base_facts import control_facts, facts_of
 from flash_diffusion.trainer.export.card_usage import is_on_disk, shown, usage
 from flash_diffusion.trainer.export.model_card import model_card
 from flash_diffusion.trainer.recipes import load_recipe
@@ -254,7 +254,9 @@ def test_control(
     ],
 )
 def test_card_has_no_code_without_a_diffusers_pipeline(recipe: str, reason: str) -> None:
-    found = usage(load_recipe(recipe), "run", 4, VPProcess.from_betas())
+    loaded = load_recipe(recipe)
+    control = None if loaded.model.control is None else control_facts(loaded.model.control, "canny")
+    found = usage(loaded, "run", 4, VPProcess.from_betas(), control)
     assert not found.code
     assert reason in found.words
 

@@ -69,3 +69,21 @@ def test_a_cached_model_loads_without_the_hub(
     teacher = load_teacher(ModelSection(family="sd15", path="owner/model"))
     assert teacher.name == "model"
     assert not closed_hub
+
+
+def test_a_control_on_a_closed_hub_raises_a_readable_error_at_once(closed_hub: list[str], tmp_path: Path) -> None:
+    folder = save_pipeline("sd15", tmp_path / "model")
+    model = {"family": "sd15", "path": str(folder), "control": {"path": "owner/control"}}
+    for call in CALLS:
+        with pytest.raises(
+            UserError, match=r"model\.control\.path: owner/control is a Hub name, the Hub can't be reached"
+        ):
+            call(ModelSection.model_validate(model))
+    adapter = {"path": "owner/ip", "weight_name": "ip.safetensors", "image_encoder": "owner/encoder"}
+    model = {"family": "sd15", "path": str(folder), "image_adapter": adapter}
+    for call in CALLS:
+        with pytest.raises(
+            UserError, match=r"model\.image_adapter: owner/ip is no folder, and ip\.safetensors can't be"
+        ):
+            call(ModelSection.model_validate(model))
+    assert not closed_hub

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...flash_core.process import FlowProcess, Process, VPProcess
-from ..config import Recipe
+from ..config import ControlSection, Recipe
 from ..errors import UserError
 from ..files import write_text_whole
 from ..teachers import family, outline_teacher
@@ -66,20 +66,25 @@ def facts_of(recipe: Recipe, base: Teacher | Outline) -> BaseFacts:
     """Return the facts of a loaded or outlined base."""
     process = base.denoiser.process
     architecture = family(recipe.model.family).architecture(base.denoiser.network.config, process)
-    if recipe.model.control is None or base.denoiser.control is None:
+    control = base.denoiser.control
+    if recipe.model.control is None or control is None:
         return BaseFacts(base.name, architecture, process)
-    source = find_control(recipe.model.control)
+    return BaseFacts(base.name, architecture, process, control_facts(recipe.model.control, control.title))
+
+
+def control_facts(section: ControlSection, title: str) -> ControlFacts:
+    """Return the facts of the network that a recipe names, from its configuration."""
+    source = find_control(section)
     kind = source.config.get("_class_name", "")
     scale = source.scale if source.scale is not None or not kind else SCALES[KINDS[kind]]
-    control = ControlFacts(
-        base.denoiser.control.title,
+    return ControlFacts(
+        title,
         "" if source.file is None else source.file.name,
         source.folder,
         kind,
         scale or 0.0,
         kind == "T2IAdapter" and source.config.get("in_channels") == 1,
     )
-    return BaseFacts(base.name, architecture, process, control)
 
 
 def write_base_facts(run: Path, recipe: Recipe, base: Teacher | Outline) -> None:

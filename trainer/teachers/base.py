@@ -244,6 +244,8 @@ class Teacher(ABC):
             denoiser.control = control
         teacher = cls(pipeline, denoiser, shape, cls.title(source))
         teacher.image_adapter = image_adapter
+        if warning := sizes.warning(*teacher.resolution):
+            logger.warning("%s", warning)
         return teacher
 
     @classmethod

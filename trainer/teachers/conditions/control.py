@@ -17,6 +17,7 @@ from ....flash_core.denoiser import Conditioning
 from ...config import ControlSection
 from ...demo.assets import CONTROLS
 from ...errors import UserError, refuse_pickle
+from ..loading.hub import why_offline
 from .control_lora import MARK, expanded
 
 KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
@@ -162,7 +163,11 @@ class ControlSource:
                 return outline
         try:
             network: ControlNetModel | T2IAdapter = kind.from_pretrained(
-                self.folder, torch_dtype=first.dtype, use_safetensors=True, variant=self._variant()
+                self.folder,
+                torch_dtype=first.dtype,
+                use_safetensors=True,
+                variant=self._variant(),
+                local_files_only=Path(self.folder).is_dir() or bool(why_offline()),
             )
             return network
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -222,9 +227,16 @@ def find_control(section: ControlSection) -> ControlSource:
             )
         return ControlSource(shipped[section.path], "", {}, section.scale)
     reader: Any = type("Reader", (ConfigMixin,), {"config_name": "config.json"})
+    offline = "" if path.is_dir() else why_offline()
     try:
-        config = reader.load_config(section.path)
+        config = reader.load_config(section.path, local_files_only=bool(offline))
     except OSError as error:
+        if offline:
+            raise UserError(
+                f"model.control.path: {section.path} is a Hub name, the Hub can't be reached ({offline}), and this "
+                "machine's cache does not hold the model. Connect to the network, or set model.control.path to a "
+                "folder or a .safetensors file"
+            ) from error
         raise UserError(f"model.control.path: no config.json can be read from {section.path}: {error}") from error
     kind = config.get("_class_name")
     if kind not in KINDS:

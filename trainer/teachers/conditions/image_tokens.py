@@ -24,6 +24,7 @@ from transformers import CLIPVisionModelWithProjection
 from ....flash_core.families import of_text_width
 from ...config import ImageAdapterSection
 from ...errors import UserError
+from ..loading.hub import why_offline
 
 PICTURE, STATES = "the picture's embedding", "the encoder's hidden states"
 # The input of an adapter, by a weight of its projection. Other kinds (FaceID) read a face recogniser's output.
@@ -171,7 +172,7 @@ def _file(section: ImageAdapterSection) -> Path:
             raise UserError(f"model.image_adapter: the file {file} does not exist; check path and weight_name")
         return file
     try:
-        return Path(hf_hub_download(section.path, section.weight_name))
+        return Path(hf_hub_download(section.path, section.weight_name, local_files_only=bool(why_offline())))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model.image_adapter: {section.path} is no folder, and {section.weight_name} can't be loaded from the "
@@ -186,7 +187,11 @@ def _encoder(name: str, dtype: torch.dtype) -> nn.Module:
     source, subfolder = (name, "") if Path(name).is_dir() else (f"{owner}/{repository}", inside)
     try:
         encoder: nn.Module = CLIPVisionModelWithProjection.from_pretrained(
-            source, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
+            source,
+            subfolder=subfolder,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=Path(name).is_dir() or bool(why_offline()),
         )
         return encoder
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
