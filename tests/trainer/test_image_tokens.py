@@ -23,6 +23,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
+from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import ModelSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.data.batches.trajectories import trajectory_fingerprint
@@ -45,6 +46,7 @@ from .models import tiny_recipe
 PROMPTS = ["red ball", "a yellow star"]
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 SCALE = 0.7
+PROCESS = VPProcess.from_betas()
 
 
 @pytest.fixture(scope="module")
@@ -216,19 +218,22 @@ def test_trajectories_depend_on_what_is_beside_the_base(root: Path, pictures: Pa
     def changed(**fields: Any) -> str:
         content = face_swap(root, pictures)
         content["model"]["image_adapter"] |= fields
-        return trajectory_fingerprint(parse_recipe(content), "data", "the same", None)
+        return trajectory_fingerprint(parse_recipe(content), "data", "the same", PROCESS, None)
 
     assert changed() == changed()
     assert len({changed(), changed(scale=0.5), changed(image_encoder="another")}) == 3
     other = parse_recipe(face_swap(root, pictures))
-    assert trajectory_fingerprint(other, "other data", "the same", None) != changed()
+    assert trajectory_fingerprint(other, "other data", "the same", PROCESS, None) != changed()
     recipe = parse_recipe(tiny_recipe(root / "sd15", pictures))
     steered = [
-        trajectory_fingerprint(recipe, "data", "the same", Control(tiny_controlnet(tiny_unet("sd15"), seed), scale))
+        trajectory_fingerprint(
+            recipe, "data", "the same", PROCESS, Control(tiny_controlnet(tiny_unet("sd15"), seed), scale)
+        )
         for seed, scale in ((0, 1.0), (0, 1.0), (1, 1.0), (0, 0.5))
     ]
     assert steered[0] == steered[1]
-    assert len({*steered, trajectory_fingerprint(recipe, "data", "the same", None)}) == 4
+    other_process = trajectory_fingerprint(recipe, "data", "the same", FlowProcess(), None)
+    assert len({*steered, other_process, trajectory_fingerprint(recipe, "data", "the same", PROCESS, None)}) == 5
 
 
 def test_a_face_swap_by_tokens_is_evaluated_with_the_adapter_named_on_the_command_line(

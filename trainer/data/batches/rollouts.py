@@ -65,7 +65,8 @@ class Rollouts:
     def fingerprint(self, teacher_hash: str) -> str:
         """Return the fingerprint of this run's trajectories, see :func:`trajectory_fingerprint`."""
         control = getattr(self.teacher.denoiser, "control", None)
-        return trajectory_fingerprint(self.recipe, self.examples.fingerprint, teacher_hash, control)
+        process = self.teacher.denoiser.process
+        return trajectory_fingerprint(self.recipe, self.examples.fingerprint, teacher_hash, process, control)
 
     def record(
         self,

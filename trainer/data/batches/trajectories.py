@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ....flash_core.denoiser import Conditioning
 from ....flash_core.distiller import Distiller, Trajectory
+from ....flash_core.process import Process
 from ...config import Recipe, TrajectorySection
 from ...errors import UserError
 from ...files import write_whole
@@ -24,6 +25,7 @@ from ...interrupts import StopRequest
 from ...seeds import stream
 from ...teachers.hashes import weights_hash
 from ..cache.store import Places, Store, as_keys, key_of
+from ..cache.stores import process_hash
 from ..encoding.examples import CachedExamples
 from ..encoding.lookahead import one_core_each
 from .order import Order
@@ -147,7 +149,12 @@ def record_trajectories(
     check_recorded(folder, fingerprint)
     order = Order(len(examples), seed, examples.frames, section.batch)
     store = Store(folder)
-    keys = as_keys([key_of("trajectory", fingerprint, number) for number in range(section.count)])
+    # A batch is recorded with one random stream, so the size of the last one counts: `count` may be raised later.
+    keys = as_keys(
+        key_of("trajectory", fingerprint, first + row, count)
+        for _, first, count in _batches(section)
+        for row in range(count)
+    )
     indices = distiller.recorded_indices()
     if accelerator.is_main_process:
         facts = json.dumps({"fingerprint": fingerprint, "indices": indices}) + "\n"
@@ -180,7 +187,7 @@ def record_trajectories(
         store.write([key.tobytes() for key in keys[first : first + count]], rows)
         return time.monotonic() - begin
 
-    ended = _ended(folder)
+    ended = _ended(folder, section.count)
     missing = []
     for number, first, count in own_batches(section, accelerator):
         if present[first : first + count].all():
@@ -196,16 +203,17 @@ def record_trajectories(
     places = store.find(keys)
     found = np.flatnonzero(~places.missing)
     if accelerator.is_main_process and len(found) < section.count:
-        text = f"{int(found[-1]) + 1}\n"
+        text = f"{int(found[-1]) + 1} of {section.count}\n"
         write_whole(folder / ENDED, lambda partial: partial.write_text(text, encoding="utf-8"))
     accelerator.wait_for_everyone()
     return TrajectoryBank(store, places.part(found), indices, _frames(order, section, found))
 
 
-def _ended(folder: Path) -> float:
-    """Return how many trajectories the time was enough for; infinite unless the time ended an earlier recording."""
+def _ended(folder: Path, count: int) -> float:
+    """Return how many of ``count`` trajectories the time was enough for in an earlier recording; else infinity."""
     try:
-        return int((folder / ENDED).read_text(encoding="utf-8"))
+        ended, wanted = (folder / ENDED).read_text(encoding="utf-8").split(" of ")
+        return int(ended) if int(wanted) == count else float("inf")
     except (OSError, ValueError):
         return float("inf")
 
@@ -233,12 +241,15 @@ def side_by_side(
             yield futures[future], None if seconds is None else seconds / threads
 
 
-def trajectory_fingerprint(recipe: Recipe, data: str, teacher_hash: str, control: Control | None) -> str:
+def trajectory_fingerprint(
+    recipe: Recipe, data: str, teacher_hash: str, process: Process, control: Control | None
+) -> str:
     """Return a hash that differs where recorded trajectories would differ.
 
     Args:
         data: the fingerprint of the examples: contents of pictures, captions and conditions.
         teacher_hash: of the base's weights; holds an IP-Adapter's weights, but not its scale and encoder.
+        process: of the teacher; its noise levels are in a configuration file, not in the weights.
         control: its weights and scale count.
     """
     method, model = recipe.method, recipe.model
@@ -249,6 +260,7 @@ def trajectory_fingerprint(recipe: Recipe, data: str, teacher_hash: str, control
         beside.append((weights_hash(control.network), control.scale))
     facts = (
         teacher_hash,
+        process_hash(process),
         data,
         recipe.data.caption_dropout,
         method.teacher_steps,

@@ -165,7 +165,10 @@ class Store:
                         read = {name: part[row : row + 1] for name, part in slices.items()}
                         if _checksum(read, 0) != int(read.pop(CHECKSUMS)):
                             raise SafetensorError(f"row {row} is not what was written")
-                        parts[position] = {name: value.to(getattr(torch, dtypes[name])) for name, value in read.items()}
+                        # A copy: what is read is a view of the file, which dies with the process when it is cut short.
+                        parts[position] = {
+                            name: value.to(getattr(torch, dtypes[name]), copy=True) for name, value in read.items()
+                        }
             except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 _remove(path)
                 raise UserError(

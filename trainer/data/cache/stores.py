@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ....flash_core.process import NUM_TIMESTEPS
+from ....flash_core.process import NUM_TIMESTEPS, Process
 from ...config import DataSection, MethodSection
 from ...teachers.hashes import weights_hash
 from .store import Store, key_of
@@ -66,16 +66,20 @@ def solutions_store(data: DataSection, teacher: Teacher, method: MethodSection, 
     Args:
         precision: the dtype of autocast.
     """
-    process = teacher.denoiser.process
-    levels = process.alpha_sigma(torch.arange(NUM_TIMESTEPS, dtype=torch.float32))
     about = {
         "model": teacher.name,
         "encoder": teacher.text_encoder_hash(),
         "weights": teacher.weights_hash(),
-        "process": key_of(process.kind, process.prediction, *(level.numpy().tobytes() for level in levels)).hex(),
+        "process": process_hash(teacher.denoiser.process),
         "method": json.dumps([method.teacher_steps, method.solver, method.guidance, precision]),
     }
     return _store(data, "solutions", about)
+
+
+def process_hash(process: Process) -> str:
+    """Return a hash of a teacher's noise levels and prediction, which its weights don't tell."""
+    levels = process.alpha_sigma(torch.arange(NUM_TIMESTEPS, dtype=torch.float32))
+    return key_of(process.kind, process.prediction, *(level.numpy().tobytes() for level in levels)).hex()
 
 
 def _store(data: DataSection, kind: str, about: dict[str, str]) -> Store:
