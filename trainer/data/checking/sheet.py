@@ -55,7 +55,8 @@ def _row(finding: Finding) -> str:
 
 
 def _figure(shown: Shown) -> str:
-    image = f'<div class="missing">{"can't be used" if shown.remarks else "no picture"}</div>'
+    lost = "can't be used" if shown.remarks else "no picture"
+    image = f'<div class="missing">{lost}</div>'
     if shown.picture is not None:
         image = f'<img src="{picture_uri(shown.picture, THUMBNAIL, QUALITY)}" alt="{escape(shown.caption)}">'
     beside = "".join(
