@@ -7,6 +7,7 @@ The denoisers are those of :mod:`.networks`. The UNet families' other parts are 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,17 @@ def _pipeline(family: str, unet: UNet2DConditionModel, vocabulary: Path, fields:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def with_older_tokenizers(folder: Path) -> Path:
+    """Let the CLIP tokenizers of a saved pipeline be vocab.json and merges.txt; transformers 5 saves tokenizer.json."""
+    for number, place in enumerate((folder / "tokenizer", folder / "tokenizer_2")):
+        vocabulary = folder / "vocabulary" / str(number)
+        if place.is_dir() and vocabulary.is_dir():
+            (place / "tokenizer.json").unlink(missing_ok=True)
+            for name in ("vocab.json", "merges.txt"):
+                shutil.copy(vocabulary / name, place / name)
+    return folder
 
 
 def tiny_vae(scaling_factor: float, **fields: Any) -> AutoencoderKL:

@@ -18,7 +18,7 @@ from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
 
-from ..families.pipelines import save_pipeline
+from ..families.pipelines import save_pipeline, with_older_tokenizers
 from ..families.single_file import save_single_file
 from ..families.single_file_dit import native_sd3
 
@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def model(family: str) -> Path:
         if family not in made:
-            made[family] = save_pipeline(family, root / family)
+            made[family] = with_older_tokenizers(save_pipeline(family, root / family))
         return made[family]
 
     return model

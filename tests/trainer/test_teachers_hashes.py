@@ -15,7 +15,7 @@ from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.teachers import load_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
 
-from ..families.pipelines import save_pipeline
+from ..families.pipelines import save_pipeline, with_older_tokenizers
 
 FAMILIES = ("sd15", "sdxl", "pixart_alpha", "sd3")
 
@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def model(family: str) -> Path:
         if family not in made:
-            made[family] = save_pipeline(family, root / family)
+            made[family] = with_older_tokenizers(save_pipeline(family, root / family))
         return made[family]
 
     return model
