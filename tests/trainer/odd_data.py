@@ -220,6 +220,16 @@ def pictures() -> dict[str, OddPicture]:
             saved(image(stored(8)), "WEBP", exif=exif(8), lossless=True), "webp", pixels=CORNERS
         ),
         "tiff-sideways": OddPicture(saved(image(stored(6)), "TIFF", exif=exif(6)), "tif", pixels=CORNERS),
+        "png-sideways-behind-the-pixels": OddPicture(
+            png(stored(6), 8, 2)[:-12] + chunk(b"eXIf", exif(6).tobytes()[6:]) + chunk(b"IEND", b""), pixels=CORNERS
+        ),
+        "png-sideways-by-xmp": OddPicture(
+            after_header(
+                saved(image(stored(8)), "PNG"),
+                chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="8"/>'),
+            ),
+            pixels=CORNERS,
+        ),
         "orientation-out-of-range": OddPicture(saved(plain, "PNG", exif=exif(77)), pixels=CORNERS),
         "broken-exif": OddPicture(
             after_header(saved(plain, "PNG"), chunk(b"eXIf", b"MM\0*\xff\xff\xff\xff")), pixels=CORNERS

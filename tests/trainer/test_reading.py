@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from flash_diffusion.trainer.data.reading import check_source, open_source, picture_size, read_samples
 from flash_diffusion.trainer.data.reading.folder import UNIT
@@ -124,6 +124,11 @@ def test_header_of_a_companion_tells_that_its_size_is_wrong(tmp_path: Path) -> N
     assert isinstance(raw, RawSample)
     with pytest.raises(BadSample, match="has 16 x 24 pixels, and the picture has 24 x 16"):
         picture_size(raw)
+
+
+def test_size_of_a_png_file_comes_from_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("the pixels are decoded"))
+    assert picture_size(RawSample("1.png", PNG, ("",))) == (WIDTH, HEIGHT)
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------

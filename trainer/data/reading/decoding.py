@@ -8,6 +8,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
@@ -36,6 +37,7 @@ UPRIGHT = {
 SIDEWAYS = (5, 6, 7, 8)
 UNEXPLAINED = re.compile(r"(decoder error )?-?\d*")  # errors of Pillow's decoders that are only a number
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where a PNG file may name its orientation
 PNG_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 
 
@@ -93,7 +95,7 @@ def _size(raw: RawSample, content: bytes | Image.Image, name: str) -> tuple[int,
     if isinstance(content, Image.Image):
         return content.size
     with _explained(raw, name):
-        return _with_picture(content, _upright_size)
+        return _with_picture(content, partial(_upright_size, content))
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -103,7 +105,10 @@ def _upright(picture: Image.Image) -> Image.Image:
     return upright if turn is None else upright.transpose(turn)
 
 
-def _upright_size(picture: Image.Image) -> tuple[int, int]:
+def _upright_size(content: bytes, picture: Image.Image) -> tuple[int, int]:
+    # To look for EXIF data behind the pixels, Pillow decodes a PNG file.
+    if picture.format == "PNG" and not any(mark in content for mark in PNG_EXIF):
+        return picture.size
     orientation = _orientation(picture)
     if picture.format == "TIFF" and orientation != 1:
         picture.load()  # Pillow turns a TIFF while it loads, and releases differ in the size that they give before

@@ -158,6 +158,7 @@ def samples_of(
             yield BadSample(
                 f"{stem} in {shard}",
                 f"{name} comes twice in {shard}; write the shard again with each file once",
+                "caption" if kind == CAPTION else "picture",
             )
             return
         group[ending] = content
