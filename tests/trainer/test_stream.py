@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
+from flash_diffusion.trainer.data.encoding.prepare import prepare_examples
 from flash_diffusion.trainer.data.framing import to_mask, to_tensor
 from flash_diffusion.trainer.data.reading import read_samples
 from flash_diffusion.trainer.data.streaming.examples import StreamBatches, StreamExamples
@@ -95,6 +96,21 @@ def test_web_server_gives_the_stream_of_the_local_files(shards: Path, tmp_path: 
     with serving(Server(files, ranges)) as server:
         found = numbers(examples(f"{server.url}/{{0..{len(SIZES) - 1}}}.tar", tmp_path / "remote"), 1, 2, 0, 20)
     assert found == wanted
+
+
+def test_remote_shards_are_encoded_into_the_cache_once(shards: Path, tmp_path: Path, teacher: Teacher) -> None:
+    files = {f"/{number}.tar": (shards / f"{number}.tar").read_bytes() for number in range(3)}
+    task = build_task(TaskSection())
+    index = torch.arange(sum(SIZES[:3]))
+    local = DataSection(source="webdataset", path=str(shards / "{0..2}.tar"), cache=tmp_path / "local")
+    wanted, _ = prepare_examples(local, teacher, task).batch(index, "cpu")
+    with serving(Server(files)) as server:
+        data = DataSection(source="webdataset", path=server.url + "/{0..2}.tar", cache=tmp_path / "remote")
+        for gets in (True, False):  # the second time the server is asked for sizes and ETags only
+            server.asked.clear()
+            found, _ = prepare_examples(data, teacher, task).batch(index, "cpu")
+            assert torch.equal(found, wanted)
+            assert bool(server.asked) is gets
 
 
 def test_latents_and_conditions_are_the_encoders_own(shards: Path, tmp_path: Path, teacher: Teacher) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -80,7 +81,7 @@ def test_a_stopped_run_with_workers_resumes_exactly(
 ) -> None:
     """Ctrl-C in a terminal, and a scheduler's SIGTERM, reach the workers too."""
     stream_content |= {
-        "phases": [{"name": "all", "updates": 30, "modes": [0, 0, 0, 1], "adversarial": 0.3}],
+        "phases": [{"name": "all", "updates": 12, "modes": [0, 0, 0, 1], "adversarial": 0.3}],
         "checkpoint": {"every": 3},
     }
     stream_content["data"]["workers"] = 2
@@ -93,7 +94,7 @@ def test_a_stopped_run_with_workers_resumes_exactly(
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), text
     assert "Traceback" not in text, text
     last = checkpoint.read_facts(checkpoint.checkpoints(output)[-1])[0].update
-    assert last < 30
+    assert last < 12
     resumed = start(file, output, "--resume")
     text = resumed.communicate(timeout=300)[0]
     assert resumed.returncode == 0, text
@@ -163,6 +164,26 @@ def test_two_processes_see_the_batches_of_one_with_twice_the_size(
     distil(parse_recipe(stream_content | {"batch_size": 2}), tmp_path / "one")
     assert sorted(two) == one
     assert [position for position, _ in one] == list(range(10))
+
+
+def test_worker_that_is_killed_ends_the_run_with_an_error(
+    stream_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = StreamBatches.batch
+
+    def killing(self: StreamBatches, position: int) -> list[FramedSample]:
+        samples = read(self, position)
+        if position:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+                worker.join()
+        return samples
+
+    monkeypatch.setattr(StreamBatches, "batch", killing)
+    stream_content["data"]["workers"] = 1
+    stream_content["phases"] = [{"name": "all", "updates": 200, "modes": [0, 0, 0, 1]}]
+    with pytest.raises(UserError, match=r"a process that reads the stream has ended .*data\.workers \(1\)"):
+        distil(parse_recipe(stream_content), tmp_path / "run")
 
 
 def test_shard_without_samples_is_an_error_of_the_command(stream_content: dict[str, Any], tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def _owner(output: Path) -> str:
 def device_errors_explained(recipe: Recipe, output: Path) -> Iterator[None]:
     """Turn errors of a full memory and of lost processes inside the ``with`` block into readable ones.
 
+    torch tells of the end of a process that reads a stream wherever the main thread is.
+
     Raises:
         UserError: says what to lower, and from which checkpoint the run can go on.
     """
@@ -158,6 +160,12 @@ def device_errors_explained(recipe: Recipe, output: Path) -> Iterator[None]:
             raise UserError(
                 f"the processes lost each other: {text.splitlines()[0]}. Start one process for each GPU, and look for "
                 f"the first error of the other processes; {_go_on(output)}"
+            ) from error
+        if "DataLoader worker" in text:
+            raise UserError(
+                f"a process that reads the stream has ended ({text.splitlines()[0]}), perhaps because the memory was "
+                f"full. Set data.workers ({recipe.data.workers}) or data.shuffle ({recipe.data.shuffle}) lower; "
+                f"{_go_on(output)}"
             ) from error
         raise
 

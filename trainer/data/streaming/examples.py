@@ -218,15 +218,7 @@ class StreamBatches:
         self._samples = open_positions(positions, self.examples.data.workers, 2 * self.batch_size)
 
     def _read(self, samples: Iterator[FramedSample | Failure]) -> FramedSample:
-        try:
-            found = next(samples)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                "a process that reads data has ended, perhaps because the memory was full; set data.workers or "
-                "data.shuffle lower"
-            ) from error
+        found = next(samples)
         if isinstance(found, Failure):
             raise UserError(found.message)
         self._count(found.problems)
