@@ -188,7 +188,8 @@ def _read(path: Path) -> Manifest | None:
     try:
         with safe_open(path, "pt") as file:
             check = (file.metadata() or {}).get("check")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: a view would keep the file mapped, and a system maps 65,530 files at most.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         if check != _check(tensors):
             raise SafetensorError("its content is not what was written")
         captions, problems = json.loads(tensors["text"].numpy().tobytes())

@@ -203,7 +203,7 @@ class Store:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()[FACTS])
-                keys: Keys = file.get_tensor(KEYS).numpy()
+                keys: Keys = file.get_tensor(KEYS).clone().numpy()
                 lengths = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
             if facts["format"] != FORMAT or facts["keys"] != zlib.crc32(keys.tobytes()):
                 raise SafetensorError("its keys are not what was written")
