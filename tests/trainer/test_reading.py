@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from flash_diffusion.trainer.data.reading import check_source, open_source, picture_size, read_samples
 from flash_diffusion.trainer.data.reading.folder import UNIT
-from flash_diffusion.trainer.data.reading.names import not_read
+from flash_diffusion.trainer.data.reading.names import format_order, not_read, picture_formats
 from flash_diffusion.trainer.data.reading.samples import BadSample, LeftOut, Problems, RawSample, Sample
 from flash_diffusion.trainer.errors import UserError
 
@@ -129,6 +129,16 @@ def test_header_of_a_companion_tells_that_its_size_is_wrong(tmp_path: Path) -> N
 def test_size_of_a_png_file_comes_from_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("the pixels are decoded"))
     assert picture_size(RawSample("1.png", PNG, ("",))) == (WIDTH, HEIGHT)
+
+
+def test_formats_are_tried_in_one_order() -> None:
+    order = format_order()
+    assert set(order) == set(picture_formats().values())
+    without_signature = [name for name in order if Image.OPEN[name][1] is None]
+    assert "TGA" in without_signature
+    assert list(order[-len(without_signature) :]) == without_signature == sorted(without_signature)
+    assert not {"EPS", "PDF", "WMF", "HDF5"} & set(order)
+    assert {"PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"} <= set(order)
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from ...pictures import on_white
-from .names import picture_formats
+from .names import format_order
 from .samples import SAME_SIZE, BadSample, RawSample, Sample
 
 # A photograph of 100 million pixels is no attack: Pillow's error, at twice the size of its warning, is enough.
@@ -146,9 +146,8 @@ def _with_picture(content: bytes, work: Callable[[Image.Image], Result]) -> Resu
     """Return ``work`` of the opened picture. A PNG file with texts that Pillow refuses is opened without them."""
     if not content:
         raise UnidentifiedImageError("the file is empty: 0 bytes")
-    formats = tuple(set(picture_formats().values()))
     try:
-        with Image.open(io.BytesIO(content), formats=formats) as picture:
+        with Image.open(io.BytesIO(content), formats=format_order()) as picture:
             return work(picture)
     except Exception:
         if not content.startswith(PNG_SIGNATURE):

@@ -38,6 +38,18 @@ def picture_formats() -> dict[str, str]:
     return formats
 
 
+@cache
+def format_order() -> tuple[str, ...]:
+    """Return the formats that are read, in the order in which a file is taken for one of them.
+
+    Formats without a signature (TGA) take many files for their own, so they come last. Pillow's own order depends on
+    what a process has opened before.
+    """
+    from PIL import Image
+
+    return tuple(sorted(set(picture_formats().values()), key=lambda name: (Image.OPEN[name][1] is None, name)))
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Return a file's stem and kind: ``picture``, a companion's name, ``caption`` or ``other``.
 
