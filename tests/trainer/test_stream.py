@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection
+from flash_diffusion.trainer.data.encoding.examples import as_rows, caption_at
 from flash_diffusion.trainer.data.encoding.prepare import prepare_examples
 from flash_diffusion.trainer.data.framing import to_mask, to_tensor
 from flash_diffusion.trainer.data.reading import read_samples
@@ -22,6 +23,7 @@ from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
 
+from ..families.pipelines import save_pipeline
 from .shards import Server, picture, serving, shard, tar
 
 SIZES = (5, 3, 8, 1, 6, 4)  # of the shards
@@ -125,6 +127,28 @@ def test_latents_and_conditions_are_the_encoders_own(shards: Path, tmp_path: Pat
         assert torch.equal(
             conditioning.cross_attention, teacher.encode_prompts([sample.caption for sample in chosen]).cross_attention
         )
+
+
+@pytest.mark.parametrize("family", ["sdxl", "pixart_alpha", "sd3"])
+def test_streams_give_every_family_what_the_cache_gives(shards: Path, tmp_path: Path, family: str) -> None:
+    """Sizes, masks and pooled vectors too, with and without a caption."""
+    model = ModelSection(family=family, path=str(save_pipeline(family, tmp_path / family)))
+    teacher = load_teacher(model, "cpu", 64)
+    fields: dict[str, Any] = {"teacher": teacher, "caption_dropout": 0.4}
+    stream = examples(shards, tmp_path, **fields)
+    samples = StreamBatches(stream, 0, 1, 6).batch(0)
+    found = stream.encode(samples)
+    data = DataSection(source="webdataset", path=shards, cache=tmp_path / "cache")
+    places = {sample.name: place for place, sample in enumerate(read_samples(data))}
+    index = torch.tensor([places[sample.name] for sample in samples])
+    chosen = torch.tensor([caption_at(5, position, 1, 0.4) for position in range(6)])
+    assert len(set(chosen.tolist())) == 2
+    wanted = prepare_examples(data, teacher, build_task(TaskSection())).batch(index, "cpu", chosen)
+    torch.testing.assert_close(found[0], wanted[0])
+    ours, theirs = as_rows(found[1]), as_rows(wanted[1])
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
 
 
 def test_dropped_captions_are_the_empty_prompt(shards: Path, tmp_path: Path, teacher: Teacher) -> None:
