@@ -253,5 +253,5 @@ def _checksum(rows: Mapping[str, Tensor], row: int) -> int:
         if name != CHECKSUMS:
             tensor = rows[name][row]
             value = zlib.crc32(repr((name, tensor.dtype, tuple(tensor.shape))).encode(), value)
-            value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy(), value)
+            value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -203,7 +203,8 @@ def as_rows(conditioning: Conditioning) -> dict[str, Tensor]:
 
 def from_rows(rows: dict[str, Tensor]) -> Conditioning:
     """Return the conditions of :func:`as_rows`."""
-    return Conditioning(**rows)
+    parts: dict[str, Any] = dict(rows)  # which of Conditioning's fields, only their names tell
+    return Conditioning(**parts)
 
 
 def packed(part: Conditioning) -> Conditioning:

@@ -211,9 +211,11 @@ class PictureEncoder:
         """Return a sample's picture and companions, scaled and cut to the frame."""
         if raw.picture is None:
             return torch.empty(0), {}
-        given = [(raw.name, raw.picture, self.table.content)]
-        for name, keys in self.table.beside.items():
-            given.append((f"the {name} of {raw.name}", raw.companions.get(name), keys))
+        named = self.table.beside.items()
+        given = [
+            (raw.name, raw.picture, self.table.content),
+            *((f"the {name} of {raw.name}", raw.companions.get(name), keys) for name, keys in named),
+        ]
         for what, content, keys in given:
             if content_key(content) != keys[number].tobytes():
                 unit = int(np.searchsorted(self.table.unit_start, number, side="right")) - 1
