@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash_diffusion.trainer.data.batches.order import Order
 from flash_diffusion.trainer.data.encoding.buckets import bucket_sizes, nearest_bucket
 from flash_diffusion.trainer.data.encoding.examples import NO_CAPTION
-from flash_diffusion.trainer.data.batches.order import Order
 
 # The aspect-ratio buckets of SDXL's report (arXiv 2307.01952, appendix I), height x width.
 SDXL = """512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408 704x1344
@@ -61,6 +61,38 @@ def test_batches_have_one_frame_and_every_sample_of_a_frame_comes_before_any_aga
     assert torch.equal(
         order.indices(start * batch, batch), Order(len(frames), seed, frame, batch).indices(start * batch, batch)
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    frames=st.lists(st.integers(0, 2), min_size=1, max_size=30),
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 5),
+    runs=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=6),
+)
+def test_kills_and_other_numbers_of_processes_change_no_batch(
+    frames: list[int], seed: int, batch: int, runs: list[tuple[int, int, int]]
+) -> None:
+    """Each run goes on from the last checkpoint of a killed one: some updates are lost, and drawn again."""
+    frame, counts = torch.tensor(frames), torch.arange(len(frames)) % 3 + 1
+    drawn: dict[int, tuple[list[int], list[int]]] = {}
+    position = 0
+    for processes, updates, lost in runs:
+        order = Order(len(frames), seed, frame, batch)
+        for update in range(updates):
+            for rank in range(processes):
+                at = position + (update * processes + rank) * batch
+                index = order.indices(at, batch)
+                found = index.tolist(), order.captions(at, counts[index], 0.2).tolist()
+                assert drawn.setdefault(at, found) == found
+        position += max(updates - lost, 0) * processes * batch
+    assert sorted(drawn) == list(range(0, len(drawn) * batch, batch))  # without a gap
+    seen = Counter(sample for samples, _ in drawn.values() for sample in samples)
+    for number in set(frames):
+        times = [seen[sample] for sample in range(len(frames)) if frames[sample] == number]
+        assert max(times) - min(times) <= 1
+    for samples, captions in drawn.values():
+        assert all(NO_CAPTION <= caption < counts[sample] for sample, caption in zip(samples, captions, strict=True))
 
 
 def test_large_frames_get_their_share_of_the_batches() -> None:
