@@ -183,6 +183,11 @@ def test_tables_caption_the_pictures_of_a_folder(tmp_path: Path, name: str) -> N
         ),
         ("metadata.csv", b"file_name,text\n1.png\n", r"has no caption for 1\.png \(line 2\)"),
         ("metadata.csv", b'file_name,text\n1.png,"a', r"not a readable \.csv"),
+        (
+            "metadata.csv",
+            b"file_name,text\n1.png,a fox, in snow",
+            "more cells than columns in line 2; put captions with",
+        ),
         ("metadata.csv", b"\xff\xfe\0", "not UTF-8"),
         ("captions.json", b"3", "neither an object"),
         ("captions.json", b'{"1.png": 3}', r"holds 3; expected a text or a list of texts \(entry '1\.png'\)"),

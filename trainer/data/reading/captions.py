@@ -173,11 +173,11 @@ def table_rows(path: Path, field: str | None) -> Iterator[tuple[str, tuple[str, 
             except BadCaption as error:
                 raise BadCaption(f"{error} ({where})") from error
             if captions is None:
-                names = sorted(value) if isinstance(value, Mapping) else []
+                names = sorted(map(str, value)) if isinstance(value, Mapping) else []
                 wanted = " or ".join(FIELDS) if field is None else field
                 raise BadCaption(
                     f"has no caption for {name} ({where}); expected a field {wanted}"
-                    + (f", and there are {', '.join(map(str, names))}: set data.caption_field" if names else "")
+                    + (f", and there are {', '.join(names)}: set data.caption_field" if names else "")
                 )
             yield name, captions
     except (BadCaption, OSError) as error:
@@ -226,6 +226,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = decoded_text(path.read_bytes())
     try:
         for row in (reader := csv.DictReader(io.StringIO(text, newline=""), strict=True)):
+            if None in row:
+                raise BadCaption(
+                    f"has more cells than columns in line {reader.line_num}; put captions with commas into quotes"
+                )
             yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise BadCaption(f"is not a readable .csv table ({error}); mend or remove it") from error
