@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,8 @@ from threading import Thread
 
 import numpy as np
 from PIL import Image
+
+CUT_SECONDS = 0.1  # before a cut: what was sent arrives
 
 
 def picture(number: int, size: int = 16) -> bytes:
@@ -51,14 +54,14 @@ class Server:
     Attributes:
         files: path -> content.
         ranges: True gives parts of files.
-        cuts: connections that end early, after ``cut_after`` bytes of their answer.
+        cuts: numbers of the GET requests whose connection ends early: number n after n + 1 times ``cut_after`` bytes.
         states: HTTP states that are answered first, before anything is served.
         asked: the GET requests: path, first byte.
     """
 
     files: dict[str, bytes]
     ranges: bool = True
-    cuts: int = 0
+    cuts: Container[int] = ()
     cut_after: int = 0
     states: list[int] = field(default_factory=list)
     asked: list[tuple[str, int]] = field(default_factory=list)
@@ -102,14 +105,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
+        number = len(served.asked)
         served.asked.append((self.path, first))
-        if served.cuts > 0:
-            served.cuts -= 1
-            self.wfile.write(part[: served.cut_after])
-            self.wfile.flush()
-            self.close_connection = True
+        if number not in served.cuts:
+            self.wfile.write(part)
             return
-        self.wfile.write(part)
+        self.wfile.write(part[: served.cut_after * (number + 1)])
+        self.wfile.flush()
+        time.sleep(CUT_SECONDS)
+        self.close_connection = True
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from flash_diffusion.trainer.config import DataSection, parse_recipe
-from flash_diffusion.trainer.data.reading import open_source
+from flash_diffusion.trainer.data.reading import open_source, shards
 from flash_diffusion.trainer.data.reading.samples import RawSample
 from flash_diffusion.trainer.data.remote import opening
 from flash_diffusion.trainer.errors import UserError
@@ -69,18 +69,29 @@ def test_object_store_gives_the_samples(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["parts", "whole files"])
 @pytest.mark.parametrize("cuts", [1, 3])
-def test_lost_connections_are_opened_again(monkeypatch: pytest.MonkeyPatch, ranges: bool, cuts: int) -> None:
+def test_lost_connections_are_opened_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ranges: bool, cuts: int
+) -> None:
     monkeypatch.setattr(opening, "BLOCK", 4096)
-    content = shard(0, 20)
-    with serving(Server({"/s.tar": content}, ranges, cuts, 3000, states=[503])) as server:
+    monkeypatch.setattr(shards, "REMOTE_BUFFER", 2048)
+    first = 1 if ranges else 0  # a part arrives whole or not at all
+    server = Server({"/s.tar": shard(0, 20)}, ranges, range(first, first + cuts), 1000)
+    with serving(server):
         assert captions(f"{server.url}/s.tar") == numbers(range(20))
-        # Only the first request begins at byte 0 where the server gives parts.
-        assert server.cuts == 0
-        assert [first for _, first in server.asked][-1] == 0 or ranges
+    starts = [start for _, start in server.asked]
+    assert len(starts) > cuts
+    assert (max(starts) > 0) is ranges  # without parts the beginning is passed over
+    assert caplog.text.count("trying again in 0 s") == cuts
+
+
+def test_busy_server_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(Server({"/s.tar": shard(0, 2)}, states=[503, 503, 429, 429])) as server:
+        assert captions(f"{server.url}/s.tar") == numbers(range(2))
+    assert [text for text in ("503", "429") if text in caplog.text] == ["503", "429"]
 
 
 def test_connection_that_stays_lost_is_an_error_with_the_url() -> None:
-    server = Server({"/s.tar": shard(0, 20)}, cuts=99, cut_after=1000)
+    server = Server({"/s.tar": shard(0, 20)}, cuts=range(99), cut_after=0)
     words = r"http://127.*s\.tar can't be read after 3 more tries"
     with serving(server), pytest.raises(UserError, match=words):
         captions(f"{server.url}/s.tar?key=secret")
@@ -99,7 +110,7 @@ def test_error_that_stays_is_told_at_once(state: int, words: str, monkeypatch: p
 
 
 def test_shard_that_changes_while_it_is_read_is_refused() -> None:
-    with serving(Server({"/s.tar": shard(0, 20)}, cuts=1, cut_after=1000)) as server:
+    with serving(Server({"/s.tar": shard(0, 20)}, cuts=[0], cut_after=1000)) as server:
         file = opening.RemoteFile(f"{server.url}/s.tar")
         file._open()
         server.files["/s.tar"] = shard(800, 20)
