@@ -20,7 +20,7 @@ class Import:
     """One import.
 
     Args:
-        source: the module that imports, e.g. ``trainer.data.framing``; the package's own ``__init__.py`` is ``__init__``.
+        source: the module that imports, e.g. ``trainer.files``; the package's own ``__init__.py`` is ``__init__``.
         target: the imported module: one of the repository's with its room, or another one, e.g. ``torch.nn``.
         line: the line number in the source.
         when: "start" = when the module is imported, "call" = inside a function, "types" = only for a type checker.
