@@ -159,13 +159,12 @@ class Preparation:
             self._complain_about_bad(int(there.sum()))
         if not there.any():
             raise UserError(f"data.path: {self.work.source.title} holds no samples that can be used")
-        texts = np.repeat(there, np.diff(table.first_text))
-        table = table.keep(there)
-        text, *others = passes
-        found = {
-            part.kind: place.part(np.flatnonzero(there.repeat(part.variants)))
-            for part, place in zip(others, places[1:], strict=True)
-        }
+        if not there.all():
+            texts = np.repeat(there, np.diff(table.first_text))
+            table = table.keep(there)
+            kept = [texts, *(there.repeat(part.variants) for part in passes[1:])]
+            places = [place.part(np.flatnonzero(rows)) for place, rows in zip(places, kept, strict=True)]
+        text, found = passes[0], {part.kind: place for part, place in zip(passes, places, strict=True)}
         for part in passes:
             part.store.touch()
         stores = {part.kind: part.store for part in passes}
@@ -173,7 +172,7 @@ class Preparation:
             self.work.teacher,
             table,
             found.get("pictures"),
-            places[0].part(np.flatnonzero(texts)),
+            places[0],
             found.get("conditions"),
             (stores.get("pictures", text.store), text.store, stores.get("conditions", text.store)),
             self.work.variants,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,8 +115,11 @@ def build_table(
         reads_text: False makes every caption empty.
         pictures_per_prompt: samples of each prompt without a picture; each gets a hash of its own.
     """
-    content, sizes, texts, counts, starts = [], [], [], [np.zeros(1, np.int64)], [0]
-    beside: dict[str, list[Keys]] = {name: [] for name in companions}
+    content, texts, sizes = Rows(np.uint8, KEY_BYTES), Rows(np.uint8, KEY_BYTES), Rows(np.int32, 2)
+    first_text, starts = Rows(np.int64), [0]
+    first_text.add(np.zeros(1, np.int64))
+    captions_before = 0
+    beside = {name: Rows(np.uint8, KEY_BYTES) for name in companions}
     head: list[tuple[str, ...]] = []
     empty = text_key("")
     counted = 0
@@ -131,27 +135,48 @@ def build_table(
             repeat = pictures_per_prompt
             captions = [given for given in captions for _ in range(repeat)]
             keys = as_keys(key_of("prompt", given[0], n % repeat) for n, given in enumerate(captions))
-        content.append(keys)
-        sizes.append(manifest.sizes[:left].repeat(repeat, 0))
+        content.add(keys)
+        sizes.add(manifest.sizes[:left].repeat(repeat, 0))
         for name, found in manifest.beside.items():
-            beside[name].append(found[:left].repeat(repeat, 0))
+            beside[name].add(found[:left].repeat(repeat, 0))
         given = [[text_key(text) for text in sample] if reads_text else [empty] for sample in captions]
-        texts.append(as_keys(key for sample in given for key in sample))
-        counts.append(np.array([len(sample) for sample in given], np.int64))
+        texts.add(as_keys(key for sample in given for key in sample))
+        ends = captions_before + np.cumsum([len(sample) for sample in given], dtype=np.int64)
+        first_text.add(ends)
+        captions_before = int(ends[-1]) if len(ends) else captions_before
         head += [tuple(sample) if reads_text else ("",) for sample in captions[: HEAD - len(head)]]
         starts.append(starts[-1] + len(captions))
         if counted == limit:
             break
-    nothing = np.empty((0, KEY_BYTES), np.uint8)
-    all_sizes = np.concatenate([np.empty((0, 2), np.int32), *sizes])
     return SampleTable(
-        np.concatenate([nothing, *content]),
-        nearest_bucket(all_sizes, list(frames)).astype(np.int32),
+        content.array(),
+        nearest_bucket(sizes.array(), list(frames)).astype(np.int32),
         tuple(frames),
-        {name: np.concatenate([nothing, *keys]) for name, keys in beside.items()},
-        np.concatenate([nothing, *texts]),
-        np.cumsum(np.concatenate(counts)).astype(np.int64),
+        {name: keys.array() for name, keys in beside.items()},
+        texts.array(),
+        first_text.array(),
         np.array(starts, np.int64),
         tuple(head),
         has_pictures,
     )
+
+
+class Rows:
+    """Rows that come part by part. No second copy is made at the end, so that memory is not taken twice.
+
+    Args:
+        shape: of a row.
+    """
+
+    def __init__(self, dtype: type[np.generic], *shape: int) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self._content = bytearray()
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """Add rows (n, ...)."""
+        self._content += np.ascontiguousarray(rows, self.dtype).data.cast("B") if rows.size else b""
+
+    def array(self) -> NDArray[Any]:
+        """Return all rows (N, ...)."""
+        return np.frombuffer(self._content, self.dtype).reshape(-1, *self.shape)
