@@ -25,8 +25,9 @@ from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.trainer.cli import main
-from flash_diffusion.trainer.config import ModelSection, TaskSection, parse_recipe
+from flash_diffusion.trainer.config import DataSection, ModelSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.data.batches.trajectories import trajectory_fingerprint
+from flash_diffusion.trainer.data.cache.stores import conditions_store
 from flash_diffusion.trainer.data.framing import to_tensor
 from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.distill.plan import print_plan
@@ -212,6 +213,16 @@ def test_the_outline_counts_the_adapter(root: Path, pictures: Path, adapter: str
         if "encoder_hid_proj" in name or "_ip." in name
     )
     assert f"image adapter: {adapter} (IP-Adapter) x 0.7, frozen, {counted / 1e6:.1f} M parameters" in plan
+
+
+def test_adapters_that_read_an_encoder_differently_share_no_cache(root: Path, pictures: Path) -> None:
+    """One reads the picture's embedding (1 token), one the hidden states (17 tokens) of the same encoder."""
+    data = DataSection(source="folder", path=pictures)
+    task = build_task(TaskSection(name="face-swap", options={"identity": "tokens"}))
+    teachers = [load_teacher(section(root, "sd15", adapter)) for adapter in ("sd15", "sd15-plus", "sd15")]
+    stores = [conditions_store(data, teacher, task).folder for teacher in teachers]
+    assert stores[0] == stores[2]
+    assert stores[0] != stores[1]
 
 
 def test_trajectories_depend_on_what_is_beside_the_base(root: Path, pictures: Path) -> None:

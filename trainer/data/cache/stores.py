@@ -54,9 +54,10 @@ def conditions_store(data: DataSection, teacher: Teacher, task: Task) -> Store:
         "options": json.dumps(task.options.model_dump(mode="json"), sort_keys=True),
     }
     if teacher.image_adapter is not None:
-        about["picture encoder"] = weights_hash(teacher.image_adapter.pipeline.image_encoder)
+        adapter = teacher.image_adapter
+        about["picture encoder"] = json.dumps([weights_hash(adapter.pipeline.image_encoder), *adapter.reading()])
     if teacher.low_resolution_process is not None:
-        about["family"] = teacher.base
+        about["noise"] = process_hash(teacher.low_resolution_process)
     return _store(data, "conditions", about)
 
 

@@ -60,6 +60,11 @@ class ImageAdapter:
         found, _ = self._encoded(pictures)
         return found
 
+    def reading(self) -> tuple[str, str]:
+        """Return what decides a picture's tokens beside the encoder's weights: its output, and how pictures come in."""
+        extractor = self.pipeline.feature_extractor
+        return STATES if reads_states(self.pipeline.unet) else PICTURE, extractor.to_json_string() if extractor else ""
+
     def release(self) -> None:
         """Free the encoder's memory; ``absent`` stays."""
         self.pipeline = None
