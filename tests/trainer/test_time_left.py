@@ -88,6 +88,10 @@ def test_one_bar_runs_over_recording_and_updates(
     distil(parse_recipe(recipe_content), tmp_path)
     notes = [note.partition(", ")[0] for _, note in shown]
     recorded = [f"{count} of 5 teacher trajectories" for count in (2, 4, 5)]
-    assert notes == [*recorded, *(f"update {update}" for update in range(1, 6)), "5 updates"]
+    assert notes == [
+        *recorded,
+        *(f"update {update}" for update in range(1, 6)),
+        "5 updates; writing the last checkpoint",
+    ]
     assert all(0 < share < 1 for share, _ in shown[:-2])
     assert [share for share, _ in shown[-2:]] == [1, 1]
