@@ -18,6 +18,7 @@ from PIL import Image
 from ...config import DataSection
 from ...errors import UserError
 from ..encoding.buckets import bucket_sizes, nearest_bucket
+from ..encoding.lookahead import in_order
 from ..framing import framed
 from ..reading import decode, open_source
 from ..reading.names import HEIF, HEIF_ADVICE
@@ -114,7 +115,7 @@ class Inspection:
         findings = Findings(source.title)
         raws = islice(self._raw_samples(source, findings), self.data.limit)
         with ThreadPoolExecutor() as pool:
-            for number, look in enumerate(_in_order(pool, self._look, raws)):
+            for number, (_, look) in enumerate(in_order(pool, AHEAD, self._look, raws)):
                 self._add(look, number, findings)
                 progress(number + 1)
         self._compare(findings, source)
@@ -267,11 +268,3 @@ class Inspection:
                 "smaller than the resolution": sum(side < self.resolution for side in sides),
             }
         return facts | {f"pictures with {name}": count for name, count in self._present.items()}
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[RawSample | BadSample], _Look], raws: Iterator[RawSample | BadSample]
-) -> Iterator[_Look]:
-    """Yield the looks in the order of the samples, while later samples are being decoded."""
-    while batch := list(islice(raws, AHEAD)):
-        yield from pool.map(work, batch)
