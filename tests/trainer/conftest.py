@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from flash_diffusion.trainer.config import Recipe, parse_recipe
 
+from ..families.pipelines import save_pipeline, with_older_tokenizers
 from .models import picture_folder, tiny_recipe, tiny_stable_diffusion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +50,19 @@ def recipe_file(recipe_content: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe_content))
     return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A random model of a family as a diffusers folder, made once."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def model(family: str) -> Path:
+        if family not in made:
+            made[family] = with_older_tokenizers(save_pipeline(family, root / family))
+        return made[family]
+
+    return model
 
 
 def trainer_process(*arguments: str | Path) -> subprocess.Popen[str]:

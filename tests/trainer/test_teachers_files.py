@@ -18,25 +18,11 @@ from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.teachers import load_teacher, outline_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
 
-from ..families.pipelines import save_pipeline, with_older_tokenizers
 from ..families.single_file import save_single_file
 from ..families.single_file_dit import native_sd3
 
 F8 = torch.float8_e4m3fn
 UNET = "model.diffusion_model."
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A random model of a family as a diffusers folder, made once."""
-    root, made = tmp_path_factory.mktemp("models"), {}
-
-    def model(family: str) -> Path:
-        if family not in made:
-            made[family] = with_older_tokenizers(save_pipeline(family, root / family))
-        return made[family]
-
-    return model
 
 
 @pytest.fixture(scope="module")

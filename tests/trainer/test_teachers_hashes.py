@@ -15,22 +15,7 @@ from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.teachers import load_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
 
-from ..families.pipelines import save_pipeline, with_older_tokenizers
-
 FAMILIES = ("sd15", "sdxl", "pixart_alpha", "sd3")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A random model of a family as a diffusers folder, made once."""
-    root, made = tmp_path_factory.mktemp("models"), {}
-
-    def model(family: str) -> Path:
-        if family not in made:
-            made[family] = with_older_tokenizers(save_pipeline(family, root / family))
-        return made[family]
-
-    return model
 
 
 def load(family: str, path: Path, **fields: object) -> Teacher:
