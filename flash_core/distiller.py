@@ -11,31 +11,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import losses
 from .denoiser import Conditioning, Denoiser, guided_z0, predict_z0
 from .discriminator import Discriminator
 from .grid import timestep_mixture, trailing_timesteps
-from .process import NUM_TIMESTEPS, broadcast
+from .process import broadcast
 from .rollout import Rollout, Trajectory
-from .settings import PUBLISHED_PHASES, DistillationLoss, DistillerSettings, Phase
+from .settings import (
+    ADVERSARIAL_TIMESTEPS,
+    PUBLISHED_PHASES,
+    DistillationLoss,
+    DistillerSettings,
+    DmdSettings,
+    Phase,
+    Rows,
+)
 from .solvers import solve
+from .terms import adversarial, distribution_matching
+from .terms.draws import acting_rows, normal
 
 __all__ = [
+    "ADVERSARIAL_TIMESTEPS",
     "PUBLISHED_PHASES",
     "DistillationLoss",
     "Distiller",
     "DistillerSettings",
+    "DmdSettings",
     "Phase",
     "Rollout",
     "StudentStep",
     "Trajectory",
 ]
-
-# t' of the adversarial term (arXiv 2406.02347, section 4.3); a shifted flow schedule takes the same fractions.
-ADVERSARIAL_TIMESTEPS = (10, 250, 500, 750)
 
 # Indices of the teacher's grid less likely than this are not kept when a trajectory is recorded.
 RECORDED_PROBABILITY = 1e-3
@@ -101,7 +109,7 @@ class Distiller:
         """
         start = self._draw_indices(phase, range(self.settings.teacher_steps), len(z0), generator)
         t = torch.tensor([self.timesteps[index] for index in start], device=z0.device)
-        noise = _normal(z0, generator)
+        noise = normal(z0, generator)
         pure = torch.tensor([index == 0 for index in start], device=z0.device)
         z_t = torch.where(broadcast(pure, z0), noise, self.denoiser.process.add_noise(z0, noise, t))
         guidance = self._draw_guidance(len(z0), generator).to(z0.device)
@@ -144,7 +152,7 @@ class Distiller:
                 states.append(z.clone())
 
         guidance = self._draw_guidance(len(z0), generator).to(z0.device)
-        noise = _normal(z0, generator)
+        noise = normal(z0, generator)
         z_teacher = self.teacher_solution(noise, conditioning, unconditional, guidance, observe=keep)
         return Trajectory(kept, torch.stack(states), z_teacher, z0, guidance, conditioning, unconditional)
 
@@ -179,6 +187,8 @@ class Distiller:
         The backward pass is split. First the loss terms run on a detached leaf of the student's output, while roles
         change. Then the leaf's gradient goes through the student's graph with the student's adapter on. So gradient
         checkpointing recomputes each activation in the role that made the activation.
+
+        A term that acts on some samples only is the mean over these samples. It is not computed where there are none.
         """
         with self.denoiser.role("student"):
             z_student = self.student_output(rollout)
@@ -186,19 +196,32 @@ class Distiller:
         terms: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
         gradient = torch.zeros_like(leaf)
-        for name, factor, compute in (
-            ("distillation", phase.distillation, self._distillation_term),
-            ("adversarial", phase.adversarial, self._adversarial_term),
-            ("dmd", phase.dmd, self._dmd_term),
-        ):
-            if factor == 0:
+        weight = self._distillation_weight(rollout, phase)
+        computed: tuple[tuple[str, float, Rows, Callable[[Tensor, Rollout], Tensor]], ...] = (
+            ("distillation", phase.distillation, "all", lambda z, part: self._distillation(z, part, weight, generator)),
+            (
+                "adversarial",
+                phase.adversarial,
+                self.settings.adversarial_rows,
+                lambda z, part: self._adversarial(z, part, generator),
+            ),
+            ("dmd", phase.dmd, self.settings.dmd.rows, lambda z, part: self._dmd(z, part, generator)),
+        )
+        for name, factor, rows, compute in computed:
+            index = acting_rows(rows, self.denoiser.process, rollout.t) if factor else None
+            if factor == 0 or (index is not None and len(index) == 0):
                 continue
             # One backward pass a term: only one term's graph through the teacher is alive at a time.
             with self.denoiser.role("teacher"):
-                term = compute(leaf, rollout, generator)
-                gradient += torch.autograd.grad(term, leaf)[0] * factor
+                term = compute(*((leaf, rollout) if index is None else (leaf[index], rollout.rows(index))))
+                slope = torch.autograd.grad(term, leaf)[0]
+            share: float | Tensor = factor
+            if name == "adversarial" and self.settings.adversarial_weighting == "gradient_norm":
+                share = factor * _norm_ratio(gradient, slope, index)
+                terms["adversarial_weight"] = torch.as_tensor(share)
+            gradient += slope * share
             terms[name] = term.detach()
-            weighted.append(factor * terms[name])
+            weighted.append(share * terms[name])
         terms["total"] = torch.stack(weighted).sum() if weighted else torch.zeros((), device=leaf.device)
         with self.denoiser.role("student"):
             torch.autograd.backward(z_student, gradient * scale)
@@ -213,77 +236,74 @@ class Distiller:
     def discriminator_step(
         self, rollout: Rollout, z_student: Tensor, generator: torch.Generator, scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """Leave ``scale`` times the gradient of the discriminator's loss in its heads; ``z_student`` is detached."""
+        """Leave ``scale`` times the gradient of the discriminator's loss in its heads; ``z_student`` is detached.
+
+        Returns:
+            The loss, ``discriminator_accuracy`` (the share of pairs that the heads tell apart, 0.5 is chance) and the
+            gradient penalty; nothing where no sample is one that the term acts on.
+        """
         discriminator = self._require_discriminator()
-        t, noise = self._draw_adversarial(z_student, generator)
-        real = rollout.z0 if self.settings.real == "data" else rollout.z_teacher
-        with torch.no_grad(), self.denoiser.role("teacher"):
-            # Real and fake share the noise and the timestep, and one batch.
-            features = self._renoised_features(
-                torch.cat([real, z_student]), t.repeat(2), noise.repeat(2, 1, 1, 1), rollout.conditioning, copies=2
-            )
-        real_features, fake_features = zip(*(feature.float().chunk(2) for feature in features), strict=True)
-        if self.settings.r1 > 0:
-            real_features = tuple(feature.detach().requires_grad_() for feature in real_features)
-        real_logits, fake_logits = discriminator(real_features), discriminator(fake_features)
-        loss = losses.discriminator_loss(self.settings.adversarial, real_logits, fake_logits)
-        terms = {"discriminator": loss.detach()}
-        if self.settings.r1 > 0:
-            penalty = losses.r1_penalty(real_logits, real_features)
-            terms["r1"] = penalty.detach()
-            loss = loss + 0.5 * self.settings.r1 * penalty
+        index = acting_rows(self.settings.adversarial_rows, self.denoiser.process, rollout.t)
+        if index is not None:
+            rollout, z_student = rollout.rows(index), z_student[index]
+        if not len(z_student):
+            return {}
+        loss, shown = adversarial.discriminator_term(
+            self.denoiser, discriminator, self.settings, z_student, rollout, generator
+        )
         torch.autograd.backward(loss * scale)
-        return terms
+        return shown
+
+    def critic_samples(self, rollout: Rollout, z_student: Tensor) -> tuple[Tensor, Conditioning]:
+        """Return the outputs (b, C, H, W) on which DMD acts, with their conditions: the critic learns from them."""
+        index = acting_rows(self.settings.dmd.rows, self.denoiser.process, rollout.t)
+        return (
+            (z_student, rollout.conditioning) if index is None else (z_student[index], rollout.conditioning.rows(index))
+        )
 
     def critic_step(
-        self, rollout: Rollout, z_student: Tensor, generator: torch.Generator, scale: float = 1.0
+        self, z_student: Tensor, conditioning: Conditioning, generator: torch.Generator, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """Leave ``scale`` times the gradient of the diffusion loss on the student's samples in the critic's adapter."""
-        process = self.denoiser.process
-        t = process.uniform_timestep(_integers(NUM_TIMESTEPS, len(z_student), generator).to(z_student.device))
-        noise = _normal(z_student, generator)
-        z_t = process.add_noise(z_student, noise, t)
         with self.denoiser.role("critic"):
-            output = self.denoiser.predict(z_t, t, rollout.conditioning)
-            loss = F.mse_loss(output, process.target(z_student, noise, t))
+            loss = distribution_matching.critic_loss(self.denoiser, z_student, conditioning, generator)
             torch.autograd.backward(loss * scale)
         return {"critic": loss.detach()}
 
     # -- the student's terms -------------------------------------------------------------------------------------
 
-    def _distillation_term(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
+    def _distillation_weight(self, rollout: Rollout, phase: Phase) -> Tensor | None:
+        """Return the factor of each sample's distillation loss (B,), None where all are 1."""
+        dmd = self.settings.dmd
+        if phase.dmd == 0 or dmd.distillation == 1:
+            return None
+        index = acting_rows(dmd.rows, self.denoiser.process, rollout.t)
+        weight = torch.ones(len(rollout.t), device=rollout.t.device)
+        weight[slice(None) if index is None else index] = dmd.distillation
+        return weight
+
+    def _distillation(
+        self, z_student: Tensor, rollout: Rollout, weight: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
         kind = self.settings.distillation
         if kind != "lpips":
-            return losses.latent_loss(kind, z_student, rollout.z_teacher)
+            return losses.latent_loss(kind, z_student, rollout.z_teacher, weight)
         assert self.decode is not None  # both were checked when the distiller was made
         assert self.perceptual is not None
+        crop = self.settings.perceptual_crop
         return losses.perceptual_loss(
-            self.perceptual, self.decode, z_student, rollout.z_teacher, self.settings.perceptual_crop, generator
+            self.perceptual, self.decode, z_student, rollout.z_teacher, crop, generator, weight
         )
 
-    def _adversarial_term(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
+    def _adversarial(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
         discriminator = self._require_discriminator()
-        t, noise = self._draw_adversarial(z_student, generator)
-        logits = discriminator(self._renoised_features(z_student, t, noise, rollout.conditioning))
-        return losses.generator_loss(self.settings.adversarial, logits)
+        return adversarial.generator_term(self.denoiser, discriminator, self.settings, z_student, rollout, generator)
 
-    def _dmd_term(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
-        process = self.denoiser.process
-        t = process.uniform_timestep(_integers(NUM_TIMESTEPS, len(z_student), generator).to(z_student.device))
-        with torch.no_grad():
-            z_t = process.add_noise(z_student, _normal(z_student, generator), t)
-            z0_real = guided_z0(self.denoiser, z_t, t, rollout.conditioning, rollout.unconditional, rollout.guidance)
-            with self.denoiser.role(self.settings.fake_score):
-                z0_fake = predict_z0(self.denoiser, z_t, t, rollout.conditioning)
-        return losses.distribution_matching_loss(z_student, z0_real, z0_fake)
+    def _dmd(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
+        real, fake = distribution_matching.real_and_fake(self.denoiser, self.settings, z_student, rollout, generator)
+        return losses.distribution_matching_loss(z_student, real, fake)
 
     # -- helpers -------------------------------------------------------------------------------------------------
-
-    def _renoised_features(
-        self, z: Tensor, t: Tensor, noise: Tensor, conditioning: Conditioning, copies: int = 1
-    ) -> list[Tensor]:
-        z_t = self.denoiser.process.add_noise(z, noise, t)
-        return self.denoiser.features(z_t, t, Conditioning.cat([conditioning] * copies))
 
     def _require_discriminator(self) -> Discriminator:
         if self.discriminator is None:
@@ -304,15 +324,10 @@ class Distiller:
         low, high = self.settings.guidance
         return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
 
-    def _draw_adversarial(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        choice = _integers(len(ADVERSARIAL_TIMESTEPS), len(z), generator)
-        tau = torch.tensor(ADVERSARIAL_TIMESTEPS, device=choice.device)[choice].to(z.device)
-        return self.denoiser.process.uniform_timestep(tau), _normal(z, generator)
 
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
-
-
-def _integers(high: int, count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(high, (count,), generator=generator, device=generator.device)
+def _norm_ratio(wanted: Tensor, given: Tensor, index: Tensor | None) -> Tensor:
+    """Return ``|wanted| / |given|`` over the samples at ``index``, 0 where ``given`` is 0."""
+    if index is not None:
+        wanted, given = wanted[index], given[index]
+    norm = given.norm()
+    return torch.where(norm > 0, wanted.norm() / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)

@@ -9,25 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .process import broadcast
+
 LatentLoss: TypeAlias = Literal["mse", "l1", "pseudo_huber"]
-AdversarialLoss: TypeAlias = Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla"]
+AdversarialLoss: TypeAlias = Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla", "relativistic"]
 
 PSEUDO_HUBER_C = 1e-3  # the scale of latent consistency distillation (arXiv 2310.04378, section 4)
 DMD_NORMALISER_FLOOR = 1e-5
 
 
-def latent_loss(kind: LatentLoss, prediction: Tensor, target: Tensor) -> Tensor:
+def latent_loss(kind: LatentLoss, prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the mean distance of two batches of latents (B, C, H, W).
 
     ``pseudo_huber`` is ``sqrt(d^2 + c^2) - c`` per element: quadratic below c, linear above.
+
+    Args:
+        weight: (B,) factor of each sample's distance. Default: 1 for all.
     """
+    reduction = "mean" if weight is None else "none"
     if kind == "mse":
-        return F.mse_loss(prediction, target)
-    if kind == "l1":
-        return F.l1_loss(prediction, target)
-    if kind == "pseudo_huber":
-        return (((prediction - target) ** 2 + PSEUDO_HUBER_C**2).sqrt() - PSEUDO_HUBER_C).mean()
-    raise ValueError(f"unknown latent loss {kind!r}; expected one of {', '.join(get_args(LatentLoss))}")
+        distance = F.mse_loss(prediction, target, reduction=reduction)
+    elif kind == "l1":
+        distance = F.l1_loss(prediction, target, reduction=reduction)
+    elif kind == "pseudo_huber":
+        distance = ((prediction - target) ** 2 + PSEUDO_HUBER_C**2).sqrt() - PSEUDO_HUBER_C
+    else:
+        raise ValueError(f"unknown latent loss {kind!r}; expected one of {', '.join(get_args(LatentLoss))}")
+    return distance.mean() if weight is None else (broadcast(weight, distance) * distance).mean()
 
 
 def random_crops(generator: torch.Generator, size: int, *latents: Tensor) -> list[Tensor]:
@@ -52,6 +60,7 @@ def perceptual_loss(
     target: Tensor,
     crop: int,
     generator: torch.Generator,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Return a perceptual distance (LPIPS) of random decoded crops.
 
@@ -59,15 +68,36 @@ def perceptual_loss(
         perceptual: ``(images, images) -> (B,)`` or scalar, images (B, 3, H, W) in [-1, 1].
         decode: latents -> images in [-1, 1], differentiable.
         crop: window in latent pixels.
+        weight: (B,) factor of each sample's distance, for a perceptual distance (B,). Default: 1 for all.
+
+    Raises:
+        ValueError: ``weight`` is given, and the perceptual distance is one number for the whole batch.
     """
     predicted, wanted = random_crops(generator, crop, prediction, target)
     with torch.no_grad():
         reference = decode(wanted)
-    return perceptual(decode(predicted), reference).mean()
+    distance = perceptual(decode(predicted), reference)
+    if weight is None:
+        return distance.mean()
+    if distance.shape != weight.shape:
+        raise ValueError(
+            f"samples with weights need a perceptual distance of each sample, shape {tuple(weight.shape)}; "
+            f"got {tuple(distance.shape)}"
+        )
+    return (weight * distance).mean()
 
 
-def generator_loss(kind: AdversarialLoss, fake: Sequence[Tensor]) -> Tensor:
-    """Return the student's adversarial loss from the discriminator's logits of its samples at each depth."""
+def generator_loss(kind: AdversarialLoss, fake: Sequence[Tensor], real: Sequence[Tensor] | None = None) -> Tensor:
+    """Return the student's adversarial loss from the discriminator's logits of its samples at each depth.
+
+    Args:
+        real: the logits of the real samples of the same conditions, without gradient; for ``relativistic`` alone:
+            ``softplus(-(D(fake) - D(real)))`` (RpGAN, arXiv 1807.00734, section 4.1).
+    """
+    if kind == "relativistic":
+        if real is None:
+            raise ValueError("the relativistic loss compares pairs: pass real=, the logits of the real samples")
+        return torch.stack([F.softplus(r - f).mean() for r, f in zip(real, fake, strict=True)]).mean()
     return torch.stack([_generator_term(kind, logits) for logits in fake]).mean()
 
 
@@ -98,6 +128,8 @@ def _discriminator_term(kind: AdversarialLoss, real: Tensor, fake: Tensor) -> Te
         return fake.mean() - real.mean()
     if kind in ("non_saturating", "vanilla"):
         return F.softplus(-real).mean() + F.softplus(fake).mean()
+    if kind == "relativistic":
+        return F.softplus(fake - real).mean()
     raise ValueError(f"unknown adversarial loss {kind!r}; expected one of {', '.join(get_args(AdversarialLoss))}")
 
 

@@ -29,6 +29,18 @@ class Rollout:
     conditioning: Conditioning
     unconditional: Conditioning
 
+    def rows(self, index: Tensor) -> Rollout:
+        """Return the samples at ``index`` (b,)."""
+        return Rollout(
+            self.z_t[index],
+            self.t[index],
+            self.z_teacher[index],
+            self.z0[index],
+            self.guidance[index],
+            self.conditioning.rows(index),
+            self.unconditional.rows(index),
+        )
+
 
 @dataclass(frozen=True)
 class Trajectory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from .losses import AdversarialLoss
@@ -33,6 +33,32 @@ PUBLISHED_PHASES = (
 )
 
 DistillationLoss: TypeAlias = Literal["mse", "l1", "pseudo_huber", "lpips"]
+Rows: TypeAlias = Literal["all", "first_step"]
+FakeScore: TypeAlias = Literal["student", "critic"]
+
+# t' of the adversarial term (arXiv 2406.02347, section 4.3); a shifted flow schedule takes the same fractions.
+ADVERSARIAL_TIMESTEPS = (10, 250, 500, 750)
+
+
+@dataclass(frozen=True)
+class DmdSettings:
+    """The constants of distribution matching. Defaults: the paper's.
+
+    Attributes:
+        form: ``plain`` matches the guided real score; ``decoupled`` matches the unguided one, and adds the guidance at
+            a noise level of its own, cleaner than the sample's start (arXiv 2511.22677).
+        rows: the samples on which the term acts: all, or those that start at pure noise or beside it.
+        guidance: the guidance scale w of the real score, 1 for unguided; None for each sample's own.
+        timesteps: lowest and highest noise level of re-noising, as uniform time in 0..999; None for 0..999, and for
+            ``decoupled`` 20..979.
+        distillation: factor of the distillation loss of the samples on which the term acts.
+    """
+
+    form: Literal["plain", "decoupled"] = "plain"
+    rows: Rows = "all"
+    guidance: float | None = None
+    timesteps: tuple[int, int] | None = None
+    distillation: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +75,11 @@ class DistillerSettings:
         real: what the discriminator calls real: the data, or the teacher's solutions.
         r1: weight of the gradient penalty on the discriminator at real features; 0 is off.
         fake_score: the model of the student's distribution: the student itself (paper) or a critic adapter (DMD2).
+        adversarial_timesteps: t', the noise levels of the adversarial term, as uniform time in 0..999.
+        adversarial_rows: the samples on which the adversarial term acts.
+        adversarial_weighting: ``fixed``: the phase's factor multiplies the loss. ``gradient_norm``: the term's gradient
+            in the student's output has the phase's factor times the norm of the distillation term's gradient.
+        dmd: the constants of distribution matching.
     """
 
     teacher_steps: int = 32
@@ -59,4 +90,8 @@ class DistillerSettings:
     adversarial: AdversarialLoss = "lsgan"
     real: Literal["data", "teacher"] = "teacher"
     r1: float = 0.0
-    fake_score: Literal["student", "critic"] = "student"
+    fake_score: FakeScore = "student"
+    adversarial_timesteps: tuple[int, ...] = ADVERSARIAL_TIMESTEPS
+    adversarial_rows: Rows = "all"
+    adversarial_weighting: Literal["fixed", "gradient_norm"] = "fixed"
+    dmd: DmdSettings = field(default_factory=DmdSettings)

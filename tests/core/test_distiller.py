@@ -371,7 +371,7 @@ def test_discriminator_step_trains_only_its_heads(r1: float) -> None:
     distiller = make_distiller(r1=r1)
     rollout = make_rollout(distiller)
     terms = distiller.discriminator_step(rollout, latents(seed=8), seeded(0))
-    assert set(terms) == ({"discriminator", "r1"} if r1 else {"discriminator"})
+    assert set(terms) == {"discriminator", "discriminator_accuracy"} | ({"r1"} if r1 else set())
     assert all(parameter.grad is not None for parameter in distiller.discriminator.parameters())
     assert untouched(distiller.denoiser.parameters())
 
@@ -409,7 +409,7 @@ def test_the_critic_step_trains_the_critics_adapter_on_the_students_samples(proc
         return predict(z_t, t, conditioning)
 
     denoiser.predict = recording
-    terms = distiller.critic_step(rollout, z_student, seeded(0))
+    terms = distiller.critic_step(z_student, rollout.conditioning, seeded(0))
     denoiser.predict = predict
     trained = set(denoiser.adapter("critic"))
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
@@ -480,7 +480,11 @@ def test_factors_and_scale_multiply_the_gradient_and_calls_accumulate() -> None:
 def test_scale_multiplies_discriminator_and_critic_gradients(step: str) -> None:
     def grads(scale: float) -> list[Tensor]:
         distiller = make_distiller()
-        getattr(distiller, step)(make_rollout(distiller), latents(seed=8), seeded(0), scale)
+        rollout, z_student = make_rollout(distiller), latents(seed=8)
+        if step == "critic_step":
+            distiller.critic_step(z_student, rollout.conditioning, seeded(0), scale)
+        else:
+            distiller.discriminator_step(rollout, z_student, seeded(0), scale)
         owners = distiller.discriminator.parameters() if "disc" in step else distiller.denoiser.adapter("critic")
         return [parameter.grad for parameter in owners]
 
@@ -495,7 +499,7 @@ def test_steps_restore_the_role() -> None:
         with distiller.denoiser.role(role):
             distiller.student_step(rollout, EVERYTHING, seeded(0))
             distiller.discriminator_step(rollout, latents(), seeded(0))
-            distiller.critic_step(rollout, latents(), seeded(0))
+            distiller.critic_step(latents(), rollout.conditioning, seeded(0))
             make_rollout(distiller)
             assert distiller.denoiser._role == role
 
@@ -512,7 +516,7 @@ def test_checkpointing_changes_no_gradient(process: Process, fake_score: Any) ->
         step = distiller.student_step(rollout, EVERYTHING, seeded(0))
         assert untouched(distiller.denoiser.adapter("critic"))
         distiller.discriminator_step(rollout, step.z_student, seeded(1))
-        distiller.critic_step(rollout, step.z_student, seeded(2))
+        distiller.critic_step(step.z_student, rollout.conditioning, seeded(2))
         return {
             "student": gradients(distiller, "student"),
             "critic": gradients(distiller, "critic"),
@@ -604,4 +608,4 @@ def test_flow_model_trains_with_every_step() -> None:
     assert torch.allclose(expected, rollout.z_teacher, atol=1e-5)
     step = distiller.student_step(rollout, EVERYTHING, seeded(0))
     assert torch.isfinite(step.terms["total"])
-    assert distiller.critic_step(rollout, step.z_student, seeded(0))["critic"].item() > 0
+    assert distiller.critic_step(step.z_student, rollout.conditioning, seeded(0))["critic"].item() > 0

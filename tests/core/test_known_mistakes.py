@@ -78,7 +78,7 @@ def test_renoising_off_the_grid_is_at_the_true_level(process: Process, term: str
         (call,) = denoiser.called("features")
     elif term == "critic":
         # The flat critic has no weights, so the loss has no gradient. Only the call matters here.
-        distiller.critic_step(rollout, rollout.z0, seeded(2))
+        distiller.critic_step(rollout.z0, rollout.conditioning, seeded(2))
         (call,) = denoiser.called("predict", "critic")
     elif term == "adversarial":
         distiller.student_step(rollout, Phase((1.0,), distillation=0, adversarial=1.0), seeded(2))
@@ -120,7 +120,7 @@ def test_one_rollout_serves_student_discriminator_and_critic() -> None:
     denoiser.calls.clear()
     step = distiller.student_step(rollout, EVERYTHING, seeded(1))
     distiller.discriminator_step(rollout, step.z_student, seeded(2))
-    distiller.critic_step(rollout, step.z_student, seeded(3))
+    distiller.critic_step(step.z_student, rollout.conditioning, seeded(3))
     assert [(call.kind, call.role, len(call.t)) for call in denoiser.calls] == [
         ("predict", "student", B),  # the student's only forward pass
         ("features", "teacher", B),  # adversarial
@@ -195,7 +195,7 @@ def test_every_prediction_type_is_understood(process: Process) -> None:
         assert torch.allclose(distiller.student_output(rollout), answer, atol=1e-4)
     # A critic that predicts the student's samples exactly has loss 0, in every parametrisation.
     denoiser._z0["critic"] = lambda z, t, c: oracle(z, t, c).clone().requires_grad_()
-    assert distiller.critic_step(rollout, answer, seeded(1))["critic"].item() < 1e-6
+    assert distiller.critic_step(answer, rollout.conditioning, seeded(1))["critic"].item() < 1e-6
 
 
 # -- features that are the final prediction --------------------------------------------------------------------------

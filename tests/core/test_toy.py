@@ -66,7 +66,7 @@ def distil(
                 distiller.discriminator_step(rollout, step.z_student, generator)
                 heads.step()
             if phase.dmd and distiller.settings.fake_score == "critic":
-                distiller.critic_step(rollout, step.z_student, generator)
+                distiller.critic_step(step.z_student, rollout.conditioning, generator)
                 critic.step()
             student.step()
             decay.step()

@@ -100,6 +100,11 @@ def test_missing_field_error_gives_its_meaning(recipe_content: dict[str, Any]) -
         ("method", {"teacher_steps": 6}, ("method", "multiple of the 4 modes", "6")),
         ("method", {"guidance": [3, 2]}, ("method", "low <= high", "[3.0, 2.0]")),
         ("method", {"solver": "heun"}, ("method.solver", "'dpmpp_2m'", "'heun'")),
+        ("method", {"adversarial_timesteps": "250..10"}, ("method.adversarial_timesteps", "10..250", "'250..10'")),
+        ("method", {"adversarial_timesteps": [1000]}, ("method.adversarial_timesteps.0", "999", "1000")),
+        ("method", {"dmd": {"timesteps": [30, 20]}}, ("method.dmd", "low <= high", "[30, 20]")),
+        ("method", {"dmd": {"form": "decoupled", "guidance": 1}}, ("method.dmd", "set form to plain")),
+        ("method", {"critic": {"updates": 2}}, ("method", "set fake_score to critic")),
         ("data", {"resolution": 100}, ("data", "multiple of 8", "100")),
         ("data", {"path": None}, ("data", "needs data.path", "'folder'")),
     ],
@@ -110,6 +115,12 @@ def test_wrong_value_error_names_field_value_and_expectation(
     message = refusal(changed(recipe_content, section, **fields))
     for part in expected:
         assert part in message
+
+
+def test_gradient_norms_need_a_distillation_loss_to_compare_with(recipe_content: dict[str, Any]) -> None:
+    recipe_content["phases"][1]["distillation"] = 0
+    message = refusal(changed(recipe_content, "method", adversarial_weighting="gradient_norm"))
+    assert "which is off in phase 'all'; give distillation a factor above 0" in message
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -174,7 +185,23 @@ def test_written_recipe_reads_back_equal(recipe: Recipe) -> None:
 
 
 def test_digest_differs_between_recipes(recipe_content: dict[str, Any]) -> None:
-    assert parse_recipe(recipe_content).digest() != parse_recipe({**recipe_content, "seed": 1}).digest()
+    digest = parse_recipe(recipe_content).digest()
+    assert digest != parse_recipe({**recipe_content, "seed": 1}).digest()
+    for field in ({"dmd": {"form": "decoupled"}}, {"adversarial_timesteps": [10]}, {"discriminator": {"warmup": 1}}):
+        assert digest != parse_recipe(changed(recipe_content, "method", **field)).digest()
+    defaults = {"dmd": {"form": "plain"}, "critic": {}, "adversarial_timesteps": [10, 250, 500, 750]}
+    assert digest == parse_recipe(changed(recipe_content, "method", **defaults)).digest()
+
+
+def test_digest_of_a_recipe_of_version_0_1_is_the_one_it_had() -> None:
+    file = Path(__file__).parents[1] / "files" / "recipe.yaml"
+    assert load_recipe(str(file)).digest().startswith("904d0c43d05eb76a")  # as version 0.1 computed it
+
+
+def test_noise_levels_are_a_list_or_a_range(recipe_content: dict[str, Any]) -> None:
+    recipe = parse_recipe(changed(recipe_content, "method", adversarial_timesteps="10..250"))
+    assert recipe.method.settings().adversarial_timesteps == tuple(range(10, 251))
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 def test_extending_recipe_overrides_field_by_field(tmp_path: Path) -> None:

@@ -35,12 +35,35 @@ def assert_same_file(one: Path, other: Path) -> None:
         assert first.metadata() == second.metadata()
 
 
-def test_resuming_at_any_checkpoint_gives_the_same_lora(recipe_content: dict[str, Any], tmp_path: Path) -> None:
-    """Without a kill, but from every single position."""
-    recipe_content |= {"checkpoint": {"every": 1, "keep": 10}}
+# Every option that keeps something from one update to the next, or draws random numbers.
+ALL_TERMS = {
+    "method": {
+        "teacher_steps": 4,
+        "guidance": [1.5, 3.0],
+        "adversarial": "relativistic",
+        "adversarial_timesteps": "10..250",
+        "adversarial_rows": "first_step",
+        "adversarial_weighting": "gradient_norm",
+        "r1": 0.1,
+        "discriminator": {"updates": 2, "warmup": 1},
+        "fake_score": "critic",
+        "dmd": {"form": "decoupled", "rows": "first_step", "distillation": 0.2},
+        "critic": {"updates": 2, "warmup": 2, "memory": 5, "ida": 0.03},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "positions"), [({}, (1, 2, 3, 4)), (ALL_TERMS, (2, 4))], ids=["paper", "all terms"]
+)
+def test_resuming_at_any_checkpoint_gives_the_same_lora(
+    recipe_content: dict[str, Any], tmp_path: Path, changes: dict[str, Any], positions: tuple[int, ...]
+) -> None:
+    """Without a kill, but from every single position; with all terms before and after their warm-up."""
+    recipe_content |= {"checkpoint": {"every": 1, "keep": 10}, **changes}
     recipe = parse_recipe(recipe_content)
     distil(recipe, tmp_path / "whole")
-    for kept in range(1, recipe.updates):
+    for kept in positions:
         output = tmp_path / f"from-{kept}"
         source = checkpoint.checkpoint_path(tmp_path / "whole", kept)
         shutil.copytree(source, checkpoint.checkpoint_path(output, kept))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .data import DataSection
+from .method import MethodSection
 from .problems import explain, parse_recipe
 from .recipe import (
     ControlSection,
     ImageAdapterSection,
-    MethodSection,
     ModelSection,
     OptimizerSection,
     PhaseSection,

@@ -11,10 +11,11 @@ import yaml
 from pydantic import Field, model_validator
 
 from .data import DATA_FIELDS_OF_0_1, DATA_FIELDS_WITHOUT_EFFECT, DataSection
+from .method import METHOD_FIELDS_OF_0_2, MethodSection
 from .section import Count, FilePath, Location, Section, Weight
 
 if TYPE_CHECKING:  # flash_core brings torch, too heavy for a help text
-    from ...flash_core.distiller import DistillerSettings, Phase
+    from ...flash_core.distiller import Phase
 
 
 class StyleLora(Section):
@@ -130,47 +131,6 @@ class LoraSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the exported file; training is always in float32"
     )
-
-
-class MethodSection(Section):
-    """The constants of the method; defaults are the paper's for SD 1.5 (arXiv 2406.02347)."""
-
-    teacher_steps: Count = Field(32, description="K, steps of the teacher; a multiple of 4")
-    solver: Literal["dpmpp_2m", "ddim", "euler"] = Field("dpmpp_2m", description="the teacher's ODE solver")
-    guidance: tuple[float, float] = Field(
-        (3.0, 13.0),
-        description="lowest and highest guidance scale w of the teacher, in uncond + w (cond - uncond); drawn "
-        "uniformly",
-    )
-    distillation: Literal["mse", "l1", "pseudo_huber", "lpips"] = Field("mse", description="the distillation distance")
-    perceptual_crop: Count = Field(32, description="side of the random crop that lpips compares, in latent pixels")
-    adversarial: Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla"] = Field(
-        "lsgan", description="the adversarial loss"
-    )
-    real: Literal["data", "teacher"] = Field(
-        "teacher", description="real samples of the discriminator: the data or the teacher's solutions"
-    )
-    r1: Weight = Field(0.0, description="weight of the R1 gradient penalty on the discriminator; 0 is off")
-    fake_score: Literal["student", "critic"] = Field(
-        "student",
-        description="network that estimates the score of the student's samples: the student itself (paper) or a "
-        "critic LoRA (DMD2)",
-    )
-
-    @model_validator(mode="after")
-    def _values_agree(self) -> MethodSection:
-        low, high = self.guidance
-        if not 1 <= low <= high:
-            raise ValueError(f"guidance must be [low, high] with 1 <= low <= high, not {list(self.guidance)}")
-        if self.teacher_steps % 4:
-            raise ValueError(f"teacher_steps must be a multiple of the 4 modes, not {self.teacher_steps}")
-        return self
-
-    def settings(self) -> DistillerSettings:
-        """Return the constants as flash_core takes them."""
-        from ...flash_core.distiller import DistillerSettings
-
-        return DistillerSettings(**self.model_dump())
 
 
 class PhaseSection(Section):
@@ -332,6 +292,16 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _gradient_norms_can_be_compared(self) -> Recipe:
+        for phase in self.phases:
+            if self.method.adversarial_weighting == "gradient_norm" and phase.adversarial and not phase.distillation:
+                raise ValueError(
+                    f"method.adversarial_weighting gradient_norm compares with the distillation loss, which is off in "
+                    f"phase {phase.name!r}; give distillation a factor above 0, or set the weighting to fixed"
+                )
+        return self
+
     @property
     def updates(self) -> int:
         """The updates of all phases."""
@@ -344,12 +314,18 @@ class Recipe(Section):
     def digest(self) -> str:
         """Return a hash of all fields.
 
-        Fields of version 0.2 are left out at their defaults, so that recipes of version 0.1 keep their hash. Fields
+        Fields of later versions are left out at their defaults, so that recipes of version 0.1 keep their hash. Fields
         that do not change the result (where the cache is, threads) are left out.
         """
         content = self.model_dump(mode="json")
         if self.sampler == SamplerSection():
             del content["sampler"]
+        changed = self.method.model_dump(mode="json", exclude_defaults=True)
+        for name in set(content["method"]) - METHOD_FIELDS_OF_0_2:
+            if changed.get(name):
+                content["method"][name] = changed[name]
+            else:
+                del content["method"][name]
         data = content["data"]
         for name in set(data) - DATA_FIELDS_OF_0_1:
             if name in DATA_FIELDS_WITHOUT_EFFECT or data[name] == DataSection.model_fields[name].default:

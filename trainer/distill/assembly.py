@@ -65,7 +65,9 @@ def add_adapters(denoiser: DiffusersDenoiser, recipe: Recipe, default_targets: t
     alpha = lora.rank if lora.alpha is None else lora.alpha
     denoiser.add_adapter("student", lora.rank, alpha, targets, recipe.seed)
     if needs_critic(recipe):
-        denoiser.add_adapter("critic", lora.rank, alpha, targets, recipe.seed + 1)
+        # Two LoRAs are mixed by their halves, which is a mixture of their products where they begin with the same half.
+        seed = recipe.seed if recipe.method.critic.ida else recipe.seed + 1
+        denoiser.add_adapter("critic", lora.rank, alpha, targets, seed)
 
 
 def assemble(recipe: Recipe, accelerator: Accelerator, stop: StopRequest | None = None) -> Assembly:

@@ -148,10 +148,10 @@ def write_shared(partial: Path, trained: Trained, state: TrainingState, digest: 
     (partial / FACTS).write_text(json.dumps({**asdict(state), "recipe": digest}, indent=2) + "\n", encoding="utf-8")
 
 
-def write_own(partial: Path, rank: int, generators: Mapping[str, torch.Generator], means: Mapping[str, Tensor]) -> None:
-    """Write what each process has of its own into the folder ``partial``: random states, sums of the log's means."""
+def write_own(partial: Path, rank: int, generators: Mapping[str, torch.Generator], own: Mapping[str, Tensor]) -> None:
+    """Write what each process has of its own into the folder ``partial``: random states, and ``own`` tensors."""
     states = {f"generator/{name}": generator.get_state() for name, generator in generators.items()}
-    states |= {f"means/{name}": value.cpu() for name, value in means.items()}
+    states |= {name: value.cpu().contiguous().clone() for name, value in own.items()}
     states["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -164,7 +164,7 @@ def save(
     state: TrainingState,
     digest: str,
     generators: Mapping[str, torch.Generator],
-    means: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
     accelerator: Accelerator,
     keep: int,
 ) -> Path:
@@ -174,7 +174,7 @@ def save(
         run: the run's folder.
         digest: of the recipe.
         generators: this process's random streams, by name.
-        means: this process's sums and counts since the last line of the log.
+        own: other tensors of this process, by name: the sums of the log's means, the critic's memory.
         keep: how many checkpoints stay.
 
     Returns:
@@ -192,7 +192,7 @@ def save(
                 partial.mkdir(parents=True)
                 write_shared(partial, trained, state, digest)
             accelerator.wait_for_everyone()
-            write_own(partial, accelerator.process_index, generators, means)
+            write_own(partial, accelerator.process_index, generators, own)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (partial / CHECKSUMS).write_text(checksums(partial), encoding="utf-8", newline="\n")
@@ -252,7 +252,7 @@ def restore_shared(folder: Path, trained: Trained) -> None:
 
 
 def restore_own(folder: Path, rank: int, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
-    """Read what :func:`write_own` wrote for one process, set the random states and return the sums of the means.
+    """Read what :func:`write_own` wrote for one process, set the random states and return the other tensors.
 
     Raises:
         UserError: the checkpoint has no such process.
@@ -266,7 +266,8 @@ def restore_own(folder: Path, rank: int, generators: Mapping[str, torch.Generato
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-    return {name.removeprefix("means/"): value for name, value in states.items() if name.startswith("means/")}
+    random = ("generator/", "torch", "cuda")
+    return {name: value for name, value in states.items() if not name.startswith(random)}
 
 
 def count_processes(folder: Path, state: TrainingState) -> int:

@@ -31,7 +31,7 @@ from .preview import Preview, preview_rows, save_preview
 from .processes import device_errors_explained, in_main_process, only_run_in, start_accelerator
 from .schedule import RunClock, learning_rate_factor, now, phase_at
 from .time_left import TimeLeft, phase_stages, recording_stage
-from .training_log import TrainingLog
+from .training_log import BlindDiscriminator, TrainingLog
 from .update import Updater
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ class Run:
         self.good_checkpoint = last
         self.stop.check(accelerator)
         self.log = TrainingLog(output, self.state.update, accelerator.is_main_process)
+        self.blind = BlindDiscriminator()
         self.time_left = TimeLeft(phase_stages(recipe, self.state.update))
 
     def _identify(self, teacher_hash: str, data_fingerprint: str) -> None:
@@ -145,8 +146,8 @@ class Run:
         before, rank = checkpoint.count_processes(last, self.state), accelerator.process_index
         samples = self.recipe.batch_size * self.recipe.gradient_accumulation
         if before == accelerator.num_processes:
-            means = checkpoint.restore_own(last, rank, {"training": self.rollouts.generator})
-            self.updater.means.restore(means, accelerator.device)
+            own = checkpoint.restore_own(last, rank, {"training": self.rollouts.generator})
+            self.updater.restore_own(own)
             return
         logger.warning(
             "%s: processes before: %d, now: %d. Weights, optimisers and the order of the samples go on. "
@@ -221,6 +222,7 @@ class Run:
         while (progress := self.clock.progress()) < 1:
             phase = phase_at(recipe, progress)
             factor = learning_rate_factor(recipe.optimizer, state.update, progress)
+            since += self._warm_up(phase)
             self.updater.update(state, phase, factor)
             if state.update % recipe.log_every == 0:
                 self._check_finite()
@@ -231,6 +233,14 @@ class Run:
             if recipe.preview.every and state.update % recipe.preview.every == 0:
                 self._draw_preview()
             self.stop.check(self.accelerator)
+
+    def _warm_up(self, phase: PhaseSection) -> float:
+        """Let discriminator and critic learn alone, where the recipe wants it before ``phase``; return the seconds."""
+        begin = now()
+        for made, wanted in self.updater.warm_up(self.state, phase):
+            self._show(f"{made} of {wanted} updates of discriminator and critic alone, before {phase.name}")
+            self.stop.check(self.accelerator)
+        return now() - begin
 
     def _log(self, phase: PhaseSection, progress: float, factor: float, updates: int, seconds: float) -> None:
         """Write the means since the last line, which is ``updates`` and ``seconds`` ago."""
@@ -247,6 +257,8 @@ class Run:
             "seconds": round(self.clock.elapsed, 1),
         }
         self.log.record(facts, terms)
+        if (warning := self.blind.warning(terms, updates)) and self.accelerator.is_main_process:
+            logger.warning("update %d: %s", self.state.update, warning)
         self.time_left.advance(updates, seconds)
         losses = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
         self._show(f"update {self.state.update}, {phase.name}  {losses}  {speed:.1f} images/s")
@@ -277,7 +289,7 @@ class Run:
             self.state,
             self.recipe.digest(),
             {"training": self.rollouts.generator},
-            self.updater.means.state(),
+            self.updater.own_state(),
             self.accelerator,
             self.recipe.checkpoint.keep,
         )

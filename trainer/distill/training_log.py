@@ -23,6 +23,9 @@ from ..progress import in_words
 
 logger = logging.getLogger(__name__)
 
+DISCRIMINATOR_ACCURACY = "discriminator_accuracy"
+WINDOW = 100  # updates between two looks at the discriminator's accuracy
+BLIND = 0.55  # accuracy up to here counts as chance: at 400 pairs, two standard deviations of guesses
 QUIET_INTERVAL = 20.0  # seconds between lines where the output is no terminal and a bar can't be drawn
 
 
@@ -58,6 +61,36 @@ class Means:
         parts = {tuple(key.split("/", 1)): value for key, value in state.items()}
         self._sums = {name: value.to(device) for (kind, name), value in parts.items() if kind == "sum"}
         self._counts = {name: int(value) for (kind, name), value in parts.items() if kind == "count"}
+
+
+class BlindDiscriminator:
+    """Notices discriminator heads that do not learn to tell real from fake: their gradient is noise for the student."""
+
+    def __init__(self) -> None:
+        self._right = 0.0
+        self._updates = 0
+
+    def warning(self, terms: Mapping[str, float], updates: int) -> str:
+        """Return a warning after each ``WINDOW`` updates in which the heads were at chance, else an empty text.
+
+        Args:
+            terms: the means of the last ``updates`` updates.
+        """
+        if DISCRIMINATOR_ACCURACY not in terms:
+            return ""
+        self._right += terms[DISCRIMINATOR_ACCURACY] * updates
+        self._updates += updates
+        if self._updates < WINDOW:
+            return ""
+        share, count = self._right / self._updates, self._updates
+        self._right, self._updates = 0.0, 0
+        if share > BLIND:
+            return ""
+        return (
+            f"the discriminator tells real from fake in {share:.0%} of the pairs of the last {count} updates (chance: "
+            "50 %), so the adversarial loss gives the student noise. Give method.adversarial_timesteps lower levels, "
+            "raise method.discriminator.warmup or optimizer.discriminator_lr, or set the phases' adversarial to 0"
+        )
 
 
 class TrainingLog:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ...flash_core.denoiser import Conditioning
+from ...flash_core.rollout import Rollout
 from ..config import PhaseSection, Recipe
 from ..data.batches.rollouts import Rollouts
 from ..export.training_state import TrainingState
 from .assembly import Assembly, needs_critic
+from .memory import OutputMemory
 from .training_log import Means
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rollout with the student's outputs (B, C, H, W), detached."""
+
+    rollout: Rollout
+    z_student: Tensor
 
 
 class Updater:
@@ -20,6 +32,7 @@ class Updater:
 
     Attributes:
         means: of losses and gradient norms since the last line of the log.
+        memory: of the student's last outputs, for the critic.
         finite: () bool, False once a loss or a gradient was infinite or NaN.
     """
 
@@ -29,13 +42,16 @@ class Updater:
         self.rollouts = rollouts
         self.accelerator = accelerator
         self.means = Means()
+        self.memory = OutputMemory(recipe.method.critic.memory)
         self.finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
-        section = recipe.optimizer
+        section, method = recipe.optimizer, recipe.method
         self.learning_rates = {
             "student": section.lr,
             "discriminator": section.discriminator_lr,
             "critic": section.critic_lr,
         }
+        self.updates = {"discriminator": method.discriminator.updates, "critic": method.critic.updates}
+        self.warmup = {"discriminator": method.discriminator.warmup, "critic": method.critic.warmup}
 
     def update(self, state: TrainingState, phase: PhaseSection, factor: float) -> None:
         """Make one update of everything that ``phase`` trains, from ``gradient_accumulation`` rollouts.
@@ -44,44 +60,125 @@ class Updater:
             state: moves on by one update and by the samples of all processes.
             factor: share of the full learning rates.
         """
+        core_phase = phase.phase()
+        batches = []
+        for rollout in self._rollouts(state, phase):
+            with self.accelerator.autocast():
+                step = self.parts.distiller.student_step(rollout, core_phase, self.rollouts.generator, self._share)
+            self._note(step.terms)
+            batches.append(Batch(rollout, step.z_student))
+        self._step("student", factor)
         learners = self._learners(phase)
-        for _ in range(self.recipe.gradient_accumulation):
-            self._accumulate(state.position, phase, learners)
-            state.position += self.accelerator.num_processes * self.recipe.batch_size
+        if "critic" in learners:
+            self._align_critic()
+            self._remember(batches)
         for learner in learners:
-            self._step(learner, factor)
+            for _ in range(self.updates[learner]):
+                self._teach(learner, batches, factor)
         self.parts.average.update(state.update)
         state.update += 1
 
-    def _learners(self, phase: PhaseSection) -> list[str]:
-        learners = ["student"]
-        if phase.adversarial > 0:
-            learners.append("discriminator")
-        if phase.dmd > 0 and needs_critic(self.recipe):
-            learners.append("critic")
-        return learners
+    def warm_up(self, state: TrainingState, phase: PhaseSection) -> Iterator[tuple[int, int]]:
+        """Update heads and critic alone, at their full learning rates, as often as the recipe wants before ``phase``.
 
-    def _accumulate(self, position: int, phase: PhaseSection, learners: Sequence[str]) -> None:
-        """Add the gradients of one batch."""
-        distiller, generator = self.parts.distiller, self.rollouts.generator
-        share = 1 / self.recipe.gradient_accumulation
-        core_phase = phase.phase()
-        with self.accelerator.autocast():
-            rollout = self.rollouts.batch(position, core_phase)
-            step = distiller.student_step(rollout, core_phase, generator, share)
-            terms = dict(step.terms)
-            if "discriminator" in learners:
-                terms |= distiller.discriminator_step(rollout, step.z_student, generator, share)
+        Yields:
+            After each update: how many are made, and how many there are.
+        """
+        waiting = {name: self.warmup[name] for name in self._learners(phase)}
+        while learners := [name for name, count in waiting.items() if state.warmed_up.get(name, 0) < count]:
+            batches = [Batch(rollout, self._output(rollout)) for rollout in self._rollouts(state, phase)]
             if "critic" in learners:
-                terms |= distiller.critic_step(rollout, step.z_student, generator, share)
-        self.means.add(terms)
-        self.finite &= torch.stack([value.isfinite() for value in terms.values()]).all()
+                self._remember(batches)
+            for learner in learners:
+                self._teach(learner, batches, 1.0)
+                state.warmed_up[learner] = state.warmed_up.get(learner, 0) + 1
+            yield max(state.warmed_up[learner] for learner in learners), max(waiting.values())
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return what this process has of its own, for a checkpoint: sums of the log's means, the critic's memory."""
+        means = {f"means/{name}": value for name, value in self.means.state().items()}
+        return means | {f"memory/{name}": value for name, value in self.memory.state().items()}
+
+    def restore_own(self, state: Mapping[str, Tensor]) -> None:
+        """Set what :meth:`own_state` returned."""
+        parts: dict[str, dict[str, Tensor]] = {"means": {}, "memory": {}}
+        for name, value in state.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = value
+        self.means.restore(parts["means"], self.accelerator.device)
+        self.memory.restore(parts["memory"], self.accelerator.device)
+
+    @property
+    def _share(self) -> float:
+        """The weight of one batch in an update's gradient."""
+        return 1 / self.recipe.gradient_accumulation
+
+    def _learners(self, phase: PhaseSection) -> list[str]:
+        """Return the parts that ``phase`` trains beside the student."""
+        learners = ["discriminator"] if phase.adversarial > 0 else []
+        return learners + (["critic"] if phase.dmd > 0 and needs_critic(self.recipe) else [])
+
+    def _rollouts(self, state: TrainingState, phase: PhaseSection) -> Iterator[Rollout]:
+        """Yield the rollouts of one update; ``state.position`` moves on."""
+        for _ in range(self.recipe.gradient_accumulation):
+            with self.accelerator.autocast():
+                rollout = self.rollouts.batch(state.position, phase.phase())
+            state.position += self.accelerator.num_processes * self.recipe.batch_size
+            yield rollout
+
+    @torch.no_grad()
+    def _output(self, rollout: Rollout) -> Tensor:
+        """Return the student's outputs without a gradient."""
+        distiller = self.parts.distiller
+        with self.accelerator.autocast(), distiller.denoiser.role("student"):
+            return distiller.student_output(rollout)
+
+    def _teach(self, learner: str, batches: Sequence[Batch], factor: float) -> None:
+        """Make one update of the discriminator's heads or of the critic."""
+        distiller, generator = self.parts.distiller, self.rollouts.generator
+        with self.accelerator.autocast():
+            if learner == "discriminator":
+                for batch in batches:
+                    self._note(distiller.discriminator_step(batch.rollout, batch.z_student, generator, self._share))
+            else:
+                for z, conditioning in self._critic_samples(batches):
+                    self._note(distiller.critic_step(z, conditioning, generator, self._share))
+        self._step(learner, factor)
+
+    def _critic_samples(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Conditioning]]:
+        """Yield the critic's batches: drawn from the memory where there is one, else the student's present outputs."""
+        for batch in batches:
+            if not self.memory.capacity:
+                z, conditioning = self.parts.distiller.critic_samples(batch.rollout, batch.z_student)
+                if len(z):
+                    yield z, conditioning
+            elif len(self.memory):
+                yield self.memory.draw(self.recipe.batch_size, self.rollouts.generator)
+
+    def _remember(self, batches: Sequence[Batch]) -> None:
+        for batch in batches if self.memory.capacity else ():
+            self.memory.add(*self.parts.distiller.critic_samples(batch.rollout, batch.z_student))
+
+    def _align_critic(self) -> None:
+        """Move the critic's LoRA toward the student's: critic <- lerp(critic, student, ida) (arXiv 2506.00523)."""
+        if share := self.recipe.method.critic.ida:
+            parts = self.parts.trained.parameters
+            with torch.no_grad():
+                torch._foreach_lerp_(list(parts["critic"].values()), list(parts["student"].values()), share)
+
+    def _note(self, terms: Mapping[str, Tensor]) -> None:
+        """Add the terms of a step to the means, and watch that they are finite."""
+        if terms:
+            self.means.add(terms)
+            self.finite &= torch.stack([value.isfinite() for value in terms.values()]).all()
 
     def _step(self, learner: str, factor: float) -> None:
         """Average a learner's gradients over the processes, clip them and step its optimiser."""
         parameters = list(self.parts.trained.parameters[learner].values())
         optimizer = self.parts.trained.optimizers[learner]
         average_gradients(parameters, self.accelerator)
+        if all(parameter.grad is None for parameter in parameters):
+            return  # no sample of this update was one that the term acts on
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.gradient_clip)
         self.finite &= norm.isfinite()
         self.means.add({f"gradient_{learner}": norm})
@@ -92,9 +189,15 @@ class Updater:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace the gradients by their mean over the processes, in one message."""
+    """Replace the gradients by their mean over the processes, in one message.
+
+    A process without gradients, because its samples were none that the term acts on, takes part with zeros.
+    """
     if accelerator.num_processes == 1:
         return
+    if all(parameter.grad is None for parameter in parameters):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
     assert isinstance(flat, Tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -17,6 +17,7 @@ class TrainingState:
         teacher_hash: SHA-256 of the base's weights.
         data_fingerprint: of the pictures, captions and conditions, empty where unknown.
         processes: that trained together at the last update, 0 where unknown.
+        warmed_up: part (discriminator, critic) -> updates that it made alone.
     """
 
     update: int = 0
@@ -26,3 +27,4 @@ class TrainingState:
     teacher_hash: str = ""
     data_fingerprint: str = ""
     processes: int = 0
+    warmed_up: dict[str, int] = field(default_factory=dict)

@@ -67,7 +67,7 @@ class Updates:
         terms = dict(step.terms)
         terms |= self.distiller.discriminator_step(rollout, step.z_student, generator)
         self._step("discriminator")
-        terms |= self.distiller.critic_step(rollout, step.z_student, generator)
+        terms |= self.distiller.critic_step(step.z_student, rollout.conditioning, generator)
         self._step("critic")
         return {name: float(value) for name, value in terms.items()}
 

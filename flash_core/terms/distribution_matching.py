@@ -1,0 +1,93 @@
+"""Distribution matching distillation (DMD): the real score, the fake score, and the critic that learns the fake score.
+
+Scores are written as clean predictions z0, from which they differ by a factor: R is the teacher's, F that of the
+student's distribution. ``plain`` is arXiv 2311.18828 as arXiv 2406.02347 uses it; ``decoupled`` is arXiv 2511.22677.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..denoiser import Conditioning, Denoiser, guided_z0, predict_z0
+from ..process import NUM_TIMESTEPS, broadcast
+from ..rollout import Rollout
+from ..settings import DistillerSettings
+from .draws import integers, normal
+
+PLAIN_TIMESTEPS = (0, NUM_TIMESTEPS - 1)
+DECOUPLED_TIMESTEPS = (20, 979)  # DMD2's range, the outer 2 % left out (arXiv 2405.14867, appendix)
+
+
+def real_and_fake(
+    denoiser: Denoiser, settings: DistillerSettings, z_student: Tensor, rollout: Rollout, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return z0 of the real and of the fake score (B, C, H, W) at re-noised ``z_student``; call in the role teacher.
+
+    ``plain``: both at one noise level, real = R(c) + (w - 1) (R(c) - R(empty)).
+    ``decoupled``: the matching R(c) - F(c) at a level of its own, and the guidance (w - 1) (R(c) - R(empty)) at a level
+    cleaner than the sample's start.
+    """
+    low, high = settings.dmd.timesteps or (PLAIN_TIMESTEPS if settings.dmd.form == "plain" else DECOUPLED_TIMESTEPS)
+    process, scale = denoiser.process, guidance_of(settings, rollout)
+    t = process.uniform_timestep(integers(low, high, len(z_student), generator).to(z_student.device))
+    with torch.no_grad():
+        z_t = process.add_noise(z_student, normal(z_student, generator), t)
+        if settings.dmd.form == "decoupled":
+            real = _decoupled(denoiser, z_student, z_t, t, rollout, scale, low, generator)
+        elif settings.dmd.guidance == 1:
+            real = predict_z0(denoiser, z_t, t, rollout.conditioning)
+        else:
+            real = guided_z0(denoiser, z_t, t, rollout.conditioning, rollout.unconditional, scale)
+        with denoiser.role(settings.fake_score):
+            fake = predict_z0(denoiser, z_t, t, rollout.conditioning)
+    return real, fake
+
+
+def guidance_of(settings: DistillerSettings, rollout: Rollout) -> Tensor:
+    """Return the guidance scale of the real score (B,): the settings', or each sample's own."""
+    given = settings.dmd.guidance
+    return rollout.guidance if given is None else torch.full_like(rollout.guidance, given)
+
+
+def _decoupled(
+    denoiser: Denoiser,
+    z_student: Tensor,
+    z_matching: Tensor,
+    t_matching: Tensor,
+    rollout: Rollout,
+    scale: Tensor,
+    low: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return R(z_DM, c) + (w - 1) (R(z_CA, c) - R(z_CA, empty)), the three predictions in one batch."""
+    process = denoiser.process
+    t = process.uniform_timestep(cleaner_times(denoiser, rollout.t, low, generator).to(z_student.device))
+    z_t = process.add_noise(z_student, normal(z_student, generator), t)
+    real, with_condition, without = predict_z0(
+        denoiser,
+        torch.cat([z_matching, z_t, z_t]),
+        torch.cat([t_matching, t, t]),
+        Conditioning.cat([rollout.conditioning, rollout.conditioning, rollout.unconditional]),
+    ).chunk(3)
+    return real + broadcast(scale - 1, real) * (with_condition - without)
+
+
+def cleaner_times(denoiser: Denoiser, start: Tensor, low: int, generator: torch.Generator) -> Tensor:
+    """Return uniform times (B,), uniform in ``low`` to just below each sample's start; ``low`` where none is."""
+    share = torch.rand(len(start), generator=generator, device=generator.device)
+    fractions = [denoiser.process.fraction(value) for value in start.tolist()]
+    room = torch.tensor([max(round(NUM_TIMESTEPS * value) - 1 - low, 1) for value in fractions], device=share.device)
+    return low + (room * share).long()
+
+
+def critic_loss(
+    denoiser: Denoiser, z_student: Tensor, conditioning: Conditioning, generator: torch.Generator
+) -> Tensor:
+    """Return the diffusion loss of the current role on the student's samples, at uniform timesteps."""
+    process = denoiser.process
+    t = process.uniform_timestep(integers(0, NUM_TIMESTEPS - 1, len(z_student), generator).to(z_student.device))
+    noise = normal(z_student, generator)
+    output = denoiser.predict(process.add_noise(z_student, noise, t), t, conditioning)
+    return F.mse_loss(output, process.target(z_student, noise, t))

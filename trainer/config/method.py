@@ -1,0 +1,155 @@
+"""The fields of ``method``: the constants of the method, and the options of each loss term."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from .section import Count, Section, Weight
+
+if TYPE_CHECKING:  # flash_core brings torch, too heavy for a help text
+    from ...flash_core.distiller import DistillerSettings
+
+Whole = Annotated[int, Field(ge=0)]
+UniformTime = Annotated[int, Field(ge=0, le=999)]
+RANGE = re.compile(r"\s*(\d+)\s*\.\.\s*(\d+)\s*")
+
+
+def _levels(given: Any) -> Any:
+    """Return the whole numbers of a range written as ``10..250``, and other values unchanged."""
+    if isinstance(given, str) and (match := RANGE.fullmatch(given)):
+        low, high = int(match[1]), int(match[2])
+        if low > high:
+            raise ValueError(f"the range must rise, such as {high}..{low}")
+        return list(range(low, high + 1))
+    return given
+
+
+Levels = Annotated[tuple[UniformTime, ...], BeforeValidator(_levels), Field(min_length=1)]
+
+
+class DmdSection(Section):
+    """Distribution matching (DMD)."""
+
+    form: Literal["plain", "decoupled"] = Field(
+        "plain",
+        description="plain matches the guided real score; decoupled matches the unguided real score and adds guidance "
+        "at a noise level of its own, cleaner than the sample's start (arXiv 2511.22677)",
+    )
+    rows: Literal["all", "first_step"] = Field(
+        "all", description="samples on which DMD acts: all, or those that start at pure noise (t from 900 on)"
+    )
+    guidance: float | None = Field(
+        None, ge=1, description="guidance scale of the real score; 1 is unguided (default: each sample's own)"
+    )
+    timesteps: tuple[UniformTime, UniformTime] | None = Field(
+        None,
+        description="lowest and highest noise level of re-noising, 0 to 999 (default: 0 and 999, for decoupled 20 and "
+        "979)",
+    )
+    distillation: Weight = Field(
+        1.0, description="factor of the distillation loss of the samples on which DMD acts, in phases with DMD"
+    )
+
+    @model_validator(mode="after")
+    def _values_agree(self) -> DmdSection:
+        if self.timesteps is not None and self.timesteps[0] > self.timesteps[1]:
+            raise ValueError(f"timesteps must be [low, high] with low <= high, not {list(self.timesteps)}")
+        if self.form == "decoupled" and self.guidance == 1:
+            raise ValueError("decoupled takes the guidance apart, and guidance 1 leaves none; set form to plain")
+        return self
+
+
+class CriticSection(Section):
+    """How the critic learns the student's distribution (fake_score: critic)."""
+
+    updates: Count = Field(1, description="updates of the critic after each update of the student")
+    warmup: Whole = Field(0, description="updates of the critic alone before the first update with DMD")
+    memory: Whole = Field(
+        0,
+        description="the student's last outputs from which the critic's batches are drawn, with their conditions (in "
+        "every checkpoint, so that a resumed run is exact); 0 for the outputs of the present update",
+    )
+    ida: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share by which the critic's LoRA moves to the student's after each update of the student "
+        "(implicit distribution alignment, arXiv 2506.00523); 0 is off",
+    )
+
+
+class DiscriminatorSection(Section):
+    """How the discriminator's heads learn."""
+
+    updates: Count = Field(1, description="updates of the heads after each update of the student")
+    warmup: Whole = Field(0, description="updates of the heads alone before the first update with the adversarial loss")
+
+
+class MethodSection(Section):
+    """The constants of the method; defaults are the paper's for SD 1.5 (arXiv 2406.02347)."""
+
+    teacher_steps: Count = Field(32, description="K, steps of the teacher; a multiple of 4")
+    solver: Literal["dpmpp_2m", "ddim", "euler"] = Field("dpmpp_2m", description="the teacher's ODE solver")
+    guidance: tuple[float, float] = Field(
+        (3.0, 13.0),
+        description="lowest and highest guidance scale w of the teacher, in uncond + w (cond - uncond); drawn "
+        "uniformly",
+    )
+    distillation: Literal["mse", "l1", "pseudo_huber", "lpips"] = Field("mse", description="the distillation distance")
+    perceptual_crop: Count = Field(32, description="side of the random crop that lpips compares, in latent pixels")
+    adversarial: Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla", "relativistic"] = Field(
+        "lsgan", description="the adversarial loss; relativistic compares real and fake of the same condition"
+    )
+    adversarial_timesteps: Levels = Field(
+        (10, 250, 500, 750),
+        description="noise levels at which the discriminator looks, 0 to 999: a list, or a range such as 10..250",
+    )
+    adversarial_rows: Literal["all", "first_step"] = Field(
+        "all",
+        description="samples on which the adversarial loss acts: all, or those that start at pure noise (t from 900 "
+        "on)",
+    )
+    adversarial_weighting: Literal["fixed", "gradient_norm"] = Field(
+        "fixed",
+        description="fixed: a phase's factor multiplies the loss; gradient_norm: the factor is the norm of the "
+        "adversarial gradient over the norm of the distillation gradient, both in the student's output",
+    )
+    real: Literal["data", "teacher"] = Field(
+        "teacher", description="real samples of the discriminator: the data or the teacher's solutions"
+    )
+    r1: Weight = Field(0.0, description="weight of the R1 gradient penalty on the discriminator; 0 is off")
+    discriminator: DiscriminatorSection = DiscriminatorSection()
+    fake_score: Literal["student", "critic"] = Field(
+        "student",
+        description="network that estimates the score of the student's samples: the student itself (paper) or a "
+        "critic LoRA (DMD2)",
+    )
+    dmd: DmdSection = DmdSection()
+    critic: CriticSection = CriticSection()
+
+    @model_validator(mode="after")
+    def _values_agree(self) -> MethodSection:
+        low, high = self.guidance
+        if not 1 <= low <= high:
+            raise ValueError(f"guidance must be [low, high] with 1 <= low <= high, not {list(self.guidance)}")
+        if self.teacher_steps % 4:
+            raise ValueError(f"teacher_steps must be a multiple of the 4 modes, not {self.teacher_steps}")
+        if self.fake_score == "student" and self.critic != CriticSection():
+            raise ValueError("critic: there is no critic to train; set fake_score to critic, or leave out critic")
+        return self
+
+    def settings(self) -> DistillerSettings:
+        """Return the constants as flash_core takes them."""
+        from ...flash_core.distiller import DistillerSettings, DmdSettings
+
+        fields = self.model_dump(exclude={"dmd", "critic", "discriminator"})
+        return DistillerSettings(**fields, dmd=DmdSettings(**self.dmd.model_dump()))
+
+
+METHOD_FIELDS_OF_0_2 = {
+    *("teacher_steps", "solver", "guidance", "distillation", "perceptual_crop"),
+    *("adversarial", "real", "r1", "fake_score"),
+}
