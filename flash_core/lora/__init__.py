@@ -3,8 +3,9 @@
 from .algebra import Truncation, merge, resize
 from .container import LoraError
 from .files import read_lora
+from .header import change_header
 from .matching import MatchReport, base_of, describe_base, match
-from .metadata import FlashMetadata
+from .metadata import FlashMetadata, nearest_stochasticity, stochasticity_string
 from .names import is_transformer, with_diffusers_names
 from .published import PUBLISHED, PublishedLora
 from .report import LeftOut, LoraReport, report_on
@@ -28,14 +29,17 @@ __all__ = [
     "PublishedLora",
     "Truncation",
     "base_of",
+    "change_header",
     "describe_base",
     "flat_name",
     "is_transformer",
     "match",
     "merge",
+    "nearest_stochasticity",
     "read_lora",
     "report_on",
     "resize",
+    "stochasticity_string",
     "with_diffusers_names",
     "write_lora",
 ]

@@ -15,6 +15,8 @@ PREFIX = "flash."
 TRAINING_PREFIX = "flash.training."
 MAX_GRIDS = 64
 LORA = "/lora"  # ends the ModelSpec name of a LoRA's architecture
+PAPER_STOCHASTICITY = 1.0  # fresh noise at every step (arXiv 2406.02347, section 4.1)
+STOCHASTICITY_KEY = "flash.stochasticity"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class FlashMetadata:
         process: ``vp`` or ``flow``.
         timesteps: {step count: the timesteps that the student evaluates, from noise on}.
         steps: the best step count. Default: 4.
-        stochasticity: {step count: share of fresh noise between steps, in 0..1}; 1, the paper's, for the other counts.
+        stochasticity: {step count: share of fresh noise between steps, in 0..1}; empty for the paper's 1. Other step
+            counts take the nearest: see :func:`nearest_stochasticity`.
         guidance: the scale of classifier-free guidance to sample with; 1 is no guidance. Default: 1.
         teacher: the teacher's name; ``teacher_hash`` identifies its weights.
         recipe_hash: identifies the recipe of the training.
@@ -75,8 +78,7 @@ class FlashMetadata:
             "flash.recipe": self.recipe_hash,
         }
         if self.stochasticity:
-            shares = {str(steps): float(share) for steps, share in self.stochasticity.items()}
-            header["flash.stochasticity"] = json.dumps(shares)
+            header[STOCHASTICITY_KEY] = stochasticity_string(self.stochasticity)
         if self.license:
             header["modelspec.license"] = self.license
         header.update({f"{TRAINING_PREFIX}{name}": value for name, value in self.training.items()})
@@ -104,7 +106,7 @@ class FlashMetadata:
                 timesteps=timesteps,
                 steps=int(header.get("flash.steps", "4")),
                 guidance=guidance,
-                stochasticity=_stochasticity(json.loads(header.get("flash.stochasticity", "{}"))),
+                stochasticity=_stochasticity(json.loads(header.get(STOCHASTICITY_KEY, "{}"))),
                 title=header.get("modelspec.title", "Flash LoRA"),
                 teacher=header.get("flash.teacher", ""),
                 teacher_hash=header.get("flash.teacher_hash", ""),
@@ -123,6 +125,27 @@ class FlashMetadata:
             raise ValueError(f"the Flash LoRA header can't be read: {error}") from error
 
 
+def stochasticity_string(shares: Mapping[int, float]) -> str:
+    """Return {step count: share of fresh noise} as the header's string."""
+    return json.dumps({str(steps): float(share) for steps, share in sorted(shares.items())})
+
+
+def nearest_stochasticity(shares: Mapping[int, float], steps: int) -> tuple[float, int | None]:
+    """Return the share of fresh noise for a step count, and the listed step count that it belongs to.
+
+    A step count that is not listed takes the share of the nearest listed one by ratio: 3 steps are nearer to 4 than to
+    2. Of two equally near ones the larger is taken. One step adds no noise, so its share has no effect.
+
+    Args:
+        shares: {step count: share of fresh noise}. Empty: the paper's 1, which belongs to no step count.
+    """
+    counts = [count for count in shares if count > 1] or list(shares)
+    if not counts:
+        return PAPER_STOCHASTICITY, None
+    nearest = steps if steps in shares else min(counts, key=lambda count: (max(count / steps, steps / count), -count))
+    return float(shares[nearest]), nearest
+
+
 def _architecture(base: str, prediction: str) -> str:
     """Return the ModelSpec name that follows from family and prediction; the key itself for families of others."""
     family = family_of(base)
@@ -139,11 +162,12 @@ def _stochasticity(shares: Mapping[str, float]) -> dict[int, float]:
     """Return {step count: share of fresh noise in [0, 1]}.
 
     Raises:
-        ValueError: too many step counts, or a share outside of 0..1.
+        ValueError: too many step counts, a step count below 1, or a share outside of 0..1.
     """
     stochasticity = {int(steps): float(share) for steps, share in shares.items()}
-    if len(stochasticity) > MAX_GRIDS or not all(0 <= share <= 1 for share in stochasticity.values()):
-        raise ValueError(f"flash.stochasticity should be at most {MAX_GRIDS} numbers in 0..1")
+    in_range = all(steps >= 1 and 0 <= share <= 1 for steps, share in stochasticity.items())
+    if len(stochasticity) > MAX_GRIDS or not in_range:
+        raise ValueError(f"{STOCHASTICITY_KEY} should be at most {MAX_GRIDS} step counts with numbers in 0..1")
     return stochasticity
 
 

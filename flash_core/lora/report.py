@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,9 +129,8 @@ class LoraReport:
             lines.append(
                 f"trained for: {steps} steps (best: {metadata.steps}), guidance {metadata.guidance:g}, {metadata.task}"
             )
-            if metadata.stochasticity.get(metadata.steps, 1) != 1:
-                share = metadata.stochasticity[metadata.steps]
-                lines.append(f"stochasticity: set {share:g} on Flash Sampler (best at {metadata.steps} steps)")
+            if metadata.stochasticity:
+                lines.append(f"stochasticity: {_shares(metadata.stochasticity)}; Flash Sampler's 'auto' takes these")
             if metadata.license:
                 lines.append(f"license: {metadata.license}")
         return "\n".join(lines)
@@ -207,6 +206,14 @@ def _whole_changes(file: LoraFile, unfit: Sequence[Difference]) -> tuple[str, ..
     if not parts:
         return ()
     return (f"it also changes whole weights ({parts.count('weight')}) and biases ({parts.count('bias')})",)
+
+
+def _shares(stochasticity: Mapping[int, float]) -> str:
+    """Return ``0.5 at 2 to 8 steps``, or each step count with its own value; one step has no noise to add."""
+    shares = {steps: share for steps, share in sorted(stochasticity.items()) if steps > 1} or stochasticity
+    if len(set(shares.values())) == 1 and len(shares) > 2:
+        return f"{next(iter(shares.values())):g} at {min(shares)} to {max(shares)} steps"
+    return ", ".join(f"{share:g} at {steps} step{'s' * (steps > 1)}" for steps, share in shares.items())
 
 
 def _numbers(values: tuple[float, ...]) -> str:

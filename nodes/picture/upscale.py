@@ -17,7 +17,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.image import Tiling, plan_tiles, resize
-from ..sampling.few_step import flash_grid, flash_sampler
+from ..sampling.few_step import flash_grid, flash_sampler, grid_stochasticity, text_on_node
 from ..shared.inputs import (
     GridName,
     check_guidance,
@@ -167,7 +167,8 @@ class FlashUpscale(io.ComfyNode):
             check_tileable(model)
         pictures = enlarge(image, scale)
         batch = len(pictures)
-        show_text(cls, f"{chosen.text}, {describe(tiles, vae, pictures)}")
+        fresh = grid_stochasticity(model, chosen)
+        show_text(cls, text_on_node(f"{chosen.text}, {describe(tiles, vae, pictures)}", fresh))
 
         passes = len(vae_tiles) * (1 if concat is not None and concat.holds == "picture" else 2)
         progress = Progress(model, batch * (passes + len(tiles) * len(chosen.timesteps)), tiles)
@@ -193,7 +194,7 @@ class FlashUpscale(io.ComfyNode):
             latents[one] = guider.sample(
                 noise[one],
                 start,
-                flash_sampler(),
+                flash_sampler(fresh.value),
                 chosen.sigmas,
                 callback=progress.step,
                 disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,

@@ -24,7 +24,7 @@ from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_vae, 
 from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import count, node_schema, show_text
 from .contact_sheet import draw_grid
-from .few_step import flash_grid, flash_sampler, listed
+from .few_step import flash_grid, flash_sampler, grid_stochasticity, listed
 
 COUNTER_KEY = "flash_compare"
 FLASH_GUIDANCE = 1.0
@@ -239,7 +239,8 @@ class Bench:
         counted = Counted(model)
         chosen = flash_grid(model, steps)
         latents, seconds = timed(model.load_device, lambda: self._custom(counted.model, chosen.sigmas, FLASH_GUIDANCE))
-        sampler = f"t = {listed(chosen.timesteps)}"
+        fresh = grid_stochasticity(model, chosen)
+        sampler = f"t = {listed(chosen.timesteps)}" + (f", stochasticity {fresh.value:g}" if fresh.text else "")
         return Run("Flash", steps, sampler, FLASH_GUIDANCE, counted.rows / len(self.latent), seconds, latents)
 
     def _custom(self, model: ModelPatcher, sigmas: Tensor, guidance: float) -> Tensor:

@@ -28,6 +28,7 @@ from ..shared.inputs import GRIDS, GridName
 from ..shared.model_facts import METADATA_KEY
 from ..shared.process import process_of
 from ..shared.schema import count
+from .stochasticity import Stochasticity, choose_stochasticity, of_running_model
 
 SAMPLING_NODE = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}  # names in ModelSamplingDiscrete
 
@@ -158,6 +159,18 @@ def flash_grid(
     )
 
 
+def grid_stochasticity(model: ModelPatcher, chosen: FlashGrid, given: float | None = None) -> Stochasticity:
+    """Return the share of fresh noise of a run: ``given``, or the value of the model's LoRA for this run."""
+    process = process_of(model.get_model_object("model_sampling"))
+    return choose_stochasticity(given, model.get_attachment(METADATA_KEY), process, chosen.timesteps)
+
+
+def text_on_node(text: str, fresh: Stochasticity) -> str:
+    """Put the stochasticity below the first line of a grid's text: a node shows two lines, and more when enlarged."""
+    first, *others = text.split("\n")
+    return "\n".join([first, *filter(None, [fresh.text]), *others])
+
+
 def listed(timesteps: Sequence[float]) -> str:
     """``999, 749, 499, 249``, with at most one decimal."""
     return ", ".join(f"{round(t, 1):g}" for t in timesteps)
@@ -171,7 +184,8 @@ def sample_flash(
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
-    stochasticity: float = 1.0,
+    stochasticity: float | None = 1.0,
+    tell: Callable[[str], None] | None = None,
 ) -> Tensor:
     """Run :func:`~..flash_core.sampler.few_step_sample` with the signature of a k-diffusion sampler.
 
@@ -189,7 +203,9 @@ def sample_flash(
         extra_args: ComfyUI's arguments for the model; their ``seed`` seeds the fresh noise.
         callback: ComfyUI's, called after every evaluation; it reports progress and raises if the user interrupts.
         disable: no effect: this sampler draws no progress bar in the console.
-        stochasticity: 1 adds fresh noise, 0 the noise that z0 implies. Default: 1.
+        stochasticity: 1 adds fresh noise, 0 the noise that z0 implies; None takes the value of the LoRA's metadata
+            (see :func:`~.stochasticity.of_running_model`). Default: 1.
+        tell: gets the value that None stands for, with its reason. Default: nobody is told.
     """
     if len(sigmas) < 2:
         return x
@@ -197,6 +213,11 @@ def sample_flash(
     sampling = model.inner_model.inner_model.model_sampling
     steps = len(sigmas) - 1
     levels = [float(sigma) for sigma in (sigmas if sigmas[-1] > 0 else sigmas[:-1])]
+    if stochasticity is None:
+        chosen = of_running_model(model.inner_model, levels)
+        stochasticity = chosen.value
+        if tell is not None and chosen.text:
+            tell(chosen.text)
     flow = isinstance(sampling, comfy.model_sampling.CONST)
     noise_scale = getattr(sampling, "noise_scale", 1.0)  # of some newer flow models; older ComfyUI has none
     draw = item_noise(model.noise, arguments.get("seed") or 0, x)
@@ -259,15 +280,13 @@ def masked_noise(fresh: Tensor, first: Tensor, mask: Tensor) -> Tensor:
     return (mask * fresh + (1 - mask) * first) / (mask**2 + (1 - mask) ** 2).sqrt()
 
 
-def flash_sampler(stochasticity: float = 1.0) -> comfy.samplers.KSAMPLER:
+def flash_sampler(
+    stochasticity: float | None = None, tell: Callable[[str], None] | None = None
+) -> comfy.samplers.KSAMPLER:
     """Make a ComfyUI SAMPLER of :func:`sample_flash`.
 
-    Raises:
-        ValueError: ``stochasticity`` is outside 0..1 (ComfyUI does not check linked numbers).
+    Args:
+        stochasticity: in 0..1; None takes the value of the LoRA's metadata when the run begins. Default: None.
+        tell: gets the value that None stands for, with its reason. Default: nobody is told.
     """
-    if not 0 <= stochasticity <= 1:
-        raise ValueError(
-            f"stochasticity is {stochasticity:g}; expected a number from 0 (deterministic) to 1 (fresh noise at every "
-            "step). Correct the connected number."
-        )
-    return comfy.samplers.KSAMPLER(sample_flash, extra_options={"stochasticity": stochasticity})
+    return comfy.samplers.KSAMPLER(sample_flash, extra_options={"stochasticity": stochasticity, "tell": tell})

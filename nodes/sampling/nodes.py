@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import comfy.sample
@@ -12,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..shared.inputs import (
+    AUTO,
     GridName,
     check_guidance,
     check_unconditional,
@@ -20,13 +20,14 @@ from ..shared.inputs import (
     grid_inputs,
     guidance_input,
     negative_input,
+    read_stochasticity,
     seed_input,
     steps_input,
     stochasticity_input,
 )
 from ..shared.prompts import check_channels, check_prompts
-from ..shared.schema import advanced, node_schema, show_text
-from .few_step import flash_grid, flash_sampler
+from ..shared.schema import node_schema, show_text
+from .few_step import flash_grid, flash_sampler, grid_stochasticity, text_on_node
 
 
 class FlashSampler(io.ComfyNode):
@@ -54,7 +55,7 @@ class FlashSampler(io.ComfyNode):
                 ),
                 denoise_input(),
                 *grid_inputs(),
-                stochasticity_input(functools.partial(advanced, io.Float.Input), optional=True),
+                stochasticity_input(optional=True, folded=True),
                 negative_input(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The finished latent. Connect VAE Decode.")],
@@ -73,12 +74,13 @@ class FlashSampler(io.ComfyNode):
         denoise: float,
         grid: GridName = "trained",
         timesteps: str = "",
-        stochasticity: float = 1.0,
+        stochasticity: str | float = AUTO,
         negative: list[Any] | None = None,
     ) -> io.NodeOutput:
         """Sample; the result keeps the input's mask and batch index."""
         import latent_preview  # ComfyUI's; not importable before its server has started
 
+        given = read_stochasticity(stochasticity)
         check_guidance(guidance, negative)
         check_unconditional(model, negative)
         check_prompts(model, positive=positive, negative=negative)
@@ -86,7 +88,8 @@ class FlashSampler(io.ComfyNode):
         check_channels(model, samples.shape, positive=positive, negative=negative)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         chosen = flash_grid(model, steps, denoise, grid, timesteps)
-        show_text(cls, chosen.text)
+        fresh = grid_stochasticity(model, chosen, given)
+        show_text(cls, text_on_node(chosen.text, fresh))
         guider = comfy.samplers.CFGGuider(model)
         conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
         guider.inner_set_conds(conds)
@@ -94,7 +97,7 @@ class FlashSampler(io.ComfyNode):
         sampled = guider.sample(
             noise,
             samples,
-            flash_sampler(stochasticity),
+            flash_sampler(fresh.value),
             chosen.sigmas,
             denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, len(chosen.timesteps)),
@@ -152,9 +155,10 @@ class FlashSamplerSelect(io.ComfyNode):
             "repeat.",
             inputs=[stochasticity_input()],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect SamplerCustomAdvanced.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, stochasticity: float) -> io.NodeOutput:
-        """Return the sampler of :func:`~.few_step.flash_sampler`."""
-        return io.NodeOutput(flash_sampler(stochasticity))
+    def execute(cls, stochasticity: str | float) -> io.NodeOutput:
+        """Return the sampler of :func:`~.few_step.flash_sampler`; what ``auto`` means is shown when a run begins."""
+        return io.NodeOutput(flash_sampler(read_stochasticity(stochasticity), lambda text: show_text(cls, text)))

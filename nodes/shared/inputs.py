@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
@@ -24,6 +26,7 @@ GridName = Literal["trained", "reference", "custom"]
 GRIDS: tuple[GridName, ...] = get_args(GridName)
 
 NONE = "none"  # the choice of no file
+AUTO = "auto"  # stochasticity: the value of the LoRA's metadata
 
 STEPS_TOOLTIP = (
     "How often the model is evaluated. 4 is usual; 1 or 2 is faster. Each step count has its own trained timesteps (4 "
@@ -42,8 +45,8 @@ TIMESTEPS_TOOLTIP = (
     "times the noise level, such as 1000, 900, 750, 500. The list replaces 'steps'."
 )
 STOCHASTICITY_TOOLTIP = (
-    "1: fresh noise at every step, as in training. 0: deterministic (DDIM; Euler for SD3 and Flux), often softer. "
-    "Lower it if pictures vary too much with the seed, or to the value in the report of Flash LoRA Loader."
+    "auto: the best value for the LoRA and this step count, from the LoRA's metadata (without metadata: 1); the node "
+    "shows it after a run. Or a number: 1 adds fresh noise at every step, 0 none (DDIM; Euler for SD3 and Flux)."
 )
 
 
@@ -194,18 +197,39 @@ def grid_inputs() -> list[io.Input]:
     ]
 
 
-def stochasticity_input(widget: Callable[..., io.Input] = io.Float.Input, **fields: Any) -> io.Input:
-    """Make the widget for stochasticity in 0..1; ``widget`` is the class to use."""
-    return widget(
-        "stochasticity",
-        default=1.0,
-        min=0.0,
-        max=1.0,
-        step=0.05,
-        round=0.01,
-        tooltip=STOCHASTICITY_TOOLTIP,
-        **fields,
-    )
+def stochasticity_input(optional: bool = False, folded: bool = False) -> io.Input:
+    """Make the widget for stochasticity: the text ``auto``, or a number. Numbers of other nodes can be connected.
+
+    Before version 0.2 the widget was a number; the numbers of saved workflows go on to work.
+
+    Args:
+        folded: True folds it under "advanced" where ComfyUI can.
+    """
+    build = functools.partial(advanced, io.String.Input) if folded else io.String.Input
+    text = build("stochasticity", default=AUTO, optional=optional, tooltip=STOCHASTICITY_TOOLTIP)
+    return io.MultiType.Input(text, [io.Float, io.Int], optional=optional)
+
+
+def read_stochasticity(value: str | float) -> float | None:
+    """Return the number of a stochasticity input; None for ``auto``.
+
+    Raises:
+        ValueError: the value is neither ``auto`` nor a number of 0 to 1.
+    """
+    text = str(value).strip().lower()
+    if text == AUTO:
+        return None
+    try:
+        number = float(text.replace(",", "."))
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        told = f"{number:g}" if math.isfinite(number) else repr(value)
+        raise ValueError(
+            f"stochasticity is {told}; expected auto (the LoRA's own value), or a number from 0 (deterministic) to 1 "
+            "(fresh noise at every step). Write auto, or correct the number."
+        )
+    return number
 
 
 def strength_input(name: str, tooltip: str, **fields: Any) -> io.Input:

@@ -107,6 +107,54 @@ def test_demo_template_opens_and_runs(page: Page, errors: list[str]) -> None:
     assert not [error for error in errors if is_ours(error)], errors
 
 
+def old_workflow(linked: bool) -> dict[str, Any]:
+    """Return the demo's workflow as version 0.1 saved it: stochasticity is the number .5, or linked to a FLOAT."""
+    workflow = workflow_file(NAME)
+    sampler = next(node for node in workflow["nodes"] if node["type"] == "FlashSampler")
+    sampler["widgets_values"][-1] = 0.5
+    if linked:
+        widget = {"name": "stochasticity", "type": "FLOAT", "widget": {"name": "stochasticity"}, "link": 99}
+        sampler["inputs"].append(widget)
+        workflow["nodes"].append(
+            {
+                "id": 99,
+                "type": "PrimitiveFloat",
+                "pos": [40, 40],
+                "size": [240, 58],
+                "flags": {},
+                "order": 0,
+                "mode": 0,
+                "inputs": [],
+                "outputs": [{"name": "FLOAT", "type": "FLOAT", "links": [99]}],
+                "properties": {},
+                "widgets_values": [0.25],
+            }
+        )
+        workflow["links"].append([99, 99, 0, sampler["id"], len(sampler["inputs"]) - 1, "FLOAT"])
+        workflow["last_node_id"] = workflow["last_link_id"] = 99
+    return workflow
+
+
+def test_stochasticity_of_old_and_new_workflows_in_the_page(page: Page, errors: list[str]) -> None:
+    queued = "window.app.graphToPrompt().then(prompt => prompt.output)"
+    for linked, expected in ((False, 0.5), (True, ["99", 0])):
+        comfy_page.open_workflow(page, old_workflow(linked))
+        sampler = next(node for node in page.evaluate(queued).values() if node["class_type"] == "FlashSampler")
+        found = sampler["inputs"]["stochasticity"]
+        assert found == expected if linked else float(found) == expected
+    page.evaluate("window.app.queuePrompt(0)")
+    page.wait_for_function(
+        "window.app.graph.nodes.find(node => node.type === 'SaveImage')?.imgs?.length > 0", timeout=WAIT
+    )
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=str(ARTIFACTS / "stochasticity_linked.png"))
+    comfy_page.open_workflow(page, workflow_file(NAME))
+    sampler = "window.app.graph.nodes.find(node => node.type === 'FlashSampler')"
+    widget = f"{sampler}.widgets.find(widget => widget.name === 'stochasticity')"
+    assert page.evaluate(f"[{widget}.type, {widget}.value]") == ["text", "auto"]
+    assert not [error for error in errors if is_ours(error)], errors
+
+
 @pytest.mark.slow
 def test_page_offers_published_models_and_opens_every_workflow(page: Page, server: Any, errors: list[str]) -> None:
     ARTIFACTS.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,13 @@ TARGETS += ["conv1", "conv2", "time_emb_proj", "conv_shortcut"]
 TIMESTEPS = {1: (999.0,), 2: (999.0, 499.0), 4: (999.0, 749.0, 499.0, 249.0)}
 
 
-def save_random_lora(path: Path, teacher: Path, rank: int = 4, alpha: float = 6.0) -> None:
+def save_random_lora(
+    path: Path,
+    teacher: Path,
+    rank: int = 4,
+    alpha: float = 6.0,
+    stochasticity: Mapping[int, float] | None = None,
+) -> None:
     """Save a Flash LoRA in PEFT's format for the teacher's UNet; its random weights visibly change the pictures."""
     unet = UNet2DConditionModel.from_pretrained(teacher / "unet")
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False))
@@ -29,7 +36,13 @@ def save_random_lora(path: Path, teacher: Path, rank: int = 4, alpha: float = 6.
             down, up = weights[key], weights[f"{layer}.lora_B.weight"]
             random = [torch.randn(half.shape, generator=generator) * 0.07 for half in (down, up)]
             modules[flat_name(layer)] = LoraModule(layer, *random, alpha)
-    metadata = FlashMetadata(base="flash-demo", prediction="v_prediction", process="vp", timesteps=TIMESTEPS)
+    metadata = FlashMetadata(
+        base="flash-demo",
+        prediction="v_prediction",
+        process="vp",
+        timesteps=TIMESTEPS,
+        stochasticity=stochasticity or {},
+    )
     write_lora(path, modules, metadata)
 
 

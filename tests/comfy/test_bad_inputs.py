@@ -70,7 +70,7 @@ OTHER_LATENT = ["latent has 4 channels; the model works on 16", "VAE that belong
 VIDEO = ["latent has 5 dimensions; expected 4", "Empty Latent Image"]
 NO_DENOISE = ["denoise is 0; expected a number above 0", "bypass"]
 NO_RGB = ["(1, 128, 128, 1)", "RGB or RGBA"]
-STOCHASTICITY = ["stochasticity is 2; expected a number from 0", "to 1"]
+STOCHASTICITY = ["stochasticity is 2; expected auto", "a number from 0", "to 1"]
 SECOND_FLASH = ["two Flash LoRAs", "(already in the model) and flash_demo.safetensors", "remove its loader"]
 OTHER_BASE = ["does not fit", "It is for the Flash demo", "the model is SD 1.5"]
 

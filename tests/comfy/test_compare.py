@@ -135,7 +135,7 @@ def test_the_table_states_the_conditions_of_its_figures(client: Client, server) 
     run = finished(client, graph(flash_steps="2"))
     (text,) = run.outputs["table"]["text"]
     assert "| teacher | 3 | euler, simple | 3 | 6 | " in text
-    assert "| Flash | 2 | t = 999, 499 | 1 | 2 | " in text
+    assert "| Flash | 2 | t = 999, 499, stochasticity 0.5 | 1 | 2 | " in text
     for part in ("1 picture of 128 x 128 pixels", "the Flash demo", "warm-up", "float32", "cpu", "seed 5"):
         assert part in text
     assert "NOTE" not in text

@@ -124,7 +124,8 @@ def test_a_run_split_in_two_gives_each_picture_fresh_noise_of_its_own(client: Cl
 
 def test_the_timesteps_are_shown_on_the_node(client: Client, lora: str) -> None:
     run = client.run(prompts.latents(lora, seed=19))
-    assert run.texts == {prompts.SAMPLER: "t = 999, 749, 499, 249\n(4 evaluations, predicts v)"}
+    text = "t = 999, 749, 499, 249\nstochasticity 1\n(4 evaluations, predicts v)"
+    assert run.texts == {prompts.SAMPLER: text}
     prompt = custom_sampling(lora, 19, ["flash", 0], denoise=0.5)
     prompt["sigmas"]["inputs"] |= {"grid": "custom", "timesteps": "999, 600, 120"}
     assert client.run(prompt).texts == {"sigmas": "t = 600, 120\n(2 evaluations, predicts v)"}
@@ -140,7 +141,7 @@ def test_another_grid_is_evaluated_by_both_nodes(
     ours = prompts.latents(lora, seed=20, grid=grid, timesteps=timesteps)
     run = client.run(ours)
     assert run.succeeded, run.error
-    assert f"t = {', '.join(str(t) for t in levels)}\n(" in run.texts[prompts.SAMPLER]
+    assert f"t = {', '.join(str(t) for t in levels)}\n" in run.texts[prompts.SAMPLER]
     assert max(total for _, total in run.progress) == len(levels)
     custom = custom_sampling(lora, 20, ["flash", 0])
     custom["sigmas"]["inputs"] |= {"grid": grid, "timesteps": timesteps}

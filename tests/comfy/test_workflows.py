@@ -67,8 +67,9 @@ def widgets(info: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for section in ("required", "optional"):
         for name, (kind, *options) in info["input"].get(section, {}).items():
-            if isinstance(kind, list) or kind in WIDGET_TYPES:
-                found.append((name, options[0] if options else {}))
+            limits = options[0] if options else {}
+            if isinstance(kind, list) or limits.get("widgetType", kind) in WIDGET_TYPES:
+                found.append((name, limits))
     return found
 
 

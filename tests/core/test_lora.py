@@ -21,6 +21,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,9 +30,11 @@ from flash_diffusion.flash_core.lora import (
     LoraError,
     LoraModule,
     base_of,
+    change_header,
     describe_base,
     flat_name,
     match,
+    nearest_stochasticity,
     read_lora,
     report_on,
     write_lora,
@@ -331,15 +334,55 @@ def test_stochasticity_is_written_read_and_reported(tmp_path: Path) -> None:
     file = read_lora(path)
     assert file.metadata is not None
     assert file.metadata.stochasticity == {2: 0.7, 4: 0.5}
-    assert "stochasticity: set 0.5 on Flash Sampler (best at 4 steps)" in report_on(file).text()
+    assert "stochasticity: 0.7 at 2 steps, 0.5 at 4 steps; Flash Sampler's 'auto'" in report_on(file).text()
     write_lora(path, {module.path: module}, METADATA)
     plain = read_lora(path)
     assert plain.metadata is not None
     assert plain.metadata.stochasticity == {}
     assert "stochasticity" not in report_on(plain).text()
+    same = dict.fromkeys(range(1, 9), 0.5)
+    write_lora(path, {module.path: module}, replace(METADATA, stochasticity=same))
+    assert "stochasticity: 0.5 at 2 to 8 steps;" in report_on(read_lora(path)).text()
 
 
-@pytest.mark.parametrize("wrong", ['{"4": 1.5}', '{"4": -0.1}', '{"four": 1}', "[]", "{"])
+def test_a_changed_header_keeps_every_bit_of_the_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    write_lora(path, {"x": LoraModule(PATH, *halves(), alpha=4.0)}, METADATA, dtype=torch.bfloat16)
+    before, old, size = load_file(path), read_lora(path).metadata, 2 * sum(half.numel() for half in halves())
+    assert old is not None
+    data = path.read_bytes()[-size:]
+    change_header(path, {"flash.stochasticity": '{"4": 0.3}', "note": "für später"})
+    after, new = load_file(path), read_lora(path).metadata
+    assert new == replace(old, stochasticity={4: 0.3})
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert path.read_bytes()[-size:] == data
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["note"] == "für später"
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(LoraError, match="truncated"):
+        change_header(path, {"note": "x"})
+
+
+@pytest.mark.parametrize(
+    ("shares", "steps", "expected"),
+    [
+        ({2: 0.7, 4: 0.5}, 4, (0.5, 4)),
+        ({2: 0.7, 4: 0.5}, 3, (0.5, 4)),  # 4 / 3 < 3 / 2
+        ({2: 0.7, 4: 0.5}, 8, (0.5, 4)),
+        ({1: 0.1, 2: 0.7}, 3, (0.7, 2)),
+        ({2: 0.7, 8: 0.5}, 4, (0.5, 8)),  # equally near
+        ({}, 4, (1.0, None)),
+    ],
+)
+def test_a_step_count_that_is_not_listed_takes_the_nearest(
+    shares: dict[int, float], steps: int, expected: tuple[float, int | None]
+) -> None:
+    assert nearest_stochasticity(shares, steps) == expected
+
+
+@pytest.mark.parametrize("wrong", ['{"4": 1.5}', '{"0": 0.5}', '{"4": -0.1}', '{"four": 1}', "[]", "{"])
 def test_a_wrong_stochasticity_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="the Flash LoRA header can't be read"):
         FlashMetadata.from_header({**METADATA.to_header(), "flash.stochasticity": wrong})

@@ -194,7 +194,7 @@ def test_student_renoises_with_fresh_noise_on_the_trailing_grid() -> None:
 def test_student_without_fresh_noise_keeps_the_implied_noise() -> None:
     """The flow student of stochasticity 0 takes Euler steps: eps = (z - (1 - sigma) z0) / sigma, by hand."""
     model = Paints(0.2)
-    model.stochasticity = {4: 0.0}  # other step counts keep the paper's 1
+    model.stochasticity = {4: 0.0}  # and so the nearest value for 2 steps
     mean = torch.tensor(COLOURS["red"])[:, None, None] + 0.2
     noise = torch.randn(*SHAPE, generator=torch.Generator().manual_seed(3))
     z0 = torch.zeros(SHAPE)
@@ -205,7 +205,7 @@ def test_student_without_fresh_noise_keeps_the_implied_noise() -> None:
         noise = (z - (1 - sigma) * z0) / sigma
     torch.testing.assert_close(sample_latents(model, SamplingSetting("student", 4), ["red"], [3])[0], z0)
     assert sampler_note(model, (4, 2, 1)) == [
-        "Stochasticity of the student's sampler: 0 at 4 steps, 1 at 2 steps (1 = fresh noise at every step, 0 = "
+        "Stochasticity of the student's sampler: 0 at 4 steps, 0 at 2 steps (1 = fresh noise at every step, 0 = "
         "deterministic)."
     ]
     assert sampler_note(Paints(), (4, 2, 1)) == []

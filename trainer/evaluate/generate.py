@@ -44,7 +44,7 @@ class PictureMaker(Protocol):
 
     @property
     def stochasticity(self) -> Mapping[int, float]:
-        """{step count: share of fresh noise between the student's steps}; a missing step count has 1."""
+        """{step count: share of fresh noise between the student's steps}; empty = 1."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -149,8 +149,10 @@ class EncodedPrompts:
 
 
 def share_of_fresh_noise(maker: PictureMaker, steps: int) -> float:
-    """Return the stochasticity of the student's sampler at a step count."""
-    return maker.stochasticity.get(steps, 1.0)
+    """Return the stochasticity of the student's sampler at a step count; one that is not listed takes the nearest."""
+    from ...flash_core.lora import nearest_stochasticity
+
+    return nearest_stochasticity(maker.stochasticity, steps)[0]
 
 
 def sampler_facts(maker: PictureMaker, step_counts: Sequence[int], solver: Solver | None) -> dict[str, Any]:
