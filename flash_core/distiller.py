@@ -7,18 +7,16 @@ solves an ODE); :meth:`Distiller.student_step` leaves gradients in the student's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from . import losses
-from .denoiser import Conditioning, Denoiser, guided_z0, predict_z0
+from .denoiser import Conditioning, Denoiser
 from .discriminator import Discriminator
-from .grid import timestep_mixture, trailing_timesteps
-from .process import broadcast
-from .rollout import Rollout, Trajectory
+from .rollout import Rollout, RolloutSource, Trajectory
 from .settings import (
     ADVERSARIAL_TIMESTEPS,
     PUBLISHED_PHASES,
@@ -27,10 +25,10 @@ from .settings import (
     DmdSettings,
     Phase,
     Rows,
+    StartStates,
 )
-from .solvers import solve
 from .terms import adversarial, distribution_matching
-from .terms.draws import acting_rows, normal
+from .terms.draws import acting_rows
 
 __all__ = [
     "ADVERSARIAL_TIMESTEPS",
@@ -41,12 +39,10 @@ __all__ = [
     "DmdSettings",
     "Phase",
     "Rollout",
+    "StartStates",
     "StudentStep",
     "Trajectory",
 ]
-
-# Indices of the teacher's grid less likely than this are not kept when a trajectory is recorded.
-RECORDED_PROBABILITY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class StudentStep:
     terms: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Distiller:
+class Distiller(RolloutSource):
     """Flash Diffusion on one backbone.
 
     Args:
@@ -82,100 +78,12 @@ class Distiller:
         decode: Callable[[Tensor], Tensor] | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        self.denoiser = denoiser
-        self.settings = settings or DistillerSettings()
+        super().__init__(denoiser, settings or DistillerSettings())
         self.discriminator = discriminator
         self.decode = decode
         self.perceptual = perceptual
-        self.timesteps = trailing_timesteps(denoiser.process, self.settings.teacher_steps)
         if self.settings.distillation == "lpips" and (decode is None or perceptual is None):
             raise ValueError("distillation 'lpips' compares decoded images: pass decode= and perceptual=")
-
-    # -- the rollout ---------------------------------------------------------------------------------------------
-
-    def rollout(
-        self,
-        z0: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning,
-        phase: Phase,
-        generator: torch.Generator,
-    ) -> Rollout:
-        """Draw timesteps, noise and guidance for a batch of data latents, and let the teacher solve each sample.
-
-        Args:
-            z0: (B, C, H, W) data latents.
-            generator: the only source of randomness.
-        """
-        start = self._draw_indices(phase, range(self.settings.teacher_steps), len(z0), generator)
-        t = torch.tensor([self.timesteps[index] for index in start], device=z0.device)
-        noise = normal(z0, generator)
-        pure = torch.tensor([index == 0 for index in start], device=z0.device)
-        z_t = torch.where(broadcast(pure, z0), noise, self.denoiser.process.add_noise(z0, noise, t))
-        guidance = self._draw_guidance(len(z0), generator).to(z0.device)
-        z_teacher = self.teacher_solution(z_t, conditioning, unconditional, guidance, start)
-        return Rollout(z_t, t, z_teacher, z0, guidance, conditioning, unconditional)
-
-    @torch.no_grad()
-    def teacher_solution(
-        self,
-        z_t: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning,
-        guidance: Tensor,
-        start: Sequence[int] | None = None,
-        observe: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Return the guided teacher's solution at t = 0 from each sample's own grid index (default: pure noise)."""
-
-        def guided(z: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            return guided_z0(self.denoiser, z, t, conditioning.rows(rows), unconditional.rows(rows), guidance[rows])
-
-        with self.denoiser.role("teacher"):
-            return solve(
-                guided, self.denoiser.process, z_t, self.timesteps, start, solver=self.settings.solver, observe=observe
-            )
-
-    def trajectory(
-        self, z0: Tensor, conditioning: Conditioning, unconditional: Conditioning, generator: torch.Generator
-    ) -> Trajectory:
-        """Solve from pure noise and keep the states that training can start from.
-
-        Every state on the path has the same solution, so one recorded path serves all four modes: less work for small
-        budgets. The states come from the teacher's own path instead of noised data; both have the teacher's marginals.
-        """
-        kept = self.recorded_indices()
-        states: list[Tensor] = []
-
-        def keep(index: int, z: Tensor) -> None:
-            if index in kept:
-                states.append(z.clone())
-
-        guidance = self._draw_guidance(len(z0), generator).to(z0.device)
-        noise = normal(z0, generator)
-        z_teacher = self.teacher_solution(noise, conditioning, unconditional, guidance, observe=keep)
-        return Trajectory(kept, torch.stack(states), z_teacher, z0, guidance, conditioning, unconditional)
-
-    def recorded_indices(self) -> tuple[int, ...]:
-        """Return the indices of the teacher's grid whose states :meth:`trajectory` keeps, ascending."""
-        modes = len(PUBLISHED_PHASES[0].modes)
-        reachable = timestep_mixture(self.settings.teacher_steps, [1.0] * modes) > RECORDED_PROBABILITY
-        return tuple(int(index) for index in reachable.nonzero())
-
-    def replay(self, trajectory: Trajectory, phase: Phase, generator: torch.Generator) -> Rollout:
-        """Return a rollout from a recorded trajectory; each sample starts at an index drawn for this phase."""
-        batch = len(trajectory.z_teacher)
-        drawn = self._draw_indices(phase, trajectory.indices, batch, generator)
-        position = torch.tensor([trajectory.indices.index(index) for index in drawn], device=trajectory.states.device)
-        return Rollout(
-            trajectory.states[position, torch.arange(batch, device=position.device)],
-            torch.tensor([self.timesteps[index] for index in drawn], device=position.device),
-            trajectory.z_teacher,
-            trajectory.z0,
-            trajectory.guidance,
-            trajectory.conditioning,
-            trajectory.unconditional,
-        )
 
     # -- the three updates ---------------------------------------------------------------------------------------
 
@@ -226,12 +134,6 @@ class Distiller:
         with self.denoiser.role("student"):
             torch.autograd.backward(z_student, gradient * scale)
         return StudentStep(leaf.detach(), terms)
-
-    def student_output(self, rollout: Rollout) -> Tensor:
-        """Return ``c_skip z_t + c_out z0_hat(z_t, t, c)`` (B, C, H, W), in the current role."""
-        z0_hat = predict_z0(self.denoiser, rollout.z_t, rollout.t, rollout.conditioning)
-        c_skip, c_out = (broadcast(value, z0_hat) for value in self.denoiser.process.boundary_scaling(rollout.t))
-        return c_skip * rollout.z_t + c_out * z0_hat
 
     def discriminator_step(
         self, rollout: Rollout, z_student: Tensor, generator: torch.Generator, scale: float = 1.0
@@ -312,17 +214,6 @@ class Distiller:
                 "pass discriminator= or set the phase's adversarial weight to 0"
             )
         return self.discriminator
-
-    def _draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
-        probability = timestep_mixture(self.settings.teacher_steps, phase.modes)[list(allowed)]
-        drawn = torch.multinomial(
-            probability.to(generator.device), batch, replacement=True, generator=generator
-        ).tolist()
-        return [allowed[index] for index in drawn]
-
-    def _draw_guidance(self, batch: int, generator: torch.Generator) -> Tensor:
-        low, high = self.settings.guidance
-        return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
 
 
 def _norm_ratio(wanted: Tensor, given: Tensor, index: Tensor | None) -> Tensor:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from .denoiser import Conditioning
+from .denoiser import Conditioning, Denoiser, guided_z0, predict_z0
+from .grid import timestep_mixture, trailing_timesteps
+from .process import broadcast
+from .settings import PUBLISHED_PHASES, DistillerSettings, Phase
+from .solvers import solve
+from .terms.backward_simulation import draw_paths, simulate
+from .terms.draws import normal
+
+# Indices of the teacher's grid less likely than this are not kept when a trajectory is recorded.
+RECORDED_PROBABILITY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -70,3 +81,183 @@ class Trajectory:
             self.conditioning.rows(index),
             self.unconditional.rows(index),
         )
+
+
+class RolloutSource:
+    """Draws where the samples of a batch start, and lets the teacher solve them from there.
+
+    Args:
+        denoiser: the backbone, its roles on one frozen base.
+        settings: the method's constants.
+
+    Attributes:
+        timesteps: the teacher's grid.
+    """
+
+    def __init__(self, denoiser: Denoiser, settings: DistillerSettings) -> None:
+        self.denoiser = denoiser
+        self.settings = settings
+        self.timesteps = trailing_timesteps(denoiser.process, settings.teacher_steps)
+
+    def rollout(
+        self,
+        z0: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning,
+        phase: Phase,
+        generator: torch.Generator,
+    ) -> Rollout:
+        """Draw timesteps, noise and guidance for a batch of data latents, and let the teacher solve each sample.
+
+        Args:
+            z0: (B, C, H, W) data latents; their values are not read where no sample starts at noised data.
+            generator: the only source of randomness.
+        """
+        start = self._draw_indices(phase, range(self.settings.teacher_steps), len(z0), generator)
+        t = torch.tensor([self.timesteps[index] for index in start], device=z0.device)
+        noise = normal(z0, generator)
+        pure = torch.tensor([index == 0 for index in start], device=z0.device)
+        z_t = torch.where(broadcast(pure, z0), noise, self.denoiser.process.add_noise(z0, noise, t))
+        guidance = self._draw_guidance(len(z0), generator).to(z0.device)
+        on_path, own = self._draw_states(start, generator)
+        begin = [0 if row in on_path else index for row, index in enumerate(start)]
+        if on_path:
+            rows = torch.tensor(sorted(on_path), device=z0.device)
+            z_t[rows] = noise[rows]
+        if own:
+            rows = torch.tensor(sorted(own), device=z0.device)
+            z_t[rows] = self.student_states(noise[rows], t[rows], conditioning.rows(rows), generator)
+        path = z_t.clone()
+
+        def keep(index: int, z: Tensor) -> None:
+            for row in on_path:
+                if start[row] == index:
+                    path[row] = z[row]
+
+        z_teacher = self.teacher_solution(
+            z_t, conditioning, unconditional, guidance, begin, observe=keep if on_path else None
+        )
+        return Rollout(path, t, z_teacher, z0, guidance, conditioning, unconditional)
+
+    @torch.no_grad()
+    def student_states(
+        self, noise: Tensor, t: Tensor, conditioning: Conditioning, generator: torch.Generator
+    ) -> Tensor:
+        """Return the student's own states at ``t`` (B,): its first steps from ``noise``, in runs of 2 or 4 steps."""
+
+        def predict(z: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+            return self.student_z0(z, at, conditioning.rows(rows))
+
+        process, states = self.denoiser.process, self.settings.states
+        paths = draw_paths(process, t.tolist(), generator)
+        with self.denoiser.role("student"):
+            return simulate(predict, process, noise, paths, states.stochasticity, generator)
+
+    @torch.no_grad()
+    def teacher_solution(
+        self,
+        z_t: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning,
+        guidance: Tensor,
+        start: Sequence[int] | None = None,
+        observe: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Return the guided teacher's solution at t = 0 from each sample's own grid index (default: pure noise)."""
+
+        def guided(z: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            return guided_z0(self.denoiser, z, t, conditioning.rows(rows), unconditional.rows(rows), guidance[rows])
+
+        with self.denoiser.role("teacher"):
+            return solve(
+                guided, self.denoiser.process, z_t, self.timesteps, start, solver=self.settings.solver, observe=observe
+            )
+
+    def trajectory(
+        self, z0: Tensor, conditioning: Conditioning, unconditional: Conditioning, generator: torch.Generator
+    ) -> Trajectory:
+        """Solve from pure noise and keep the states that training can start from.
+
+        Every state on the path has the same solution, so one recorded path serves all four modes: less work for small
+        budgets. The states come from the teacher's own path instead of noised data; both have the teacher's marginals.
+        """
+        kept = self.recorded_indices()
+        states: list[Tensor] = []
+
+        def keep(index: int, z: Tensor) -> None:
+            if index in kept:
+                states.append(z.clone())
+
+        guidance = self._draw_guidance(len(z0), generator).to(z0.device)
+        noise = normal(z0, generator)
+        z_teacher = self.teacher_solution(noise, conditioning, unconditional, guidance, observe=keep)
+        return Trajectory(kept, torch.stack(states), z_teacher, z0, guidance, conditioning, unconditional)
+
+    def recorded_indices(self) -> tuple[int, ...]:
+        """Return the indices of the teacher's grid whose states :meth:`trajectory` keeps, ascending."""
+        modes = len(PUBLISHED_PHASES[0].modes)
+        reachable = timestep_mixture(self.settings.teacher_steps, [1.0] * modes) > RECORDED_PROBABILITY
+        return tuple(int(index) for index in reachable.nonzero())
+
+    def replay(self, trajectory: Trajectory, phase: Phase, generator: torch.Generator) -> Rollout:
+        """Return a rollout from a recorded trajectory; each sample starts at an index drawn for this phase.
+
+        Samples that start at the student's own state begin with the recorded noise, and the teacher solves them anew.
+        """
+        batch = len(trajectory.z_teacher)
+        drawn = self._draw_indices(phase, trajectory.indices, batch, generator)
+        position = torch.tensor([trajectory.indices.index(index) for index in drawn], device=trajectory.states.device)
+        rollout = Rollout(
+            trajectory.states[position, torch.arange(batch, device=position.device)],
+            torch.tensor([self.timesteps[index] for index in drawn], device=position.device),
+            trajectory.z_teacher,
+            trajectory.z0,
+            trajectory.guidance,
+            trajectory.conditioning,
+            trajectory.unconditional,
+        )
+        _, own = self._draw_states(drawn, generator)
+        if not own:
+            return rollout
+        rows = torch.tensor(sorted(own), device=position.device)
+        part, z_t, z_teacher = rollout.rows(rows), rollout.z_t.clone(), rollout.z_teacher.clone()
+        z_t[rows] = self.student_states(trajectory.states[0, rows], part.t, part.conditioning, generator)
+        z_teacher[rows] = self.teacher_solution(
+            z_t[rows], part.conditioning, part.unconditional, part.guidance, [drawn[row] for row in sorted(own)]
+        )
+        return replace(rollout, z_t=z_t, z_teacher=z_teacher)
+
+    # -- the student's output ------------------------------------------------------------------------------------
+
+    def student_output(self, rollout: Rollout) -> Tensor:
+        """Return the student's outputs (B, C, H, W) at the starts, in the current role."""
+        return self.student_z0(rollout.z_t, rollout.t, rollout.conditioning)
+
+    def student_z0(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return ``c_skip z_t + c_out z0_hat(z_t, t, c)`` (B, C, H, W), in the current role."""
+        z0_hat = predict_z0(self.denoiser, z_t, t, conditioning)
+        c_skip, c_out = (broadcast(value, z0_hat) for value in self.denoiser.process.boundary_scaling(t))
+        return c_skip * z_t + c_out * z0_hat
+
+    # -- draws ---------------------------------------------------------------------------------------------------
+
+    def _draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
+        probability = timestep_mixture(self.settings.teacher_steps, phase.modes)[list(allowed)]
+        drawn = torch.multinomial(
+            probability.to(generator.device), batch, replacement=True, generator=generator
+        ).tolist()
+        return [allowed[index] for index in drawn]
+
+    def _draw_states(self, start: Sequence[int], generator: torch.Generator) -> tuple[set[int], set[int]]:
+        """Return the samples that start on the teacher's path, and those that start at the student's own state."""
+        states = self.settings.states
+        if states.trajectory == states.student == 0:
+            return set(), set()
+        drawn = torch.rand(len(start), generator=generator, device=generator.device).tolist()
+        moving = [(row, share) for row, share in enumerate(drawn) if start[row] > 0]
+        own = {row for row, share in moving if share < states.student}
+        return {row for row, share in moving if share < states.student + states.trajectory} - own, own
+
+    def _draw_guidance(self, batch: int, generator: torch.Generator) -> Tensor:
+        low, high = self.settings.guidance
+        return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)

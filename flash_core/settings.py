@@ -41,6 +41,21 @@ ADVERSARIAL_TIMESTEPS = (10, 250, 500, 750)
 
 
 @dataclass(frozen=True)
+class StartStates:
+    """Where the samples of a batch start that do not start at pure noise; the rest are noised data (the paper).
+
+    Attributes:
+        trajectory: share that starts on the guided teacher's own path from noise.
+        student: share that starts at the student's own state after its first steps from noise (backward simulation).
+        stochasticity: share of fresh noise between the student's steps.
+    """
+
+    trajectory: float = 0.0
+    student: float = 0.0
+    stochasticity: float = 1.0
+
+
+@dataclass(frozen=True)
 class DmdSettings:
     """The constants of distribution matching. Defaults: the paper's.
 
@@ -80,6 +95,7 @@ class DistillerSettings:
         adversarial_weighting: ``fixed``: the phase's factor multiplies the loss. ``gradient_norm``: the term's gradient
             in the student's output has the phase's factor times the norm of the distillation term's gradient.
         dmd: the constants of distribution matching.
+        states: where samples start.
     """
 
     teacher_steps: int = 32
@@ -95,3 +111,4 @@ class DistillerSettings:
     adversarial_rows: Rows = "all"
     adversarial_weighting: Literal["fixed", "gradient_norm"] = "fixed"
     dmd: DmdSettings = field(default_factory=DmdSettings)
+    states: StartStates = field(default_factory=StartStates)

@@ -104,6 +104,7 @@ def test_missing_field_error_gives_its_meaning(recipe_content: dict[str, Any]) -
         ("method", {"adversarial_timesteps": [1000]}, ("method.adversarial_timesteps.0", "999", "1000")),
         ("method", {"dmd": {"timesteps": [30, 20]}}, ("method.dmd", "low <= high", "[30, 20]")),
         ("method", {"dmd": {"form": "decoupled", "guidance": 1}}, ("method.dmd", "set form to plain")),
+        ("method", {"states": {"student": 0.6, "trajectory": 0.5}}, ("method.states", "0.5 + 0.6", "at most 1")),
         ("method", {"critic": {"updates": 2}}, ("method", "set fake_score to critic")),
         ("data", {"resolution": 100}, ("data", "multiple of 8", "100")),
         ("data", {"path": None}, ("data", "needs data.path", "'folder'")),
@@ -115,6 +116,14 @@ def test_wrong_value_error_names_field_value_and_expectation(
     message = refusal(changed(recipe_content, section, **fields))
     for part in expected:
         assert part in message
+
+
+def test_recorded_trajectories_take_no_share_of_the_teachers_path(recipe_content: dict[str, Any]) -> None:
+    content = changed(recipe_content, "method", states={"trajectory": 0.5})
+    assert parse_recipe(content).reads_pictures
+    assert "leave the share out" in refusal({**content, "trajectories": {"count": 2}})
+    content = changed(recipe_content, "method", states={"trajectory": 0.5, "student": 0.5})
+    assert not parse_recipe(content).reads_pictures
 
 
 def test_gradient_norms_need_a_distillation_loss_to_compare_with(recipe_content: dict[str, Any]) -> None:

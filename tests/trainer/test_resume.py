@@ -40,6 +40,7 @@ ALL_TERMS = {
     "method": {
         "teacher_steps": 4,
         "guidance": [1.5, 3.0],
+        "states": {"trajectory": 0.3, "student": 0.5},
         "adversarial": "relativistic",
         "adversarial_timesteps": "10..250",
         "adversarial_rows": "first_step",
@@ -50,6 +51,7 @@ ALL_TERMS = {
         "dmd": {"form": "decoupled", "rows": "first_step", "distillation": 0.2},
         "critic": {"updates": 2, "warmup": 2, "memory": 5, "ida": 0.03},
     },
+    "sampler": {"stochasticity": 0.5},
 }
 
 

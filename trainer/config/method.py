@@ -30,6 +30,35 @@ def _levels(given: Any) -> Any:
 Levels = Annotated[tuple[UniformTime, ...], BeforeValidator(_levels), Field(min_length=1)]
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class StatesSection(Section):
+    """Where samples start that do not start at pure noise. What the shares leave starts at noised data (the paper)."""
+
+    trajectory: Share = Field(
+        0.0,
+        description="share that starts on the teacher's own path from noise; recorded trajectories always do, without "
+        "this share",
+    )
+    student: Share = Field(
+        0.0,
+        description="share that starts at the student's own state after its first steps from noise (backward "
+        "simulation, arXiv 2405.14867), drawn with sampler.stochasticity; the teacher solves from there",
+    )
+
+    @model_validator(mode="after")
+    def _shares_are_at_most_the_whole(self) -> StatesSection:
+        if self.trajectory + self.student > 1:
+            raise ValueError(f"trajectory and student are {self.trajectory:g} + {self.student:g}; expected at most 1")
+        return self
+
+    @property
+    def read_data(self) -> bool:
+        """True where some samples start at noised data."""
+        return self.trajectory + self.student < 1
+
+
 class DmdSection(Section):
     """Distribution matching (DMD)."""
 
@@ -98,6 +127,7 @@ class MethodSection(Section):
         description="lowest and highest guidance scale w of the teacher, in uncond + w (cond - uncond); drawn "
         "uniformly",
     )
+    states: StatesSection = StatesSection()
     distillation: Literal["mse", "l1", "pseudo_huber", "lpips"] = Field("mse", description="the distillation distance")
     perceptual_crop: Count = Field(32, description="side of the random crop that lpips compares, in latent pixels")
     adversarial: Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla", "relativistic"] = Field(
@@ -141,12 +171,17 @@ class MethodSection(Section):
             raise ValueError("critic: there is no critic to train; set fake_score to critic, or leave out critic")
         return self
 
-    def settings(self) -> DistillerSettings:
-        """Return the constants as flash_core takes them."""
-        from ...flash_core.distiller import DistillerSettings, DmdSettings
+    def settings(self, stochasticity: float = 1.0) -> DistillerSettings:
+        """Return the constants as flash_core takes them.
 
-        fields = self.model_dump(exclude={"dmd", "critic", "discriminator"})
-        return DistillerSettings(**fields, dmd=DmdSettings(**self.dmd.model_dump()))
+        Args:
+            stochasticity: share of fresh noise between the student's steps, where samples start at its own states.
+        """
+        from ...flash_core.distiller import DistillerSettings, DmdSettings, StartStates
+
+        fields = self.model_dump(exclude={"states", "dmd", "critic", "discriminator"})
+        states = StartStates(self.states.trajectory, self.states.student, stochasticity)
+        return DistillerSettings(**fields, states=states, dmd=DmdSettings(**self.dmd.model_dump()))
 
 
 METHOD_FIELDS_OF_0_2 = {

@@ -293,6 +293,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _recorded_trajectories_are_the_teachers_path(self) -> Recipe:
+        if self.trajectories.count and self.method.states.trajectory:
+            raise ValueError(
+                "method.states.trajectory: recorded trajectories start on the teacher's path already; leave the share "
+                "out, or set trajectories.count to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gradient_norms_can_be_compared(self) -> Recipe:
         for phase in self.phases:
             if self.method.adversarial_weighting == "gradient_norm" and phase.adversarial and not phase.distillation:
@@ -301,6 +310,12 @@ class Recipe(Section):
                     f"phase {phase.name!r}; give distillation a factor above 0, or set the weighting to fixed"
                 )
         return self
+
+    @property
+    def reads_pictures(self) -> bool:
+        """True where training reads data latents, and not only the teacher's solutions."""
+        recorded = self.trajectories.count > 0
+        return self.method.real == "data" or (not recorded and self.method.states.read_data)
 
     @property
     def updates(self) -> int:

@@ -98,7 +98,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, stop: StopRequest | None 
     perceptual = lpips(accelerator.device) if recipe.method.distillation == "lpips" else None
     distiller = Distiller(
         denoiser,
-        recipe.method.settings(),
+        recipe.method.settings(recipe.sampler.stochasticity),
         discriminator=discriminator,
         decode=teacher.decode,
         perceptual=perceptual,
@@ -130,7 +130,7 @@ def _examples(
         task,
         recipe.task.variants,
         method=recipe.method,
-        solves=not recipe.trajectories.count,
+        solves=not recipe.trajectories.count and recipe.reads_pictures,
         accelerator=accelerator,
         stop=stop,
     )

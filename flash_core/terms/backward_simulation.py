@@ -1,0 +1,90 @@
+"""Backward simulation: the student's own first steps from noise, whose states the student meets when it samples.
+
+Training on noised data alone never shows the student its own mistakes (arXiv 2405.14867, section 4.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..process import Process, broadcast
+from .draws import integers, normal
+
+CHAINS = (2, 4)  # step counts of the student's runs
+NEAR = 1 / 16  # of the schedule: a start this near to a timestep of a run is reached by that run
+
+
+def path_to(process: Process, t: float, steps: int) -> list[float]:
+    """Return the timesteps of a run of ``steps`` up to a start ``t``: 999, 749, ``t`` for 4 steps and t = 499.
+
+    The last one is ``t`` itself, in the place of the run's timestep that is nearest to it.
+    """
+    nearest = math.floor((1 - process.fraction(t)) * steps + 0.5)
+    return [process.timestep(1 - index / steps) for index in range(max(1, min(nearest, steps - 1)))] + [t]
+
+
+def chains_to(process: Process, t: float) -> list[int]:
+    """Return the step counts of CHAINS whose runs come by ``t``; the longest where none does."""
+    fraction = process.fraction(t)
+    found = [steps for steps in CHAINS if any(abs(fraction - index / steps) < NEAR for index in range(1, steps))]
+    return found or [max(CHAINS)]
+
+
+def draw_paths(process: Process, starts: Sequence[float], generator: torch.Generator) -> list[list[float]]:
+    """Return a path of timesteps to each start; where several runs come by it, one is drawn."""
+    paths = []
+    for t in starts:
+        chains = chains_to(process, t)
+        paths.append(path_to(process, t, chains[int(integers(0, len(chains) - 1, 1, generator))]))
+    return paths
+
+
+@torch.no_grad()
+def simulate(
+    predict_z0: Callable[[Tensor, Tensor, Tensor], Tensor],
+    process: Process,
+    noise: Tensor,
+    paths: Sequence[Sequence[float]],
+    stochasticity: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the states (B, C, H, W) at the ends of the paths, sampled as :func:`~..sampler.few_step_sample` does.
+
+    Args:
+        predict_z0: ``(z (b, ...), t (b,), rows (b,)) -> z0``; ``rows`` are the samples that are asked for.
+        noise: (B, C, H, W) the states at the beginnings of the paths.
+        paths: of each sample, descending timesteps.
+        stochasticity: share of fresh noise between steps.
+    """
+    z = noise.clone()
+    for step in range(max(map(len, paths), default=1) - 1):
+        going = [row for row, path in enumerate(paths) if step + 1 < len(path)]
+        rows = torch.tensor(going, device=z.device)
+        t, t_next = (torch.tensor([paths[row][step + ahead] for row in going], device=z.device) for ahead in (0, 1))
+        now = z[rows]
+        z[rows] = renoised(process, now, predict_z0(now, t, rows), t, t_next, stochasticity, generator)
+    return z
+
+
+def renoised(
+    process: Process,
+    z: Tensor,
+    z0: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    stochasticity: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the state at ``t_next`` (B,) after the prediction ``z0`` at ``(z, t)``.
+
+    The noise is ``sqrt(1 - s^2)`` of the noise that z0 implies and ``s`` of fresh noise, s = ``stochasticity``.
+    """
+    alpha, sigma = (broadcast(value, z) for value in process.alpha_sigma(t))
+    eps = (z - alpha * z0) / sigma
+    if stochasticity > 0:
+        eps = (1 - stochasticity**2) ** 0.5 * eps + stochasticity * normal(z, generator)
+    return process.add_noise(z0, eps, t_next)
