@@ -241,6 +241,47 @@ def sample_latents(
         )
 
 
+def sweep_latents(
+    maker: PictureMaker, sweep: Sequence[tuple[int, float]], prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Tensor]:
+    """Sample the student's latents (B, C, h, w) for each (step count, stochasticity), all from the same noise.
+
+    The first prediction depends on the noise and its timestep alone, so all runs that begin at one timestep share it:
+    see :func:`sweep_passes`.
+    """
+    import torch
+
+    from ...flash_core.denoiser import predict_z0
+    from ...flash_core.grid import trailing_timesteps
+    from ...flash_core.sampler import few_step_sample
+
+    denoiser = maker.denoiser
+    conditioning = maker.encode_prompts(prompts)
+    first: dict[float, Tensor] = {}
+
+    def run(steps: int, stochasticity: float) -> Tensor:
+        timesteps = trailing_timesteps(denoiser.process, steps)
+        noise = noise_source(seeds, maker.latent_shape, maker.device)
+
+        def z0(z: Tensor, index: int) -> Tensor:
+            t = timesteps[index]
+            if index == 0 and t in first:
+                return first[t]
+            prediction = predict_z0(denoiser, z, torch.full((len(z),), t, device=z.device), conditioning)
+            return first.setdefault(t, prediction) if index == 0 else prediction
+
+        alphas, sigmas = denoiser.process.alpha_sigma(torch.tensor(timesteps, dtype=torch.float64))
+        return few_step_sample(z0, noise(), alphas.tolist(), sigmas.tolist(), noise, stochasticity=stochasticity)
+
+    with torch.inference_mode(), denoiser.role("student"):
+        return [run(steps, stochasticity) for steps, stochasticity in sweep]
+
+
+def sweep_passes(sweep: Sequence[tuple[int, float]]) -> int:
+    """Return the forward passes per picture of :func:`sweep_latents` on trailing grids, which begin at one timestep."""
+    return 1 + sum(steps - 1 for steps, _ in sweep)
+
+
 def decode_pictures(maker: PictureMaker, latents: Tensor) -> Tensor:
     """Decode latents to pictures (B, 3, H, W) in [0, 1], on the CPU.
 

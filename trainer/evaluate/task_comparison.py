@@ -115,13 +115,23 @@ def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
 
 def compare_on_task(request: TaskComparisonRequest, console: Console) -> bool:
     """Do what the request asks for. Return True: there is a report."""
+    comparison_of(request).evaluate(console)
+    return True
+
+
+def comparison_of(request: TaskComparisonRequest) -> TaskComparison:
+    """Load what a request names.
+
+    Raises:
+        UserError: an input can't be read, or does not fit.
+    """
     from ..metrics.lpips import lpips_of_unit_pictures
 
     options, device = request.options, request.model.pick_device()
     features = load_features(request.features)
     subjects = read_subjects(request.data, request.task, options.samples, options.seed)
     model = request.model.load(device, request.task)
-    TaskComparison(
+    return TaskComparison(
         model.teacher,
         request.task,
         subjects,
@@ -137,8 +147,7 @@ def compare_on_task(request: TaskComparisonRequest, console: Console) -> bool:
             "model": list(request.model.fields),
         },
         about=about_task(features, request.model.is_demo, subjects),
-    ).evaluate(console)
-    return True
+    )
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,7 @@ class TaskComparison(Evaluator[Entry]):
         self.entries = entries_of(task, options, student is not None)
         self.many = SamplingSetting("teacher", options.steps, options.guidance)
         blank = torch.ones(1, 3, *teacher.resolution)
-        self.dimensions = self._look(blank).shape[1]
+        self.dimensions = self.look(blank).shape[1]
         self.enough = samples_needed(self.dimensions)
         self.measures_sets = task.many_answers and options.samples >= self.enough
         for note in self._too_few_samples():
@@ -232,7 +241,7 @@ class TaskComparison(Evaluator[Entry]):
             for batch in batches(
                 self.subjects, self.task, self.teacher.resolution, options.samples, options.seed, options.batch_size
             ):
-                rows, scene = self._encode(batch)
+                rows, scene = self.encode(batch)
                 if not self.captions:  # a first call allocates memory and loads kernels
                     sample_latents(rows, SamplingSetting("teacher", 1), rows.prompts, batch.seeds)
                 for entry in self.entries:
@@ -241,7 +250,7 @@ class TaskComparison(Evaluator[Entry]):
                 if self.measures_sets:
                     latents = sample_latents(rows, many, rows.prompts, batch.independent)
                     finished = self.task.finished(decode_pictures(rows, latents), scene)
-                    self.independent.append(self._look(finished))
+                    self.independent.append(self.look(finished))
                     self.progress.advance(bar, many.nfe * len(batch))
                 self._keep(batch, scene)
         self.figures = self._figures()
@@ -322,13 +331,14 @@ class TaskComparison(Evaluator[Entry]):
 
     # -- making pictures ---------------------------------------------------------------------------------------------
 
-    def _encode(self, batch: Batch) -> tuple[EncodedPrompts, Scene]:
+    def encode(self, batch: Batch) -> tuple[EncodedPrompts, Scene]:
+        """Return the batch's captions and conditions as the model reads them, and what the task's figures need."""
         device = self.teacher.device
         drawn = {name: value.to(device) for name, value in batch.drawn.items()}
         conditioning = self.teacher.encode_prompts(batch.captions).joined(self.task.encode(drawn, self.teacher))
         rows = EncodedPrompts(self.teacher, self.task, batch.captions, conditioning)
         originals, others = batch.images / 2 + 0.5, batch.others / 2 + 0.5
-        return rows, Scene(originals, others, batch.drawn, self._look, self.perceptual)
+        return rows, Scene(originals, others, batch.drawn, self.look, self.perceptual)
 
     def _answer(self, entry: Entry, rows: EncodedPrompts, scene: Scene, batch: Batch) -> None:
         if not entry.conditioned:
@@ -344,12 +354,13 @@ class TaskComparison(Evaluator[Entry]):
         seen = self.seen[entry.name]
         seen.seconds += time.perf_counter() - start
         finished = self.task.finished(made, scene)
-        seen.features.append(self._look(finished))
+        seen.features.append(self.look(finished))
         for key, values in self.task.scores(made, scene).items():
             seen.scores[key].append(values)
         seen.pictures += list(finished[: max(self.options.pictures - len(seen.pictures), 0)])
 
-    def _look(self, pictures: Tensor) -> Tensor:
+    def look(self, pictures: Tensor) -> Tensor:
+        """Return the features (B, D) of pictures in [0, 1]."""
         return self.network(pictures.to(self.teacher.device))[0].float().cpu()
 
     def _keep(self, batch: Batch, scene: Scene) -> None:

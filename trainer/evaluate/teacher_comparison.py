@@ -83,6 +83,22 @@ def compare_with_teacher(request: TeacherComparisonRequest, console: Console) ->
     Raises:
         UserError: an input can't be read, or does not fit.
     """
+    comparison = comparison_of(request)
+    if not request.make_reference:
+        comparison.evaluate(console)
+        return True
+    reference = comparison.write_reference(request.reference, console)
+    floor = frechet_distance(reference.second.features, reference.first.features)
+    console.print(f"reference {request.reference}: the floor's Fréchet distance is {floor:.4g}", soft_wrap=True)
+    return False
+
+
+def comparison_of(request: TeacherComparisonRequest) -> TeacherComparison:
+    """Load what a request names.
+
+    Raises:
+        UserError: an input can't be read, or does not fit.
+    """
     device = request.model.pick_device()
     features = load_features(request.features)
     is_demo = request.model.is_demo
@@ -99,7 +115,7 @@ def compare_with_teacher(request: TeacherComparisonRequest, console: Console) ->
         check_overwrite(request.reference)
     model = request.model.load(device)
     size = request.model.resolution
-    comparison = TeacherComparison(
+    return TeacherComparison(
         model.teacher,
         features.network.to(model.teacher.device),
         captions.texts,
@@ -116,13 +132,6 @@ def compare_with_teacher(request: TeacherComparisonRequest, console: Console) ->
             tuple(_notes_on(foreign, is_demo, features.title)),
         ),
     )
-    if not request.make_reference:
-        comparison.evaluate(console)
-        return True
-    reference = comparison.write_reference(request.reference, console)
-    floor = frechet_distance(reference.second.features, reference.first.features)
-    console.print(f"reference {request.reference}: the floor's Fréchet distance is {floor:.4g}", soft_wrap=True)
-    return False
 
 
 def _trains_on_demo(request: TeacherComparisonRequest) -> bool:
