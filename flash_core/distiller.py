@@ -29,6 +29,7 @@ from .settings import (
 )
 from .terms import adversarial, distribution_matching
 from .terms.draws import acting_rows
+from .terms.features import feature_matching_term
 
 __all__ = [
     "ADVERSARIAL_TIMESTEPS",
@@ -114,6 +115,12 @@ class Distiller(RolloutSource):
                 lambda z, part: self._adversarial(z, part, generator),
             ),
             ("dmd", phase.dmd, self.settings.dmd.rows, lambda z, part: self._dmd(z, part, generator)),
+            (
+                "feature_matching",
+                phase.feature_matching,
+                self.settings.feature_rows,
+                lambda z, part: feature_matching_term(self.denoiser, self.settings, z, part, generator),
+            ),
         )
         for name, factor, rows, compute in computed:
             index = acting_rows(rows, self.denoiser.process, rollout.t) if factor else None
@@ -176,12 +183,16 @@ class Distiller(RolloutSource):
 
     def _distillation_weight(self, rollout: Rollout, phase: Phase) -> Tensor | None:
         """Return the factor of each sample's distillation loss (B,), None where all are 1."""
-        dmd = self.settings.dmd
-        if phase.dmd == 0 or dmd.distillation == 1:
+        dmd, kind, process = self.settings.dmd, self.settings.distillation_weighting, self.denoiser.process
+        of_dmd = phase.dmd > 0 and dmd.distillation != 1
+        if kind == "uniform" and not of_dmd:
             return None
-        index = acting_rows(dmd.rows, self.denoiser.process, rollout.t)
         weight = torch.ones(len(rollout.t), device=rollout.t.device)
-        weight[slice(None) if index is None else index] = dmd.distillation
+        if kind != "uniform":
+            weight = losses.timestep_weight(kind, process, rollout.t)
+        if of_dmd:
+            index = acting_rows(dmd.rows, process, rollout.t)
+            weight[slice(None) if index is None else index] *= dmd.distillation
         return weight
 
     def _distillation(

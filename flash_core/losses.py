@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .process import broadcast
+from .process import Process, broadcast
 
 LatentLoss: TypeAlias = Literal["mse", "l1", "pseudo_huber"]
 AdversarialLoss: TypeAlias = Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla", "relativistic"]
 
 PSEUDO_HUBER_C = 1e-3  # the scale of latent consistency distillation (arXiv 2310.04378, section 4)
 DMD_NORMALISER_FLOOR = 1e-5
+MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556, section 3.4
 
 
 def latent_loss(kind: LatentLoss, prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -36,6 +37,18 @@ def latent_loss(kind: LatentLoss, prediction: Tensor, target: Tensor, weight: Te
     else:
         raise ValueError(f"unknown latent loss {kind!r}; expected one of {', '.join(get_args(LatentLoss))}")
     return distance.mean() if weight is None else (broadcast(weight, distance) * distance).mean()
+
+
+def timestep_weight(kind: Literal["min_snr", "velocity"], process: Process, t: Tensor) -> Tensor:
+    """Return the factor (B,) of a squared distance of clean latents at timesteps ``t`` (B,).
+
+    ``min_snr``: ``min(SNR, 5)``, SNR = alpha^2 / sigma^2; 0 at pure noise of a schedule with zero terminal SNR.
+    ``velocity``: ``1 / sigma^2``, with which the distance is that of the velocities that the latents imply.
+    """
+    alpha, sigma = process.alpha_sigma(t)
+    if kind == "min_snr":
+        return (alpha / sigma).square().clamp_max(MIN_SNR_GAMMA)
+    return 1 / sigma.square()
 
 
 def random_crops(generator: torch.Generator, size: int, *latents: Tensor) -> list[Tensor]:

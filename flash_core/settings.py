@@ -15,13 +15,15 @@ class Phase:
 
     Attributes:
         modes: the weights beta of the modes of the timesteps, from pure noise on.
-        adversarial, dmd, distillation: the weights lambda of the loss terms; a term of weight 0 is not computed.
+        adversarial, dmd, distillation, feature_matching: the weights lambda of the loss terms; a term of weight 0 is
+            not computed.
     """
 
     modes: tuple[float, ...]
     adversarial: float = 0.0
     dmd: float = 0.0
     distillation: float = 1.0
+    feature_matching: float = 0.0
 
 
 # The published curriculum (arXiv 2406.02347, table of section 5): weight moves toward pure noise.
@@ -34,10 +36,13 @@ PUBLISHED_PHASES = (
 
 DistillationLoss: TypeAlias = Literal["mse", "l1", "pseudo_huber", "lpips"]
 Rows: TypeAlias = Literal["all", "first_step"]
+Weighting: TypeAlias = Literal["uniform", "min_snr", "velocity"]
 FakeScore: TypeAlias = Literal["student", "critic"]
 
 # t' of the adversarial term (arXiv 2406.02347, section 4.3); a shifted flow schedule takes the same fractions.
 ADVERSARIAL_TIMESTEPS = (10, 250, 500, 750)
+# Low noise, at which features still tell a sharp sample from a blurred one.
+FEATURE_TIMESTEPS = (10, 100, 250)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,11 @@ class DistillerSettings:
         solver: the teacher's ODE solver; flow models take ``euler``.
         guidance: (low, high) of the uniform guidance scale, ``uncond + w (cond - uncond)``.
         distillation: the distance of student and teacher; ``lpips`` needs ``decode`` and ``perceptual``.
+        distillation_weighting: factor of a sample's distance by its timestep: ``uniform`` is 1, ``min_snr`` is
+            min(SNR, 5) (arXiv 2303.09556 in z0), ``velocity`` is 1 / sigma^2, the distance of velocities.
         perceptual_crop: window of the perceptual distance in latent pixels.
+        feature_timesteps: noise levels of feature matching, as uniform time in 0..999.
+        feature_rows: the samples on which feature matching acts.
         adversarial: the adversarial loss.
         real: what the discriminator calls real: the data, or the teacher's solutions.
         r1: weight of the gradient penalty on the discriminator at real features; 0 is off.
@@ -112,3 +121,6 @@ class DistillerSettings:
     adversarial_weighting: Literal["fixed", "gradient_norm"] = "fixed"
     dmd: DmdSettings = field(default_factory=DmdSettings)
     states: StartStates = field(default_factory=StartStates)
+    distillation_weighting: Weighting = "uniform"
+    feature_timesteps: tuple[int, ...] = FEATURE_TIMESTEPS
+    feature_rows: Rows = "all"

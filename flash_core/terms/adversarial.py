@@ -12,7 +12,7 @@ from ..denoiser import Conditioning, Denoiser
 from ..discriminator import Discriminator
 from ..rollout import Rollout
 from ..settings import DistillerSettings
-from .draws import choices, normal
+from .features import draw_renoising, renoised_features
 
 
 def generator_term(
@@ -24,13 +24,13 @@ def generator_term(
     generator: torch.Generator,
 ) -> Tensor:
     """Return the student's adversarial loss; call in the role teacher."""
-    t, noise = _draw(denoiser, settings, z_student, generator)
-    fake = discriminator(_renoised_features(denoiser, z_student, t, noise, rollout.conditioning))
+    t, noise = draw_renoising(denoiser, settings.adversarial_timesteps, z_student, generator)
+    fake = discriminator(renoised_features(denoiser, z_student, t, noise, rollout.conditioning))
     real = None
     if settings.adversarial == "relativistic":  # the real sample of the same condition, noise and level
         with torch.no_grad():
             real = discriminator(
-                _renoised_features(denoiser, real_samples(settings, rollout), t, noise, rollout.conditioning)
+                renoised_features(denoiser, real_samples(settings, rollout), t, noise, rollout.conditioning)
             )
     return losses.generator_loss(settings.adversarial, fake, real)
 
@@ -48,10 +48,10 @@ def discriminator_term(
     Args:
         z_student: (B, C, H, W) the student's outputs, detached.
     """
-    t, noise = _draw(denoiser, settings, z_student, generator)
+    t, noise = draw_renoising(denoiser, settings.adversarial_timesteps, z_student, generator)
     with torch.no_grad(), denoiser.role("teacher"):
         # Real and fake share the noise and the timestep, and one batch.
-        features = _renoised_features(
+        features = renoised_features(
             denoiser,
             torch.cat([real_samples(settings, rollout), z_student]),
             t.repeat(2),
@@ -81,16 +81,3 @@ def pair_accuracy(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     """Return the share of pairs whose real sample has the higher mean logit, over all heads; 0.5 is chance."""
     differences = [(r - f).flatten(1).mean(1) for r, f in zip(real, fake, strict=True)]
     return torch.stack([0.5 * (1 + difference.sign()).mean() for difference in differences]).mean()
-
-
-def _draw(
-    denoiser: Denoiser, settings: DistillerSettings, z: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    tau = choices(settings.adversarial_timesteps, len(z), generator).to(z.device)
-    return denoiser.process.uniform_timestep(tau), normal(z, generator)
-
-
-def _renoised_features(
-    denoiser: Denoiser, z: Tensor, t: Tensor, noise: Tensor, conditioning: Conditioning
-) -> list[Tensor]:
-    return denoiser.features(denoiser.process.add_noise(z, noise, t), t, conditioning)

@@ -18,6 +18,7 @@ from flash_diffusion.flash_core.process import FlowProcess, Process, VPProcess, 
 from flash_diffusion.flash_core.terms import distribution_matching
 from flash_diffusion.flash_core.terms.adversarial import pair_accuracy
 from flash_diffusion.flash_core.terms.draws import acting_rows
+from flash_diffusion.flash_core.terms.features import feature_matching_term
 
 from .helpers.networks import AdapterDenoiser, ScriptedDenoiser, process_name, tokens
 
@@ -173,9 +174,13 @@ def output_gradient(distiller: Distiller, rollout: Rollout, phase: Phase) -> tup
     return held[0], terms
 
 
-@pytest.mark.parametrize("term", ["adversarial", "dmd"])
+@pytest.mark.parametrize("term", ["adversarial", "dmd", "feature_matching"])
 def test_a_term_of_the_first_step_acts_on_no_other_sample(term: str) -> None:
-    options = {"adversarial_rows": "first_step"} if term == "adversarial" else {"dmd": DmdSettings(rows="first_step")}
+    options = {
+        "adversarial": {"adversarial_rows": "first_step"},
+        "dmd": {"dmd": DmdSettings(rows="first_step")},
+        "feature_matching": {"feature_rows": "first_step"},
+    }[term]
     phase = Phase((1, 1, 1, 1), distillation=0.0, **{term: 1.0})
     first = [True, False, False, True, False]
     gradient, terms = output_gradient(make_distiller(**options), mixed_rollout(first), phase)
@@ -188,7 +193,7 @@ def test_a_term_of_the_first_step_acts_on_no_other_sample(term: str) -> None:
     assert not gradient.any()
     if term == "adversarial":
         assert distiller.discriminator_step(none, none.z0, seeded(0)) == {}
-    else:
+    elif term == "dmd":
         assert [len(part) for part in distiller.critic_samples(none, none.z0)] == [0, 0]
         z, conditioning = distiller.critic_samples(mixed_rollout(first), torch.arange(5.0)[:, None, None, None])
         assert z.flatten().tolist() == [0, 3]
@@ -205,6 +210,78 @@ def test_distillation_of_the_samples_with_dmd_has_its_own_factor() -> None:
     # A phase without DMD leaves the distillation as it is.
     without, _ = output_gradient(make_distiller(**options), mixed_rollout(first), Phase((1, 1, 1, 1)))
     assert torch.equal(without, plain)
+
+
+# -- distillation ----------------------------------------------------------------------------------------------------
+
+
+def test_weights_by_timestep_are_distances_of_other_predictions() -> None:
+    """min-SNR's weight of epsilon is min(SNR, 5) / SNR; velocities are v predictions, or a flow's outputs."""
+    first, second, z_t = (torch.randn(4, 4, 3, 3, generator=seeded(seed)).double() for seed in range(3))
+    t = torch.tensor([999.0, 749.0, 249.0, 30.0])
+
+    def distance(process: Process) -> Tensor:
+        outputs = [process.output_from_z0(z_t, z0, t) for z0 in (first, second)]
+        return (outputs[0] - outputs[1]).square().mean((1, 2, 3))
+
+    epsilon, velocity = VPProcess.from_betas(), VPProcess.from_betas(prediction="v_prediction")
+    alpha, sigma = epsilon.alpha_sigma(t)
+    snr = (alpha / sigma).square()
+    assert snr[0] < 0.01 < 5 < snr[3]
+    cases = [
+        ("min_snr", epsilon, distance(epsilon) * snr.clamp_max(5) / snr),
+        ("velocity", velocity, distance(velocity)),
+        ("velocity", FlowProcess(3.0), distance(FlowProcess(3.0))),
+    ]
+    for kind, process, expected in cases:
+        weight = losses.timestep_weight(kind, process, t)
+        got = [losses.latent_loss("mse", first[[row]], second[[row]], weight[[row]]).item() for row in range(4)]
+        assert got == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_weights_multiply_each_samples_own_distance() -> None:
+    first, second = (torch.randn(3, 4, 3, 3, generator=seeded(seed)) for seed in range(2))
+    weight = torch.tensor([0.0, 1.0, 3.0])
+    for kind in ("mse", "l1", "pseudo_huber"):
+        alone = [losses.latent_loss(kind, first[[row]], second[[row]]).item() for row in range(3)]
+        expected = (alone[1] + 3 * alone[2]) / 3
+        assert losses.latent_loss(kind, first, second, weight).item() == pytest.approx(expected, rel=1e-5)
+    crops = (lambda z: z[:, :3], first, second, 3, seeded(0))
+    each = losses.perceptual_loss(lambda a, b: (a - b).square().mean((1, 2, 3)), *crops, weight)
+    expected = (weight * (first - second)[:, :3].square().mean((1, 2, 3))).mean()
+    assert each.item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"a perceptual distance of each sample, shape \(3,\); got \(\)"):
+        losses.perceptual_loss(lambda a, b: (a - b).square().mean(), *crops, weight)
+
+
+def test_the_steps_distillation_has_the_weight_of_its_timestep() -> None:
+    rollout = mixed_rollout([True, False])
+    gradients = {
+        kind: output_gradient(make_distiller(distillation_weighting=kind), rollout, Phase((1, 1, 1, 1)))[0]
+        for kind in ("uniform", "velocity")
+    }
+    sigma = VPProcess.from_betas().alpha_sigma(rollout.t)[1]
+    expected = gradients["uniform"] / broadcast(sigma.square(), rollout.z_t)
+    torch.testing.assert_close(gradients["velocity"], expected, atol=1e-7, rtol=1e-4)
+
+
+def test_feature_matching_by_hand_and_zero_at_the_teachers_samples() -> None:
+    process, rollout = ONE_OF_EACH[0], rollout_at(ONE_OF_EACH[0], 1.0)
+    denoiser = ScriptedDenoiser(process, {}, lambda z_t, t, conditioning: [z_t, 100 * z_t[:, :2]])
+    settings = DistillerSettings(feature_timesteps=(100,))
+    z = torch.randn(B, 4, 3, 3, generator=seeded(1), requires_grad=True)
+    term = feature_matching_term(denoiser, settings, z, rollout, seeded(0))
+    wanted, made = (call.z_t for call in denoiser.called("features"))
+    alpha = process.alpha_sigma(torch.tensor(100.0))[0]
+    torch.testing.assert_close(made - wanted, alpha * (z.detach() - rollout.z_teacher), atol=1e-5, rtol=1e-5)
+    levels = [
+        (part(made) - part(wanted)).square().mean() / part(wanted).var() for part in (lambda x: x, lambda x: x[:, :2])
+    ]
+    assert term.item() == pytest.approx(sum(level.item() for level in levels) / 2, rel=1e-5)  # scale counts nothing
+    same = rollout.z_teacher.clone().requires_grad_()
+    zero = feature_matching_term(denoiser, settings, same, rollout, seeded(0))
+    assert zero.item() == 0
+    assert not torch.autograd.grad(zero, same)[0].any()
 
 
 # -- adversarial -----------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ ALL_TERMS = {
         "teacher_steps": 4,
         "guidance": [1.5, 3.0],
         "states": {"trajectory": 0.3, "student": 0.5},
+        "distillation_weighting": "velocity",
         "adversarial": "relativistic",
         "adversarial_timesteps": "10..250",
         "adversarial_rows": "first_step",
@@ -52,6 +53,17 @@ ALL_TERMS = {
         "critic": {"updates": 2, "warmup": 2, "memory": 5, "ida": 0.03},
     },
     "sampler": {"stochasticity": 0.5},
+    "phases": [
+        {"name": "warm-up", "updates": 2, "modes": [0, 0, 0.5, 0.5]},
+        {
+            "name": "all",
+            "updates": 3,
+            "modes": [0.4, 0.2, 0.2, 0.2],
+            "adversarial": 0.3,
+            "dmd": 0.7,
+            "feature_matching": 0.1,
+        },
+    ],
 }
 
 

@@ -129,6 +129,18 @@ class MethodSection(Section):
     )
     states: StatesSection = StatesSection()
     distillation: Literal["mse", "l1", "pseudo_huber", "lpips"] = Field("mse", description="the distillation distance")
+    distillation_weighting: Literal["uniform", "min_snr", "velocity"] = Field(
+        "uniform",
+        description="factor of a sample's distillation loss by its timestep: uniform; min_snr, min(SNR, 5) (arXiv "
+        "2303.09556), which is near 0 at pure noise; velocity, 1 / sigma^2, the distance of velocities",
+    )
+    feature_timesteps: Levels = Field(
+        (10, 100, 250), description="noise levels of feature matching, 0 to 999: a list, or a range such as 10..250"
+    )
+    feature_rows: Literal["all", "first_step"] = Field(
+        "all",
+        description="samples on which feature matching acts: all, or those that start at pure noise (t from 900 on)",
+    )
     perceptual_crop: Count = Field(32, description="side of the random crop that lpips compares, in latent pixels")
     adversarial: Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla", "relativistic"] = Field(
         "lsgan", description="the adversarial loss; relativistic compares real and fake of the same condition"

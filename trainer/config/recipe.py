@@ -144,20 +144,27 @@ class PhaseSection(Section):
     adversarial: Weight = Field(0.0, description="factor of the adversarial loss; 0 is off, and costs nothing")
     dmd: Weight = Field(0.0, description="factor of the distribution matching loss (DMD); 0 is off, and costs nothing")
     distillation: Weight = Field(1.0, description="factor of the distillation loss; 0 is off, and costs nothing")
+    feature_matching: Weight = Field(
+        0.0,
+        description="factor of feature matching, the distance of student and teacher as the teacher's hidden states; 0 "
+        "is off, and costs nothing",
+    )
 
     @model_validator(mode="after")
     def _something_counts(self) -> PhaseSection:
         if not sum(self.modes) > 0:
             raise ValueError("all four modes are 0; give at least one mode a weight above 0")
-        if not self.adversarial + self.dmd + self.distillation > 0:
-            raise ValueError("adversarial, dmd and distillation are all 0; give at least one a factor above 0")
+        if not self.adversarial + self.dmd + self.distillation + self.feature_matching > 0:
+            raise ValueError(
+                "adversarial, dmd, distillation and feature_matching are all 0; give at least one a factor above 0"
+            )
         return self
 
     def phase(self) -> Phase:
         """Return the phase as flash_core takes it."""
         from ...flash_core.distiller import Phase
 
-        return Phase(self.modes, self.adversarial, self.dmd, self.distillation)
+        return Phase(self.modes, self.adversarial, self.dmd, self.distillation, self.feature_matching)
 
 
 class OptimizerSection(Section):
@@ -335,6 +342,9 @@ class Recipe(Section):
         content = self.model_dump(mode="json")
         if self.sampler == SamplerSection():
             del content["sampler"]
+        for phase in content["phases"]:
+            if not phase["feature_matching"]:
+                del phase["feature_matching"]
         changed = self.method.model_dump(mode="json", exclude_defaults=True)
         for name in set(content["method"]) - METHOD_FIELDS_OF_0_2:
             if changed.get(name):
