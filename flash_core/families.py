@@ -29,6 +29,7 @@ class Family:
         sizes: names of a transformer's sizes, by the width of the image stream.
         architectures: the ModelSpec names of its models, where these differ: by the width of the image stream, or by
             the prediction. ``architecture`` is the name where neither is known.
+        parameters: of the denoising network, of its usual size where there are several; 0 where the trainer has none.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Family:
     level_widths: tuple[int, ...] = ()
     sizes: Mapping[int, str] = field(default_factory=dict)
     architectures: Mapping[int | str, str] = field(default_factory=dict)
+    parameters: float = 0.0
 
     def sized(self, width: int) -> str:
         """Return the name with the size of that width: "SD3.5 large"; the name alone for an unknown width."""
@@ -71,6 +73,7 @@ FAMILIES: tuple[Family, ...] = (
         SQUARE,
         text_width=768,
         level_widths=(320, 640, 1280),
+        parameters=8.6e8,
     ),
     Family(
         "sd21",
@@ -85,6 +88,7 @@ FAMILIES: tuple[Family, ...] = (
         text_width=1024,
         level_widths=(320, 640, 1280),
         architectures={"v_prediction": "stable-diffusion-v2-768-v", "epsilon": "stable-diffusion-v2-512"},
+        parameters=8.7e8,
     ),
     Family(
         "sd_x4",
@@ -97,6 +101,7 @@ FAMILIES: tuple[Family, ...] = (
         SQUARE,
         text_width=1024,
         level_widths=(512, 1024),
+        parameters=4.7e8,
     ),
     Family(
         "sdxl",
@@ -109,6 +114,7 @@ FAMILIES: tuple[Family, ...] = (
         text_width=2048,
         vector_width=2816,
         level_widths=(640, 1280),
+        parameters=2.57e9,
     ),
     Family(
         "sdxl-refiner",
@@ -122,10 +128,12 @@ FAMILIES: tuple[Family, ...] = (
         vector_width=2560,
         level_widths=(768, 1536),
     ),
-    Family("pixart", "PixArt-alpha", "pixart_alpha", "pixart-alpha", "PixArtAlpha", 4, 1024),
-    Family("pixart-sigma", "PixArt-Sigma", "pixart_sigma", "pixart-sigma", "PixArtSigma", 4, 1024),
+    Family("pixart", "PixArt-alpha", "pixart_alpha", "pixart-alpha", "PixArtAlpha", 4, 1024, parameters=6.1e8),
+    Family("pixart-sigma", "PixArt-Sigma", "pixart_sigma", "pixart-sigma", "PixArtSigma", 4, 1024, parameters=6.1e8),
     # SD3's networks have 64 channels a head and as many blocks as heads.
-    Family("sd3", "SD3", "sd3", "stable-diffusion-v3-medium", "SD3", 16, 1024, sizes={1536: "medium"}),
+    Family(
+        "sd3", "SD3", "sd3", "stable-diffusion-v3-medium", "SD3", 16, 1024, sizes={1536: "medium"}, parameters=2.03e9
+    ),
     Family(
         "sd35",
         "SD3.5",
@@ -136,6 +144,7 @@ FAMILIES: tuple[Family, ...] = (
         1024,
         sizes={1536: "medium", 2432: "large"},
         architectures={1536: "stable-diffusion-v3.5-medium", 2432: "stable-diffusion-v3.5-large"},
+        parameters=2.24e9,
     ),
     Family("flux", "Flux", "", "flux-1-dev", "Flux", 16, 1024),
     # The demo's class is nodes/demo/models.py's.
@@ -150,6 +159,7 @@ FAMILIES: tuple[Family, ...] = (
         SQUARE,
         text_width=128,
         level_widths=(128,),
+        parameters=6.7e6,
     ),
 )
 

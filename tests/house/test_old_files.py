@@ -53,6 +53,10 @@ def _agrees(old: Any, new: Any, where: str) -> None:
         assert set(old) <= set(new), where
         for name, value in old.items():
             _agrees(value, new[name], f"{where}.{name}")
+    elif isinstance(old, list):
+        assert len(old) == len(new), where
+        for index, value in enumerate(old):
+            _agrees(value, new[index], f"{where}.{index}")
     else:
         assert old == new, where
 

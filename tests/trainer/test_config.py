@@ -54,7 +54,7 @@ def test_unet_recipes_differ_in_rank_and_size(name: str, rank: int, pixels: int)
     assert recipe.precision == "bf16"
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_line_of_a_shipped_recipe_has_a_comment(path: Path) -> None:
     lines = path.read_text().splitlines()
     unexplained = [

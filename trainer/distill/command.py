@@ -12,12 +12,13 @@ from typing import NoReturn
 
 from ..config import Recipe
 from ..interrupts import Interrupted, StopRequest
-from ..recipes import load_recipe, shipped_recipes
+from ..recipes import preset_names, read_recipe, shipped_recipes
 from ..tasks import TASKS
 from ..teachers import FAMILIES
 
 PROGRAM = "flash-diffusion"
 EPILOG = f"""shipped recipes: {", ".join(shipped_recipes())}
+presets: {", ".join(preset_names())}
 model families: {", ".join(FAMILIES)}
 tasks: {", ".join(TASKS)}
 
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="set a field of the recipe, such as optimizer.lr=1e-4 or phases.0.updates=100; can be repeated",
     )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="whole settings under the recipe's own fields: paper (as published), best (what won here); rates, rank "
+        "and budgets of best follow from the model's and the data's size",
+    )
     parser.add_argument("--output", type=Path, help="folder of the run (default: out/NAME OF THE RECIPE)")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the last intact checkpoint; begin where there is none"
@@ -58,13 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Distil a recipe, or print its plan."""
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe, reasons = read_recipe(args.recipe, args.overrides, args.preset)
     if args.dry_run:
         from rich.console import Console
 
         from .plan import print_plan
 
-        print_plan(recipe, Console())
+        print_plan(recipe, Console(), reasons)
         return 0
     output = args.output or Path("out") / Path(args.recipe).stem
     resume = resume_command(args, output)
@@ -101,7 +108,8 @@ def resume_command(args: argparse.Namespace, output: Path) -> str:
     if processes > 1:
         program = ["accelerate", "launch", "--num_processes", str(processes), "-m", module or "flash_diffusion.trainer"]
     overrides = [part for override in args.overrides for part in ("--set", override)]
-    command = [*program, "distill", args.recipe, *overrides, "--output", str(output), "--resume"]
+    preset = [] if args.preset is None else ["--preset", args.preset]
+    command = [*program, "distill", args.recipe, *preset, *overrides, "--output", str(output), "--resume"]
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -28,8 +28,11 @@ AVERAGE_BYTES = 4
 MILLION = 1e6
 
 
-def print_plan(recipe: Recipe, console: Console) -> None:
+def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) -> None:
     """Print the phases, the teacher's work, the trained parameters, memory and time.
+
+    Args:
+        reasons: what the recipe's preset chose, and why.
 
     Raises:
         UserError: the recipe does not fit the model, or the data are not there.
@@ -45,6 +48,8 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
+    for reason in reasons:
+        say(reason)
     say(f"{outline.name} ({recipe.model.family}): {recipe.updates} updates")
     variants = f", {recipe.task.variants} variants of each picture" if recipe.task.variants > 1 else ""
     where = recipe.data.source if recipe.data.path is None else title_of(recipe.data.path)

@@ -1,12 +1,13 @@
 """Read recipes: YAML files, shipped or the user's own, with the recipe that they extend and with overrides.
 
 A recipe that ``extends`` another one holds only the differences: sections are merged field by field, lists and values
-are replaced.
+are replaced. A recipe with a ``preset`` holds only the model, the data and what differs from the preset.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import yaml
 
 from ..config import Recipe, parse_recipe
 from ..errors import UserError
+from .merging import merged
+from .preset import PRESET, preset_names, with_preset
+
+__all__ = ["LORA_FILE", "RECIPES", "load_recipe", "load_run_recipe", "preset_names", "read_recipe", "shipped_recipes"]
 
 RECIPES = Path(__file__).resolve().parent
 EXTENDS = "extends"
@@ -25,21 +30,40 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply ``key=value`` overrides.
+def load_recipe(name: str, overrides: Sequence[str] = (), preset: str | None = None) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides; see :func:`read_recipe`."""
+    return read_recipe(name, overrides, preset)[0]
+
+
+def read_recipe(name: str, overrides: Sequence[str] = (), preset: str | None = None) -> tuple[Recipe, list[str]]:
+    """Return a recipe with overrides applied, and lines that say what its preset chose and why.
 
     Args:
         name: a YAML file, or the name of a shipped recipe with or without ``.yaml``.
         overrides: ``section.field=value``, the value in YAML; ``phases.0.updates=10`` reaches into lists.
+        preset: takes the place of the recipe's preset.
 
     Raises:
-        UserError: no such recipe, not YAML, or a wrong field; the message names field, value and expected value.
+        UserError: no such recipe or preset, not YAML, or a wrong field; the message names field, value and expected
+            value.
     """
     path = _find(name, Path())
     content = _read(path, ())
+    reasons: list[str] = []
+    if preset is not None:
+        content[PRESET] = preset
+    if PRESET in content or any(override.split("=")[0].strip() == PRESET for override in overrides):
+        # The preset must know the true model and data; what the overrides say of its own lists comes after.
+        given = deepcopy(content)
+        for override in overrides:
+            if not any(part.strip().isdigit() for part in override.partition("=")[0].split(".")):
+                _apply_override(given, override)
+        chosen = given.pop(PRESET)
+        content, reasons = with_preset(chosen, given)
     for override in overrides:
         _apply_override(content, override)
-    return parse_recipe(content, str(path))
+    content.pop(PRESET, None)
+    return parse_recipe(content, str(path)), reasons
 
 
 def load_run_recipe(folder: Path) -> Recipe:
@@ -85,15 +109,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     base = content.pop(EXTENDS)
     if not isinstance(base, str):
         raise UserError(f"{path}: {EXTENDS} must be a YAML file or the name of a shipped recipe, not {base!r}")
-    return _merged(_read(_find(base, path.parent), (*extended_by, path)), content)
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    outcome = dict(base)
-    for key, value in changes.items():
-        below = outcome.get(key)
-        outcome[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return outcome
+    return merged(_read(_find(base, path.parent), (*extended_by, path)), content)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
