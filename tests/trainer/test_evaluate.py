@@ -71,6 +71,8 @@ def test_frechet_distance_is_scipys_formula() -> None:
     expected = ((left.mean(0) - right.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
     value = metrics.frechet_distance(torch.from_numpy(left), torch.from_numpy(right))
     assert value == pytest.approx(expected, rel=1e-9)
+    moments = [metrics.Moments.of(torch.from_numpy(features)) for features in (left, right)]
+    assert moments[0].distance(moments[1]) == pytest.approx(value, rel=1e-9)  # torchmetrics' own way
 
 
 def test_frechet_distance_in_one_dimension_by_hand() -> None:

@@ -1,7 +1,8 @@
-"""`flash-diffusion evaluate`: read the command line, make a request of it, and run one of three evaluations.
+"""`flash-diffusion evaluate`: read the command line, make a request of it, and run an evaluation.
 
 - How close do a student's few steps come to its teacher's many? (`teacher_comparison.py`; the default, needs no data)
 - How well does a student inpaint, enlarge, swap faces, follow edges? (`task_comparison.py`; `--task`, `--run`)
+- Which stochasticity draws best? (`tuning/`; `--tune-sampler`)
 - What are a student's FID and CLIP score on COCO? (`coco/zero_shot.py`; `--protocol`)
 """
 
@@ -34,6 +35,7 @@ from .request import (
     TaskComparisonRequest,
     TeacherComparisonRequest,
 )
+from .tuning.tune import STEP_COUNTS, VALUES, tune_sampler, tuning_request
 
 if TYPE_CHECKING:
     from ..tasks.base import Task
@@ -49,6 +51,9 @@ EPILOG = """examples:
 
   Evaluate a distillation on its own task (the folder of the run names model, task, data and LoRA):
     flash-diffusion evaluate --run out/inpainting --output out/inpainting-report
+
+  Measure which stochasticity draws best in 2, 4 and 8 steps, and write it into the LoRA:
+    flash-diffusion evaluate --run out/my-lora --tune-sampler --write --output out/tuning
 
   Measure FID and CLIP score on COCO:
     flash-diffusion evaluate --protocol coco2017-5k --coco /data/coco --family sd15 --teacher /models/sd15 \\
@@ -160,6 +165,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pictures, made where they are missing (default: in --output)",
     )
 
+    add = parser.add_argument_group("the student's sampler").add_argument
+    add(
+        "--tune-sampler",
+        nargs="*",
+        type=float,
+        metavar="VALUE",
+        help="measure the distance to the teacher at these values of stochasticity (default: "
+        f"{' '.join(f'{value:g}' for value in VALUES)}) in {', '.join(map(str, STEP_COUNTS))} steps, choose, and stop",
+    )
+    add(
+        "--write",
+        action="store_true",
+        help="with --tune-sampler: write the choice into the LoRA's metadata, and into the run's folder for exports",
+    )
+
     add = parser.add_argument_group("zero-shot evaluation on COCO").add_argument
     add("--protocol", choices=list(PROTOCOLS), help="protocol to measure by")
     add("--coco", type=_path, help="folder with annotations/ and val2017/ or val2014/")
@@ -224,7 +244,12 @@ def run(args: argparse.Namespace) -> int:
     from ..report.build import print_report, write_report
     from ..report.charts import read_log
 
+    if args.tune_sampler is not None and args.samples is None:
+        args.samples = Options().samples  # of a task too: set distances need more than its other figures
     console, request = Console(stderr=True), request_of(args)  # the figures go to stdout, the progress beside them
+    if args.tune_sampler is not None:
+        tune_sampler(tuning_request(args, request), console)
+        return 0
     if request.log is not None and request.log.is_file():
         read_log(request.log)  # a broken log must not end the evaluation after hours
     if isinstance(request, CocoRequest):
@@ -331,6 +356,8 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
     for name, value in least.items():
         if (given := getattr(args, name)) is not None and not (given >= value and math.isfinite(given)):
             raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    if args.write and args.tune_sampler is None:
+        raise UserError("--write writes the result of --tune-sampler; give both")
     if args.stochasticity is not None and not 0 <= args.stochasticity <= 1:
         raise UserError(f"--stochasticity must be from 0 to 1, got {args.stochasticity:g}")
     if lora is not None and not lora.exists():

@@ -6,9 +6,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ...flash_core.grid import trailing_fractions, trailing_timesteps
 from ...flash_core.process import Process
 from ..config import Recipe
 from ..recipes import LORA_FILE
@@ -16,6 +13,7 @@ from ..tasks import build_task
 from ..teachers import family
 from ..teachers.base import Teacher
 from .base_facts import ControlFacts
+from .card_scheduler import scheduler_code
 
 BEST_STEPS = 4
 # The default strength of SDXL's inpainting pipeline is 0.9999, which drops one step.
@@ -70,13 +68,21 @@ class NoStockPipeline(Exception):
     """Raised if diffusers has no pipeline for the task; the message is the end of a sentence."""
 
 
-def usage(recipe: Recipe, folder: str, rank: int, process: Process, control: ControlFacts | None = None) -> Usage:
+def usage(
+    recipe: Recipe,
+    folder: str,
+    rank: int,
+    process: Process,
+    control: ControlFacts | None = None,
+    stochasticity: float = 1.0,
+) -> Usage:
     """Return Python that makes a picture with diffusers.
 
     Args:
         folder: the LoRA's folder.
         rank: of the LoRA; transformers' LoRAs have alpha = rank.
         control: the network that reads hints, for the task control.
+        stochasticity: share of fresh noise between steps. Default: the paper's 1.
     """
     teacher = family(recipe.model.family)
     try:
@@ -86,24 +92,15 @@ def usage(recipe: Recipe, folder: str, rank: int, process: Process, control: Con
     options = [*drawing.arguments, *(f"{name}={value!r}" for name, value in teacher.call_options.items())]
     if drawing.sized and recipe.data.resolution is not None:
         options += [f"height={recipe.data.resolution}", f"width={recipe.data.resolution}"]
-    if process.kind == "flow":
-        scheduler, settings = "FlowMatchEulerDiscreteScheduler", ", stochastic_sampling=True"
-        # The scheduler shifts uniform time itself.
-        options.append(f"sigmas={trailing_fractions(BEST_STEPS)}")
-    else:
-        # Of its 100 timesteps the trained ones are some; of its usual 50 they are not, and it would warn.
-        scheduler, settings = "LCMScheduler", ", original_inference_steps=100"
-        if process.prediction != "epsilon":  # a pipeline from a single file may not know
-            settings += f', prediction_type="{process.prediction}"'
-        if float(process.alpha_sigma(torch.tensor([process.timestep(1)]))[0]) == 0:
-            settings += ", rescale_betas_zero_snr=True"
-        grid = ", ".join(f"{t:g}" for t in trailing_timesteps(process, BEST_STEPS))
-        options.append(f"timesteps=[{grid}]" if drawing.takes_timesteps else f"num_inference_steps={BEST_STEPS}")
-    lines = [f"from diffusers import {', '.join(sorted([scheduler, *drawing.names]))}", *drawing.imports, ""]
+    scheduler = scheduler_code(process, BEST_STEPS, stochasticity, drawing.takes_timesteps)
+    options.append(scheduler.option)
+    lines = [f"from diffusers import {', '.join(sorted([scheduler.diffusers, *drawing.names]))}", *drawing.imports, ""]
+    if scheduler.definition:
+        lines += ["", scheduler.definition, ""]
     lines += drawing.loading
     lines.append(teacher.loading_code.format(folder=folder, file=LORA_FILE, rank=rank))
     lines += drawing.switching
-    lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{settings})")
+    lines.append(scheduler.setting)
     lines.append(f"image = pipe({', '.join(options)}, guidance_scale=1.0).images[0]")
     return Usage("\n".join(lines), drawing.given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ... import __version__
 from ...flash_core.grid import MAX_FEW_STEPS, trailing_timesteps
 from ...flash_core.lora import FlashMetadata, LoraModule, write_lora
 from ..config import Recipe
+from ..evaluate.tuning.stored import read_tuned
 from ..files import write_text_whole
 from ..recipes import LORA_FILE
 from ..teachers import family
@@ -19,6 +21,8 @@ from .base_facts import read_base_facts
 from .card_usage import BEST_STEPS
 from .model_card import model_card
 from .training_state import TrainingState
+
+logger = logging.getLogger(__name__)
 
 
 def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: TrainingState) -> Path:
@@ -39,7 +43,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
         task=recipe.task.name,
         timesteps={steps: tuple(trailing_timesteps(process, steps)) for steps in range(1, MAX_FEW_STEPS + 1)},
         steps=BEST_STEPS,
-        stochasticity=stochasticity_of(recipe),
+        stochasticity=measured_stochasticity(run, state) or stochasticity_of(recipe),
         title=f"Flash LoRA of {facts.name}",
         teacher=facts.name,
         architecture=facts.architecture,
@@ -58,6 +62,22 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
     write_lora(path, modules, metadata, transformer=teacher.transformer, dtype=getattr(torch, recipe.lora.dtype))
     write_text_whole(run / "README.md", model_card(run, recipe, modules, metadata, facts, state))
     return path
+
+
+def measured_stochasticity(run: Path, state: TrainingState) -> dict[int, float]:
+    """Return {step count: share of fresh noise} as measured by ``evaluate --tune-sampler``; empty if it was not."""
+    tuned = read_tuned(run)
+    if tuned is None:
+        return {}
+    if tuned.updates != str(state.update):
+        logger.warning(
+            "The stochasticity was measured at update %s, and this LoRA is of update %s; measure it again with "
+            "`flash-diffusion evaluate --run %s --tune-sampler --write`.",
+            tuned.updates or "unknown",
+            state.update,
+            run,
+        )
+    return dict(tuned.stochasticity)
 
 
 def stochasticity_of(recipe: Recipe) -> dict[int, float]:

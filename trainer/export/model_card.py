@@ -9,10 +9,12 @@ from typing import Any
 import yaml
 
 from ...flash_core.grid import NUM_MODES, trailing_timesteps
-from ...flash_core.lora import FlashMetadata, LoraModule
+from ...flash_core.lora import FlashMetadata, LoraModule, nearest_stochasticity
+from ...flash_core.lora.metadata import PAPER_STOCHASTICITY
 from ..config import Recipe
+from ..evaluate.tuning.stored import Tuned, read_tuned
 from .base_facts import BaseFacts
-from .card_usage import Usage, is_on_disk, usage
+from .card_usage import BEST_STEPS, Usage, is_on_disk, usage
 from .training_state import TrainingState
 
 # The Hub's tasks: inpainting, super-resolution and the like are kinds of its image-to-image.
@@ -47,6 +49,8 @@ def model_card(
     previews = sorted((run / "previews").glob("*.webp")) if (run / "previews").is_dir() else []
     picture = f"![teacher beside student](previews/{previews[-1].name})\n" if previews else ""
     first = next(iter(modules.values()))
+    share, _ = nearest_stochasticity(metadata.stochasticity, BEST_STEPS)
+    tuned = read_tuned(run)
     rows = []
     for phase in recipe.phases:
         modes = ", ".join(f"{beta:g}" for beta in phase.modes)
@@ -66,9 +70,9 @@ A LoRA with which **{metadata.teacher}** makes pictures in 1 to 4 steps without 
 {picture}
 ## Use
 
-{_together(recipe, metadata)}ComfyUI: {nodes}{_stochasticity(metadata)}
+{_together(recipe, metadata)}ComfyUI: {nodes}{_stochasticity(metadata, tuned)}
 
-{_diffusers(usage(recipe, run.name, first.rank, facts.process, facts.control), recipe, metadata)}
+{_diffusers(usage(recipe, run.name, first.rank, facts.process, facts.control, share), recipe, metadata)}
 
 | steps | timesteps |
 |---|---|
@@ -86,14 +90,37 @@ setting, `log.jsonl` the losses.
 """
 
 
-def _stochasticity(metadata: FlashMetadata) -> str:
-    """Return the sentence on a sampler with less fresh noise than the paper's; empty for the paper's."""
-    share = metadata.stochasticity.get(metadata.steps, 1)
-    if share == 1:
+def _stochasticity(metadata: FlashMetadata, tuned: Tuned | None) -> str:
+    """Return the sentences on a sampler with less fresh noise than the paper's, and on what was measured.
+
+    Empty for a LoRA that has the paper's sampler and was not measured.
+    """
+    if not metadata.stochasticity:
         return ""
+    shares = {steps: nearest_stochasticity(metadata.stochasticity, steps)[0] for steps in (2, 4, 8)}
+    listed = ", ".join(f"{share:g} at {steps} steps" for steps, share in shares.items())
+    if len(set(shares.values())) == 1:
+        listed = f"{shares[2]:g}"
+    text = (
+        f"\n\nStochasticity (share of fresh noise between steps, 1 in the paper): {listed}. "
+        "Flash Sampler's `auto` takes it."
+    )
+    return text if tuned is None else f"{text} {_measured(tuned)}"
+
+
+def _measured(tuned: Tuned) -> str:
+    """Return how the stochasticity was chosen: the distances at the taken value and at the paper's."""
+    parts = []
+    for steps, share in tuned.stochasticity.items():
+        row, unit = tuned.distances[steps], tuned.floor or 1.0
+        part = f"{row[share] / unit:.3g} at {steps} steps"
+        if share != PAPER_STOCHASTICITY and PAPER_STOCHASTICITY in row:
+            part += f" ({row[PAPER_STOCHASTICITY] / unit:.3g} with the paper's)"
+        parts.append(part)
+    ratio = "" if tuned.floor is None else ", as a multiple of the distance between two sets of the teacher's own"
     return (
-        f" Set *stochasticity* to {share:g} on Flash Sampler. diffusers' schedulers add fresh noise at every step "
-        "(stochasticity 1) or none at all (0): their pictures are a little worse."
+        f"Measured on {tuned.samples} pictures in the features of {tuned.features}: Fr\u00e9chet distance to the "
+        f"teacher's pictures{ratio}: {', '.join(parts)}."
     )
 
 

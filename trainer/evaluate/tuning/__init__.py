@@ -1,0 +1,1 @@
+"""`flash-diffusion evaluate --tune-sampler`: measure which stochasticity draws best at each step count."""

@@ -1,0 +1,81 @@
+"""Make the student's pictures at every stochasticity, and hold them beside the teacher's, as features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...metrics.distances import frechet_distance
+from ..generate import decode_pictures, sample_latents, sweep_latents, sweep_passes
+from ..task_comparison import TaskComparison
+from ..task_samples import batches
+from ..teacher_comparison import TeacherComparison
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Setting = tuple[int, float]  # step count, stochasticity
+
+
+@dataclass(frozen=True)
+class SweptSets:
+    """Sets of pictures in feature space.
+
+    Attributes:
+        students: {(step count, stochasticity): (N, D)}; row i has the same prompt, conditions and noise in every set.
+        reference: the teacher's independent set, (N times, D).
+        floor: the distance of another set of the teacher's to ``reference``; None where there is no such set.
+    """
+
+    students: dict[Setting, Tensor]
+    reference: Tensor
+    floor: float | None
+
+
+def sweep_text_to_image(comparison: TeacherComparison, sweep: Sequence[Setting], progress: Progress) -> SweptSets:
+    """Sweep a text-to-image student against the teacher's reference, which is made where none is stored."""
+    comparison.progress = progress
+    comparison.student_runs = []  # the sweep makes the student's pictures
+    comparison.prepare()
+    reference, samples = comparison.reference, comparison.samples
+    size = comparison.options.batch_size
+    bar = progress.add_task("student", total=sweep_passes(sweep) * len(samples), unit="passes")
+    found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
+    for begin in range(0, len(samples), size):
+        batch = samples.rows(range(begin, min(begin + size, len(samples))))
+        for setting, latents in zip(
+            sweep, sweep_latents(comparison.maker, sweep, batch.prompts, batch.seeds), strict=True
+        ):
+            pictures = decode_pictures(comparison.maker, latents).to(comparison.maker.device)
+            with torch.inference_mode():
+                found[setting].append(comparison.network(pictures)[0].float().cpu())
+        progress.advance(bar, sweep_passes(sweep) * len(batch))
+    return SweptSets(
+        {setting: torch.cat(parts) for setting, parts in found.items()},
+        reference.first.features,
+        frechet_distance(reference.second.features, reference.first.features),
+    )
+
+
+def sweep_task(comparison: TaskComparison, sweep: Sequence[Setting], progress: Progress) -> SweptSets:
+    """Sweep the student of a conditional task against results of the teacher with the same conditions, other noise."""
+    options, task, teacher = comparison.options, comparison.task, comparison.teacher
+    passes = comparison.many.nfe + sweep_passes(sweep)
+    bar = progress.add_task(task.name, total=passes * options.samples, unit="passes")
+    found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
+    independent = []
+    with torch.inference_mode():
+        for batch in batches(
+            comparison.subjects, task, teacher.resolution, options.samples, options.seed, options.batch_size
+        ):
+            rows, scene = comparison.encode(batch)
+            latents = sample_latents(rows, comparison.many, rows.prompts, batch.independent, options.solver)
+            independent.append(comparison.look(task.finished(decode_pictures(rows, latents), scene)))
+            for setting, drawn in zip(sweep, sweep_latents(rows, sweep, rows.prompts, batch.seeds), strict=True):
+                found[setting].append(comparison.look(task.finished(decode_pictures(rows, drawn), scene)))
+            progress.advance(bar, passes * len(batch))
+    return SweptSets({setting: torch.cat(parts) for setting, parts in found.items()}, torch.cat(independent), None)
