@@ -12,9 +12,12 @@ from diffusers import DiffusionPipeline
 
 from flash_diffusion.flash_core.denoiser import predict_z0
 from flash_diffusion.flash_core.grid import trailing_timesteps
-from flash_diffusion.flash_core.lora import FlashMetadata, LoraModule, write_lora
+from flash_diffusion.flash_core.lora import FlashMetadata, LoraModule, nearest_stochasticity, read_lora, write_lora
+from flash_diffusion.flash_core.process import VPProcess
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.config import Recipe, parse_recipe
+from flash_diffusion.trainer.demo.assets import LORAS
+from flash_diffusion.trainer.export.card_scheduler import scheduler_code
 from flash_diffusion.trainer.export.card_usage import usage
 from flash_diffusion.trainer.teachers import load_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
@@ -110,3 +113,17 @@ def test_the_cards_python_draws_our_latents(
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     other = by_us(student, 1.0 if stochasticity < 1 else 0.0)
     assert float((ours - other).abs().max()) > 0.01
+
+
+def test_the_demo_loras_page_draws_as_its_metadata_say() -> None:
+    """The page's scheduler is the cards' for the value that Flash Sampler's ``auto`` takes at 4 steps."""
+    lora = read_lora(LORAS / "flash_demo.safetensors")
+    assert lora.metadata is not None
+    share, _ = nearest_stochasticity(lora.metadata.stochasticity, 4)
+    process = VPProcess.from_betas(prediction="v_prediction")
+    scheduler = scheduler_code(process, 4, share, takes_timesteps=True)
+    page = (LORAS / "README.md").read_text(encoding="utf-8")
+    assert f"value, {f'{share:g}'.lstrip('0')}" in page
+    assert scheduler.definition in page
+    assert scheduler.setting.replace(', prediction_type="v_prediction"', "") in page  # the teacher's folder says so
+    assert scheduler.option in page
