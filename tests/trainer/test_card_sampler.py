@@ -25,12 +25,15 @@ from flash_diffusion.trainer.teachers.base import Teacher
 from ..families.pipelines import save_pipeline
 from .models import tiny_recipe
 
-FAMILIES = {"sd15": "epsilon", "sd21": "v_prediction", "sd3": "flow"}
-SCHEDULERS = {
-    "sd15": {0.0: "DDIMScheduler", 0.5: "FlashScheduler", 1.0: "LCMScheduler"},
-    "sd3": {share: "FlowMatchEulerDiscreteScheduler" for share in (0.0, 1.0)} | {0.5: "FlashScheduler"},
+# The base's family, fields of its scheduler that differ, and its prediction.
+BASES: dict[str, tuple[str, dict[str, bool], str]] = {
+    "epsilon": ("sd15", {}, "epsilon"),
+    "v": ("sd21", {}, "v_prediction"),
+    "v, zero terminal SNR": ("sd21", {"rescale_betas_zero_snr": True}, "v_prediction"),
+    "flow": ("sd3", {}, "flow"),
 }
-SCHEDULERS["sd21"] = SCHEDULERS["sd15"]
+VP = {0.0: "DDIMScheduler", 0.5: "FlashScheduler", 1.0: "LCMScheduler"}
+FLOW = {0.0: "FlowMatchEulerDiscreteScheduler", 0.5: "FlashScheduler", 1.0: "FlowMatchEulerDiscreteScheduler"}
 SEED, PROMPT = 5, "red ball"
 
 
@@ -44,23 +47,25 @@ class Student:
     recipe: Recipe
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=BASES)
 def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Student:
-    family: str = request.param
+    family, fields, prediction = BASES[request.param]
     folder = tmp_path_factory.mktemp(family)
-    content = tiny_recipe(save_pipeline(family, folder / "base"), folder)
+    content = tiny_recipe(save_pipeline(family, folder / "base", **fields), folder)
     content["model"]["family"] = family
     if family == "sd3":
         content["data"]["resolution"] = 64
         content["method"]["solver"] = "euler"
     recipe = parse_recipe(content)
     teacher = load_teacher(recipe.model, "cpu", recipe.data.resolution)
-    assert teacher.denoiser.process.prediction == FAMILIES[family]
+    process = teacher.denoiser.process
+    assert process.prediction == prediction
+    assert (float(process.alpha_sigma(torch.tensor([999.0]))[0]) == 0) == bool(fields)
     teacher.denoiser.add_adapter("student", 4, 4, ["to_q", "to_v"])
     for index, value in enumerate(teacher.denoiser.adapter_parameters("student").values()):
         value.data = 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index))
     modules: dict[str, LoraModule] = dict(teacher.denoiser.adapter("student"))
-    metadata = FlashMetadata(base=family, prediction=FAMILIES[family], process="vp", timesteps={})
+    metadata = FlashMetadata(base=family, prediction=prediction, process=process.kind, timesteps={})
     (folder / "student").mkdir()
     transformer = family == "sd3"
     write_lora(folder / "student" / "lora.safetensors", modules, metadata, transformer=transformer)
@@ -108,7 +113,7 @@ def test_the_cards_python_draws_our_latents(
 ) -> None:
     monkeypatch.chdir(student.folder)
     theirs, scheduler = by_card(student, stochasticity)
-    assert scheduler == SCHEDULERS[student.family][stochasticity]
+    assert scheduler == (FLOW if student.family == "sd3" else VP)[stochasticity]
     ours = by_us(student, stochasticity)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     other = by_us(student, 1.0 if stochasticity < 1 else 0.0)
