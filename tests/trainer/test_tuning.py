@@ -36,8 +36,9 @@ SWEEP = [(steps, share) for steps in (2, 4, 8) for share in (0.0, 0.5, 1.0)]
 
 def test_a_sweep_makes_the_samplers_latents_with_one_shared_first_prediction() -> None:
     model, prompts, seeds = Paints(0.2), ["red", "blue", "green"], [3, 4, 5]
-    swept = sweep_latents(model, SWEEP, prompts, seeds)
-    assert model.passes == sweep_passes(SWEEP) * len(prompts) == 34 * 3
+    counted: list[int] = []
+    swept = sweep_latents(model, SWEEP, prompts, seeds, counted.append)
+    assert sum(counted) == model.passes == sweep_passes(SWEEP) * len(prompts) == 34 * 3
     for (steps, share), latents in zip(SWEEP, swept, strict=True):
         model.stochasticity = {steps: share}
         torch.testing.assert_close(latents, sample_latents(model, SamplingSetting("student", steps), prompts, seeds))
@@ -54,6 +55,7 @@ def test_an_exact_student_is_worst_with_all_noise_fresh_and_two_steps_decide_not
     )
     with Progress(disable=True) as progress:
         sets = sweep_text_to_image(comparison, SWEEP, progress)
+        assert all(task.completed == task.total for task in progress.tasks)
     assert sets.floor == frechet_distance(comparison.reference.second.features, sets.reference)
 
     def chosen(steps: int, preferred: float) -> Any:

@@ -242,12 +242,19 @@ def sample_latents(
 
 
 def sweep_latents(
-    maker: PictureMaker, sweep: Sequence[tuple[int, float]], prompts: Sequence[str], seeds: Sequence[int]
+    maker: PictureMaker,
+    sweep: Sequence[tuple[int, float]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    advance: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Sample the student's latents (B, C, h, w) for each (step count, stochasticity), all from the same noise.
 
     The first prediction depends on the noise and its timestep alone, so all runs that begin at one timestep share it:
     see :func:`sweep_passes`.
+
+    Args:
+        advance: gets B after each pass.
     """
     import torch
 
@@ -268,6 +275,8 @@ def sweep_latents(
             if index == 0 and t in first:
                 return first[t]
             prediction = predict_z0(denoiser, z, torch.full((len(z),), t, device=z.device), conditioning)
+            if advance is not None:
+                advance(len(z))
             return first.setdefault(t, prediction) if index == 0 else prediction
 
         alphas, sigmas = denoiser.process.alpha_sigma(torch.tensor(timesteps, dtype=torch.float64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,13 +48,11 @@ def sweep_text_to_image(comparison: TeacherComparison, sweep: Sequence[Setting],
     found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
     for begin in range(0, len(samples), size):
         batch = samples.rows(range(begin, min(begin + size, len(samples))))
-        for setting, latents in zip(
-            sweep, sweep_latents(comparison.maker, sweep, batch.prompts, batch.seeds), strict=True
-        ):
+        swept = sweep_latents(comparison.maker, sweep, batch.prompts, batch.seeds, partial(progress.advance, bar))
+        for setting, latents in zip(sweep, swept, strict=True):
             pictures = decode_pictures(comparison.maker, latents).to(comparison.maker.device)
             with torch.inference_mode():
                 found[setting].append(comparison.network(pictures)[0].float().cpu())
-        progress.advance(bar, sweep_passes(sweep) * len(batch))
     return SweptSets(
         {setting: torch.cat(parts) for setting, parts in found.items()},
         reference.first.features,
@@ -75,7 +74,8 @@ def sweep_task(comparison: TaskComparison, sweep: Sequence[Setting], progress: P
             rows, scene = comparison.encode(batch)
             latents = sample_latents(rows, comparison.many, rows.prompts, batch.independent, options.solver)
             independent.append(comparison.look(task.finished(decode_pictures(rows, latents), scene)))
-            for setting, drawn in zip(sweep, sweep_latents(rows, sweep, rows.prompts, batch.seeds), strict=True):
+            progress.advance(bar, comparison.many.nfe * len(batch))
+            swept = sweep_latents(rows, sweep, rows.prompts, batch.seeds, partial(progress.advance, bar))
+            for setting, drawn in zip(sweep, swept, strict=True):
                 found[setting].append(comparison.look(task.finished(decode_pictures(rows, drawn), scene)))
-            progress.advance(bar, passes * len(batch))
     return SweptSets({setting: torch.cat(parts) for setting, parts in found.items()}, torch.cat(independent), None)
