@@ -30,6 +30,7 @@ from .settings import (
 from .terms import adversarial, distribution_matching
 from .terms.draws import acting_rows
 from .terms.features import feature_matching_term
+from .terms.segments import intra_segment_term
 
 __all__ = [
     "ADVERSARIAL_TIMESTEPS",
@@ -121,6 +122,12 @@ class Distiller(RolloutSource):
                 self.settings.feature_rows,
                 lambda z, part: feature_matching_term(self.denoiser, self.settings, z, part, generator),
             ),
+            (
+                "intra_segment",
+                phase.intra_segment,
+                "all",
+                lambda z, part: intra_segment_term(self, z, part, max(self.settings.states.steps), generator),
+            ),
         )
         for name, factor, rows, compute in computed:
             index = acting_rows(rows, self.denoiser.process, rollout.t) if factor else None
@@ -163,19 +170,28 @@ class Distiller(RolloutSource):
         torch.autograd.backward(loss * scale)
         return shown
 
-    def critic_samples(self, rollout: Rollout, z_student: Tensor) -> tuple[Tensor, Conditioning]:
-        """Return the outputs (b, C, H, W) on which DMD acts, with their conditions: the critic learns from them."""
+    def critic_samples(self, rollout: Rollout, z_student: Tensor) -> tuple[Tensor, Rollout]:
+        """Return the outputs (b, C, H, W) on which DMD acts, with their rollouts: the critic learns from them."""
         index = acting_rows(self.settings.dmd.rows, self.denoiser.process, rollout.t)
-        return (
-            (z_student, rollout.conditioning) if index is None else (z_student[index], rollout.conditioning.rows(index))
-        )
+        return (z_student, rollout) if index is None else (z_student[index], rollout.rows(index))
 
     def critic_step(
-        self, z_student: Tensor, conditioning: Conditioning, generator: torch.Generator, scale: float = 1.0
+        self,
+        z_student: Tensor,
+        conditioning: Conditioning,
+        generator: torch.Generator,
+        scale: float = 1.0,
+        rollout: Rollout | None = None,
     ) -> dict[str, Tensor]:
-        """Leave ``scale`` times the gradient of the diffusion loss on the student's samples in the critic's adapter."""
+        """Leave ``scale`` times the gradient of the diffusion loss on the student's samples in the critic's adapter.
+
+        Args:
+            rollout: of the samples; needed by the form ``trajectory`` of DMD.
+        """
         with self.denoiser.role("critic"):
-            loss = distribution_matching.critic_loss(self.denoiser, z_student, conditioning, generator)
+            loss = distribution_matching.critic_loss(
+                self.denoiser, self.settings, z_student, conditioning, generator, rollout
+            )
             torch.autograd.backward(loss * scale)
         return {"critic": loss.detach()}
 
@@ -214,7 +230,7 @@ class Distiller(RolloutSource):
 
     def _dmd(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
         real, fake = distribution_matching.real_and_fake(self.denoiser, self.settings, z_student, rollout, generator)
-        return losses.distribution_matching_loss(z_student, real, fake)
+        return losses.distribution_matching_loss(z_student, real, fake, self.settings.dmd.loss)
 
     # -- helpers -------------------------------------------------------------------------------------------------
 

@@ -153,13 +153,19 @@ def r1_penalty(real_logits: Sequence[Tensor], real_features: Sequence[Tensor]) -
     return torch.stack([gradient.flatten(1).pow(2).sum(1).mean() for gradient in gradients]).sum()
 
 
-def distribution_matching_loss(z_student: Tensor, z0_real: Tensor, z0_fake: Tensor) -> Tensor:
+def distribution_matching_loss(
+    z_student: Tensor, z0_real: Tensor, z0_fake: Tensor, kind: Literal["mse", "pseudo_huber"] = "mse"
+) -> Tensor:
     """Return a loss whose gradient in ``z_student`` is the normalised difference of the fake and the real score.
 
-    ``L = mean |z - stopgrad(z - w g)|^2``, ``g = z0_fake - z0_real``, and per sample
+    ``mse``: ``L = mean |z - stopgrad(z - w g)|^2``, ``g = z0_fake - z0_real``, and per sample
     ``w = 1 / (mean |z - z0_real| + 1e-5)`` (Yin et al., arXiv 2311.18828, as arXiv 2406.02347 uses it).
+    ``pseudo_huber``: ``L = mean w (sqrt(|z - stopgrad(z - g)|^2 + c^2) - c)`` (arXiv 2503.06674).
     """
     with torch.no_grad():
-        scale = (z_student - z0_real).abs().flatten(1).mean(1) + DMD_NORMALISER_FLOOR
-        wanted = z_student - (z0_fake - z0_real) / scale.reshape(-1, *(1 for _ in range(z_student.ndim - 1)))
-    return F.mse_loss(z_student, wanted)
+        scale = broadcast((z_student - z0_real).abs().flatten(1).mean(1) + DMD_NORMALISER_FLOOR, z_student)
+        difference = z0_fake - z0_real
+        wanted = z_student - (difference / scale if kind == "mse" else difference)
+    if kind == "mse":
+        return F.mse_loss(z_student, wanted)
+    return latent_loss("pseudo_huber", z_student, wanted, 1 / scale.flatten())

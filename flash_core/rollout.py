@@ -27,7 +27,7 @@ class Rollout:
     Attributes:
         z_t: (B, C, H, W) latents at their start.
         t: (B,) timesteps of the start.
-        z_teacher: (B, C, H, W) the teacher's solution.
+        z_teacher: (B, C, H, W) the teacher's solution; zeros in a phase that does not read it.
         z0: (B, C, H, W) data latents.
         guidance: (B,) the teacher's guidance scale.
     """
@@ -113,7 +113,7 @@ class RolloutSource:
             z0: (B, C, H, W) data latents; their values are not read where no sample starts at noised data.
             generator: the only source of randomness.
         """
-        start = self._draw_indices(phase, range(self.settings.teacher_steps), len(z0), generator)
+        start = self._draw_indices(phase, self._starts(), len(z0), generator)
         t = torch.tensor([self.timesteps[index] for index in start], device=z0.device)
         noise = normal(z0, generator)
         pure = torch.tensor([index == 0 for index in start], device=z0.device)
@@ -134,6 +134,8 @@ class RolloutSource:
                 if start[row] == index:
                     path[row] = z[row]
 
+        if not (on_path or self.settings.reads_solution(phase)):
+            return Rollout(z_t, t, torch.zeros_like(z_t), z0, guidance, conditioning, unconditional)
         z_teacher = self.teacher_solution(
             z_t, conditioning, unconditional, guidance, begin, observe=keep if on_path else None
         )
@@ -143,13 +145,13 @@ class RolloutSource:
     def student_states(
         self, noise: Tensor, t: Tensor, conditioning: Conditioning, generator: torch.Generator
     ) -> Tensor:
-        """Return the student's own states at ``t`` (B,): its first steps from ``noise``, in runs of 2 or 4 steps."""
+        """Return the student's own states at ``t`` (B,): its first steps from ``noise``."""
 
         def predict(z: Tensor, at: Tensor, rows: Tensor) -> Tensor:
             return self.student_z0(z, at, conditioning.rows(rows))
 
         process, states = self.denoiser.process, self.settings.states
-        paths = draw_paths(process, t.tolist(), generator)
+        paths = draw_paths(process, t.tolist(), states.steps, generator)
         with self.denoiser.role("student"):
             return simulate(predict, process, noise, paths, states.stochasticity, generator)
 
@@ -222,6 +224,8 @@ class RolloutSource:
         rows = torch.tensor(sorted(own), device=position.device)
         part, z_t, z_teacher = rollout.rows(rows), rollout.z_t.clone(), rollout.z_teacher.clone()
         z_t[rows] = self.student_states(trajectory.states[0, rows], part.t, part.conditioning, generator)
+        if not self.settings.reads_solution(phase):
+            return replace(rollout, z_t=z_t)
         z_teacher[rows] = self.teacher_solution(
             z_t[rows], part.conditioning, part.unconditional, part.guidance, [drawn[row] for row in sorted(own)]
         )
@@ -240,6 +244,14 @@ class RolloutSource:
         return c_skip * z_t + c_out * z0_hat
 
     # -- draws ---------------------------------------------------------------------------------------------------
+
+    def _starts(self) -> Sequence[int]:
+        """Return the indices of the grid at which samples may start; DMD along a run starts at the run's timesteps."""
+        count = self.settings.teacher_steps
+        if self.settings.dmd.form != "trajectory":
+            return range(count)
+        steps = max(self.settings.states.steps)
+        return [index * count // steps for index in range(steps)]
 
     def _draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
         probability = timestep_mixture(self.settings.teacher_steps, phase.modes)[list(allowed)]

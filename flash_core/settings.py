@@ -15,8 +15,8 @@ class Phase:
 
     Attributes:
         modes: the weights beta of the modes of the timesteps, from pure noise on.
-        adversarial, dmd, distillation, feature_matching: the weights lambda of the loss terms; a term of weight 0 is
-            not computed.
+        adversarial, dmd, distillation, feature_matching, intra_segment: the weights lambda of the loss terms; a term of
+            weight 0 is not computed.
     """
 
     modes: tuple[float, ...]
@@ -24,6 +24,7 @@ class Phase:
     dmd: float = 0.0
     distillation: float = 1.0
     feature_matching: float = 0.0
+    intra_segment: float = 0.0
 
 
 # The published curriculum (arXiv 2406.02347, table of section 5): weight moves toward pure noise.
@@ -53,11 +54,13 @@ class StartStates:
         trajectory: share that starts on the guided teacher's own path from noise.
         student: share that starts at the student's own state after its first steps from noise (backward simulation).
         stochasticity: share of fresh noise between the student's steps.
+        steps: step counts of the student's runs. The largest one has the segments of TDM and intra-segment guidance.
     """
 
     trajectory: float = 0.0
     student: float = 0.0
     stochasticity: float = 1.0
+    steps: tuple[int, ...] = (2, 4)
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,18 @@ class DmdSettings:
 
     Attributes:
         form: ``plain`` matches the guided real score; ``decoupled`` matches the unguided one, and adds the guidance at
-            a noise level of its own, cleaner than the sample's start (arXiv 2511.22677).
+            a noise level of its own, cleaner than the sample's start (arXiv 2511.22677); ``trajectory`` compares the
+            distributions at the end of the sample's step, not at the clean end (TDM, arXiv 2503.06674).
+        loss: how the difference of the scores becomes a gradient: in proportion (``mse``), or nearly its sign.
         rows: the samples on which the term acts: all, or those that start at pure noise or beside it.
         guidance: the guidance scale w of the real score, 1 for unguided; None for each sample's own.
         timesteps: lowest and highest noise level of re-noising, as uniform time in 0..999; None for 0..999, and for
-            ``decoupled`` 20..979.
+            other forms than ``plain`` 20..979.
         distillation: factor of the distillation loss of the samples on which the term acts.
     """
 
-    form: Literal["plain", "decoupled"] = "plain"
+    form: Literal["plain", "decoupled", "trajectory"] = "plain"
+    loss: Literal["mse", "pseudo_huber"] = "mse"
     rows: Rows = "all"
     guidance: float | None = None
     timesteps: tuple[int, int] | None = None
@@ -124,3 +130,9 @@ class DistillerSettings:
     distillation_weighting: Weighting = "uniform"
     feature_timesteps: tuple[int, ...] = FEATURE_TIMESTEPS
     feature_rows: Rows = "all"
+
+    def reads_solution(self, phase: Phase) -> bool:
+        """Return whether a term of ``phase`` reads the teacher's solution; if none does, it need not be computed."""
+        return (
+            phase.distillation > 0 or phase.feature_matching > 0 or (phase.adversarial > 0 and self.real == "teacher")
+        )

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..process import Process, broadcast
 from .draws import integers, normal
 
-CHAINS = (2, 4)  # step counts of the student's runs
 NEAR = 1 / 16  # of the schedule: a start this near to a timestep of a run is reached by that run
 
 
@@ -27,19 +26,21 @@ def path_to(process: Process, t: float, steps: int) -> list[float]:
     return [process.timestep(1 - index / steps) for index in range(max(1, min(nearest, steps - 1)))] + [t]
 
 
-def chains_to(process: Process, t: float) -> list[int]:
-    """Return the step counts of CHAINS whose runs come by ``t``; the longest where none does."""
+def runs_to(process: Process, t: float, steps: Sequence[int]) -> list[int]:
+    """Return those of the step counts whose runs come by ``t``; the largest where none does."""
     fraction = process.fraction(t)
-    found = [steps for steps in CHAINS if any(abs(fraction - index / steps) < NEAR for index in range(1, steps))]
-    return found or [max(CHAINS)]
+    found = [count for count in steps if any(abs(fraction - index / count) < NEAR for index in range(1, count))]
+    return found or [max(steps)]
 
 
-def draw_paths(process: Process, starts: Sequence[float], generator: torch.Generator) -> list[list[float]]:
-    """Return a path of timesteps to each start; where several runs come by it, one is drawn."""
+def draw_paths(
+    process: Process, starts: Sequence[float], steps: Sequence[int], generator: torch.Generator
+) -> list[list[float]]:
+    """Return a path of timesteps to each start, of a run with one of the step counts; drawn where several come by."""
     paths = []
     for t in starts:
-        chains = chains_to(process, t)
-        paths.append(path_to(process, t, chains[int(integers(0, len(chains) - 1, 1, generator))]))
+        runs = runs_to(process, t, steps)
+        paths.append(path_to(process, t, runs[int(integers(0, len(runs) - 1, 1, generator))]))
     return paths
 
 

@@ -1,7 +1,8 @@
 """Distribution matching distillation (DMD): the real score, the fake score, and the critic that learns the fake score.
 
 Scores are written as clean predictions z0, from which they differ by a factor: R is the teacher's, F that of the
-student's distribution. ``plain`` is arXiv 2311.18828 as arXiv 2406.02347 uses it; ``decoupled`` is arXiv 2511.22677.
+student's distribution. ``plain`` is arXiv 2311.18828 as arXiv 2406.02347 uses it; ``decoupled`` is arXiv 2511.22677;
+``trajectory`` is TDM, arXiv 2503.06674.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from ..process import NUM_TIMESTEPS, broadcast
 from ..rollout import Rollout
 from ..settings import DistillerSettings
 from .draws import integers, normal
+from .segments import diffused_from_segment_end
 
 PLAIN_TIMESTEPS = (0, NUM_TIMESTEPS - 1)
-DECOUPLED_TIMESTEPS = (20, 979)  # DMD2's range, the outer 2 % left out (arXiv 2405.14867, appendix)
+INNER_TIMESTEPS = (20, 979)  # DMD2's range, the outer 2 % left out (arXiv 2405.14867, appendix)
 
 
 def real_and_fake(
@@ -28,12 +30,17 @@ def real_and_fake(
     ``plain``: both at one noise level, real = R(c) + (w - 1) (R(c) - R(empty)).
     ``decoupled``: the matching R(c) - F(c) at a level of its own, and the guidance (w - 1) (R(c) - R(empty)) at a level
     cleaner than the sample's start.
+    ``trajectory``: as plain, at a state that is diffused on from the end of the sample's step.
     """
-    low, high = settings.dmd.timesteps or (PLAIN_TIMESTEPS if settings.dmd.form == "plain" else DECOUPLED_TIMESTEPS)
+    low, high = bounds_of(settings)
     process, scale = denoiser.process, guidance_of(settings, rollout)
-    t = process.uniform_timestep(integers(low, high, len(z_student), generator).to(z_student.device))
     with torch.no_grad():
-        z_t = process.add_noise(z_student, normal(z_student, generator), t)
+        if settings.dmd.form == "trajectory":
+            steps = max(settings.states.steps)
+            z_t, t = diffused_from_segment_end(process, z_student, rollout, steps, (low, high), generator)
+        else:
+            t = process.uniform_timestep(integers(low, high, len(z_student), generator).to(z_student.device))
+            z_t = process.add_noise(z_student, normal(z_student, generator), t)
         if settings.dmd.form == "decoupled":
             real = _decoupled(denoiser, z_student, z_t, t, rollout, scale, low, generator)
         elif settings.dmd.guidance == 1:
@@ -43,6 +50,11 @@ def real_and_fake(
         with denoiser.role(settings.fake_score):
             fake = predict_z0(denoiser, z_t, t, rollout.conditioning)
     return real, fake
+
+
+def bounds_of(settings: DistillerSettings) -> tuple[int, int]:
+    """Return the lowest and the highest noise level of re-noising, in uniform time."""
+    return settings.dmd.timesteps or (PLAIN_TIMESTEPS if settings.dmd.form == "plain" else INNER_TIMESTEPS)
 
 
 def guidance_of(settings: DistillerSettings, rollout: Rollout) -> Tensor:
@@ -83,11 +95,30 @@ def cleaner_times(denoiser: Denoiser, start: Tensor, low: int, generator: torch.
 
 
 def critic_loss(
-    denoiser: Denoiser, z_student: Tensor, conditioning: Conditioning, generator: torch.Generator
+    denoiser: Denoiser,
+    settings: DistillerSettings,
+    z_student: Tensor,
+    conditioning: Conditioning,
+    generator: torch.Generator,
+    rollout: Rollout | None = None,
 ) -> Tensor:
-    """Return the diffusion loss of the current role on the student's samples, at uniform timesteps."""
+    """Return the diffusion loss of the current role on the student's samples, at uniform timesteps.
+
+    Args:
+        rollout: for the form ``trajectory``, whose starts the samples have; the loss is then at the states and levels
+            at which the term asks for the fake score.
+    """
     process = denoiser.process
-    t = process.uniform_timestep(integers(0, NUM_TIMESTEPS - 1, len(z_student), generator).to(z_student.device))
-    noise = normal(z_student, generator)
-    output = denoiser.predict(process.add_noise(z_student, noise, t), t, conditioning)
+    if settings.dmd.form == "trajectory":
+        if rollout is None:
+            raise ValueError("the form 'trajectory' needs rollout=, the starts of the samples that the critic learns")
+        steps = max(settings.states.steps)
+        z_t, t = diffused_from_segment_end(process, z_student, rollout, steps, bounds_of(settings), generator)
+        alpha, sigma = (broadcast(value, z_t) for value in process.alpha_sigma(t))
+        noise = (z_t - alpha * z_student) / sigma
+    else:
+        t = process.uniform_timestep(integers(0, NUM_TIMESTEPS - 1, len(z_student), generator).to(z_student.device))
+        noise = normal(z_student, generator)
+        z_t = process.add_noise(z_student, noise, t)
+    output = denoiser.predict(z_t, t, conditioning)
     return F.mse_loss(output, process.target(z_student, noise, t))

@@ -12,7 +12,7 @@ from torch import Tensor
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings, Phase, StartStates
 from flash_diffusion.flash_core.process import FlowProcess, Process, VPProcess, broadcast
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
-from flash_diffusion.flash_core.terms.backward_simulation import chains_to, draw_paths, path_to, simulate
+from flash_diffusion.flash_core.terms.backward_simulation import draw_paths, path_to, runs_to, simulate
 
 from .helpers.networks import AdapterDenoiser, process_name, random_network, tokens
 
@@ -55,14 +55,14 @@ def test_runs_that_come_by_a_start(process: Process) -> None:
     wanted = {0.75: [4], 0.5: [2, 4], 0.25: [4], 0.53: [2, 4], 0.28: [4], 0.97: [4], 0.125: [4]}
     for fraction, chains in wanted.items():
         t = process.timestep(fraction)
-        assert chains_to(process, t) == chains
+        assert runs_to(process, t, (2, 4)) == chains
         for steps in chains:
             path = path_to(process, t, steps)
             assert path[-1] == t
             assert path[0] == process.timestep(1.0)
             assert all(before > after for before, after in pairwise(path))
     half = process.timestep(0.5)
-    drawn = [tuple(path) for path in draw_paths(process, [half] * 200, seeded(0))]
+    drawn = [tuple(path) for path in draw_paths(process, [half] * 200, (2, 4), seeded(0))]
     assert {len(path) for path in drawn} == {2, 3}
     assert 60 < sum(len(path) == 2 for path in drawn) < 140
 

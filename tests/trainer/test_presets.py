@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import save_file
 
+from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.distill.plan import print_plan
@@ -141,7 +143,7 @@ def test_fields_and_overrides_of_the_user_stand_above_the_preset_and_are_named(t
     assert read_recipe(path, [], "paper")[0].phases[0].name == "warm-up"  # the option takes the preset's place
     small = "\n".join(read_recipe(path, [], "paper")[1])
     assert "published for models of 600 M parameters and more; see preset best" in small
-    with pytest.raises(UserError, match="there is no preset 'bset'; expected one of best, paper"):
+    with pytest.raises(UserError, match="there is no preset 'bset'; expected one of best, paper, tdm"):
         read_recipe(path, ["preset=bset"])
     with pytest.raises(UserError, match="got 0 trajectories"):
         read_recipe(path, ["trajectories.count=0"])
@@ -171,3 +173,26 @@ def test_best_distils_a_small_model_of_ones_own(tiny_model: Path, pictures: Path
     assert file.ranks == (8,)
     assert file.metadata is not None
     assert file.metadata.stochasticity[4] == 0.5
+
+
+def test_tdm_distils_from_prompts_alone(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No picture is drawn first, and no solution of the teacher is asked for while it trains."""
+    (tmp_path / "prompts.txt").write_text("red ball\ngreen box\nblue cone\n")
+    path = own(
+        tmp_path,
+        model={"family": "sd15", "path": str(tiny_model)},
+        data={"source": "prompts", "path": str(tmp_path / "prompts.txt")},
+        preset="tdm",
+    )
+    asked: list[int] = []
+    monkeypatch.setattr(Distiller, "teacher_solution", lambda *arguments, **options: asked.append(1))
+    budget = ["batch_size=2", "phases.0.updates=2", "method.critic.warmup=1", "method.teacher_steps=4"]
+    recipe = load_recipe(path, [*budget, "preview.steps=[1]", "log_every=1"])
+    assert not recipe.reads_pictures
+    file = read_lora(distil(recipe, tmp_path / "run"))
+    assert not asked
+    assert file.metadata is not None
+    assert file.metadata.stochasticity[4] == 0
+    terms = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"dmd", "critic"} <= set(terms)
+    assert "distillation" not in terms

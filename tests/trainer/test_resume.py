@@ -62,6 +62,7 @@ ALL_TERMS = {
             "adversarial": 0.3,
             "dmd": 0.7,
             "feature_matching": 0.1,
+            "intra_segment": 0.2,
         },
     ],
 }

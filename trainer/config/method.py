@@ -47,10 +47,19 @@ class StatesSection(Section):
         "simulation, arXiv 2405.14867), drawn with sampler.stochasticity; the teacher solves from there",
     )
 
+    steps: tuple[Count, ...] = Field(
+        (2, 4),
+        min_length=1,
+        description="step counts of the student's runs; the largest has the segments of DMD's form trajectory and of "
+        "intra-segment guidance",
+    )
+
     @model_validator(mode="after")
     def _shares_are_at_most_the_whole(self) -> StatesSection:
         if self.trajectory + self.student > 1:
             raise ValueError(f"trajectory and student are {self.trajectory:g} + {self.student:g}; expected at most 1")
+        if min(self.steps) < 2:
+            raise ValueError(f"steps must be 2 or more, since 1 step has no state but noise; not {list(self.steps)}")
         return self
 
     @property
@@ -62,10 +71,14 @@ class StatesSection(Section):
 class DmdSection(Section):
     """Distribution matching (DMD)."""
 
-    form: Literal["plain", "decoupled"] = Field(
+    form: Literal["plain", "decoupled", "trajectory"] = Field(
         "plain",
         description="plain matches the guided real score; decoupled matches the unguided real score and adds guidance "
-        "at a noise level of its own, cleaner than the sample's start (arXiv 2511.22677)",
+        "at a noise level of its own, cleaner than the sample's start (arXiv 2511.22677); trajectory matches "
+        "distributions at the end of each step (TDM, arXiv 2503.06674)",
+    )
+    loss: Literal["mse", "pseudo_huber"] = Field(
+        "mse", description="mse: the gradient is the difference of the scores; pseudo_huber: nearly its sign (TDM)"
     )
     rows: Literal["all", "first_step"] = Field(
         "all", description="samples on which DMD acts: all, or those that start at pure noise (t from 900 on)"
@@ -75,8 +88,8 @@ class DmdSection(Section):
     )
     timesteps: tuple[UniformTime, UniformTime] | None = Field(
         None,
-        description="lowest and highest noise level of re-noising, 0 to 999 (default: 0 and 999, for decoupled 20 and "
-        "979)",
+        description="lowest and highest noise level of re-noising, 0 to 999 (default: 0 and 999; for decoupled and "
+        "trajectory 20 and 979)",
     )
     distillation: Weight = Field(
         1.0, description="factor of the distillation loss of the samples on which DMD acts, in phases with DMD"
@@ -86,6 +99,8 @@ class DmdSection(Section):
     def _values_agree(self) -> DmdSection:
         if self.timesteps is not None and self.timesteps[0] > self.timesteps[1]:
             raise ValueError(f"timesteps must be [low, high] with low <= high, not {list(self.timesteps)}")
+        if self.form == "trajectory" and self.rows != "all":
+            raise ValueError("form trajectory compares every step of a run; leave out rows")
         if self.form == "decoupled" and self.guidance == 1:
             raise ValueError("decoupled takes the guidance apart, and guidance 1 leaves none; set form to plain")
         return self
@@ -181,6 +196,13 @@ class MethodSection(Section):
             raise ValueError(f"teacher_steps must be a multiple of the 4 modes, not {self.teacher_steps}")
         if self.fake_score == "student" and self.critic != CriticSection():
             raise ValueError("critic: there is no critic to train; set fake_score to critic, or leave out critic")
+        if self.dmd.form == "trajectory" and self.teacher_steps % max(self.states.steps):
+            raise ValueError(
+                f"form trajectory starts at the timesteps of a run of {max(self.states.steps)} steps, so teacher_steps "
+                f"must be a multiple of them, not {self.teacher_steps}"
+            )
+        if self.dmd.form == "trajectory" and self.critic.memory:
+            raise ValueError("critic.memory: form trajectory needs the present outputs; set the memory to 0")
         return self
 
     def settings(self, stochasticity: float = 1.0) -> DistillerSettings:
@@ -192,7 +214,7 @@ class MethodSection(Section):
         from ...flash_core.distiller import DistillerSettings, DmdSettings, StartStates
 
         fields = self.model_dump(exclude={"states", "dmd", "critic", "discriminator"})
-        states = StartStates(self.states.trajectory, self.states.student, stochasticity)
+        states = StartStates(**self.states.model_dump(), stochasticity=stochasticity)
         return DistillerSettings(**fields, states=states, dmd=DmdSettings(**self.dmd.model_dump()))
 
 

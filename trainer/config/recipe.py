@@ -149,14 +149,20 @@ class PhaseSection(Section):
         description="factor of feature matching, the distance of student and teacher as the teacher's hidden states; 0 "
         "is off, and costs nothing",
     )
+    intra_segment: Weight = Field(
+        0.0,
+        description="factor of intra-segment guidance, the distance of the student's step and its step by way of the "
+        "teacher's first part of it (ISG, arXiv 2506.00523; published: 0.2); 0 is off, and costs nothing",
+    )
 
     @model_validator(mode="after")
     def _something_counts(self) -> PhaseSection:
         if not sum(self.modes) > 0:
             raise ValueError("all four modes are 0; give at least one mode a weight above 0")
-        if not self.adversarial + self.dmd + self.distillation + self.feature_matching > 0:
+        if not self.adversarial + self.dmd + self.distillation + self.feature_matching + self.intra_segment > 0:
             raise ValueError(
-                "adversarial, dmd, distillation and feature_matching are all 0; give at least one a factor above 0"
+                "adversarial, dmd, distillation, feature_matching and intra_segment are all 0; give at least one a "
+                "factor above 0"
             )
         return self
 
@@ -164,7 +170,7 @@ class PhaseSection(Section):
         """Return the phase as flash_core takes it."""
         from ...flash_core.distiller import Phase
 
-        return Phase(self.modes, self.adversarial, self.dmd, self.distillation, self.feature_matching)
+        return Phase(**self.model_dump(exclude={"name", "updates"}))
 
 
 class OptimizerSection(Section):
@@ -343,8 +349,9 @@ class Recipe(Section):
         if self.sampler == SamplerSection():
             del content["sampler"]
         for phase in content["phases"]:
-            if not phase["feature_matching"]:
-                del phase["feature_matching"]
+            for name in ("feature_matching", "intra_segment"):
+                if not phase[name]:
+                    del phase[name]
         changed = self.method.model_dump(mode="json", exclude_defaults=True)
         for name in set(content["method"]) - METHOD_FIELDS_OF_0_2:
             if changed.get(name):

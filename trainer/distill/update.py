@@ -141,23 +141,24 @@ class Updater:
                 for batch in batches:
                     self._note(distiller.discriminator_step(batch.rollout, batch.z_student, generator, self._share))
             else:
-                for z, conditioning in self._critic_samples(batches):
-                    self._note(distiller.critic_step(z, conditioning, generator, self._share))
+                for z, conditioning, rollout in self._critic_samples(batches):
+                    self._note(distiller.critic_step(z, conditioning, generator, self._share, rollout))
         self._step(learner, factor)
 
-    def _critic_samples(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Conditioning]]:
+    def _critic_samples(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Conditioning, Rollout | None]]:
         """Yield the critic's batches: drawn from the memory where there is one, else the student's present outputs."""
         for batch in batches:
             if not self.memory.capacity:
-                z, conditioning = self.parts.distiller.critic_samples(batch.rollout, batch.z_student)
+                z, rollout = self.parts.distiller.critic_samples(batch.rollout, batch.z_student)
                 if len(z):
-                    yield z, conditioning
+                    yield z, rollout.conditioning, rollout
             elif len(self.memory):
-                yield self.memory.draw(self.recipe.batch_size, self.rollouts.generator)
+                yield *self.memory.draw(self.recipe.batch_size, self.rollouts.generator), None
 
     def _remember(self, batches: Sequence[Batch]) -> None:
         for batch in batches if self.memory.capacity else ():
-            self.memory.add(*self.parts.distiller.critic_samples(batch.rollout, batch.z_student))
+            z, rollout = self.parts.distiller.critic_samples(batch.rollout, batch.z_student)
+            self.memory.add(z, rollout.conditioning)
 
     def _align_critic(self) -> None:
         """Move the critic's LoRA toward the student's: critic <- lerp(critic, student, ida) (arXiv 2506.00523)."""

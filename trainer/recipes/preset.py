@@ -45,9 +45,12 @@ def with_preset(name: Any, content: Mapping[str, Any]) -> tuple[dict[str, Any], 
     model, data = (part if isinstance(part := content.get(key), Mapping) else {} for key in ("model", "data"))
     parameters, whence = model_size(model)
     reasons = [f"preset {name}: {preset['about']}", f"model: {in_words(parameters)} parameters ({whence})"]
-    fields = deepcopy(preset["common"])
+    fields, updates, why = deepcopy(preset["common"]), None, ""
     for key, sizes in preset.get("by_size", {}).items():
         value = between(sizes, parameters)
+        if key == "updates":
+            updates, why = int(value), f"by the model's size ({_table(sizes)})"
+            continue
         fields = with_value(fields, key, value)
         reasons.append(f"{key}: {value:g}, by the model's size ({_table(sizes)})")
     for least, changes in preset.get("from_size", {}).items():
@@ -59,7 +62,8 @@ def with_preset(name: Any, content: Mapping[str, Any]) -> tuple[dict[str, Any], 
     task = content.get("task")
     if isinstance(task, Mapping):
         fields = merged(fields, preset.get("tasks", {}).get(task.get("name"), {}))
-    updates, why = own.get("updates"), f"for {model.get('family')}"
+    if "updates" in own:
+        updates, why = own["updates"], f"{own['updates']} in each phase, for {model.get('family')}"
     whole = merged(fields, content)
     for key, rule in preset.get("by_data", {}).items():
         if key == "updates":
