@@ -16,6 +16,7 @@ NAME = "flash_demo_text_to_image"
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 PUBLISHED = [name for name in WORKFLOWS if not name.startswith("flash_demo_")]
 DOWNLOADS = ("flash_pixart", "flash_sd15")  # one of several loaders, one of a checkpoint
+PRIMITIVE = "PrimitiveNode"  # of the page alone: the server never sees it
 ARTIFACTS = ROOT / "out" / "test-artifacts"
 
 comfy_page = load_script("comfy_page")
@@ -107,27 +108,32 @@ def test_demo_template_opens_and_runs(page: Page, errors: list[str]) -> None:
     assert not [error for error in errors if is_ours(error)], errors
 
 
-def old_workflow(linked: bool) -> dict[str, Any]:
-    """Return the demo's workflow as version 0.1 saved it: stochasticity is the number .5, or linked to a FLOAT."""
+def old_workflow(source: str | None) -> dict[str, Any]:
+    """Return the demo's workflow as version 0.1 saved it: stochasticity is the number .5, or linked to another node.
+
+    Args:
+        source: the class of the linked node, which gives .25; None for no link.
+    """
     workflow = workflow_file(NAME)
     sampler = next(node for node in workflow["nodes"] if node["type"] == "FlashSampler")
     sampler["widgets_values"][-1] = 0.5
-    if linked:
-        widget = {"name": "stochasticity", "type": "FLOAT", "widget": {"name": "stochasticity"}, "link": 99}
-        sampler["inputs"].append(widget)
+    if source is not None:
+        widget = {"name": "stochasticity"}
+        sampler["inputs"].append({"name": "stochasticity", "type": "FLOAT", "widget": widget, "link": 99})
+        output = {"name": "FLOAT", "type": "FLOAT", "links": [99]} | ({"widget": widget} if source == PRIMITIVE else {})
         workflow["nodes"].append(
             {
                 "id": 99,
-                "type": "PrimitiveFloat",
+                "type": source,
                 "pos": [40, 40],
                 "size": [240, 58],
                 "flags": {},
                 "order": 0,
                 "mode": 0,
                 "inputs": [],
-                "outputs": [{"name": "FLOAT", "type": "FLOAT", "links": [99]}],
+                "outputs": [output],
                 "properties": {},
-                "widgets_values": [0.25],
+                "widgets_values": [0.25, "fixed"] if source == PRIMITIVE else [0.25],
             }
         )
         workflow["links"].append([99, 99, 0, sampler["id"], len(sampler["inputs"]) - 1, "FLOAT"])
@@ -137,11 +143,11 @@ def old_workflow(linked: bool) -> dict[str, Any]:
 
 def test_stochasticity_of_old_and_new_workflows_in_the_page(page: Page, errors: list[str]) -> None:
     queued = "window.app.graphToPrompt().then(prompt => prompt.output)"
-    for linked, expected in ((False, 0.5), (True, ["99", 0])):
-        comfy_page.open_workflow(page, old_workflow(linked))
+    for source, expected in ((None, 0.5), (PRIMITIVE, 0.25), ("PrimitiveFloat", ["99", 0])):
+        comfy_page.open_workflow(page, old_workflow(source))
         sampler = next(node for node in page.evaluate(queued).values() if node["class_type"] == "FlashSampler")
         found = sampler["inputs"]["stochasticity"]
-        assert found == expected if linked else float(found) == expected
+        assert (found if isinstance(found, list) else float(found)) == expected, source
     page.evaluate("window.app.queuePrompt(0)")
     page.wait_for_function(
         "window.app.graph.nodes.find(node => node.type === 'SaveImage')?.imgs?.length > 0", timeout=WAIT
