@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from flash_diffusion.flash_core.grid import timestep_mixture
 from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.trainer.cli import COMMANDS, DEMO_COMMANDS, RENAMED, Command, main
 from flash_diffusion.trainer.config import Recipe, parse_recipe
-from flash_diffusion.trainer.distill.time_left import expected_passes
+from flash_diffusion.trainer.distill.passes import solution_passes
 
 from .conftest import ROOT
 
@@ -93,7 +94,16 @@ def test_plan_needs_no_weights(
     file.write_text(yaml.safe_dump(recipe_content))
     code, text = said(capsys, "distill", file, "--dry-run", "--output", tmp_path / "run")
     assert code == 0
-    for part in ("warm-up", "off", " 11 ", "per batch", "LoRA rank 4", "discriminator heads", "GiB", "4 x 8 x 8"):
+    for part in (
+        "warm-up",
+        "off",
+        "  all: solutions 11, student 6, adversarial 6, discriminator 4, dmd 6",
+        "the whole run: ",
+        "LoRA rank 4",
+        "discriminator heads",
+        "GiB",
+        "4 x 8 x 8",
+    ):
         assert part in text, part
     assert not (tmp_path / "run").exists()
 
@@ -113,7 +123,8 @@ def test_plan_names_the_task_and_refuses_a_wrong_model(capsys: pytest.CaptureFix
     [(4, (1, 0, 0, 0), 2 * (4 * 0.8808 + 3 * 0.1192)), (32, (0, 0, 0, 1), 2 * 8), (32, (1, 1, 1, 1), 2 * 19.644)],
 )
 def test_expected_passes_by_hand(teacher_steps: int, modes: tuple[float, ...], wanted: float) -> None:
-    assert expected_passes(teacher_steps, modes) == pytest.approx(wanted, abs=0.02)
+    start = timestep_mixture(teacher_steps, modes).tolist()
+    assert solution_passes(start) == pytest.approx(wanted, abs=0.02)
 
 
 def test_command_line_distils_and_exports(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.distill.loop import distil
+from flash_diffusion.trainer.distill.passes import update_passes, warmup_passes
 from flash_diffusion.trainer.distill.time_left import Stage, TimeLeft, phase_stages, recording_stage
 from flash_diffusion.trainer.distill.training_log import TrainingLog
 from flash_diffusion.trainer.progress import in_words
@@ -70,6 +72,50 @@ def test_stages_of_a_recipe(recipe_content: dict[str, Any]) -> None:
     samples = recipe.batch_size * recipe.gradient_accumulation
     assert first.passes == 3 * samples  # the student alone, replayed
     assert second.passes == (3 + 5 + 3) * samples  # and adversarial, and DMD without a critic
+
+
+def passes(content: dict[str, Any], **method: Any) -> dict[str, float]:
+    """Return the passes of an update of the second phase, for one sample."""
+    content = {**content, "batch_size": 1, "method": {"teacher_steps": 4, "guidance": [2, 2], **method}}
+    recipe = parse_recipe(content)
+    return update_passes(recipe, recipe.phases[1])
+
+
+def test_passes_of_each_term_by_hand(recipe_content: dict[str, Any]) -> None:
+    """Start at pure noise: 4 steps of the teacher, with guidance. Three passes are a forward and a backward one."""
+    recipe_content["phases"][1] |= {"modes": [1, 0, 0, 0], "feature_matching": 0.1, "intra_segment": 0.2}
+    noise = 1 / (1 + math.exp(-2))  # of the starts are pure noise, the others one step later (timestep mixture, K = 4)
+    paper = passes(recipe_content)
+    assert paper["solutions"] == pytest.approx(2 * (4 * noise + 3 * (1 - noise)), abs=2e-3)
+    rest = {name: value for name, value in paper.items() if name != "solutions"}
+    expected = {"student": 3, "adversarial": 3, "discriminator": 2, "dmd": 3, "feature matching": 4, "intra-segment": 3}
+    assert rest == expected
+    critic = {"fake_score": "critic", "dmd": {"form": "decoupled", "rows": "first_step"}}
+    first = passes(
+        recipe_content, **critic, critic={"updates": 2}, discriminator={"updates": 3}, feature_rows="first_step"
+    )
+    assert first["dmd"] == pytest.approx(4 * noise, abs=2e-3)
+    assert first["critic"] == pytest.approx(2 * 3 * noise, abs=2e-3)
+    assert first["feature matching"] == pytest.approx(4 * noise, abs=2e-3)
+    assert first["discriminator"] == 6
+    assert passes(recipe_content, **critic, critic={"memory": 8})["critic"] == 3  # whole batches from the memory
+    unguided = passes(recipe_content, dmd={"guidance": 1}, adversarial="relativistic")
+    assert (unguided["dmd"], unguided["adversarial"]) == (2, 4)
+    own = passes(recipe_content, states={"student": 0.5, "trajectory": 0.25})
+    assert own["own states"] == pytest.approx(0.5 * (1 - noise), abs=2e-3)  # one step of the student each
+    assert own["solutions"] == pytest.approx(paper["solutions"] + 0.25 * 2 * (1 - noise), abs=2e-3)
+
+
+def test_updates_of_discriminator_and_critic_alone_are_counted(recipe_content: dict[str, Any]) -> None:
+    recipe_content |= {"batch_size": 1, "trajectories": {"count": 2, "batch": 2}}
+    recipe_content["method"] |= {
+        "fake_score": "critic",
+        "critic": {"warmup": 5, "updates": 2},
+        "discriminator": {"warmup": 3},
+    }
+    recipe = parse_recipe(recipe_content)
+    # 5 critic updates of 3 passes, 3 discriminator updates of 2, and 5 outputs of the student.
+    assert warmup_passes(recipe, recipe.phases[1]) == 5 * 3 + 3 * 2 + 5
 
 
 @pytest.mark.parametrize(

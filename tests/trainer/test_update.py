@@ -14,7 +14,7 @@ from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.distill.loop import Run
-from flash_diffusion.trainer.distill.memory import OutputMemory
+from flash_diffusion.trainer.data.batches.memory import OutputMemory
 from flash_diffusion.trainer.distill.training_log import BlindDiscriminator
 
 

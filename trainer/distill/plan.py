@@ -19,7 +19,7 @@ from ..tasks.requirements import check_channels, check_control
 from ..teachers import family, outline_teacher
 from ..teachers.base import Outline, count_parameters
 from .assembly import add_adapters, needs_critic, needs_discriminator
-from .time_left import expected_passes
+from .passes import update_passes, warmup_passes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # A trained parameter, its gradient and AdamW's two moments, each float32.
@@ -64,8 +64,9 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
         title = recipe.model.image_adapter.title
         say(f"image adapter: {title}, frozen, {shown / MILLION:.1f} M parameters of the base")
     modes = "/".join(f"{t:g}" for t in trailing_timesteps(outline.denoiser.process, NUM_MODES))
-    say(f"modes: weights of the timesteps {modes}; passes: of the teacher per batch, with guidance")
+    say(f"modes: weights of the timesteps {modes}; passes: of an update")
     console.print(_phases(recipe))
+    _say_passes(recipe, say)
     effective = recipe.batch_size * recipe.gradient_accumulation
     say(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} samples per process")
     if recorded := recipe.trajectories.count:
@@ -117,17 +118,38 @@ def _of_adapter(name: str) -> bool:
     return name.startswith("encoder_hid_proj.") or ".to_k_ip." in name or ".to_v_ip." in name
 
 
+def _say_passes(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Print what an update of each phase costs, term by term, and what the whole run costs."""
+    say("passes of an update: forward passes of the network for one sample; a backward pass counts as two")
+    total, learnt = 0.0, set[str]()
+    for phase in recipe.phases:
+        passes = update_passes(recipe, phase)
+        replayed = " (solutions replayed)" if recipe.trajectories.count else ""
+        say(f"  {phase.name}: " + ", ".join(f"{name} {value:.0f}" for name, value in passes.items()) + replayed)
+        total += phase.updates * sum(passes.values())
+        fresh = {"discriminator", "critic"} & set(passes) - learnt
+        if fresh and (alone := warmup_passes(recipe, phase)):
+            say(f"  before {phase.name}: {' and '.join(sorted(fresh))} alone, {alone:.0f} passes")
+            total += alone
+        learnt |= fresh
+    recorded = recipe.trajectories.count * 2 * recipe.method.teacher_steps
+    say(f"  the whole run: {total + recorded:,.0f} passes" + (f", {recorded:,} of them recording" if recorded else ""))
+
+
 def _phases(recipe: Recipe) -> Table:
+    terms = {"distillation": "distil", "adversarial": "adversarial", "dmd": "dmd"}
+    rarer = {"feature_matching": "features", "intra_segment": "ISG"}
+    terms |= {name: title for name, title in rarer.items() if any(getattr(phase, name) for phase in recipe.phases)}
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("phase", "updates", "modes", "distil", "adversarial", "dmd", "passes"):
+    for heading in ("phase", "updates", "modes", *terms.values(), "passes"):
         table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
     for phase in recipe.phases:
-        passes = expected_passes(recipe.method.teacher_steps, phase.modes) * recipe.batch_size
+        weights = [getattr(phase, name) for name in terms]
         table.add_row(
             phase.name,
             str(phase.updates),
             "/".join(f"{weight:g}" for weight in phase.modes),
-            *(f"{weight:g}" if weight else "off" for weight in (phase.distillation, phase.adversarial, phase.dmd)),
-            "replayed" if recipe.trajectories.count else f"{passes:.0f}",
+            *(f"{weight:g}" if weight else "off" for weight in weights),
+            f"{sum(update_passes(recipe, phase).values()):.0f}",
         )
     return table

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...flash_core.grid import timestep_mixture
-from ..config import PhaseSection, Recipe
-from .assembly import needs_critic
-
-# Forward passes that a sample costs in a step; a forward and a backward pass count as three forward passes. They only
-# compare stages that are not measured yet.
-STUDENT_PASSES, ADVERSARIAL_PASSES, DMD_PASSES, CRITIC_PASSES = 3, 5, 3, 4
+from ..config import Recipe
+from .passes import update_passes
 
 
 @dataclass
@@ -99,23 +94,6 @@ def recording_stage(recipe: Recipe, trajectories: int) -> Stage:
 
 def phase_stages(recipe: Recipe, updates: int) -> list[Stage]:
     """Return one stage for each phase, after ``updates`` updates."""
-    stages = [Stage(phase.updates, _update_passes(recipe, phase)) for phase in recipe.phases]
+    stages = [Stage(phase.updates, sum(update_passes(recipe, phase).values())) for phase in recipe.phases]
     TimeLeft(stages).advance(updates, None)
     return stages
-
-
-def expected_passes(teacher_steps: int, modes: tuple[float, ...]) -> float:
-    """Return the teacher's forward passes for one solution, expected over pi(k); guidance makes two a step."""
-    probability = timestep_mixture(teacher_steps, modes)
-    steps = sum(float(value) * (teacher_steps - index) for index, value in enumerate(probability))
-    return 2 * steps
-
-
-def _update_passes(recipe: Recipe, phase: PhaseSection) -> float:
-    passes = 0.0 if recipe.trajectories.count else expected_passes(recipe.method.teacher_steps, phase.modes)
-    passes += STUDENT_PASSES
-    if phase.adversarial:
-        passes += ADVERSARIAL_PASSES
-    if phase.dmd:
-        passes += DMD_PASSES + (CRITIC_PASSES if needs_critic(recipe) else 0)
-    return passes * recipe.batch_size * recipe.gradient_accumulation

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.rollout import Rollout
 from ..config import PhaseSection, Recipe
+from ..data.batches.memory import OutputMemory
 from ..data.batches.rollouts import Rollouts
 from ..export.training_state import TrainingState
 from .assembly import Assembly, needs_critic
-from .memory import OutputMemory
 from .training_log import Means
 
 

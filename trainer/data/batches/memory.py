@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from ...flash_core.denoiser import Conditioning
+from ....flash_core.denoiser import Conditioning
 
 LATENTS = "z"
 RESIDUALS = "residuals"
