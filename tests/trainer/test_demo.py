@@ -188,7 +188,7 @@ class TestAutoencoder:
             latent_channels=16,
             norm_num_groups=4,
         )
-        training = AutoencoderTraining(network, [fluent, load_pictures("noto")])
+        training = AutoencoderTraining.of_styles(network, [fluent, load_pictures("noto")], "cpu")
         batch = training.batch(32, 2)
         assert batch.shape == (2, 3, 32, 32)
         trained = {"decoder": {"decoder", "post_quant_conv"}, "encoder": {"encoder", "quant_conv"}}

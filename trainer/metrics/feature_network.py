@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -19,13 +20,16 @@ EMBEDDING = 64  # well below the usual numbers of samples, or a covariance would
 class FeatureNetwork(nn.Module):
     """A convolutional network: (B, 3, H, W) in [0, 1] to embedding (B, 64) and logits (B, classes)."""
 
-    def __init__(self, classes: list[str], general: list[str]) -> None:
-        """`classes` are the subjects' names, in the order of the logits, `general` each one's general caption."""
+    def __init__(self, classes: list[str], general: list[str], widths: Sequence[int] = WIDTHS) -> None:
+        """`classes` are the subjects' names, in the order of the logits, `general` each one's general caption.
+
+        `widths` are the channels of the levels, at 1/4, 1/8, 1/16 and 1/32 of the size.
+        """
         super().__init__()
-        self.classes, self.general = list(classes), list(general)
+        self.classes, self.general, self.widths = list(classes), list(general), list(widths)
         self.title = "a feature network"
-        layers: list[nn.Module] = [nn.Conv2d(3, WIDTHS[0], 6, stride=4, padding=1, bias=False)]
-        for previous, width in zip((WIDTHS[0], *WIDTHS[:-1]), WIDTHS, strict=True):
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 6, stride=4, padding=1, bias=False)]
+        for previous, width in zip((widths[0], *widths[:-1]), widths, strict=True):
             stride = 1 if previous == width else 2
             layers += [
                 nn.BatchNorm2d(previous),
@@ -35,8 +39,8 @@ class FeatureNetwork(nn.Module):
                 nn.ReLU(),
                 nn.Conv2d(width, width, 3, padding=1, bias=False),
             ]
-        self.body = nn.Sequential(*layers, nn.BatchNorm2d(WIDTHS[-1]), nn.ReLU())
-        self.embed = nn.Linear(WIDTHS[-1], EMBEDDING)
+        self.body = nn.Sequential(*layers, nn.BatchNorm2d(widths[-1]), nn.ReLU())
+        self.embed = nn.Linear(widths[-1], EMBEDDING)
         self.classify = nn.Linear(EMBEDDING, len(classes))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +60,7 @@ class FeatureNetwork(nn.Module):
             for name, value in self.state_dict().items()
         }
         write_whole(folder / "model.safetensors", lambda partial: save_file(tensors, partial))
-        config = {"classes": self.classes, "general": self.general, **facts}
+        config = {"classes": self.classes, "general": self.general, "widths": self.widths, **facts}
         write_text_whole(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
     @classmethod
@@ -65,6 +69,6 @@ class FeatureNetwork(nn.Module):
         from safetensors.torch import load_file
 
         config = json.loads((folder / "config.json").read_text())
-        network = cls(config["classes"], config["general"])
+        network = cls(config["classes"], config["general"], config.get("widths", WIDTHS))
         network.load_state_dict(load_file(folder / "model.safetensors"))
         return network.eval().requires_grad_(False)

@@ -86,17 +86,35 @@ class AutoencoderTraining:
     CROPS = ((0.3, 32, 8), (0.6, 64, 4), (1.0, 128, 2))  # until this share of the time: size in pixels, crops an update
     NOISE = 0.08  # standard deviation, of latents with unit variance, at most
 
-    def __init__(self, network: AutoencoderKL, pictures: list[Pictures], device: str = "cpu", seed: int = 0) -> None:
-        """Prepare to train `network` on all `pictures` but the held-out ones."""
+    def __init__(
+        self,
+        network: AutoencoderKL,
+        code: PatchPCA,
+        images: Tensor,
+        measured: dict[str, Tensor],
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        """Prepare to train `network` on the `code` of `images` (N, 3, H, W) uint8; `measured` are pictures by name."""
         # diffusers' wrapper of ``to`` hides the method's parameters.
         placed: AutoencoderKL = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-arg]
         self.network = placed.train()
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
-        self.code = PatchPCA(*(tensor.to(device) for tensor in astuple(PatchPCA.load())))
-        self.images = torch.cat([style.images[~held_out(style)] for style in pictures]).to(device)
-        self.test_images = torch.cat([style.images[held_out(style)] for style in pictures]).to(device) / 255
-        self.teacher_images = pictures[0].images[::5].to(device) / 255  # a fifth is enough to measure on
+        self.code = PatchPCA(*(tensor.to(device) for tensor in astuple(code)))
+        self.images = images.to(device)
+        self.measured = {name: pictures.to(device) / 255 for name, pictures in measured.items()}
+
+    @classmethod
+    def of_styles(cls, network: AutoencoderKL, pictures: list[Pictures], device: str) -> AutoencoderTraining:
+        """Prepare to train on all pictures of the styles but the held-out ones."""
+        images, unseen = (
+            torch.cat([style.images[held_out(style) ^ kept] for style in pictures]) for kept in (True, False)
+        )
+        # A fifth of the teacher's pictures is enough to measure on.
+        return cls(
+            network, PatchPCA.load(), images, {"teacher": pictures[0].images[::5], "held_out": unseen}, device
+        )
 
     def batch(self, size: int, count: int) -> Tensor:
         """Return crops on the block grid, half of them mirrored: (count, 3, size, size) in [0, 1]."""
@@ -156,7 +174,7 @@ class AutoencoderTraining:
         """Return the PSNR in dB from exact latents and through the encoder, and the encoder's latent error."""
         self.network.eval()
         figures = {}
-        for name, images in (("teacher", self.teacher_images), ("held_out", self.test_images)):
+        for name, images in self.measured.items():
             batches = images.split(16)
             exact = torch.cat([self.decode(self.code.encode(batch)) for batch in batches])
             latents = torch.cat([self.encode(batch) for batch in batches])
@@ -221,7 +239,7 @@ def run(args: argparse.Namespace) -> int:
         PatchPCA.fit(torch.cat([style.images for style in pictures]) / 255).save()
     folder = args.output / "vae"
     network = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32) if args.resume else build_autoencoder()
-    training = AutoencoderTraining(network, pictures, args.device)
+    training = AutoencoderTraining.of_styles(network, pictures, args.device)
     for stage, minutes in zip(args.stages, args.minutes, strict=True):
         training.train(stage, minutes)
         export(network, folder)

@@ -75,7 +75,7 @@ def build_scheduler() -> DDIMScheduler:
     return scheduler
 
 
-def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
+def train_tokenizer(texts: list[str], folder: Path, max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
     """Learn a byte-pair vocabulary from captions and write it as `CLIPTokenizer` files into `folder`.
 
     As in CLIP, the vocabulary starts with 256 bytes and 256 bytes that end a word, so that it can write any text. It
@@ -105,14 +105,14 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
         bos_token=begin,
         eos_token=end,
         pad_token=end,
-        model_max_length=MAX_TOKENS,
+        model_max_length=max_tokens,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Return token ids (B, MAX_TOKENS) of texts."""
-    batch = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    """Return token ids (B, L) of texts; L is the tokenizer's own length."""
+    batch = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
     ids: Tensor = batch.input_ids
     return ids

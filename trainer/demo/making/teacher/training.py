@@ -109,16 +109,16 @@ class Trainer:
         return self.data.latents[index], noise, timesteps, tokens
 
     def update(self, progress: float) -> float:
-        """Make one update at `progress` in [0, 1] of the schedule, and return the v-prediction loss."""
+        """Make one update at `progress` in [0, 1] of the schedule, and return its loss."""
         latents, noise, timesteps, tokens = self.batch()
         alpha_squared = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
         noisy = (alpha * latents + sigma * noise).contiguous(memory_format=torch.channels_last)
-        velocity = alpha * noise - sigma * latents
+        target = self.target(latents, noise, alpha, sigma)
         with self.autocast:
             hidden = self.model["text_encoder"](tokens).last_hidden_state
             prediction = self.model["unet"](noisy, timesteps, hidden).sample
-        loss = F.mse_loss(prediction.float(), velocity)
+        loss = F.mse_loss(prediction.float(), target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for group in self.optimizer.param_groups:
@@ -128,6 +128,10 @@ class Trainer:
         self.step += 1
         self.average.update(self.step)
         return loss.item()
+
+    def target(self, latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return what the UNet learns to predict: the velocity."""
+        return alpha * noise - sigma * latents
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; after a crash the previous one is still complete."""

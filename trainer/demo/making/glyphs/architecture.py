@@ -1,0 +1,84 @@
+"""The architecture of the glyph teacher: Stable Diffusion 1.5's shape and noise process, 64 px, 2 M parameters.
+
+The first teacher predicts the velocity at linear betas; this one predicts the noise at SD 1.5's betas, as most published
+models do. Its last step keeps a signal-to-noise ratio of 0.0047, so that starting from pure noise is an approximation.
+"""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..patch_pca import LATENT_CHANNELS
+from .fonts import SIZE
+
+LATENT_SIZE = SIZE // 8
+TEXT_WIDTH = 64
+MAX_TOKENS = 16
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Return the UNet: 8 x 8 x 16 latents, two levels, attention on the lower one, 1.5 M parameters."""
+    unet: UNet2DConditionModel = UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,  # in diffusers, for historical reasons, this is the NUMBER of heads
+        norm_num_groups=32,
+    )
+    return unet
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return the text encoder: CLIP's architecture with 2 layers of width 64, trained together with the UNet."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Return the noise process as a sampler: epsilon, SD 1.5's scaled-linear betas, trailing timesteps from t = 999."""
+    scheduler: DDIMScheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # without effect on trailing timesteps; diffusers warns of any other number
+    )
+    return scheduler
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """Return a stock `AutoencoderKL`, factor 8, 0.5 M parameters, without attention."""
+    network: AutoencoderKL = AutoencoderKL(
+        block_out_channels=(16, 32, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=16,
+        sample_size=SIZE,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+    return network
