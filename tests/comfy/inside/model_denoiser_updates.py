@@ -69,7 +69,7 @@ class Updates:
         self._step("discriminator")
         terms |= self.distiller.critic_step(step.z_student, rollout.conditioning, generator)
         self._step("critic")
-        return {name: float(value) for name, value in terms.items()}
+        return {name: float(terms[name]) for name in TERMS}
 
     @torch.no_grad()
     def error(self, rollout: Any) -> float:
