@@ -68,6 +68,7 @@ def main() -> None:
     step(
         "2. Compare teacher and student",
         *("-m", "trainer", "evaluate", "--lora", lora, "--samples", SAMPLES, "--output", str(OUTPUT)),
+        *("--targets", "make-demo"),
     )
     step(
         "3. Use the LoRA in ComfyUI",

@@ -29,7 +29,7 @@ class Paints:
         self.denoiser = self
         self.bias = bias  # of the student's colours
         self.current: Role = "teacher"
-        self.passes = 0
+        self.passes = self.feature_passes = 0
 
     @contextmanager
     def role(self, role: Role) -> Iterator[None]:
@@ -44,6 +44,12 @@ class Paints:
         alpha, sigma = (value.reshape(-1, 1, 1, 1) for value in self.process.alpha_sigma(t))
         gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
         return self.process.output_from_z0(z_t, mean + gain * (z_t - alpha * mean), t)
+
+    def features(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        """Two depths: the latents, and their colours at half the size."""
+        assert self.current == "teacher"
+        self.feature_passes += len(z_t)
+        return [z_t, torch.nn.functional.avg_pool2d(z_t, 2)[:, :2].square()]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning(vector=torch.tensor([COLOURS[prompt] for prompt in prompts]))

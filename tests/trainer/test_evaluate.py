@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from flash_diffusion.trainer.evaluate.generate import (
 )
 from flash_diffusion.trainer.evaluate.request import Options
 from flash_diffusion.trainer.evaluate.teacher.reference import Origin, Reference, draw
-from flash_diffusion.trainer.evaluate.teacher.targets import Gap, left_out, targets_of
+from flash_diffusion.trainer.evaluate.teacher.targets import Gap, targets_of
 from flash_diffusion.trainer.evaluate.teacher_comparison import (
     TeacherComparison,
     few_step_runs,
@@ -39,6 +41,7 @@ from flash_diffusion.trainer.evaluate.teacher_comparison import (
 from flash_diffusion.trainer.files import fingerprint
 from flash_diffusion.trainer.metrics import distances as metrics
 from flash_diffusion.trainer.metrics.feature_network import FeatureNetwork
+from flash_diffusion.trainer.metrics.pictures.preference import Preference
 
 from .models import CAPTIONS
 from .paints import COLOURS, SHAPE, SPREAD, Paints
@@ -236,7 +239,7 @@ def test_sampling_setting_has_a_name_and_counts_passes() -> None:
     assert {run.name: run.nfe for run in runs} == {
         "teacher 32 steps, guided": 64,
         "teacher 4 steps, guided": 8, "teacher 2 steps, guided": 4, "teacher 1 step, guided": 2,
-        "teacher 4 steps": 4, "teacher 2 steps": 2, "teacher 1 step": 1,
+        "teacher 8 steps": 8, "teacher 4 steps": 4, "teacher 2 steps": 2, "teacher 1 step": 1,
         "student 4 steps": 4, "student 1 step": 1,
     }  # fmt: skip
 
@@ -282,9 +285,11 @@ def test_reference_survives_its_file_and_names_a_mismatch(tmp_path: Path) -> Non
     assert len(reference.head(10).few["teacher 1 step"].features) == 10
     floor = metrics.frechet_distance(reference.second.features, reference.first.features)
     assert report["floor"]["fd"] == pytest.approx(floor)
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="--make-reference"):
-        Reference.load(tmp_path / "other.safetensors")
+    other = tmp_path / "other.safetensors"
+    for header, was in (({}, "is no reference file"), ({"flash.reference": '{"version": 1}'}, "is of version 1")):
+        save_file({"a": torch.zeros(1)}, other, header)
+        with pytest.raises(UserError, match=f"{was}, expected a reference file of version 2.*--make-reference"):
+            Reference.load(other)
 
 
 def test_fingerprint_depends_only_on_weights_and_configuration(tmp_path: Path) -> None:
@@ -333,16 +338,21 @@ def test_report_has_its_schema_and_files(tmp_path: Path) -> None:
     report = run_evaluation(tmp_path, samples=36)  # 3 for each of the eye's 12 features
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert set(report["floor"]) == {"fd", "kid"}
-    scores = ["fd", "kid", "paired", "prompt_accuracy", "diversity", "seconds_per_image"]
+    scores = ["fd", "kid", "paired", "prompt_accuracy", "diversity", "precision", "recall", "sharpness", "contrast"]
     for line in report["runs"]:
-        assert list(line) == ["name", "steps", "guidance", "nfe", *scores]
-        assert line["fd"] >= 0
+        assert list(line) == [
+            *("name", "steps", "guidance", "nfe", *scores), "kinds", "intervals", "seeds", "seconds_per_image"
+        ]  # fmt: skip
+        assert line["fd"] == line["kinds"]["features"]["fd"]["value"] >= 0
+        assert set(line["kinds"]) == {"features", "states", "random"}
+        assert {"kid", "paired", "diversity", "sharpness", "contrast", "precision", "recall"} <= set(line["intervals"])
+        assert all(found["low"] <= found["value"] <= found["high"] for found in line["intervals"].values())
         assert line["seconds_per_image"] > 0
-    assert [line["name"] for line in report["runs"]][:2] == ["teacher 16 steps, guided", "student 4 steps"]
-    assert len(report["runs"]) == 10
-    assert [target["kind"] for target in report["targets"]][:3] == ["floor"] * 3
-    assert [gap["steps"] for gap in report["gaps"]] == [4, 2, 1]
-    assert len(report["targets"]) + len(report["notes"]) == 6  # a target that is left out has its reason
+    assert [line["name"] for line in report["runs"]][:2] == ["teacher 16 steps, guided", "student 1 step"]
+    assert len(report["runs"]) == 1 + 4 + 4 + 3
+    assert [target["kind"] for target in report["targets"]] == ["floor"] * 3 + ["diversity"] * 3 + ["accuracy"] * 3
+    assert [gap["steps"] for gap in report["gaps"]] == [1, 2, 4, 8]
+    assert [entry["kind"] for entry in report["curve"]] == ["features", "states", "random"]
     assert len(set(report["pictures"]["prompts"])) == 3
     for files in report["pictures"]["files"].values():
         assert len(files) == 3
@@ -361,19 +371,20 @@ def test_teacher_in_many_steps_scores_the_floor_and_matches_itself(tmp_path: Pat
 def test_worse_student_scores_worse(tmp_path: Path) -> None:
     """A student off in all its colours is farther in every distance, by the squared shift of its features in one."""
     close, off = (run_evaluation(tmp_path / str(bias), Paints(bias)) for bias in (0.0, 0.9))
-    for line, other in zip(close["runs"][1:4], off["runs"][1:4], strict=True):
+    for line, other in zip(close["runs"][1:5], off["runs"][1:5], strict=True):
         assert line["name"] == other["name"]
         assert line["fd"] < other["fd"]
         assert line["kid"] < other["kid"]
         assert line["paired"] < other["paired"]
-    assert close["runs"][4:] == [line | {"seconds_per_image": other["seconds_per_image"]}
-                                 for line, other in zip(off["runs"][4:], close["runs"][4:], strict=True)]  # fmt: skip
+    assert close["runs"][5:] == [line | {"seconds_per_image": other["seconds_per_image"]}
+                                 for line, other in zip(off["runs"][5:], close["runs"][5:], strict=True)]  # fmt: skip
 
 
 def test_seed_decides_every_figure(tmp_path: Path) -> None:
     def numbers(seed: int, batch_size: int) -> list[dict]:
         report = run_evaluation(tmp_path / f"{seed}-{batch_size}", seed=seed, batch_size=batch_size)
-        return [{name: value for name, value in line.items() if name != "seconds_per_image"} for line in report["runs"]]
+        left = ("seconds_per_image", "kinds", "intervals", "seeds")
+        return [{name: value for name, value in line.items() if name not in left} for line in report["runs"]]
 
     assert numbers(0, 10) == numbers(0, 10)
     for line, other in zip(numbers(0, 10), numbers(0, 7), strict=True):
@@ -391,14 +402,82 @@ def test_stored_reference_is_used_and_a_wrong_reference_is_made_anew(
     assert not before["reference"]["stored"]
     assert after["reference"]["stored"]
     assert after["floor"] == before["floor"]
-    # The set of many steps, a second one of twice its size, and 4 + 2 + 1 steps with guidance and without.
-    assert first.passes - again.passes == OPTIONS.samples * ((2 + 1) * 2 * OPTIONS.steps + 2 * 7 + 7)
+    # The set of many steps, a second one of twice its size, 4 + 2 + 1 steps with guidance, 8 + 4 + 2 + 1 without.
+    assert first.passes - again.passes == OPTIONS.samples * ((2 + 1) * 2 * OPTIONS.steps + 2 * 7 + 15)
+    assert first.feature_passes - again.feature_passes == OPTIONS.samples * (2 + 1 + 7)
     numbers = [{**line, "seconds_per_image": 0} for report in (before, after) for line in report["runs"]]
-    assert numbers[:10] == numbers[10:]
+    assert numbers[:12] == numbers[12:]
     with caplog.at_level(logging.WARNING):
         other = run_evaluation(tmp_path / "other", teacher="retrained", references=references)
     assert not other["reference"]["stored"]
     assert "teacher is 'paints' there and 'retrained' now" in caplog.text
+
+
+class Likes(Preference):
+    """A preference model that likes red."""
+
+    def __init__(self, fingerprint: str = "likes") -> None:
+        super().__init__("likes red", fingerprint, lambda pictures, prompts: torch.zeros(0))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images[:, 0].mean((1, 2)).cpu()
+
+
+def test_preference_is_measured_for_every_run_and_kept_in_the_reference(tmp_path: Path) -> None:
+    before = run_evaluation(tmp_path / "first", Paints(0.3), preference=Likes())
+    assert before["preference"] == "likes red"
+    scores = {run["name"]: run["preference"] for run in before["runs"]}
+    # A bias of 0.3 in z is 0.05 in a picture: decode divides by 3, pictures by 2.
+    assert scores["student 8 steps"] - scores["teacher 8 steps"] == pytest.approx(0.05, abs=0.01)
+    references = [tmp_path / "first" / "reference.safetensors"]
+    again = run_evaluation(tmp_path / "again", Paints(0.3), preference=Likes(), references=references)
+    assert again["reference"]["stored"]
+    assert {run["name"]: run["preference"] for run in again["runs"]} == pytest.approx(scores)
+    without = run_evaluation(tmp_path / "without", references=references)
+    assert without["reference"]["stored"]
+    assert not any("preference" in run for run in without["runs"])
+    other = run_evaluation(tmp_path / "other", preference=Likes("another"), references=references)
+    assert not other["reference"]["stored"]
+
+
+def test_seeds_are_sets_of_other_noise_and_figures_are_their_means(tmp_path: Path) -> None:
+    model = Paints(0.2)
+    report = run_evaluation(tmp_path / "two", model, seeds=2, samples=8)
+    one = run_evaluation(
+        tmp_path / "one", Paints(0.2), samples=8, references=[tmp_path / "two" / "reference.safetensors"]
+    )
+    for run, single in zip(report["runs"], one["runs"], strict=True):
+        if not run["name"].startswith("student"):
+            assert run["seeds"]["count"] == 1
+            assert run["fd"] == single["fd"]
+            continue
+        assert run["seeds"]["count"] == 2
+        # The first set is that of one seed; the deviation of two values is |a - b| / sqrt 2 = |a - mean| sqrt 2.
+        deviation = run["seeds"]["deviations"]["fd"]
+        assert deviation == pytest.approx(abs(single["fd"] - run["fd"]) * 2**0.5, abs=1e-9)
+        assert run["paired"] == single["paired"]
+    assert one["reference"]["stored"]
+
+
+def test_curve_tells_a_fall_and_who_is_nearer_beyond_chance(tmp_path: Path) -> None:
+    """Against a teacher without guidance the exact student is at least as near as the undistilled teacher.
+
+    The student's noise is fresh at every step, so that its spread grows with the steps, and its distance falls.
+    """
+    report = run_evaluation(tmp_path, guidance=1.0, steps=32, samples=400, batch_size=400)
+    curve = report["curve"][0]
+    assert curve["falls"]
+    assert [(step["from"], step["to"], step["verdict"]) for step in curve["steps"]][2] == (4, 8, "falls")
+    for step in curve["steps"]:
+        assert step["low"] <= step["value"] <= step["high"]
+    fd = {run["name"]: run["fd"] for run in report["runs"]}
+    assert curve["steps"][2]["value"] == pytest.approx(fd["student 8 steps"] / fd["student 4 steps"] - 1)
+    for line in curve["rivals"]:
+        difference = fd[line["rival"]] - fd[SamplingSetting("student", line["steps"]).name]
+        assert line["value"] == pytest.approx(difference)
+        assert line["verdict"] == (
+            "nearer" if line["low"] > 0 else "farther" if line["high"] < 0 else "within the noise"
+        )
 
 
 def test_reference_that_cannot_be_reproduced_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -415,56 +494,33 @@ def test_reference_that_cannot_be_reproduced_is_made_anew(tmp_path: Path, caplog
 
 def test_teacher_alone_has_no_targets(tmp_path: Path) -> None:
     report = run_evaluation(tmp_path, student=None)
-    assert len(report["runs"]) == 7
-    assert report["targets"] == []
-
-
-def test_targets_are_the_floor_and_the_gap_closed() -> None:
-    # Floor 1. Gap closed: (7 - 4) / 6 = 50 %, (16 - 4.3) / 15 = 78 %, (29 - 3.8) / 28 = 90 %.
-    gaps = [Gap(4, 4.0, 7.0, 1.0), Gap(2, 4.3, 16.0, 1.0), Gap(1, 3.8, 29.0, 1.0)]
-    found = targets_of(gaps)
-    assert [(line["kind"], line["run"]) for line in found] == [
-        (kind, run) for kind in ("floor", "gap") for run in ("student 4 steps", "student 2 steps", "student 1 step")
-    ]
-    assert [line["value"] for line in found] == pytest.approx([4.0, 4.3, 3.8, 0.5, 0.78, 0.9])
-    assert [line.get("at_most", line.get("at_least")) for line in found] == [1.5, 3.0, 6.0, 0.4, 0.8, 0.9]
-    assert [line["met"] for line in found] == [False, False, True, True, False, True]
-    assert [gap.times_closer for gap in gaps] == pytest.approx([1.75, 16 / 4.3, 29 / 3.8])
-    assert left_out(gaps) == []
-
-
-def test_perfect_student_closes_the_gap_and_meets_every_target() -> None:
-    perfect = [Gap(4, 1.0, 1.6, 1.0), Gap(2, 1.0, 7.0, 1.0), Gap(1, 1.0, 30.0, 1.0)]
-    assert [gap.closed for gap in perfect] == [1.0, 1.0, 1.0]
-    assert all(line["met"] for line in targets_of(perfect))
-    worse = Gap(4, 8.0, 6.0, 1.0)
-    assert worse.closed == pytest.approx(-0.4)
-    assert not targets_of([worse])[1]["met"]
+    assert len(report["runs"]) == 8
+    assert report["targets"] == report["curve"] == []
 
 
 @pytest.mark.parametrize(
-    ("steps", "undistilled", "kinds"),
+    ("of", "met"),
     [
-        (4, 0.9, []),
-        (4, 1.49, []),  # the undistilled teacher meets 1.5 x the floor, and 40 % of its gap are 0.29 x from the floor
-        (4, 1.51, ["floor", "gap"]),
-        (2, 2.4, []),  # 80 % of the gap would end 0.28 x above the floor
-        (2, 2.9, ["gap"]),
-        (1, 3.8, []),  # 90 %: 0.28 x
-        (1, 6.1, ["floor", "gap"]),
+        # 1.05, 1.11 and 1.40 x the floor; .92, .89 and .88 of the diversity; 100, 98 and 95 %.
+        ("shipped", [True, False, True, True, False, True, True, True, False]),
+        ("make-demo", [True, True, True]),
     ],
 )
-def test_no_target_where_no_training_meets_it_or_chance_decides(
-    steps: int, undistilled: float, kinds: list[str]
-) -> None:
-    gap = Gap(steps, 1.2, undistilled, 1.0)
-    assert [line["kind"] for line in targets_of([gap])] == kinds
-    reasons = left_out([gap])
-    assert len(reasons) == 2 - len(kinds)
-    assert all(f"Student {steps} step" in reason and f"lies at {undistilled:.2f} x" in reason for reason in reasons)
-    # A student as good as its teacher, give or take 20 % of the floor, meets every target there is.
-    for student in (0.8, 1.2):
-        assert all(line["met"] for line in targets_of([Gap(steps, student, undistilled, 1.0)]))
+def test_targets_are_held_against_the_floor_and_the_teacher(of: Any, met: list[bool]) -> None:
+    def line(name: str, fd: float, diversity: float, accuracy: float) -> dict[str, Any]:
+        return {"name": name, "fd": fd, "diversity": diversity, "prompt_accuracy": accuracy}
+
+    records = [
+        line("teacher 32 steps, guided", 2.0, 10.0, 1.0),
+        line("student 1 step", 2.8, 8.8, 0.95),
+        line("student 2 steps", 2.22, 8.9, 0.98),
+        line("student 4 steps", 2.1, 9.21, 1.0),
+    ]
+    found = targets_of(records, of)
+    assert [target["met"] for target in found] == met
+    assert [target["value"] for target in found][:3] == pytest.approx([1.05, 1.11, 1.4])
+    unknown = [{**record, "prompt_accuracy": None, "diversity": None} for record in records]
+    assert [target["kind"] for target in targets_of(unknown, of)] == ["floor"] * 3
 
 
 @pytest.mark.parametrize(("undistilled", "closed"), [(1.2, None), (0.9, None), (2.0, 0.8)])

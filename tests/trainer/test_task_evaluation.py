@@ -23,13 +23,16 @@ from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recip
 from flash_diffusion.trainer.demo.assets import LORAS
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.command import add_arguments, request_of
-from flash_diffusion.trainer.evaluate.task_comparison import AboutTask, about_task, left_out, targets_of, verdict
+from flash_diffusion.trainer.evaluate.task.sets import SetDistances
+from flash_diffusion.trainer.evaluate.task.targets import targets_of, verdict
+from flash_diffusion.trainer.evaluate.task_comparison import AboutTask, about_task
 from flash_diffusion.trainer.evaluate.task_samples import Subjects, batches, read_subjects
 from flash_diffusion.trainer.metrics import confidence_intervals as bootstrap
 from flash_diffusion.trainer.metrics.confidence_intervals import Estimate
+from flash_diffusion.trainer.metrics.distances import frechet_distance
 from flash_diffusion.trainer.metrics.embedders import Features
 from flash_diffusion.trainer.tasks import build_task
-from flash_diffusion.trainer.tasks.figures import Figure, Scene
+from flash_diffusion.trainer.tasks.figures import Scene
 from flash_diffusion.trainer.tasks.scores import SEAM_FLOOR, cosine, distance, edge_agreement, psnr, reduced, seam
 
 from ..families.adapters import tiny_controlnet
@@ -310,35 +313,53 @@ def test_bootstrap_intervals_are_those_of_the_mean() -> None:
     assert bootstrap.of_set_values(drawn - drawn, 400) == Estimate(0, 0, 0, 400)
 
 
-def test_task_targets_are_ratios_and_clear_differences() -> None:
-    lower = Figure("seam", "Seam", "seam", "", higher_is_better=False)
-    higher = Figure("psnr", "PSNR", "PSNR", "", higher_is_better=True)
-    context = Figure("own", "Own", "own", "", higher_is_better=False, judged=False)
-    names = ("student 4 steps", "teacher 32 steps, guided")
+def test_task_targets_are_set_distances_over_the_teachers_own_and_clear_differences() -> None:
+    many = "teacher 32 steps, guided"
+    values = {many: 2.0, "student 4 steps": 2.1, "student 2 steps": 2.4, "student 1 step": 2.8}
+    estimates = {name: {"fd": Estimate(value, 0, 9, 64)} for name, value in values.items()}
+    comparisons = [
+        {"figure": "fd", "run": f"student {steps}", "rival": f"teacher {steps}", "verdict": told}
+        for steps, told in (("2 steps", "better"), ("1 step", "even"))
+    ]
+    found = targets_of(estimates, comparisons, many)
+    assert [(line["kind"], line["run"], line["met"]) for line in found] == [
+        ("within", "student 4 steps", True),  # 1.05 of 1.05
+        ("within", "student 2 steps", False),  # 1.2 of 1.15
+        ("within", "student 1 step", True),  # 1.4 of 1.4
+        ("better", "student 2 steps", True),
+        ("better", "student 1 step", False),
+    ]
+    assert [line["value"] for line in found[:3]] == pytest.approx([1.05, 1.2, 1.4])
+    assert targets_of({name: {} for name in values}, comparisons, many) == []  # too few samples for sets
+    sides = [
+        verdict(Estimate(0.1, low, high, 9)) for low, high in ((0.01, 0.2), (-0.1, 0.2), (-0.3, -0.1), (None, None))
+    ]
+    assert sides == ["better", "even", "worse", "even"]
 
-    def measured(
-        ours: float, theirs: float, figure: Figure, low: float, high: float, gap: str = "better"
-    ) -> list[dict[str, Any]]:
-        estimates = {name: {figure.key: Estimate(value, 0, 0, 9)} for name, value in zip(names, (ours, theirs))}  # noqa: B905
-        difference = Estimate((low + high) / 2, low, high, 9)
-        line = {"figure": figure.key, "run": names[0], "rival": "teacher 4 steps", "verdict": verdict(difference)}
-        return targets_of([figure], estimates, [line], *names, {figure.key: gap})
 
-    assert [line["met"] for line in measured(1.1, 1.0, lower, 0.1, 0.2)] == [True, True]
-    assert [line["met"] for line in measured(1.2, 1.0, lower, -0.1, 0.2)] == [False, False]
-    assert [line["met"] for line in measured(18, 20, higher, -0.2, -0.1)] == [True, False]
-    found = measured(17, 20, higher, 0.1, 0.2)
-    assert [line["met"] for line in found] == [False, True]
-    assert found[0]["value"] == pytest.approx(0.85)
-    assert measured(1, 1, context, 0.1, 0.2) == []
-    # No ratio to a teacher's figure of 0, and no target that a student equal to its teacher would miss.
-    assert [line["kind"] for line in measured(0.0, 0.0, lower, 0, 0)] == ["better"]
-    for gap in ("even", "worse"):
-        assert [line["kind"] for line in measured(1.0, 1.0, lower, -0.1, 0.1, gap)] == ["within"]
-    gaps = {"seam": "worse", "psnr": "better", "own": "even"}
-    (reason,) = left_out([lower, higher, context], gaps)
-    assert reason.startswith("No target to be better than the undistilled teacher in seam: ")
-    assert left_out([higher, context], gaps) == []
+def test_set_distances_are_those_of_the_features_and_know_the_nearer_run() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def made(shift: float) -> dict[str, Tensor]:
+        values = torch.randn(128, 3, generator=generator) + shift
+        return {"features": values, "states": 5 * values, "random": values[:, :2]}
+
+    independent, runs = made(0), {"many": made(0), "near": made(0.2), "far": made(1.0)}
+    sets = SetDistances(runs, independent, made(1.0)["features"])
+    for name, kinds in runs.items():
+        expected = frechet_distance(kinds["features"], independent["features"])
+        assert sets.of(name, "fd").value == pytest.approx(expected)
+    for key in ("fd", "fd_states", "fd_random"):
+        assert verdict(sets.difference("near", "far", key)) == "better"
+        assert verdict(sets.difference("far", "near", key)) == "worse"
+        assert sets.difference("near", "near", key) == Estimate(0, 0, 0, 128)
+    # Whitened features have the unit of no network: five times the features are the same picture.
+    plain = {
+        name: {**kinds, "states": kinds["features"]} for name, kinds in {"far": runs["far"], "": independent}.items()
+    }
+    same = SetDistances({"far": plain["far"]}, plain[""], runs["far"]["features"])
+    assert sets.of("far", "fd_states").value == pytest.approx(same.of("far", "fd_states").value, rel=1e-3)
+    assert (sets.of("far", "fd_originals").value or 9) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -402,12 +423,10 @@ def test_each_task_is_evaluated(name: str, lora: Path, pictures: Path, tmp_path:
     keys = [figure["key"] for figure in report["figures"]]
     wanted = [figure.key for figure in task(name).figures if figure.key != "lpips"] + ["paired"]
     assert keys == wanted  # seven samples are too few for a distance of sets
-    assert any("7 samples are too few for 64" in note for note in report["notes"]) == (
-        name in ("inpainting", "control")
-    )
+    assert any("7 samples are too few for 64" in note for note in report["notes"])
     assert any("usable from --samples 32 on" in note for note in report["notes"])
     runs = {run["name"]: run for run in report["runs"]}
-    assert [run["nfe"] for run in report["runs"]] == [0, 8, 4, 2, 1, 4, 2, 1, 4] + [8] * (name == "control")
+    assert [run["nfe"] for run in report["runs"]] == [0, 8, 1, 2, 4, 8, 1, 2, 4, 8, 2, 4] + [8] * (name == "control")
     assert all(0 < run["figures"][key]["count"] <= 7 for run in runs.values() for key in keys)
     # The project's targets are the demo's; a user's own model has none, and the report says what measured it.
     assert report["targets"] == []
@@ -420,7 +439,7 @@ def test_each_task_is_evaluated(name: str, lora: Path, pictures: Path, tmp_path:
         *report["pictures"]["original"],
         *(file for drawn in report["pictures"]["drawn"].values() for file in drawn),
     ]
-    assert page.count("<img") == 2 * (len(report["pictures"]["drawn"]) + 1 + 1 + 3 + 1 + (name == "control"))
+    assert page.count("<img") == 2 * (len(report["pictures"]["drawn"]) + 1 + 1 + 4 + 1 + (name == "control"))
     assert all((tmp_path / "out" / file).is_file() for file in files)
     # The same again, in other batches.
     if name != "inpainting":
@@ -441,7 +460,7 @@ def test_enough_samples_give_frechet_distances(pictures: Path, tmp_path: Path, m
     command += ["--data", str(pictures), "--samples", "66", "--batch-size", "33", "--guidance", "1"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [figure["key"] for figure in report["figures"]][:2] == ["fd", "fd_originals"]
+    assert [figure["key"] for figure in report["figures"]][:4] == ["fd", "fd_states", "fd_random", "fd_originals"]
     originals, many = report["runs"][:2]
     assert originals["figures"]["fd_originals"]["value"] == pytest.approx(0, abs=1e-4)
     assert 0 < many["figures"]["fd"]["value"] < originals["figures"]["fd"]["value"]
@@ -469,16 +488,24 @@ def test_targets_need_enough_samples(
     comparison = "flash_diffusion.trainer.evaluate.task_comparison"
     monkeypatch.setattr(f"{comparison}.about_task", lambda *inputs: AboutTask())  # as for the demo
     monkeypatch.setattr(f"{comparison}.FEWEST_SAMPLES", 3)
+    monkeypatch.setattr(f"{comparison}.samples_needed", lambda features: 4)
     student = for_task(lora, "super-resolution", tmp_path / "lora.safetensors")
     command = ["evaluate", "--task", "super-resolution", "--family", "sd15", "--data", str(pictures), "--steps", "2"]
     command += ["--teacher", str(wide_model(tmp_path / "model", 8)), "--lora", str(student), "--output", str(tmp_path)]
     held = []
-    for samples in ("2", "3"):
+    for samples in ("2", "4"):
         assert main([*command, "--samples", samples]) == 0
         report = json.loads((tmp_path / "report.json").read_text())
-        held.append({target["figure"] for target in report["targets"] if target["kind"] == "within"})
+        held.append([(target["figure"], target["kind"], target["run"]) for target in report["targets"]])
         assert any("samples are too few: the intervals" in note for note in report["notes"]) == (samples == "2")
-    assert held == [set(), {"psnr", "features", "consistency"}]
+    runs = ("student 4 steps", "student 2 steps", "student 1 step")
+    assert held == [[], [("fd", "within", run) for run in runs] + [("fd", "better", run) for run in runs[1:]]]
+    assert all(run["figures"]["fd_states"]["value"] >= 0 for run in report["runs"])
+    pairs = dict.fromkeys((line["run"], line["rival"]) for line in report["comparisons"])
+    assert list(pairs)[:2] == [("student 1 step", "teacher 1 step"), ("student 2 steps", "teacher 2 steps")]
+    assert ("student 8 steps", "teacher 4 steps, guided") in pairs
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "student 2 steps against teacher 1 step, guided" in page
 
 
 @pytest.mark.parametrize(

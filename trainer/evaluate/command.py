@@ -12,19 +12,19 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..config import ModelSection, Recipe, TaskSection, explain
-from ..demo.assets import FEATURES, ROOT, TASK_ADAPTERS
+from ..config import Recipe
+from ..demo.assets import TASK_ADAPTERS
 from ..errors import UserError
 from ..metrics.clip_score import DEFAULT as DEFAULT_CLIP
 from ..recipes import LORA_FILE, load_run_recipe
 from .coco.protocols import PROTOCOLS
 from .generate import SamplingSetting
 from .request import (
-    FEW_STEPS,
+    COCO_STEPS,
     TASK_SAMPLES,
     TEXT_TO_IMAGE,
     CocoOptions,
@@ -34,15 +34,15 @@ from .request import (
     Options,
     TaskComparisonRequest,
     TeacherComparisonRequest,
+    model_section,
+    read_task,
 )
+from .teacher.defaults import default_features, default_reference
 from .tuning.tune import STEP_COUNTS, VALUES, tune_sampler, tuning_request
 
-if TYPE_CHECKING:
-    from ..tasks.base import Task
-
 TASK_OPTIONS = ("data", "task_options", "vgg")
+COMPARISON_OPTIONS = ("seeds", "preference", "targets")
 PROTOCOL_OPTIONS = ("coco", "runs", "inception", "clip", "no_clip", "precision")
-DEMO_REFERENCE = ROOT / "reference.safetensors"
 OPTIONS_EXAMPLE = """such as '{"scale": 4}'"""
 EPILOG = """examples:
 
@@ -142,9 +142,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--features",
         type=_path,
-        default=FEATURES,
         help="the network that describes pictures: folder of a feature network, folder of a CLIP, or weights file of "
-        "FID's Inception (default: the demo's feature network, which has seen only the demo's pictures)",
+        "FID's Inception (default: the embedded teacher's own, else the demo's, which has seen only emoji)",
     )
     add(
         "--steps",
@@ -156,6 +155,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="teacher's guidance scale w in uncond + w (cond - uncond) (default: middle of the run's range, else "
         f"{defaults.guidance})",
+    )
+    add(
+        "--seeds",
+        type=int,
+        default=defaults.seeds,
+        help="sets of the student's pictures, each from its own noise: the report shows mean and standard deviation "
+        "(default: %(default)s)",
+    )
+    add(
+        "--preference",
+        type=_path,
+        help="model of human preference: weights file of HPSv2 or ImageReward (with their library), folder of a "
+        "PickScore or a CLIP; its mean score is shown for each run",
+    )
+    add(
+        "--targets",
+        choices=["shipped", "make-demo"],
+        default=defaults.targets,
+        help="with the demo's teacher: the targets of the LoRA that ships, or of the student of `make demo` (default: "
+        "%(default)s)",
     )
     add("--make-reference", action="store_true", help="make the teacher's reference, write it to --reference, and stop")
     add(
@@ -189,7 +208,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_run,
         metavar="ROLE:STEPS[:GUIDANCE]",
         help="runs to compare, such as student:4 teacher:25:7.5; guidance 1 (the default) = no guidance "
-        f"(default: {' '.join(f'student:{steps}' for steps in FEW_STEPS)}; without a LoRA: teacher:STEPS:GUIDANCE)",
+        f"(default: {' '.join(f'student:{steps}' for steps in COCO_STEPS)}; without a LoRA: teacher:STEPS:GUIDANCE)",
     )
     add("--inception", type=_path, help="Inception weights for FID, .pth or .safetensors (default: downloaded once)")
     add("--clip", default=DEFAULT_CLIP, help="CLIP model for transformers: folder or Hub name (default: %(default)s)")
@@ -293,7 +312,7 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
     model = model_request(args, recipe, task, lora)
     if args.protocol is not None:
         protocol = PROTOCOLS[args.protocol]
-        usual = [SamplingSetting("student", steps) for steps in FEW_STEPS]
+        usual = [SamplingSetting("student", steps) for steps in COCO_STEPS]
         runs = args.runs or (usual if lora else [SamplingSetting("teacher", steps, guidance)])
         return CocoRequest(
             model=model,
@@ -312,12 +331,18 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
         return TeacherComparisonRequest(
             model=model,
             **common,
-            options=Options(samples=Options().samples if args.samples is None else args.samples, **shared),
-            features=args.features,
+            options=Options(
+                samples=Options().samples if args.samples is None else args.samples,
+                seeds=args.seeds,
+                targets=args.targets,
+                **shared,
+            ),
+            features=args.features or default_features(model.section),
             prompts=args.prompts,
             data=recipe.data if recipe else None,
-            reference=args.reference or DEMO_REFERENCE,
+            reference=args.reference or default_reference(model.section),
             make_reference=args.make_reference,
+            preference=args.preference,
         )
     options = args.task_options
     if options is None and recipe is not None and recipe.task.name == task:
@@ -328,7 +353,7 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
         **common,
         options=Options(samples=TASK_SAMPLES if args.samples is None else args.samples, times=1, **shared),
         data=args.data or (recipe.data if recipe else "demo"),
-        features=args.features,
+        features=args.features or default_features(model.section),
         vgg=args.vgg,
     )
 
@@ -352,7 +377,7 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
     """Raise a :class:`UserError` for options that have no meaning, or none for this evaluation."""
     from ..tasks import TASKS
 
-    least = {"samples": 2, "steps": 1, "guidance": 1, "batch_size": 1, "pictures": 1, "resolution": 8}
+    least = {"samples": 2, "seeds": 1, "steps": 1, "guidance": 1, "batch_size": 1, "pictures": 1, "resolution": 8}
     for name, value in least.items():
         if (given := getattr(args, name)) is not None and not (given >= value and math.isfinite(given)):
             raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
@@ -364,6 +389,8 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
         raise UserError(f"--lora: there is no LoRA at {lora}; make a LoRA with `flash-diffusion distill`")
     if args.log is not None and not args.log.is_file():
         raise UserError(f"--log: there is no file {args.log}; give the log.jsonl of the training, or leave --log out")
+    if args.preference is not None and not args.preference.exists():
+        raise UserError(f"--preference: there is nothing at {args.preference}; give a model's file or folder")
     check_output(args.output)
     if args.protocol is not None:
         if task != TEXT_TO_IMAGE:
@@ -372,7 +399,11 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
             raise UserError(f"--protocol {args.protocol} needs --coco, the folder of COCO's annotations and pictures")
         if lora is None and any(run.role == "student" for run in args.runs or ()):
             raise UserError("--runs names a student, but there is no --lora; give the LoRA, or only teacher runs")
-        refuse(args, ("features", "make_reference", *TASK_OPTIONS), "other evaluations; leave --protocol out for those")
+        refuse(
+            args,
+            ("features", "make_reference", *COMPARISON_OPTIONS, *TASK_OPTIONS),
+            "other evaluations; leave --protocol out for those",
+        )
         return
     refuse(
         args,
@@ -383,14 +414,14 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
         raise UserError(f"--task: there is no task {task!r}; expected one of {', '.join(TASKS)}")
     if task != TEXT_TO_IMAGE:
         where = "text-to-image; a task takes its captions from --data and makes its reference anew"
-        refuse(args, ("prompts", "reference", "make_reference"), where)
+        refuse(args, ("prompts", "reference", "make_reference", *COMPARISON_OPTIONS), where)
     else:
         refuse(args, TASK_OPTIONS, "conditional tasks; name a task with --task")
 
 
 def refuse(args: argparse.Namespace, names: Sequence[str], where: str) -> None:
     """Raise a :class:`UserError` if one of the options was given; ``where`` says what the options belong to."""
-    unset = {"features": FEATURES, "clip": DEFAULT_CLIP, "precision": "no"}
+    unset = {"clip": DEFAULT_CLIP, "precision": "no", "seeds": 1, "targets": "shipped"}
     wrong = [name for name in names if getattr(args, name) not in (None, False, unset.get(name))]
     if wrong:
         told = " and ".join(f"--{name.replace('_', '-')}" for name in wrong)
@@ -426,51 +457,3 @@ def model_request(args: argparse.Namespace, recipe: Recipe | None, task: str, lo
     return ModelRequest(
         model_section(family, path, fields), tuple(fields), lora, args.device, resolution, args.stochasticity
     )
-
-
-def model_section(family: str, path: str | None, fields: Sequence[str]) -> ModelSection:
-    """Return a recipe's model section.
-
-    Raises:
-        UserError: ``--model`` names an unknown field, or a value does not fit its field.
-    """
-    import yaml
-    from pydantic import ValidationError
-
-    section: dict[str, Any] = {"family": family, "path": path}
-    for pair in fields:
-        name, found, value = pair.partition("=")
-        if not found:
-            raise UserError(f"--model: expected KEY=VALUE, got {pair!r}")
-        try:
-            section[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"--model: the value of {name} is not YAML or JSON: {value!r}; expected a value, or fields such as "
-                "'{path: FOLDER, scale: 0.8}'"
-            ) from error
-    try:
-        return ModelSection.model_validate(section)
-    except ValidationError as error:
-        lines = explain(error, within=("model",))
-        raise UserError("--model does not fit a recipe's model section:\n" + "\n".join(lines)) from error
-
-
-def read_task(name: str, options: Mapping[str, Any] | None, model: ModelSection) -> Task:
-    """Return the task with its options; options default to the options stored in the task adapter.
-
-    Raises:
-        UserError: an option does not fit the task, or the adapter is for another task.
-    """
-    from ..tasks import build_task
-    from ..teachers.conditions.task_adapters import find_task_adapter
-
-    if model.task_adapter is not None:
-        adapter = find_task_adapter(model.task_adapter)
-        if adapter.task != name:
-            raise UserError(
-                f"--task {name}: the model's task adapter, {model.task_adapter}, was made for {adapter.task}; choose "
-                f"--task {adapter.task}, or an adapter for {name}"
-            )
-        options = adapter.options if options is None else options
-    return build_task(TaskSection(name=name, options=dict(options or {})))

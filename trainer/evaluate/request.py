@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..demo.assets import TEACHER as DEMO_TEACHER
+from ..config import ModelSection, TaskSection, explain
+from ..demo.assets import embedded_home
 from ..errors import UserError
 from ..files import fingerprint
 
 if TYPE_CHECKING:
     from ...flash_core.lora import LoraFile
     from ...flash_core.solvers import Solver
-    from ..config import DataSection, ModelSection
+    from ..config import DataSection
     from ..tasks.base import Task
     from ..teachers.base import Teacher
     from .coco.protocols import CocoProtocol
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TEXT_TO_IMAGE = "text-to-image"
-FEW_STEPS = (4, 2, 1)  # of the student, and of the undistilled teacher beside the student
-TASK_SAMPLES = 96  # default of --samples with --task: 9,000 passes, 2 to 3 minutes of the demo on one core
+FEW_STEPS = (1, 2, 4, 8)  # of the student, and of the undistilled teacher beside the student
+GUIDED_STEPS = (1, 2, 4)  # of the undistilled teacher with guidance: 2, 4 and 8 passes
+COCO_STEPS = (4, 2, 1)  # of the student, in a zero-shot evaluation
+TASK_SAMPLES = 256  # default of --samples with --task: the fewest for distances of sets of the demo
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -44,6 +48,8 @@ class Options:
         solver: the teacher's; None = the solver of its training.
         batch_size: pictures made at once; changes no picture.
         pictures: prompts that the report shows.
+        seeds: sets of the student's noise; figures are means over them.
+        targets: the targets of the demo's students, see ``teacher/targets.py``.
     """
 
     samples: int = 256
@@ -54,6 +60,8 @@ class Options:
     solver: Solver | None = None
     batch_size: int = 8
     pictures: int = 8
+    seeds: int = 1
+    targets: Literal["shipped", "make-demo"] = "shipped"
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,6 @@ class ModelRequest:
         """
         from ...flash_core.grid import MAX_FEW_STEPS
         from ...flash_core.lora import read_lora
-        from ..config import TaskSection
         from ..tasks import build_task
         from ..tasks.requirements import check_channels, check_control
         from ..teachers import load_teacher
@@ -166,7 +173,8 @@ class ModelRequest:
         from ...flash_core.grid import trailing_timesteps
         from ..teachers.hashes import short_hash, weights_hash
 
-        folder = Path(self.section.path) if self.section.path else DEMO_TEACHER
+        home = embedded_home(self.section.path) if self.section.family == "demo" else None
+        folder = Path(str(self.section.path)) if home is None else home / "teacher"
         if folder.is_dir() and not self.fields:
             return fingerprint(folder)
         parts = {
@@ -218,6 +226,8 @@ class TeacherComparisonRequest(EvaluationRequest):
         data: the data section of the run's recipe; None without a run.
         reference: file with the features of the teacher's sets.
         make_reference: write ``reference`` and stop.
+        preference: a model of human preference, see :func:`~..metrics.pictures.preference.load_preference`; None = no
+            scores.
     """
 
     options: Options
@@ -226,6 +236,7 @@ class TeacherComparisonRequest(EvaluationRequest):
     data: DataSection | None
     reference: Path
     make_reference: bool
+    preference: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,3 +312,51 @@ def check_lora_task(lora: LoraFile, path: Path, task: str) -> None:
             f"LoRA for {task}"
         )
     logger.warning("%s was distilled for text-to-image; it is measured on %s without further training.", path, task)
+
+
+def model_section(family: str, path: str | None, fields: Sequence[str]) -> ModelSection:
+    """Return a recipe's model section.
+
+    Raises:
+        UserError: ``--model`` names an unknown field, or a value does not fit its field.
+    """
+    import yaml
+    from pydantic import ValidationError
+
+    section: dict[str, Any] = {"family": family, "path": path}
+    for pair in fields:
+        name, found, value = pair.partition("=")
+        if not found:
+            raise UserError(f"--model: expected KEY=VALUE, got {pair!r}")
+        try:
+            section[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--model: the value of {name} is not YAML or JSON: {value!r}; expected a value, or fields such as "
+                "'{path: FOLDER, scale: 0.8}'"
+            ) from error
+    try:
+        return ModelSection.model_validate(section)
+    except ValidationError as error:
+        lines = explain(error, within=("model",))
+        raise UserError("--model does not fit a recipe's model section:\n" + "\n".join(lines)) from error
+
+
+def read_task(name: str, options: Mapping[str, Any] | None, model: ModelSection) -> Task:
+    """Return the task with its options; options default to the options stored in the task adapter.
+
+    Raises:
+        UserError: an option does not fit the task, or the adapter is for another task.
+    """
+    from ..tasks import build_task
+    from ..teachers.conditions.task_adapters import find_task_adapter
+
+    if model.task_adapter is not None:
+        adapter = find_task_adapter(model.task_adapter)
+        if adapter.task != name:
+            raise UserError(
+                f"--task {name}: the model's task adapter, {model.task_adapter}, was made for {adapter.task}; choose "
+                f"--task {adapter.task}, or an adapter for {name}"
+            )
+        options = adapter.options if options is None else options
+    return build_task(TaskSection(name=name, options=dict(options or {})))

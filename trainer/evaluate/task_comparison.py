@@ -20,14 +20,18 @@ from torch import Tensor
 
 from ..metrics import confidence_intervals as bootstrap
 from ..metrics.confidence_intervals import Estimate
-from ..metrics.distances import frechet_distance
 from ..metrics.embedders import Features, load_features, samples_needed
+from ..metrics.pictures.random_features import RandomFeatures
+from ..metrics.pictures.teacher_states import TeacherStates
 from ..tasks.base import Task
 from ..tasks.figures import Figure, Scene
 from ..tasks.scores import distance
 from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
 from .generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents, sampler_facts, sampler_note
-from .request import FEW_STEPS, Options, TaskComparisonRequest
+from .request import FEW_STEPS, GUIDED_STEPS, Options, TaskComparisonRequest
+from .task.figures import OF_SETS, PAIRED
+from .task.sets import SetDistances
+from .task.targets import targets_of, verdict
 from .task_samples import Batch, Subjects, batches, read_subjects
 
 if TYPE_CHECKING:
@@ -37,37 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BEST_STEPS = 4  # of the student that has targets
 FEWEST_SAMPLES = 32  # for targets: of fewer samples the bootstrap's intervals are too narrow
-WITHIN = 0.1  # share of the teacher's many-step figure that the student may fall short
 YARDSTICK = "the originals"
-FRECHET = Figure(
-    "fd",
-    "Fréchet distance to the teacher’s pictures",
-    "FD",
-    "Distance between the set of results and an independent set of the teacher’s many-step results, with the same "
-    "conditions and other noise. The teacher’s own figure is the floor: two sets of its own pictures.",
-    higher_is_better=False,
-)
-FRECHET_ORIGINALS = Figure(
-    "fd_originals",
-    "Fréchet distance to the originals",
-    "FD orig.",
-    "Distance between the set of results and the originals after the autoencoder. Not a target: guidance moves the "
-    "teacher itself away from the originals.",
-    higher_is_better=False,
-    judged=False,
-)
-PAIRED = Figure(
-    "paired",
-    "Feature distance to the teacher’s result",
-    "to teacher",
-    "Mean distance between a result and the teacher’s many-step result for the same conditions and noise; 0 = the same "
-    "picture. Not a target: after its first step the student draws fresh noise, so it makes another picture, not a "
-    "worse one.",
-    higher_is_better=False,
-    judged=False,
-)
 
 
 @dataclass(frozen=True)
@@ -89,24 +64,32 @@ class Entry:
 class Seen:
     """What is kept of an entry's pictures."""
 
-    features: list[Tensor] = field(default_factory=list)
+    kinds: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     scores: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     pictures: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
+
+    def keep(self, kinds: Mapping[str, Tensor]) -> None:
+        """Keep the features of further pictures."""
+        for kind, values in kinds.items():
+            self.kinds[kind].append(values)
+
+    def features(self) -> dict[str, Tensor]:
+        """Return the features of all pictures (N, D) by their kind."""
+        return {kind: torch.cat(parts) for kind, parts in self.kinds.items()}
 
 
 def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
     """Return the runs: the yardsticks first, then the student, then the undistilled teacher.
 
-    The undistilled teacher runs in as many steps without guidance (as many passes), in as many steps with guidance
-    (twice the passes), and in half the steps with guidance (as many passes again).
+    The undistilled teacher runs in as many steps without guidance, and in half the steps with guidance: as many passes.
     """
     many = SamplingSetting("teacher", options.steps, options.guidance)
     runs = [many]
     if student:
         runs += [SamplingSetting("student", steps) for steps in FEW_STEPS]
     runs += [SamplingSetting("teacher", steps) for steps in FEW_STEPS]
-    runs += [SamplingSetting("teacher", steps, options.guidance) for steps in (BEST_STEPS, BEST_STEPS // 2)]
+    runs += [SamplingSetting("teacher", steps, options.guidance) for steps in GUIDED_STEPS]
     entries = [Entry(YARDSTICK, None), *(Entry(run.name, run) for run in dict.fromkeys(runs))]
     if task.without:
         entries.append(Entry(f"{many.name}, {task.without}", many, conditioned=False))
@@ -218,12 +201,13 @@ class TaskComparison(Evaluator[Entry]):
         blank = torch.ones(1, 3, *teacher.resolution)
         self.dimensions = self.look(blank).shape[1]
         self.enough = samples_needed(self.dimensions)
-        self.measures_sets = task.many_answers and options.samples >= self.enough
+        self.measures_sets = options.samples >= self.enough
+        self.random = RandomFeatures()
         for note in self._too_few_samples():
             logger.warning("%s", note)
         self.seen = {entry.name: Seen() for entry in self.entries}
-        self.independent: list[Tensor] = []
-        self.distances: dict[tuple[str, str], Tensor] = {}
+        self.independent = Seen()
+        self.sets: SetDistances | None = None
         self.captions: list[str] = []
         self.drawn: dict[str, list[Tensor]] = defaultdict(list)
         self.originals: list[Tensor] = []
@@ -250,9 +234,12 @@ class TaskComparison(Evaluator[Entry]):
                 if self.measures_sets:
                     latents = sample_latents(rows, many, rows.prompts, batch.independent)
                     finished = self.task.finished(decode_pictures(rows, latents), scene)
-                    self.independent.append(self.look(finished))
+                    self.independent.keep(self._kinds(rows, latents, finished))
                     self.progress.advance(bar, many.nfe * len(batch))
                 self._keep(batch, scene)
+        if self.measures_sets:
+            runs = {name: seen.features() for name, seen in self.seen.items()}
+            self.sets = SetDistances(runs, self.independent.features(), runs[YARDSTICK]["features"])
         self.figures = self._figures()
         self.estimates = {entry.name: self._estimates(entry.name) for entry in self.entries}
         self.comparisons = self._comparisons() if self.student is not None else []
@@ -274,16 +261,13 @@ class TaskComparison(Evaluator[Entry]):
         """Return the targets of :func:`targets_of`, where the targets apply."""
         if not self._has_targets():
             return []
-        student = SamplingSetting("student", BEST_STEPS).name
-        return targets_of(self.figures, self.estimates, self.comparisons, student, self.many.name, self._gaps())
+        return targets_of(self.estimates, self.comparisons, self.many.name)
 
     def notes(self, records: Sequence[Record]) -> list[str]:
         """Return what limits the figures, the student's sampler, and why figures and targets were left out."""
         notes = list(self.about.notes)
         notes += sampler_note(self.teacher, FEW_STEPS) if self.student is not None else []
         notes += self._too_few_samples()
-        if self.student is not None and self._has_targets():
-            notes += left_out(self.figures, self._gaps())
         if any(figure.key == "lpips" for figure in self.task.figures) and self.perceptual is None:
             notes.append("LPIPS was not measured. Give VGG-16’s weights with --vgg.")
         return notes
@@ -322,10 +306,10 @@ class TaskComparison(Evaluator[Entry]):
                 f"{samples} samples are too few: the intervals are too narrow, and there are no targets. They are "
                 f"usable from --samples {FEWEST_SAMPLES} on."
             )
-        if self.task.many_answers and not self.measures_sets:
+        if not self.measures_sets:
             found.append(
-                f"The Fréchet distances were left out: {samples} samples are too few for {self.dimensions} features, "
-                f"and a distance would be mostly its own bias. Use --samples {self.enough} or more."
+                f"Fréchet distances and targets were left out: {samples} samples are too few for {self.dimensions} "
+                f"features, and a distance would be mostly its own bias. Use --samples {self.enough} or more."
             )
         return found
 
@@ -341,6 +325,7 @@ class TaskComparison(Evaluator[Entry]):
         return rows, Scene(originals, others, batch.drawn, self.look, self.perceptual)
 
     def _answer(self, entry: Entry, rows: EncodedPrompts, scene: Scene, batch: Batch) -> None:
+        scene_rows = rows  # hidden states are those under the task's conditions, whatever the run has seen
         if not entry.conditioned:
             conditioning = self.task.conditions_without(rows.conditioning)
             assert conditioning is not None, f"{self.task.name} says what it is without, and can't be"
@@ -354,10 +339,18 @@ class TaskComparison(Evaluator[Entry]):
         seen = self.seen[entry.name]
         seen.seconds += time.perf_counter() - start
         finished = self.task.finished(made, scene)
-        seen.features.append(self.look(finished))
+        seen.keep(self._kinds(scene_rows, latents, finished))
         for key, values in self.task.scores(made, scene).items():
             seen.scores[key].append(values)
         seen.pictures += list(finished[: max(self.options.pictures - len(seen.pictures), 0)])
+
+    def _kinds(self, rows: EncodedPrompts, latents: Tensor, finished: Tensor) -> dict[str, Tensor]:
+        """Return the features of results by their kind; only the network's own where no sets are compared."""
+        found = {"features": self.look(finished)}
+        if self.measures_sets:
+            states = TeacherStates(rows.denoiser, rows.unconditional)
+            found |= {"states": states(latents), "random": self.random(finished)}
+        return found
 
     def look(self, pictures: Tensor) -> Tensor:
         """Return the features (B, D) of pictures in [0, 1]."""
@@ -376,50 +369,36 @@ class TaskComparison(Evaluator[Entry]):
         """Return the measured figures: Fréchet distances where there are enough samples, then the task's figures."""
         measured = next(iter(self.seen.values())).scores
         own = [figure for figure in self.task.figures if figure.key in measured]
-        return [*([FRECHET, FRECHET_ORIGINALS] if self.measures_sets else []), *own, PAIRED]
+        return [*(OF_SETS if self.sets is not None else ()), *own, PAIRED]
 
     def _scores(self, name: str, key: str) -> Tensor:
         """Return a figure of every sample (N,)."""
         if key == PAIRED.key:
-            return distance(*(torch.cat(self.seen[which].features) for which in (name, self.many.name)))
+            return distance(*(self.seen[which].features()["features"] for which in (name, self.many.name)))
         return torch.cat(self.seen[name].scores[key])
-
-    def _set_distances(self, name: str, key: str) -> Tensor:
-        """Return a Fréchet distance of all samples, then of each resampling of the bootstrap; computed once."""
-        if (name, key) not in self.distances:
-            features = torch.cat(self.seen[name].features)
-            reference = torch.cat(self.independent if key == FRECHET.key else self.seen[YARDSTICK].features)
-            self.distances[name, key] = bootstrap.set_values(
-                lambda index: frechet_distance(features[index], reference[index]), len(features)
-            )
-        return self.distances[name, key]
 
     def _estimates(self, name: str) -> dict[str, Estimate]:
         return {
-            figure.key: bootstrap.of_set_values(self._set_distances(name, figure.key), self.options.samples)
-            if figure in (FRECHET, FRECHET_ORIGINALS)
+            figure.key: self.sets.of(name, figure.key)
+            if self.sets is not None and figure in OF_SETS
             else bootstrap.mean_of(self._scores(name, figure.key))
             for figure in self.figures
         }
 
     def _comparisons(self) -> list[dict[str, Any]]:
-        """Compare the student's best run with each run of the undistilled teacher, in each figure."""
-        student = SamplingSetting("student", BEST_STEPS).name
-        rivals = [entry.name for entry in self.entries[2:] if entry.run is not None and entry.run.role == "teacher"]
-        return [self._difference(figure, student, rival) for rival in rivals for figure in self.figures]
-
-    def _gaps(self) -> dict[str, str]:
-        """Return for each figure whether the teacher in many steps is better than the student's rival in few steps."""
-        rival = SamplingSetting("teacher", BEST_STEPS).name
-        return {figure.key: self._difference(figure, self.many.name, rival)["verdict"] for figure in self.figures}
+        """Compare each of the student's runs with the undistilled teacher's runs of as many passes, in each figure."""
+        pairs = [(steps, SamplingSetting("teacher", steps)) for steps in FEW_STEPS]
+        if self.options.guidance != 1:
+            pairs += [(2 * steps, SamplingSetting("teacher", steps, self.options.guidance)) for steps in GUIDED_STEPS]
+        names = [(SamplingSetting("student", steps).name, rival.name) for steps, rival in pairs]
+        return [self._difference(figure, *pair) for pair in names for figure in self.figures]
 
     def _difference(self, figure: Figure, student: str, rival: str) -> dict[str, Any]:
         """Return by how much a run is better than its rival on the same samples, with its interval."""
-        sign = 1 if figure.higher_is_better else -1
-        if figure in (FRECHET, FRECHET_ORIGINALS):
-            ours, theirs = (self._set_distances(name, figure.key) for name in (student, rival))
-            found = bootstrap.of_set_values(sign * (ours - theirs), self.options.samples)
+        if self.sets is not None and figure in OF_SETS:
+            found = self.sets.difference(student, rival, figure.key)
         else:
+            sign = 1 if figure.higher_is_better else -1
             found = bootstrap.mean_of(sign * (self._scores(student, figure.key) - self._scores(rival, figure.key)))
         return {"figure": figure.key, "run": student, "rival": rival, **asdict(found), "verdict": verdict(found)}
 
@@ -435,60 +414,3 @@ class TaskComparison(Evaluator[Entry]):
             "original": write(self.originals, "original"),
             "files": {entry.name: write(self.seen[entry.name].pictures, entry.name) for entry in self.entries},
         }
-
-
-def verdict(difference: Estimate) -> str:
-    """Return ``better`` or ``worse`` where the whole interval is on one side of 0, else ``even``."""
-    if difference.low is None or difference.high is None:
-        return "even"
-    return "better" if difference.low > 0 else "worse" if difference.high < 0 else "even"
-
-
-def targets_of(
-    figures: Sequence[Figure],
-    estimates: Mapping[str, Mapping[str, Estimate]],
-    comparisons: Sequence[Mapping[str, Any]],
-    student: str,
-    many: str,
-    gaps: Mapping[str, str],
-) -> list[dict[str, Any]]:
-    """Return the student's targets, at most two for every judged figure.
-
-    - ``within``: student / teacher in many steps is at most 1.1 where lower is better, at least 0.9 where higher is
-      better. ``value`` is this ratio. There is no such target where the teacher's figure is 0 or below.
-    - ``better``: the student is clearly better than the undistilled teacher with as many passes: the 95 % interval of
-      the mean difference on the same samples is above 0. ``value`` is this difference, positive = the student is
-      better. There is no such target where the teacher in many steps is not clearly better itself: then a student that
-      equals its teacher would miss the target.
-
-    Args:
-        gaps: by figure the verdict on the teacher in many steps, against the undistilled teacher with as many passes.
-    """
-    found: list[dict[str, Any]] = []
-    rival = SamplingSetting("teacher", BEST_STEPS).name
-    for figure in figures:
-        ours, theirs = estimates[student][figure.key].value, estimates[many][figure.key].value
-        if not figure.judged or ours is None or theirs is None:
-            continue
-        if theirs > 0:
-            least, most = (1 - WITHIN) * theirs, (1 + WITHIN) * theirs
-            met = ours >= least if figure.higher_is_better else ours <= most
-            limit = {"at_least": 1 - WITHIN} if figure.higher_is_better else {"at_most": 1 + WITHIN}
-            line = {"figure": figure.key, "kind": "within", "run": student, "rival": many}
-            found.append({**line, "value": ours / theirs, **limit, "met": met})
-        if gaps[figure.key] != "better":
-            continue
-        against = next(line for line in comparisons if (line["figure"], line["rival"]) == (figure.key, rival))
-        found.append({**against, "kind": "better", "met": against["verdict"] == "better"})
-    return found
-
-
-def left_out(figures: Sequence[Figure], gaps: Mapping[str, str]) -> list[str]:
-    """Return a sentence on the figures whose target ``better`` was left out, if there are such figures."""
-    names = [figure.short for figure in figures if figure.judged and gaps[figure.key] != "better"]
-    if not names:
-        return []
-    return [
-        f"No target to be better than the undistilled teacher in {', '.join(names)}: there the teacher in many steps "
-        "is not clearly better itself, so a perfect student would miss the target."
-    ]

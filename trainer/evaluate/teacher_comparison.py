@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import fingerprint_texts
-from ..metrics.distances import diversity, frechet_distance, kernel_distance, paired_distance, prompt_accuracy
+from ..metrics.distances import frechet_distance, paired_distance
 from ..metrics.embedders import load_features, samples_needed
+from ..metrics.pictures.preference import Preference, load_preference
+from ..metrics.pictures.random_features import RandomFeatures
+from ..metrics.pictures.sharpness import contrast, sharpness
+from ..metrics.pictures.teacher_states import TeacherStates
 from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
 from .generate import (
     PictureMaker,
@@ -27,10 +32,12 @@ from .generate import (
     sampler_note,
 )
 from .progress import progress_bar
-from .request import FEW_STEPS, Options, TeacherComparisonRequest
+from .request import FEW_STEPS, GUIDED_STEPS, Options, TeacherComparisonRequest
 from .teacher.captions import choose_captions
+from .teacher.curve import curves_of
+from .teacher.figures import Figures
 from .teacher.reference import Draw, FeatureSet, Origin, Reference, check_overwrite, draw, find_reference
-from .teacher.targets import gaps_of, left_out, targets_of
+from .teacher.targets import gaps_of, targets_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,8 +80,9 @@ class About:
 
 
 def few_step_runs(guidance: float) -> list[SamplingSetting]:
-    """Return the undistilled teacher's runs in the student's numbers of steps, with guidance and without."""
-    return [SamplingSetting("teacher", steps, scale) for scale in (guidance, 1.0) for steps in FEW_STEPS]
+    """Return the undistilled teacher's runs in the student's numbers of passes, without guidance and with guidance."""
+    plain = [SamplingSetting("teacher", steps) for steps in FEW_STEPS]
+    return [*plain, *(SamplingSetting("teacher", steps, guidance) for steps in GUIDED_STEPS)]
 
 
 def compare_with_teacher(request: TeacherComparisonRequest, console: Console) -> bool:
@@ -113,6 +121,7 @@ def comparison_of(request: TeacherComparisonRequest) -> TeacherComparison:
     logger.info("captions: %s", captions.origin)
     if request.make_reference:
         check_overwrite(request.reference)
+    preference = None if request.preference is None else load_preference(request.preference, device)
     model = request.model.load(device)
     size = request.model.resolution
     return TeacherComparison(
@@ -124,6 +133,7 @@ def comparison_of(request: TeacherComparisonRequest) -> TeacherComparison:
         features=features.fingerprint,
         output=request.output,
         student=model.student,
+        preference=preference,
         references=[request.reference, request.output / REFERENCE],
         about=About(
             captions.origin,
@@ -153,7 +163,7 @@ def _notes_on(foreign: bool, is_demo: bool, network: str) -> list[str]:
 
 
 class TeacherComparison(Evaluator[SamplingSetting]):
-    """The student in 4, 2 and 1 steps beside the teacher in many steps and in few.
+    """The student in 1, 2, 4 and 8 steps beside the teacher in many steps and in few.
 
     Every run is generated from ``samples``; its distribution is measured against ``independent``.
 
@@ -161,6 +171,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         teacher, features: fingerprints of the weights, see :func:`~..files.fingerprint`.
         student: the student's title in the report; None evaluates the teacher alone.
         about: what the report tells of the inputs.
+        preference: a model of human preference; None = no scores.
         references: reference files to try in turn. Where none fits, all of the teacher's sets are made anew (which
             costs many times the student's sets) and kept in ``output``, with a message that says why.
     """
@@ -178,6 +189,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         features: str,
         output: Path,
         student: str | None = None,
+        preference: Preference | None = None,
         references: Sequence[Path] = (),
         about: About | None = None,
     ) -> None:
@@ -185,13 +197,18 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         self.about = about or About()
         self.maker = maker
         self.network = network
+        self.preference = preference
+        self.states = TeacherStates(maker.denoiser, maker.unconditional)
+        self.random = RandomFeatures()
         self.options = options
         self.references = references
         self.many = SamplingSetting("teacher", options.steps, options.guidance)
         self.teacher_runs = list(dict.fromkeys([self.many, *few_step_runs(options.guidance)]))
         self.student_runs = [SamplingSetting("student", steps) for steps in FEW_STEPS] if student is not None else []
         self.independent = draw(prompts, options.samples, options.seed, 0, options.times)
-        self.samples = draw(prompts, options.samples, options.seed, 1)
+        # Each of the student's sets has its own noise; the first set starts from the noise of the teacher's runs.
+        self.draws = [draw(prompts, options.samples, options.seed, 1 + index) for index in range(options.seeds)]
+        self.samples = self.draws[0]
         known = self.about.knows_names
         self.classes = [fitting_classes(network, prompt) if known else set() for prompt in self.samples.prompts]
         self.origin = Origin(
@@ -204,6 +221,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
             steps=options.steps,
             guidance=options.guidance,
             solver=options.solver or default_solver(maker.denoiser.process),
+            preference=preference.fingerprint if preference is not None else "",
         )
         self.pictures: dict[str, list[str]] = {}
         self.dimensions = self.enough = 0  # of the features, and samples that they need; known after the first picture
@@ -217,7 +235,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         self.shown = shown_rows(self.samples.prompts, self.options.pictures)
         self.bar = self._start_bar()
         self.expect(self.bar, sum(run.nfe for run in self.teacher_runs) * len(self.shown))
-        self.expect(self.bar, sum(run.nfe for run in self.student_runs) * len(self.samples))
+        self.expect(self.bar, sum(run.nfe for run in self.student_runs) * len(self.samples) * self.options.seeds)
         self._warm_up()
         shown = self.samples.rows(self.shown)
         self.live = {run: self.make(run, shown, range(len(self.shown))) for run in self.teacher_runs}
@@ -232,32 +250,31 @@ class TeacherComparison(Evaluator[SamplingSetting]):
             reference = self.make_reference()
             reference.save(self.output / REFERENCE)
         self.reference = reference
+        scored = self.preference is not None
+        self.figures = Figures(reference, self.many.name, self.samples.prompts, self.classes, scored=scored)
 
     def measure(self, run: SamplingSetting) -> Record:
         """Measure a run; distances are in units of the feature network."""
         if run.role == "student":
-            made = self.make(run, self.samples, self.shown)
-            seen: FeatureSet | None = made.set
+            draws = [self.make(run, drawn, self.shown if not index else ()) for index, drawn in enumerate(self.draws)]
+            made, sets = draws[0], [each.set.whitened(self.reference.whitenings) for each in draws]
         else:
-            made, seen = self.live[run], self._stored(self.reference, run)
-        assert seen is not None  # a reference that lacks a run was not taken
+            stored = self._stored(self.reference, run)
+            assert stored is not None  # a reference that lacks a run was not taken
+            made, sets = self.live[run], [stored]
         self.pictures[run.name] = save_pictures(made.pictures, self.output, run.name)
         return {
             "name": run.name,
             "steps": run.steps,
             "guidance": run.guidance,
             "nfe": run.nfe,
-            "fd": frechet_distance(seen.features, self.reference.first.features),
-            "kid": kernel_distance(seen.features, self.reference.first.features),
-            "paired": paired_distance(seen.features, self.reference.second.features),
-            "prompt_accuracy": prompt_accuracy(seen.predicted, self.classes),
-            "diversity": diversity(seen.features, self.samples.prompts),
+            **self.figures.of(run.name, sets),
             "seconds_per_image": made.seconds_per_image,
         }
 
     def targets(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Return the targets of :func:`targets_of`, where the targets apply and the samples are enough."""
-        return targets_of(gaps_of(records)) if self._has_targets() else []
+        return targets_of(records, self.options.targets) if self._has_targets() else []
 
     def notes(self, records: Sequence[Record]) -> list[str]:
         """Return what limits the figures, the student's sampler, and the reason for each target that was left out."""
@@ -266,7 +283,6 @@ class TeacherComparison(Evaluator[SamplingSetting]):
             notes.append(too_few_samples(self.options.samples, self.enough, self.dimensions))
         if self.student is not None:
             notes += sampler_note(self.maker, FEW_STEPS)
-            notes += left_out(gaps_of(records)) if self._has_targets() else []
         return notes
 
     def facts(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -274,6 +290,9 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         gaps = gaps_of(records) if self.student is not None else []
         return {
             "floor": {name: records[0][name] for name in ("fd", "kid")},
+            "curve": curves_of(self.figures) if self.student is not None else [],
+            "kinds": {"features": self.network.title, "states": self.states.title, "random": self.random.title},
+            "preference": self.preference.title if self.preference is not None else None,
             "gaps": [{**asdict(gap), "closed": gap.closed, "times_closer": gap.times_closer} for gap in gaps],
             "reference": {
                 **asdict(self.origin),
@@ -304,6 +323,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
 
         self.progress.update(self.bar, description=name or run.name)
         features, predicted, pictures, seconds = [], [], [], 0.0
+        more: dict[str, list[Tensor]] = defaultdict(list)
         size = self.options.batch_size
         for begin in range(0, len(samples), size):
             batch = samples.rows(range(begin, min(begin + size, len(samples))))
@@ -313,13 +333,20 @@ class TeacherComparison(Evaluator[SamplingSetting]):
             seconds += time.perf_counter() - start
             with torch.inference_mode():
                 embedding, scores = self.network(images.to(self.maker.device))
+                more["random"].append(self.random(images))
+            more["states"].append(self.states(latents))
+            more["looks"].append(torch.stack([sharpness(images), contrast(images)], 1))
+            if self.preference is not None:
+                more["preference"].append(self.preference(images, batch.prompts))
             features.append(embedding.float().cpu())
             named = scores.shape[1] > 0
             predicted.append(scores.argmax(1).cpu() if named else torch.full((len(batch),), UNNAMED))
             pictures += [images[row - begin] for row in shown if begin <= row < begin + size]
             self.progress.advance(self.bar, run.nfe * len(batch))
         return Measured(
-            FeatureSet(torch.cat(features), torch.cat(predicted)),
+            FeatureSet(
+                torch.cat(features), torch.cat(predicted), {key: torch.cat(parts) for key, parts in more.items()}
+            ),
             torch.stack(pictures) if pictures else torch.empty(0),
             seconds / len(samples),
         )
@@ -340,7 +367,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         first = self.make(self.many, self.independent, name="teacher, independent set").set
         made = {run: self.make(run, self.samples).set for run in self.teacher_runs}
         second = made.pop(self.many)
-        return Reference(self.origin, first, second, {run.name: features for run, features in made.items()})
+        return Reference.of(self.origin, first, second, {run.name: features for run, features in made.items()})
 
     def not_reproduced(self, reference: Reference) -> str | None:
         """Return why stored sets differ from the pictures that this machine makes, or None."""
@@ -396,6 +423,13 @@ def too_few_samples(samples: int, enough: int, dimensions: int) -> str:
 
 
 def fitting_classes(network: SeesPictures, prompt: str) -> set[int]:
-    """Return the classes that a prompt names, by their own name or by a general caption."""
+    """Return the classes that a prompt names, by their own name or by a general caption.
+
+    A comma may follow the name: "small letter a, serif" names "small letter a".
+    """
     names = zip(network.classes, network.general, strict=True)
-    return {index for index, (name, general) in enumerate(names) if prompt in (name, general)}
+    return {
+        index
+        for index, (name, general) in enumerate(names)
+        if prompt in (name, general) or prompt.startswith(f"{name}, ")
+    }

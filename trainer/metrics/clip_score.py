@@ -38,11 +38,12 @@ class ClipScorer:
         self.name = name
 
     @classmethod
-    def load(cls, source: str, device: torch.device | str) -> ClipScorer:
+    def load(cls, source: str, device: torch.device | str, option: str = "--clip") -> ClipScorer:
         """Load a CLIP in transformers' layout, in float32; its weights must be .safetensors.
 
         Args:
             source: folder or Hub name.
+            option: the option of the command line that names the source, for errors.
 
         Raises:
             UserError: the model can't be loaded.
@@ -57,7 +58,7 @@ class ClipScorer:
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"--clip: {source!r} can't be loaded ({reason}); expected a folder or a Hub name of a CLIP for "
+                f"{option}: {source!r} can't be loaded ({reason}); expected a folder or a Hub name of a CLIP for "
                 "transformers with model.safetensors, tokenizer and preprocessor_config.json"
             ) from error
         if Path(source).is_dir():

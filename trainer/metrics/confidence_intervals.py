@@ -42,6 +42,25 @@ def mean_of(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), low, high, len(values))
 
 
+def ratio_of_means(values: Tensor, others: Tensor) -> Estimate:
+    """Return mean(values) / mean(others) of pairs (N,) with its interval; both are drawn together."""
+    import torch
+
+    values, others = values.double(), others.double()
+    generator = torch.Generator().manual_seed(SEED)
+    index = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    low, high = _interval(values[index].mean(1) / others[index].mean(1))
+    return Estimate(float(values.mean() / others.mean()), low, high, len(values))
+
+
+def share_of(hits: int, count: int) -> Estimate:
+    """Return hits / count with Wilson's interval (1927), which has a width where all hit; the bootstrap's has none."""
+    share, z = hits / count, 1.96  # of a normal distribution, 95 %
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    reach = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5 / (1 + z**2 / count)
+    return Estimate(share, max(middle - reach, 0.0), min(middle + reach, 1.0), count)
+
+
 def set_values(measure: Callable[[Tensor], float], count: int) -> Tensor:
     """Return a figure of all N samples, then of each resampling: (1 + draws,).
 

@@ -166,6 +166,12 @@ def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
     Returns:
         None where no prompt has two pictures.
     """
+    spreads = diversity_by_prompt(features, prompts)
+    return float(spreads.mean()) if len(spreads) else None
+
+
+def diversity_by_prompt(features: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return for each prompt of two pictures or more the mean distance between its pictures: (P,) float64."""
     import torch
 
     if len(features) != len(prompts):
@@ -174,7 +180,7 @@ def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
     spreads = [torch.pdist(features[index].double()).mean() for index in rows.values() if len(index) > 1]
-    return float(torch.stack(spreads).mean()) if spreads else None
+    return torch.stack(spreads) if spreads else torch.empty(0, dtype=torch.float64)
 
 
 def _check(features: Tensor, reference: Tensor) -> None:

@@ -71,6 +71,22 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A sentence on what the figures say; ``good`` is whether it speaks for the student."""
+
+    text: str
+    good: bool
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Sentences on what the figures say, in the terminal too."""
+
+    block: ClassVar[str] = "findings"
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
 class Cell:
     """A cell of a table: its text, a small second line, and ``better`` or ``worse`` as its colour."""
 
@@ -194,7 +210,7 @@ class Settings:
     content: Mapping[str, Any]
 
 
-Block = Targets | RunTable | PictureGrid | Charts | Facts | Settings
+Block = Targets | Findings | RunTable | PictureGrid | Charts | Facts | Settings
 
 
 @dataclass(frozen=True)

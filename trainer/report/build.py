@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import write_whole
-from .blocks import Page, RunTable, Targets
+from .blocks import Findings, Page, RunTable, Targets
 from .charts import read_log, training_charts
 from .coco_page import coco_page, comparability
 from .html_page import render
@@ -104,7 +104,7 @@ def print_report(folder: Path, path: Path, console: Console) -> None:
     for block in page.blocks:
         if isinstance(block, RunTable) and block.terminal is not None:
             console.print(terminal_table(block))
-    for line in target_lines(page):
+    for line in [*finding_lines(page), *target_lines(page)]:
         console.print(line, highlight=False)
     for note in page.notes:
         console.print(f"note: {note}", highlight=False)
@@ -114,6 +114,11 @@ def print_report(folder: Path, path: Path, console: Console) -> None:
 def target_lines(page: Page) -> list[str]:
     """Return one line per target."""
     return [card.line for block in page.blocks if isinstance(block, Targets) for card in block.cards]
+
+
+def finding_lines(page: Page) -> list[str]:
+    """Return one line per finding."""
+    return [finding.text for block in page.blocks if isinstance(block, Findings) for finding in block.findings]
 
 
 def terminal_table(block: RunTable) -> Table:

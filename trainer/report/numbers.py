@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -23,9 +24,16 @@ def signed(value: float | None) -> str:
     return f"{'-' if value < 0 else '+'}{number(abs(value))}"
 
 
-def share(value: float | None) -> str:
+def share(value: float | None, decimals: int = 0) -> str:
     """Return ``99 %`` for 0.987; a dash for None."""
-    return "–" if value is None else f"{100 * value:.0f} %"
+    return "–" if value is None else f"{100 * value:.{decimals}f} %"
+
+
+def interval(found: Mapping[str, Any] | None, write: Callable[[float | None], str] = number) -> str:
+    """Return ``0.1 … 0.2`` of an estimate's ``low`` and ``high``; empty where there is none."""
+    if found is None or found["low"] is None:
+        return ""
+    return f"{write(found['low'])} … {write(found['high'])}"
 
 
 def seconds(value: float | None) -> str:

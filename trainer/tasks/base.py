@@ -39,8 +39,6 @@ class Task(ABC):
         reads_text: True if the task uses captions; else every caption is empty.
         gives_hint: True if the conditions are a hint for a ControlNet or T2I-adapter (``model.control``).
         figures: the measures of each picture in an evaluation, see :meth:`scores`.
-        many_answers: True if many pictures fit the same conditions; then the Fréchet distance of the set is measured
-            too.
         demo_captions: the demo's captions of the evaluation; empty for all captions.
         without: the name of :meth:`conditions_without` in reports: "without the hint".
     """
@@ -53,7 +51,6 @@ class Task(ABC):
     reads_text: ClassVar[bool] = True
     gives_hint: ClassVar[bool] = False
     figures: ClassVar[tuple[Figure, ...]] = ()
-    many_answers: ClassVar[bool] = False
     demo_captions: ClassVar[tuple[str, ...]] = ()
     without: ClassVar[str] = ""
 

@@ -72,7 +72,6 @@ class Control(Task):
             "precision",
             "Share of the result’s edges that are edges of the hint.",
             higher_is_better=True,
-            judged=False,
         ),
         Figure(
             "recall",
@@ -80,10 +79,8 @@ class Control(Task):
             "recall",
             "Share of the hint’s edges that are edges of the result.",
             higher_is_better=True,
-            judged=False,
         ),
     )
-    many_answers = True
     without = "without the hint"
 
     def extra_channels(self, latent_channels: int) -> int:

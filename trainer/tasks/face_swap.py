@@ -79,7 +79,6 @@ class FaceSwap(Task):
             "source",
             "Cosine between the features of the result’s face and of the source’s face.",
             higher_is_better=True,
-            judged=False,
         ),
         Figure(
             "own",
@@ -88,7 +87,6 @@ class FaceSwap(Task):
             "Cosine between the features of the result’s face and of the target’s masked face. If it is above the "
             "likeness to the source, the face was not swapped.",
             higher_is_better=False,
-            judged=False,
         ),
         Figure(
             "outside",

@@ -18,7 +18,6 @@ class Figure:
         meaning: the explanation, a sentence.
         higher_is_better: True if larger values are better.
         unit: ``dB`` or empty.
-        judged: True if the student has a target for this measure.
     """
 
     key: str
@@ -27,7 +26,6 @@ class Figure:
     meaning: str
     higher_is_better: bool
     unit: str = ""
-    judged: bool = True
 
 
 @dataclass(frozen=True)

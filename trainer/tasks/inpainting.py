@@ -76,7 +76,6 @@ class Inpainting(Task):
             unit="dB",
         ),
     )
-    many_answers = True
 
     def extra_channels(self, latent_channels: int) -> int:
         """Return the number of channels of the mask and the masked picture's latents: 5 for latents of 4."""

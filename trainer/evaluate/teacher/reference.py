@@ -16,20 +16,23 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UserError
 from ...files import write_whole
+from ...metrics.pictures.whitening import DIRECTIONS, Whitening
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the file
+VERSION = 2  # of the file; 1 had the features of the feature network alone
 FEW = "few/"  # prefix of few-step runs in the file
+WHITENING = "whitening/"  # prefix of the reductions in the file
+WHITENED = ("states", "random")  # kinds of features that are reduced, see :class:`~...metrics.pictures.Whitening`
 PICTURES_A_PROMPT = 2  # in a row; diversity needs at least two pictures of one prompt
 
 
@@ -76,6 +79,7 @@ class Origin:
         prompts: fingerprint of the list of prompts.
         samples: pictures in the second set and in every run.
         times: pictures in the first set per picture of the second set.
+        preference: fingerprint of the preference model; empty = no scores.
     """
 
     teacher: str
@@ -87,18 +91,44 @@ class Origin:
     steps: int
     guidance: float
     solver: str
+    preference: str = ""
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """One set in feature space: embeddings (N, D) and the predicted class of each picture (N,)."""
+    """One set of pictures as numbers.
+
+    Attributes:
+        features: embeddings (N, D) of the feature network.
+        predicted: the predicted class of each picture (N,).
+        more: further numbers of each picture, (N, ...), by name: ``states`` and ``random`` (other kinds of features),
+            ``looks`` (sharpness, contrast), ``preference`` (scores, where there is a model for them).
+    """
 
     features: Tensor
     predicted: Tensor
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, index: Sequence[int]) -> FeatureSet:
         """Return the pictures at ``index``."""
-        return FeatureSet(self.features[list(index)], self.predicted[list(index)])
+        index = list(index)
+        more = {name: values[index] for name, values in self.more.items()}
+        return FeatureSet(self.features[index], self.predicted[index], more)
+
+    def whitened(self, whitenings: Mapping[str, Whitening]) -> FeatureSet:
+        """Return this set with its kinds of features reduced."""
+        reduced = {name: whitening(self.more[name]) for name, whitening in whitenings.items()}
+        return replace(self, more={**self.more, **reduced})
+
+    def kind(self, name: str) -> Tensor:
+        """Return the features of a kind: ``features``, ``states`` or ``random``."""
+        return self.features if name == "features" else self.more[name]
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return what a file stores; kinds in half precision, a thousandth of whose spread is what a file needs."""
+        found = {"features": self.features, "predicted": self.predicted}
+        found |= {name: values.half() if name in WHITENED else values for name, values in self.more.items()}
+        return {f"{prefix}.{name}": values.contiguous() for name, values in found.items()}
 
 
 @dataclass(frozen=True)
@@ -107,17 +137,39 @@ class Reference:
 
     Attributes:
         few: the undistilled teacher's runs in few steps, by name.
+        whitenings: of the kinds in ``WHITENED``, fitted to ``first``; all sets are reduced by them.
     """
 
     origin: Origin
     first: FeatureSet
     second: FeatureSet
     few: Mapping[str, FeatureSet]
+    whitenings: Mapping[str, Whitening]
+
+    @classmethod
+    def of(cls, origin: Origin, first: FeatureSet, second: FeatureSet, few: Mapping[str, FeatureSet]) -> Reference:
+        """Return the reference of sets that are not reduced yet.
+
+        Few samples get few directions, so that a distance in them is more than its own bias, see ``samples_needed``.
+        """
+        usable = round(origin.samples / (2 * (1 + 1 / origin.times)))
+        whitenings = {name: Whitening.of(first.more[name], max(1, min(DIRECTIONS, usable))) for name in WHITENED}
+
+        def reduced(made: FeatureSet) -> FeatureSet:
+            found = made.whitened(whitenings)
+            # As a file holds them: a reference gives the same figures before and after its file.
+            return replace(found, more={**found.more, **{name: found.more[name].half().float() for name in WHITENED}})
+
+        return cls(
+            origin, reduced(first), reduced(second), {name: reduced(made) for name, made in few.items()}, whitenings
+        )
 
     def mismatch(self, wanted: Origin) -> str | None:
         """Return why this reference does not fit, or None. A reference with more samples than wanted fits."""
         for name, value in asdict(wanted).items():
             own = getattr(self.origin, name)
+            if name == "preference" and not value:
+                continue  # scores that nobody asks for do no harm
             if own < value if name == "samples" else own != value:
                 return f"{name} is {own!r} there and {value!r} now"
         return None
@@ -127,7 +179,8 @@ class Reference:
         rows = range(samples)
         first = [row for row in range(len(self.first.features)) if row % self.origin.samples < samples]
         few = {name: made.rows(rows) for name, made in self.few.items()}
-        return Reference(replace(self.origin, samples=samples), self.first.rows(first), self.second.rows(rows), few)
+        origin = replace(self.origin, samples=samples)
+        return Reference(origin, self.first.rows(first), self.second.rows(rows), few, self.whitenings)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file; the origin goes into its header."""
@@ -135,8 +188,9 @@ class Reference:
 
         tensors = {}
         for name, made in {"first": self.first, "second": self.second, **_prefixed(self.few)}.items():
-            tensors[f"{name}.features"] = made.features.contiguous()
-            tensors[f"{name}.predicted"] = made.predicted.contiguous()
+            tensors |= made.tensors(name)
+        for name, whitening in self.whitenings.items():
+            tensors |= whitening.tensors(f"{WHITENING}{name}")
         header = {"flash.reference": json.dumps({"version": VERSION, **asdict(self.origin)})}
         write_whole(path, lambda partial: save_file(tensors, partial, header))
 
@@ -152,18 +206,17 @@ class Reference:
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("flash.reference", "{}"))
-                if header.pop("version", None) != VERSION:
+                if (version := header.pop("version", None)) != VERSION:
+                    was = f"of version {version}" if version else "no reference file"
                     raise UserError(
-                        f"{path} is not a reference file of version {VERSION}; make one with "
+                        f"{path} is {was}, expected a reference file of version {VERSION}; make one with "
                         f"`flash-diffusion evaluate --make-reference --reference FILE`"
                     )
-                names = [key.removesuffix(".features") for key in file.keys() if key.endswith(".features")]  # noqa: SIM118
-                sets = {
-                    name: FeatureSet(file.get_tensor(f"{name}.features"), file.get_tensor(f"{name}.predicted"))
-                    for name in names
-                }
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            sets = _sets(tensors)
             few = {name.removeprefix(FEW): made for name, made in sets.items() if name.startswith(FEW)}
-            return cls(Origin(**header), sets["first"], sets["second"], few).checked()
+            whitenings = {name: Whitening.stored(tensors, f"{WHITENING}{name}") for name in WHITENED}
+            return cls(Origin(**header), sets["first"], sets["second"], few, whitenings).checked()
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{path} can't be read as a reference file ({type(error).__name__}: {error}); it is damaged, or "
@@ -182,13 +235,28 @@ class Reference:
         for name, (made, size) in sizes.items():
             if made.features.shape != (size, self.second.features.shape[1]) or made.predicted.shape != (size,):
                 raise ValueError(f"the set {name!r} has not the size that the header says")
-            if not bool(made.features.isfinite().all()):
-                raise ValueError(f"the set {name!r} holds NaN or infinity")
+            if made.more.keys() != self.second.more.keys() or not set(WHITENED) <= made.more.keys():
+                raise ValueError(f"the set {name!r} lacks a kind of features")
+            for values in (made.features, *made.more.values()):
+                if len(values) != size or not bool(values.isfinite().all()):
+                    raise ValueError(
+                        f"the set {name!r} holds NaN or infinity, or has not the size that the header says"
+                    )
         return self
 
 
 def _prefixed(few: Mapping[str, FeatureSet]) -> dict[str, FeatureSet]:
     return {f"{FEW}{name}": made for name, made in few.items()}
+
+
+def _sets(tensors: Mapping[str, Tensor]) -> dict[str, FeatureSet]:
+    """Return the sets of a file by name; the part after the last dot says what a tensor is."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, values in tensors.items():
+        if not name.startswith(WHITENING):
+            prefix, _, kind = name.rpartition(".")
+            parts.setdefault(prefix, {})[kind] = values.float() if values.is_floating_point() else values
+    return {prefix: FeatureSet(found.pop("features"), found.pop("predicted"), found) for prefix, found in parts.items()}
 
 
 def find_reference(paths: Sequence[Path], wanted: Origin) -> Reference | None:

@@ -1,0 +1,52 @@
+"""Distances between sets of a task's results, each with its values on random halves of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ...metrics.confidence_intervals import Estimate
+from ...metrics.distances import frechet_distance
+from ...metrics.pictures.whitening import DIRECTIONS, Whitening
+from ...metrics.sets import half_samples
+from ...metrics.sets.half_samples import Halves
+from .figures import FRECHET_ORIGINALS, KIND_OF
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kinds = Mapping[str, "Tensor"]  # features (N, D) by their kind
+
+
+class SetDistances:
+    """Fréchet distances of runs to the teacher's independent set, and to the originals.
+
+    Args:
+        runs: of each run its features.
+        independent: features of the teacher's independent set.
+        originals: features of the originals in the feature network.
+    """
+
+    def __init__(self, runs: Mapping[str, Kinds], independent: Kinds, originals: Tensor) -> None:
+        self.count = len(originals)
+        # Few samples get few directions, so that a distance in them is more than its own bias.
+        most = max(1, min(DIRECTIONS, self.count // 4))
+        reduce = {kind: Whitening.of(values, most) for kind, values in independent.items() if kind != "features"}
+        references = {key: (kind, independent[kind]) for key, kind in KIND_OF.items()}
+        references[FRECHET_ORIGINALS.key] = "features", originals
+        self.found: dict[tuple[str, str], tuple[float, Tensor]] = {}
+        for key, (kind, values) in references.items():
+            reference = reduce[kind](values) if kind in reduce else values
+            halves = Halves(reference, self.count)
+            for name, made in runs.items():
+                features = reduce[kind](made[kind]) if kind in reduce else made[kind]
+                self.found[name, key] = frechet_distance(features, reference), halves.distances(features)
+
+    def of(self, name: str, key: str) -> Estimate:
+        """Return a run's distance with its interval."""
+        return half_samples.around(*self.found[name, key], self.count)
+
+    def difference(self, name: str, rival: str, key: str) -> Estimate:
+        """Return by how much a run's distance is below its rival's; above 0 = the run is nearer."""
+        (ours, our_halves), (theirs, their_halves) = self.found[name, key], self.found[rival, key]
+        return half_samples.around(theirs - ours, their_halves - our_halves, self.count)
