@@ -64,8 +64,8 @@ def test_an_exact_student_is_worst_with_all_noise_fresh_and_two_steps_decide_not
         )
 
     eight = chosen(8, 1.0)
-    assert eight.even == (0.0, 0.5)
-    assert eight.distances[1.0] > 1.5 * max(eight.distances[share] for share in eight.even)
+    assert (eight.close, eight.worse) == ((0.0, 0.5), (1.0,))
+    assert eight.distances[1.0] > 1.5 * max(eight.distances[share] for share in eight.close)
     assert eight.taken == 0.5  # the nearest to 1 of those that chance can't tell apart
     assert in_words(eight, sets.floor).endswith("Farther from the teacher, beyond chance: 1.")
     assert [chosen(2, preferred).taken for preferred in (0.5, 1.0)] == [0.5, 1.0]
@@ -80,7 +80,7 @@ def test_chance_gives_way_to_the_recipes_value_and_a_clear_difference_does_not()
     for preferred, taken in ((0.3, 0.3), (0.5, 0.5), (0.9, 1.0), (0.0, 0.3)):
         choice = choose(4, students, reference, preferred)
         assert choice.taken == taken
-        assert choice.even == (0.3, 0.5, 1.0)
+        assert (choice.close, choice.worse) == ((0.3, 0.5, 1.0), (0.0,))
         assert choice.distances[0.5] == pytest.approx(frechet_distance(base, reference))
     line = in_words(choice, None)
     assert "Farther from the teacher, beyond chance: 0." in line

@@ -1,4 +1,9 @@
-"""Choose a stochasticity from the students' distances to the teacher: the best, or one that is even with the best."""
+"""Choose a stochasticity from the students' distances to the teacher, by the rule of one standard error.
+
+The smallest of several measured distances is often small by chance. So a value whose distance is within one standard
+error of the smallest counts as close, and of the close values the nearest to the recipe's is taken (Breiman, Friedman,
+Olshen, Stone 1984, section 3.4.3). The standard error is that of the difference, over resampled pictures.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +25,16 @@ class Choice:
         steps: the step count.
         distances: {stochasticity: Fréchet distance to the teacher's set}.
         best: the stochasticity with the smallest distance.
-        even: those whose distance differs from the smallest by no more than chance: the 95 % interval of the
-            difference, over resampled pictures, holds 0. ``best`` is one of them.
-        taken: of ``even`` the nearest to the recipe's value; of two equally near ones that with the smaller distance.
+        close: those within one standard error of the smallest distance; ``best`` is one of them.
+        worse: those that are farther beyond chance: the 95 % interval of the difference lies above 0.
+        taken: of ``close`` the nearest to the recipe's value; of two equally near ones that with the smaller distance.
     """
 
     steps: int
     distances: Mapping[float, float]
     best: float
-    even: tuple[float, ...]
+    close: tuple[float, ...]
+    worse: tuple[float, ...]
     taken: float
 
 
@@ -38,7 +44,7 @@ def choose(steps: int, students: Mapping[float, Tensor], reference: Tensor, pref
     Args:
         students: {stochasticity: features (N, D)}; row i has the same prompt and noise in every set.
         reference: the teacher's features (N times, D); rows i, i + N, ... belong to the prompt of row i.
-        preferred: the recipe's stochasticity, which wins where chance alone decides.
+        preferred: the recipe's stochasticity, which wins among the close ones.
     """
     count = len(next(iter(students.values())))
     drawn = {
@@ -47,17 +53,14 @@ def choose(steps: int, students: Mapping[float, Tensor], reference: Tensor, pref
     }
     distances = {share: float(values[0]) for share, values in drawn.items()}
     best = min(distances, key=distances.__getitem__)
-    even = [share for share in students if share == best or _is_even(drawn[share] - drawn[best], count)]
-    taken = min(even, key=lambda share: (abs(share - preferred), distances[share]))
-    return Choice(steps, distances, best, tuple(even), taken)
+    differences = {share: values - drawn[best] for share, values in drawn.items()}
+    close = [share for share, values in differences.items() if values[0] <= values[1:].std()]
+    worse = [share for share, values in differences.items() if (bootstrap.of_set_values(values, count).low or 0) > 0]
+    taken = min(close, key=lambda share: (abs(share - preferred), distances[share]))
+    return Choice(steps, distances, best, tuple(close), tuple(worse), taken)
 
 
 def _distance(features: Tensor, reference: Tensor, index: Tensor, count: int) -> float:
     """Return the distance of the pictures at an index to the teacher's pictures of the same prompts."""
     rows = torch.cat([index + start for start in range(0, len(reference), count)])
     return frechet_distance(features[index], reference[rows])
-
-
-def _is_even(differences: Tensor, count: int) -> bool:
-    low = bootstrap.of_set_values(differences, count).low
-    return low is None or low <= 0

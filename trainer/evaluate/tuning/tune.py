@@ -43,7 +43,7 @@ class TuningRequest:
         lora: the student's file or folder.
         metadata: of the file; None for a file without.
         values: of stochasticity, ascending.
-        preferred: {step count: stochasticity of the recipe or of the file}, which wins where chance alone decides.
+        preferred: {step count: stochasticity of the recipe or of the file}, which wins among the values close to the best.
         run: the folder of the run, which gets ``sampler.json``; None without a run.
         write: write into ``lora`` and ``run``; else only show.
     """
@@ -142,7 +142,10 @@ def tune_sampler(request: TuningRequest, console: Console) -> Tuned:
     )
     out = Console()
     unit = "distance to the teacher" if sets.floor is None else "distance to the teacher / floor"
-    out.print(f"Fréchet {unit}, by steps and stochasticity (* taken, = even with the best):", soft_wrap=True)
+    out.print(
+        f"Fréchet {unit}, by steps and stochasticity (* taken, = within one standard error of the smallest):",
+        soft_wrap=True,
+    )
     out.print(table_of(choices, sets.floor))
     for choice in choices:
         out.print(in_words(choice, sets.floor), soft_wrap=True, highlight=False)
@@ -160,7 +163,7 @@ def tune_sampler(request: TuningRequest, console: Console) -> Tuned:
 
 
 def table_of(choices: Sequence[Choice], floor: float | None) -> Table:
-    """Return the distances, a row for each step count; ``*`` is taken, ``=`` is even with the best."""
+    """Return the distances, a row for each step count; ``*`` is taken, ``=`` within one standard error of the best."""
     from rich.table import Table
 
     table = Table()
@@ -170,22 +173,26 @@ def table_of(choices: Sequence[Choice], floor: float | None) -> Table:
     for choice in choices:
         cells = []
         for value, distance in choice.distances.items():
-            mark = "*" if value == choice.taken else "=" if value in choice.even else " "
+            mark = "*" if value == choice.taken else "=" if value in choice.close else " "
             cells.append(f"{distance / (floor or 1):.3g}{mark}")
         table.add_row(str(choice.steps), *cells)
     return table
 
 
 def in_words(choice: Choice, floor: float | None) -> str:
-    """Return a line on the choice: what is taken, what is even with it by chance, what is worse."""
-    unit = "" if floor is None else " x the floor"
-    line = f"{choice.steps} steps: {choice.taken:g} ({choice.distances[choice.taken] / (floor or 1):.3g}{unit})."
-    others = [value for value in choice.even if value != choice.taken]
-    if others:
-        reason = ", so the value nearest to the recipe's is taken" if choice.taken != choice.best else ""
-        line += f" Even with it, within chance: {_listed(others)}{reason}."
-    worse = [value for value in choice.distances if value not in choice.even]
-    return line + (f" Farther from the teacher, beyond chance: {_listed(worse)}." if worse else "")
+    """Return a line on the choice: what is taken and why, what is close to it, what is worse beyond chance."""
+
+    def told(value: float) -> str:
+        return f"{value:g} ({choice.distances[value] / (floor or 1):.3g}{'' if floor is None else ' x the floor'})"
+
+    line = f"{choice.steps} steps: {told(choice.taken)}"
+    if choice.taken != choice.best:
+        line += (
+            f", which is nearest to the recipe's value and within one standard error of the best, {told(choice.best)}"
+        )
+    others = [value for value in choice.close if value not in (choice.taken, choice.best)]
+    line += f". Also within one standard error: {_listed(others)}." if others else "."
+    return line + (f" Farther from the teacher, beyond chance: {_listed(choice.worse)}." if choice.worse else "")
 
 
 def _listed(values: Sequence[float]) -> str:
