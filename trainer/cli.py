@@ -42,6 +42,7 @@ DEMO_COMMANDS = {
     "teacher": Command("train the teacher (text encoder and UNet)", ".demo.making.teacher.command"),
     "features": Command("train the network that measures pictures", ".demo.making.features"),
     "card": Command("measure the teacher and write its model card", ".demo.making.teacher.card"),
+    "glyphs": Command("make the second teacher, letters and digits in many typefaces", ".demo.making.glyphs.command"),
     "task-teacher": Command(
         "train a task adapter, with which the teacher does another task", ".demo.making.adapters.task_teacher"
     ),
@@ -59,7 +60,9 @@ COMMANDS = {
     "data": Command("look at training data", commands=DATA_COMMANDS),
     "demo": Command("make the files of the embedded demo again", commands=DEMO_COMMANDS),
 }
-RENAMED = {f"demo-{name}": ("demo", name) for name in DEMO_COMMANDS}  # names of version 0.1; to be removed after 0.2
+RENAMED = {
+    f"demo-{name}": ("demo", name) for name in DEMO_COMMANDS if name != "glyphs"
+}  # names of version 0.1; to be removed after 0.2
 
 
 def main(argv: Sequence[str] | None = None) -> int:

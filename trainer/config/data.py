@@ -53,15 +53,16 @@ def _location(given: Any) -> Path | str:
 class DataSection(Section):
     """Pictures and their captions."""
 
-    source: Literal["folder", "webdataset", "prompts", "demo", "demo-swaps"] = Field(
+    source: Literal["folder", "webdataset", "prompts", "demo", "demo-swaps", "demo-glyphs"] = Field(
         description="folder: images with captions; webdataset: .tar shards; prompts: captions without images; demo: "
-        "the embedded pictures; demo-swaps: faces of the embedded pictures on other heads, for the task face-swap"
+        "the embedded pictures; demo-swaps: faces of the embedded pictures on other heads, for the task face-swap; "
+        "demo-glyphs: the captions of the teacher glyphs, without images"
     )
     path: Annotated[Path | str | list[Path | str] | None, PlainValidator(_locations)] = Field(
         None,
         description="the folder of images; for webdataset a shard, a folder of shards, a URL (https://, s3://, ...), "
         "a pattern such as shard-{000..099}.tar, or a list of these; for prompts a .txt file with one prompt a "
-        "line, a folder of .txt files, or a .json file; not needed for demo and demo-swaps",
+        "line, a folder of .txt files, or a .json file; not needed for the demo sources",
     )
     stream: bool = Field(
         False,

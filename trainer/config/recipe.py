@@ -64,8 +64,8 @@ class ModelSection(Section):
     family: str = Field(description="model family; `flash-diffusion distill --help` lists the names")
     path: Location | None = Field(
         None,
-        description="a diffusers folder, a Hub name such as owner/model, or a .safetensors checkpoint; not needed for "
-        "the family demo",
+        description="a diffusers folder, a Hub name such as owner/model, or a .safetensors checkpoint; for the "
+        "family demo not needed, or glyphs, the second embedded teacher",
     )
     config: Location | None = Field(
         None,

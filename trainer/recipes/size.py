@@ -15,7 +15,7 @@ NETWORKS = ("unet", "transformer")  # folders of the denoising network in a diff
 DENOISER = "model.diffusion_model."  # its keys in a single-file checkpoint
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".heic", ".gif", ".tif", ".tiff"}
 MOST_FILES = 100_000  # that are counted; more say no more about the budget
-DEMO_SAMPLES = {"demo": 300, "demo-swaps": 3000}
+DEMO_SAMPLES = {"demo": 300, "demo-swaps": 3000, "demo-glyphs": 578}
 
 
 def model_size(model: Mapping[str, Any]) -> tuple[float, str]:

@@ -33,6 +33,12 @@ def open_source(data: DataSection, companions: Sequence[str] = (), strict: bool 
         from .embedded import Demo, DemoSwaps
 
         return Demo(data) if data.source == "demo" else DemoSwaps(data, companions)
+    from .prompts import Prompts
+
+    if data.source == "demo-glyphs":
+        from ...demo.assets import GLYPH_CAPTIONS
+
+        return Prompts(data, GLYPH_CAPTIONS)
     assert data.path is not None  # the recipe was checked
     if data.source == "webdataset":
         from .shards import Shards
@@ -44,8 +50,6 @@ def open_source(data: DataSection, companions: Sequence[str] = (), strict: bool 
         from .folder import Folder
 
         return Folder(data, path, companions, strict)
-    from .prompts import Prompts
-
     return Prompts(data, path)
 
 
@@ -129,6 +133,6 @@ def check_source(data: DataSection) -> None:
         logger.warning("%s: %s", source.title, sentence)
     if source.left_out.empty:
         logger.warning("%s: %d empty prompts are left out", source.title, source.left_out.empty)
-    if data.source == "prompts":
+    if data.source in ("prompts", "demo-glyphs"):
         return
     next(_usable(source, data), None)

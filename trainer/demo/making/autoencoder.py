@@ -112,9 +112,7 @@ class AutoencoderTraining:
             torch.cat([style.images[held_out(style) ^ kept] for style in pictures]) for kept in (True, False)
         )
         # A fifth of the teacher's pictures is enough to measure on.
-        return cls(
-            network, PatchPCA.load(), images, {"teacher": pictures[0].images[::5], "held_out": unseen}, device
-        )
+        return cls(network, PatchPCA.load(), images, {"teacher": pictures[0].images[::5], "held_out": unseen}, device)
 
     def batch(self, size: int, count: int) -> Tensor:
         """Return crops on the block grid, half of them mirrored: (count, 3, size, size) in [0, 1]."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ....flash_core.denoiser import Conditioning
 from ....flash_core.families import name_of
 from ...config import ModelSection
-from ...demo.assets import TEACHER
+from ...demo.assets import embedded_home
 from ...errors import UserError
 from ..base import Teacher
 from ..conditions.image_tokens import image_embeds
@@ -112,7 +112,7 @@ class StableDiffusion21(StableDiffusion):
 
 
 class Demo(StableDiffusion):
-    """The teacher embedded in this package."""
+    """The teachers embedded in this package: the demo's, and the glyph teacher."""
 
     base = "flash-demo"
 
@@ -123,11 +123,12 @@ class Demo(StableDiffusion):
 
     @classmethod
     def locate(cls, model: ModelSection) -> Source:
-        """Return the embedded folder, unless the recipe names another folder."""
-        if model.path is not None:
+        """Return an embedded folder, unless the recipe names another folder."""
+        home = embedded_home(model.path)
+        if home is None:
             return super().locate(model)
-        if not (TEACHER / "unet").is_dir():
-            raise UserError(
-                f"the embedded teacher is missing at {TEACHER}; make it with `flash-diffusion demo teacher`"
-            )
-        return Source(str(TEACHER))
+        folder = home / "teacher"
+        if not (folder / "unet").is_dir():
+            command = "demo teacher" if model.path is None else f"demo {model.path} --packages FOLDER"
+            raise UserError(f"the embedded teacher is missing at {folder}; make it with `flash-diffusion {command}`")
+        return Source(str(folder))

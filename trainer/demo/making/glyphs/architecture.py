@@ -1,7 +1,7 @@
 """The architecture of the glyph teacher: Stable Diffusion 1.5's shape and noise process, 64 px, 2 M parameters.
 
-The first teacher predicts the velocity at linear betas; this one predicts the noise at SD 1.5's betas, as most published
-models do. Its last step keeps a signal-to-noise ratio of 0.0047, so that starting from pure noise is an approximation.
+The first teacher predicts the velocity at linear betas. This one predicts the noise at SD 1.5's betas, as most
+published models do. Its last step keeps a signal-to-noise ratio of 0.0047: starting from pure noise is approximate.
 """
 
 from __future__ import annotations

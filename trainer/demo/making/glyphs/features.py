@@ -33,7 +33,7 @@ def build_features() -> FeatureNetwork:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move, turn, scale and soften each picture (B, 3, H, W) a little: case and side of a glyph must stay as they are."""
+    """Move, turn, scale and soften pictures (B, 3, H, W) a little: the case of a glyph must stay as it is."""
     count = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

@@ -161,7 +161,8 @@ def read_fonts(packages: Path) -> tuple[GlyphSet, list[dict[str, str]]]:
     Raises:
         UserError: there are no font packages.
     """
-    names = sorted({path.name.removeprefix("fontsource-").removesuffix(".tgz") for path in packages.glob("fontsource-*.tgz")})
+    # With the version: without it, "alegreya" would find "alegreya-sans" too.
+    names = sorted(path.name.removeprefix("fontsource-")[:-4] for path in packages.glob("fontsource-*.tgz"))
     if not names:
         raise UserError(
             f"--packages: there are no font packages in {packages}; fetch some there, such as `npm pack "

@@ -113,6 +113,7 @@ def train_tokenizer(texts: list[str], folder: Path, max_tokens: int = MAX_TOKENS
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """Return token ids (B, L) of texts; L is the tokenizer's own length."""
-    batch = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+    length = tokenizer.model_max_length
+    batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids: Tensor = batch.input_ids
     return ids

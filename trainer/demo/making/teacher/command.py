@@ -11,7 +11,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ....files import replace_folder, write_text_whole
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = ROOT.parents[1] / "out" / "demo-teacher" / "checkpoint.safetensors"
 
 
-def export(trainer: Trainer, folder: Path = TEACHER) -> None:
+def export(trainer: Trainer, folder: Path = TEACHER, scheduler: DDIMScheduler | None = None) -> None:
     """Write the averaged UNet and text encoder in half precision, and the scheduler, in diffusers' layout.
 
     The tokenizer is already in `folder`; `flash-diffusion demo autoencoder` writes the autoencoder. Each part appears
@@ -42,7 +42,7 @@ def export(trainer: Trainer, folder: Path = TEACHER) -> None:
         # torch's overloads of Module.to lack memory_format.
         half = model[part].half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         replace_folder(folder / part, half.save_pretrained)
-    replace_folder(folder / "scheduler", build_scheduler().save_pretrained)
+    replace_folder(folder / "scheduler", (scheduler or build_scheduler()).save_pretrained)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
