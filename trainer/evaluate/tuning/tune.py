@@ -43,7 +43,7 @@ class TuningRequest:
         lora: the student's file or folder.
         metadata: of the file; None for a file without.
         values: of stochasticity, ascending.
-        preferred: {step count: stochasticity of the recipe or of the file}, which wins among the values close to the best.
+        preferred: {step count: stochasticity of the recipe, or of the file}, which wins among values close to the best.
         run: the folder of the run, which gets ``sampler.json``; None without a run.
         write: write into ``lora`` and ``run``; else only show.
     """
