@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ....flash_core.denoiser import Conditioning
 from ....flash_core.families import name_of
 from ...config import ModelSection
-from ...demo.assets import embedded_home
+from ...demo.assets import TEACHER, embedded_home
 from ...errors import UserError
 from ..base import Teacher
 from ..conditions.image_tokens import image_embeds
@@ -115,6 +115,7 @@ class Demo(StableDiffusion):
     """The teachers embedded in this package: the demo's, and the glyph teacher."""
 
     base = "flash-demo"
+    default_config = str(TEACHER)
 
     @classmethod
     def title(cls, source: Source) -> str:
