@@ -2,7 +2,7 @@
 
 The smallest of several measured distances is often small by chance. So a value whose distance is within one standard
 error of the smallest counts as close, and of the close values the nearest to the recipe's is taken (Breiman, Friedman,
-Olshen, Stone 1984, section 3.4.3). The standard error is that of the difference, over resampled pictures.
+Olshen, Stone 1984, section 3.4.3). The standard error is that of the difference, by the delete-half jackknife.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ...metrics import confidence_intervals as bootstrap
 from ...metrics.distances import frechet_distance
+from ...metrics.sets import half_samples
+from ...metrics.sets.half_samples import Halves
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,16 @@ def choose(steps: int, students: Mapping[float, Tensor], reference: Tensor, pref
         preferred: the recipe's stochasticity, which wins among the close ones.
     """
     count = len(next(iter(students.values())))
-    drawn = {
-        share: bootstrap.set_values(lambda index, own=features: _distance(own, reference, index, count), count)  # type: ignore[misc]
-        for share, features in students.items()
-    }
-    distances = {share: float(values[0]) for share, values in drawn.items()}
+    halves = Halves(reference, count)
+    distances = {share: frechet_distance(features, reference) for share, features in students.items()}
+    on_halves = {share: halves.distances(features) for share, features in students.items()}
     best = min(distances, key=distances.__getitem__)
-    differences = {share: values - drawn[best] for share, values in drawn.items()}
-    close = [share for share, values in differences.items() if values[0] <= values[1:].std()]
-    worse = [share for share, values in differences.items() if (bootstrap.of_set_values(values, count).low or 0) > 0]
+    close, worse = [], []
+    for share in students:
+        gap, gaps = distances[share] - distances[best], on_halves[share] - on_halves[best]
+        if gap <= float(gaps.std()):
+            close.append(share)
+        if (half_samples.around(gap, gaps, count).low or 0.0) > 0:
+            worse.append(share)
     taken = min(close, key=lambda share: (abs(share - preferred), distances[share]))
     return Choice(steps, distances, best, tuple(close), tuple(worse), taken)
-
-
-def _distance(features: Tensor, reference: Tensor, index: Tensor, count: int) -> float:
-    """Return the distance of the pictures at an index to the teacher's pictures of the same prompts."""
-    rows = torch.cat([index + start for start in range(0, len(reference), count)])
-    return frechet_distance(features[index], reference[rows])
