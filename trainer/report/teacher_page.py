@@ -135,4 +135,5 @@ def picture_grid(report: Report, folder: Path) -> PictureGrid:
         ),
         tuple(report["pictures"]["prompts"]),
         folder,
+        small=True,
     )

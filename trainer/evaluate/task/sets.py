@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...metrics.confidence_intervals import Estimate
@@ -44,7 +45,8 @@ class SetDistances:
 
     def of(self, name: str, key: str) -> Estimate:
         """Return a run's distance with its interval."""
-        return half_samples.around(*self.found[name, key], self.count)
+        found = half_samples.around(*self.found[name, key], self.count)
+        return replace(found, low=max(found.low or 0.0, 0.0))  # no distance is below 0
 
     def difference(self, name: str, rival: str, key: str) -> Estimate:
         """Return by how much a run's distance is below its rival's; above 0 = the run is nearer."""

@@ -6,7 +6,7 @@ A student is measured on one set of pictures per seed of noise: a figure is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ class Figures:
         """Return a run's figures, by name; ``intervals`` and ``seeds`` hold the intervals and the spread over sets."""
         self._distances(name, sets)
         first, second = self.reference.first.features, self.reference.second
-        per_set = {
+        per_set: dict[str, list[float | None]] = {
             "fd": [frechet_distance(made.features, first) for made in sets],
             "kid": [kernel_distance(made.features, first) for made in sets],
             "paired": [paired_distance(sets[0].features, second.features)],
@@ -79,7 +79,7 @@ class Figures:
             per_set["preference"] = [float(made.more["preference"].mean()) for made in sets]
         values = {key: _mean(found) for key, found in per_set.items()}
         kinds = {kind: self._kind(name, kind) for kind in KINDS}
-        spread = {key: stdev(found) for key, found in per_set.items() if len(found) > 1 and None not in found}  # type: ignore[type-var]
+        spread = {key: deviation for key, found in per_set.items() if (deviation := _deviation(found)) is not None}
         for kind in KINDS if len(sets) > 1 else ():
             floor = self.distances[self.floor_of, kind][0]
             spread[f"x_floor_{kind}"] = stdev(
@@ -122,7 +122,9 @@ class Figures:
             if name == self.floor_of
             else half_samples.ratio(value, halves, floor, floor_halves, self.count)
         )
-        return {"fd": asdict(half_samples.around(value, halves, self.count)), "x_floor": asdict(times)}
+        found = half_samples.around(value, halves, self.count)
+        low = max(found.low or 0.0, 0.0)  # no distance is below 0
+        return {"fd": asdict(replace(found, low=low)), "x_floor": asdict(times)}
 
     def _coverage(self, sets: Sequence[FeatureSet]) -> dict[str, list[float | None]]:
         """Return precision and recall; None where a set is too small for neighbours."""
@@ -177,3 +179,9 @@ class Figures:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
+
+
+def _deviation(values: Sequence[float | None]) -> float | None:
+    """Return the standard deviation over sets; None of a single set, or where a figure was not measured."""
+    known = [value for value in values if value is not None]
+    return stdev(known) if len(known) > 1 else None

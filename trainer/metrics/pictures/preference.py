@@ -100,7 +100,8 @@ def _hpsv2(path: Path, device: torch.device | str) -> Score:
         with torch.inference_mode():
             pixels = torch.stack([preprocess(picture) for picture in pictures]).to(device)
             found = network(pixels, tokenizer(list(prompts)).to(device))
-            return (found["image_features"] * found["text_features"]).sum(1)
+            cosines: Tensor = (found["image_features"] * found["text_features"]).sum(1)
+            return cosines
 
     return score
 

@@ -11,8 +11,8 @@ from .findings import kind_titles
 
 Report = Mapping[str, Any]
 GAP = (
-    "(undistilled - student) / (undistilled - floor), and undistilled / student: Fréchet distances of the student and "
-    "of the undistilled teacher with as many passes and no guidance. 100 % of the gap closed = as good as the floor."
+    "(undistilled - student) / (undistilled - floor): Fréchet distances of the student and of the undistilled teacher "
+    "with as many passes and no guidance. 100 % of the gap closed = as good as the floor."
 )
 
 
@@ -37,7 +37,7 @@ def facts(report: Report) -> tuple[tuple[str, str], ...]:
             "Between a run’s pictures and the first set, whose noise the run has never seen. The second set scores the "
             f"floor, {number(report['floor']['fd'])}: a perfect student scores the floor, not 0.",
         ),
-        *([("Gap closed, times closer", GAP)] if report["gaps"] else []),
+        *([("Gap closed", GAP)] if report["gaps"] else []),
         *_kind_facts(report),
         (
             "Paired distance",

@@ -34,8 +34,8 @@ def run_table(report: Report) -> RunTable:
     floor = report["floor"]["fd"]
     gaps = {f"student {counted(gap['steps'], 'step')}": gap for gap in report["gaps"]}
 
-    def gap(run: Run, key: str) -> float | None:
-        return gaps[run["name"]][key] if run["name"] in gaps else None
+    def closed(run: Run) -> float | None:
+        return gaps[run["name"]]["closed"] if run["name"] in gaps else None
 
     columns = [
         TableColumn("Run", "run", lambda run: run["name"]),
@@ -43,15 +43,10 @@ def run_table(report: Report) -> RunTable:
         TableColumn("Fréchet\ndistance", "FD", _kind_cell("features", "fd", lambda run: run["fd"]), "low"),
         TableColumn("× floor", "x floor", _kind_cell("features", "x_floor", lambda run: run["fd"] / floor), "low"),
         *_other_kinds(report),
-        TableColumn("KID", "KID", _cell(report, "kid"), "low"),
-        TableColumn("Paired\ndistance", "paired", _cell(report, "paired"), "low"),
     ]
     if gaps:
-        at = 4 + len(_other_kinds(report))
-        columns[at:at] = [
-            TableColumn("Gap\nclosed", "gap", lambda run: share(gap(run, "closed")), "high"),
-            TableColumn("Times\ncloser", None, lambda run: number(gap(run, "times_closer"))),
-        ]
+        columns.append(TableColumn("Gap\nclosed", "gap", lambda run: share(closed(run)), "high"))
+    columns.append(TableColumn("KID", "KID", _cell(report, "kid"), "low"))
     if "kinds" not in report:
         columns += _quality_columns(report)
     return RunTable(tuple(columns), tuple(run_groups(report)), f"Distance to the teacher; floor {number(floor)}")
@@ -66,6 +61,7 @@ def quality_table(report: Report) -> RunTable:
 def _quality_columns(report: Report) -> list[TableColumn]:
     """Return the columns of the figures that were measured."""
     titles = {
+        "paired": ("Paired\ndistance", "paired"),
         "precision": ("Precision", "prec."),
         "recall": ("Recall", "recall"),
         "diversity": ("Diversity", "div."),
@@ -75,10 +71,13 @@ def _quality_columns(report: Report) -> list[TableColumn]:
         "preference": ("Preference", "pref."),
     }
     shares = {"precision", "recall", "prompt_accuracy"}
-    near_one = {"sharpness", "contrast"}
+    near_one, low = {"sharpness", "contrast"}, {"paired"}
     columns = [
         TableColumn(
-            title, short, _cell(report, key, share if key in shares else number), "" if key in near_one else "high"
+            title,
+            short,
+            _cell(report, key, share if key in shares else number),
+            "" if key in near_one else "low" if key in low else "high",
         )
         for key, (title, short) in titles.items()
         if any(run.get(key) is not None for run in report["runs"])
