@@ -13,8 +13,8 @@ from torch import Tensor
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.trainer.config import parse_recipe
-from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.data.batches.memory import OutputMemory
+from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.distill.training_log import BlindDiscriminator
 
 
