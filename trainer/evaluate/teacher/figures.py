@@ -138,30 +138,36 @@ class Figures:
         return float(made.more["looks"][:, column].mean() / self.reference.second.more["looks"][:, column].mean())
 
     def _intervals(self, values: dict[str, float | None], sets: Sequence[FeatureSet]) -> dict[str, Estimate]:
-        """Return the intervals of the figures beside the Fréchet distances."""
-        made, second = sets[0], self.reference.second
-        first = self.reference.first.features
+        """Return the intervals of the figures beside the Fréchet distances; of several sets, those of their mean."""
+        import torch
+
+        second, first = self.reference.second, self.reference.first.features
+
+        def mean(value: Callable[[FeatureSet], Tensor]) -> Tensor:
+            return torch.stack([value(made) for made in sets]).mean(0)
+
+        kid = mean(lambda made: self.halves["features"].kernel_distances(made.features, first))
         found = {
-            "kid": half_samples.around(
-                values["kid"] or 0.0, self.halves["features"].kernel_distances(made.features, first), self.count
-            ),
-            "paired": bootstrap.mean_of((made.features.double() - second.features.double()).norm(dim=1)),
-            "diversity": bootstrap.mean_of(diversity_by_prompt(made.features, self.prompts)),
+            "kid": half_samples.around(values["kid"] or 0.0, kid, self.count),
+            "paired": bootstrap.mean_of((sets[0].features.double() - second.features.double()).norm(dim=1)),
+            "diversity": bootstrap.mean_of(mean(lambda made: diversity_by_prompt(made.features, self.prompts))),
         }
         if values["prompt_accuracy"] is not None:
-            known = [(guess, fit) for guess, fit in zip(made.predicted.tolist(), self.classes, strict=True) if fit]
-            hits = sum(guess in fit for guess, fit in known)
-            found["prompt_accuracy"] = bootstrap.share_of(hits, len(known))
+            pairs = [pair for made in sets for pair in zip(made.predicted.tolist(), self.classes, strict=True)]
+            known = [guess in fitting for guess, fitting in pairs if fitting]
+            found["prompt_accuracy"] = bootstrap.share_of(sum(known), len(known))
         for column, look in enumerate(LOOKS):
-            ours, theirs = made.more["looks"][:, column], second.more["looks"][:, column]
-            found[look] = bootstrap.ratio_of_means(ours, theirs)
+            ours = mean(lambda made, at=column: made.more["looks"][:, at])  # type: ignore[misc]
+            found[look] = bootstrap.ratio_of_means(ours, second.more["looks"][:, column])
         if self.scored:
-            found["preference"] = bootstrap.mean_of(made.more["preference"])
+            found["preference"] = bootstrap.mean_of(mean(lambda made: made.more["preference"]))
         if values["precision"] is not None and self.count // 2 > NEIGHBOURS:
             for place, key in enumerate(("precision", "recall")):
                 found[key] = self._jackknife(
                     values[key],
-                    lambda rows, all_rows, at=place: precision_recall(made.features[rows], first[all_rows])[at],  # type: ignore[misc]
+                    lambda rows, all_rows, at=place: fmean(  # type: ignore[misc]
+                        precision_recall(made.features[rows], first[all_rows])[at] for made in sets
+                    ),
                 )
         return found
 

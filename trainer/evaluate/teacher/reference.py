@@ -186,7 +186,7 @@ class Reference:
         """Write a safetensors file; the origin goes into its header."""
         from safetensors.torch import save_file
 
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, made in {"first": self.first, "second": self.second, **_prefixed(self.few)}.items():
             tensors |= made.tensors(name)
         for name, whitening in self.whitenings.items():

@@ -68,7 +68,8 @@ class Halves:
 
     def _parts(self, rows: Tensor, dimensions: int) -> Sequence[Tensor]:
         """Split the halves into parts whose covariances fit into the memory."""
-        return rows.split(max(1, NUMBERS_AT_ONCE // (dimensions * max(dimensions, self.all_rows.shape[1]))))
+        at_once = max(1, NUMBERS_AT_ONCE // (dimensions * max(dimensions, self.all_rows.shape[1])))
+        return [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
 
     def kernel_distances(self, features: Tensor, reference: Tensor) -> Tensor:
         """Return KID (arXiv 1801.01401) of each half of a run and of its reference: (H,) float64.
