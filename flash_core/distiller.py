@@ -199,16 +199,20 @@ class Distiller(RolloutSource):
 
     def _distillation_weight(self, rollout: Rollout, phase: Phase) -> Tensor | None:
         """Return the factor of each sample's distillation loss (B,), None where all are 1."""
-        dmd, kind, process = self.settings.dmd, self.settings.distillation_weighting, self.denoiser.process
-        of_dmd = phase.dmd > 0 and dmd.distillation != 1
-        if kind == "uniform" and not of_dmd:
+        kind, process, factor = (
+            self.settings.distillation_weighting,
+            self.denoiser.process,
+            phase.first_step_distillation,
+        )
+        if kind == "uniform" and factor == 1:
             return None
         weight = torch.ones(len(rollout.t), device=rollout.t.device)
         if kind != "uniform":
             weight = losses.timestep_weight(kind, process, rollout.t)
-        if of_dmd:
-            index = acting_rows(dmd.rows, process, rollout.t)
-            weight[slice(None) if index is None else index] *= dmd.distillation
+        if factor != 1:
+            index = acting_rows("first_step", process, rollout.t)
+            assert index is not None
+            weight[index] *= factor
         return weight
 
     def _distillation(

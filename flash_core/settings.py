@@ -17,6 +17,7 @@ class Phase:
         modes: the weights beta of the modes of the timesteps, from pure noise on.
         adversarial, dmd, distillation, feature_matching, intra_segment: the weights lambda of the loss terms; a term of
             weight 0 is not computed.
+        first_step_distillation: factor of the distillation loss of the samples that start at pure noise.
     """
 
     modes: tuple[float, ...]
@@ -25,6 +26,7 @@ class Phase:
     distillation: float = 1.0
     feature_matching: float = 0.0
     intra_segment: float = 0.0
+    first_step_distillation: float = 1.0
 
 
 # The published curriculum (arXiv 2406.02347, table of section 5): weight moves toward pure noise.
@@ -76,7 +78,6 @@ class DmdSettings:
         guidance: the guidance scale w of the real score, 1 for unguided; None for each sample's own.
         timesteps: lowest and highest noise level of re-noising, as uniform time in 0..999; None for 0..999, and for
             other forms than ``plain`` 20..979.
-        distillation: factor of the distillation loss of the samples on which the term acts.
     """
 
     form: Literal["plain", "decoupled", "trajectory"] = "plain"
@@ -84,7 +85,6 @@ class DmdSettings:
     rows: Rows = "all"
     guidance: float | None = None
     timesteps: tuple[int, int] | None = None
-    distillation: float = 1.0
 
 
 @dataclass(frozen=True)

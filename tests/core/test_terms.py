@@ -200,16 +200,13 @@ def test_a_term_of_the_first_step_acts_on_no_other_sample(term: str) -> None:
         assert len(rollout.conditioning) == 2
 
 
-def test_distillation_of_the_samples_with_dmd_has_its_own_factor() -> None:
-    first, phase = [True, False, True], Phase((1, 1, 1, 1), dmd=1e-9)
-    plain, _ = output_gradient(make_distiller(), mixed_rollout(first), Phase((1, 1, 1, 1)))
-    options = {"dmd": DmdSettings(rows="first_step", distillation=0.2)}
-    weighted, _ = output_gradient(make_distiller(**options), mixed_rollout(first), phase)
+def test_distillation_of_the_first_step_has_its_own_factor() -> None:
+    first, plain_phase = [True, False, True], Phase((1, 1, 1, 1))
+    plain, _ = output_gradient(make_distiller(), mixed_rollout(first), plain_phase)
+    phase = Phase((1, 1, 1, 1), first_step_distillation=0.2)
+    weighted, _ = output_gradient(make_distiller(), mixed_rollout(first), phase)
     factors = torch.tensor([0.2, 1.0, 0.2])[:, None, None, None]
     torch.testing.assert_close(weighted, factors * plain, atol=1e-7, rtol=1e-4)
-    # A phase without DMD leaves the distillation as it is.
-    without, _ = output_gradient(make_distiller(**options), mixed_rollout(first), Phase((1, 1, 1, 1)))
-    assert torch.equal(without, plain)
 
 
 # -- distillation ----------------------------------------------------------------------------------------------------

@@ -91,9 +91,6 @@ class DmdSection(Section):
         description="lowest and highest noise level of re-noising, 0 to 999 (default: 0 and 999; for decoupled and "
         "trajectory 20 and 979)",
     )
-    distillation: Weight = Field(
-        1.0, description="factor of the distillation loss of the samples on which DMD acts, in phases with DMD"
-    )
 
     @model_validator(mode="after")
     def _values_agree(self) -> DmdSection:

@@ -154,6 +154,11 @@ class PhaseSection(Section):
         description="factor of intra-segment guidance, the distance of the student's step and its step by way of the "
         "teacher's first part of it (ISG, arXiv 2506.00523; published: 0.2); 0 is off, and costs nothing",
     )
+    first_step_distillation: Weight = Field(
+        1.0,
+        description="factor of the distillation loss of the samples that start at pure noise (t from 900 on); below 1, "
+        "the adversarial loss and DMD may choose another picture for a noise than the teacher does",
+    )
 
     @model_validator(mode="after")
     def _something_counts(self) -> PhaseSection:
@@ -171,6 +176,9 @@ class PhaseSection(Section):
         from ...flash_core.distiller import Phase
 
         return Phase(**self.model_dump(exclude={"name", "updates"}))
+
+
+PHASE_FIELDS_SINCE_0_3 = ("feature_matching", "intra_segment", "first_step_distillation")
 
 
 class OptimizerSection(Section):
@@ -349,8 +357,8 @@ class Recipe(Section):
         if self.sampler == SamplerSection():
             del content["sampler"]
         for phase in content["phases"]:
-            for name in ("feature_matching", "intra_segment"):
-                if not phase[name]:
+            for name in PHASE_FIELDS_SINCE_0_3:
+                if phase[name] == PhaseSection.model_fields[name].default:
                     del phase[name]
         changed = self.method.model_dump(mode="json", exclude_defaults=True)
         for name in set(content["method"]) - METHOD_FIELDS_OF_0_2:
