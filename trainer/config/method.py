@@ -215,7 +215,7 @@ class MethodSection(Section):
         return DistillerSettings(**fields, states=states, dmd=DmdSettings(**self.dmd.model_dump()))
 
 
-METHOD_FIELDS_OF_0_2 = {
+METHOD_FIELDS_OF_0_1 = {
     *("teacher_steps", "solver", "guidance", "distillation", "perceptual_crop"),
     *("adversarial", "real", "r1", "fake_score"),
 }

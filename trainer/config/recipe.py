@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from .data import DATA_FIELDS_OF_0_1, DATA_FIELDS_WITHOUT_EFFECT, DataSection
-from .method import METHOD_FIELDS_OF_0_2, MethodSection
+from .method import METHOD_FIELDS_OF_0_1, MethodSection
 from .section import Count, FilePath, Location, Section, Weight
 
 if TYPE_CHECKING:  # flash_core brings torch, too heavy for a help text
@@ -178,7 +178,7 @@ class PhaseSection(Section):
         return Phase(**self.model_dump(exclude={"name", "updates"}))
 
 
-PHASE_FIELDS_SINCE_0_3 = ("feature_matching", "intra_segment", "first_step_distillation")
+PHASE_FIELDS_OF_0_1 = {"name", "updates", "modes", "adversarial", "dmd", "distillation"}
 
 
 class OptimizerSection(Section):
@@ -357,11 +357,11 @@ class Recipe(Section):
         if self.sampler == SamplerSection():
             del content["sampler"]
         for phase in content["phases"]:
-            for name in PHASE_FIELDS_SINCE_0_3:
+            for name in set(phase) - PHASE_FIELDS_OF_0_1:
                 if phase[name] == PhaseSection.model_fields[name].default:
                     del phase[name]
         changed = self.method.model_dump(mode="json", exclude_defaults=True)
-        for name in set(content["method"]) - METHOD_FIELDS_OF_0_2:
+        for name in set(content["method"]) - METHOD_FIELDS_OF_0_1:
             if changed.get(name):
                 content["method"][name] = changed[name]
             else:
