@@ -130,7 +130,8 @@ def _feature_network(folder: Path) -> Features:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--features: {folder} can't be loaded ({reason}); {EXPECTED}") from error
     of_demo = digest == fingerprint(FEATURES)
-    network.title = "the demo’s feature network" if of_demo else f"the feature network {folder.name}"
+    title = str(_config(folder).get("title", f"the feature network {folder.name}"))
+    network.title = "the demo’s feature network" if of_demo else title
     return Features(network, network.title, digest, of_demo)
 
 

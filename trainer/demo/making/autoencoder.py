@@ -83,7 +83,8 @@ class AutoencoderTraining:
     statistics differ between crops and pictures, and training on crops alone loses 3 dB on pictures.
     """
 
-    CROPS = ((0.3, 32, 8), (0.6, 64, 4), (1.0, 128, 2))  # until this share of the time: size in pixels, crops an update
+    # Until this share of the time: size in pixels, crops an update.
+    CROPS: tuple[tuple[float, int, int], ...] = ((0.3, 32, 8), (0.6, 64, 4), (1.0, 128, 2))
     NOISE = 0.08  # standard deviation, of latents with unit variance, at most
 
     def __init__(
