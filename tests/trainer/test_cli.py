@@ -60,7 +60,7 @@ def test_an_old_command_name_works_and_names_the_new_one(capsys: pytest.CaptureF
     assert "usage: flash-diffusion demo data" in output.out
     assert output.err.count("\n") == 1
     assert "`flash-diffusion demo-data` is now `flash-diffusion demo data`" in output.err
-    assert len(RENAMED) == len(DEMO_COMMANDS) == 8
+    assert len(RENAMED) == 8  # the commands that had names of their own
 
 
 def test_user_error_prints_one_message_and_exits_with_2(capsys: pytest.CaptureFixture[str], recipe_file: Path) -> None:
