@@ -54,10 +54,13 @@ class StudentStep:
     Attributes:
         z_student: (B, C, H, W) the student's outputs, detached.
         terms: the unweighted loss terms that were computed, and ``total``, as detached scalars on the device.
+        seen: the teacher's hidden states of the adversarial loss, for :meth:`Distiller.discriminator_step`; None
+            without that loss.
     """
 
     z_student: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    seen: adversarial.Seen | None = None
 
 
 class Distiller(RolloutSource):
@@ -107,13 +110,14 @@ class Distiller(RolloutSource):
         weighted: list[Tensor] = []
         gradient = torch.zeros_like(leaf)
         weight = self._distillation_weight(rollout, phase)
+        seen: list[adversarial.Seen] = []
         computed: tuple[tuple[str, float, Rows, Callable[[Tensor, Rollout], Tensor]], ...] = (
             ("distillation", phase.distillation, "all", lambda z, part: self._distillation(z, part, weight, generator)),
             (
                 "adversarial",
                 phase.adversarial,
                 self.settings.adversarial_rows,
-                lambda z, part: self._adversarial(z, part, generator),
+                lambda z, part: self._adversarial(z, part, generator, seen),
             ),
             ("dmd", phase.dmd, self.settings.dmd.rows, lambda z, part: self._dmd(z, part, generator)),
             (
@@ -147,12 +151,21 @@ class Distiller(RolloutSource):
         terms["total"] = torch.stack(weighted).sum() if weighted else torch.zeros((), device=leaf.device)
         with self.denoiser.role("student"):
             torch.autograd.backward(z_student, gradient * scale)
-        return StudentStep(leaf.detach(), terms)
+        return StudentStep(leaf.detach(), terms, seen[0] if seen else None)
 
     def discriminator_step(
-        self, rollout: Rollout, z_student: Tensor, generator: torch.Generator, scale: float = 1.0
+        self,
+        rollout: Rollout,
+        z_student: Tensor,
+        generator: torch.Generator,
+        scale: float = 1.0,
+        seen: adversarial.Seen | None = None,
     ) -> dict[str, Tensor]:
         """Leave ``scale`` times the gradient of the discriminator's loss in its heads; ``z_student`` is detached.
+
+        Args:
+            seen: of the student's step on this rollout: its hidden states are used again, at its noise levels. None
+                draws noise anew, for the teacher's passes on real and fake samples.
 
         Returns:
             The loss, ``discriminator_accuracy`` (the share of pairs that the heads tell apart, 0.5 is chance) and the
@@ -165,7 +178,7 @@ class Distiller(RolloutSource):
         if not len(z_student):
             return {}
         loss, shown = adversarial.discriminator_term(
-            self.denoiser, discriminator, self.settings, z_student, rollout, generator
+            self.denoiser, discriminator, self.settings, z_student, rollout, generator, seen
         )
         torch.autograd.backward(loss * scale)
         return shown
@@ -228,9 +241,15 @@ class Distiller(RolloutSource):
             self.perceptual, self.decode, z_student, rollout.z_teacher, crop, generator, weight
         )
 
-    def _adversarial(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
+    def _adversarial(
+        self, z_student: Tensor, rollout: Rollout, generator: torch.Generator, seen: list[adversarial.Seen]
+    ) -> Tensor:
         discriminator = self._require_discriminator()
-        return adversarial.generator_term(self.denoiser, discriminator, self.settings, z_student, rollout, generator)
+        loss, shown = adversarial.generator_term(
+            self.denoiser, discriminator, self.settings, z_student, rollout, generator
+        )
+        seen.append(shown)
+        return loss
 
     def _dmd(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
         real, fake = distribution_matching.real_and_fake(self.denoiser, self.settings, z_student, rollout, generator)

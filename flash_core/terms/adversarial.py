@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,23 @@ from ..settings import DistillerSettings
 from .features import draw_renoising, renoised_features
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Hidden states that the student's adversarial loss has asked the teacher for; the heads learn from the same.
+
+    Attributes:
+        t: (b,) the noise levels, of the b samples on which the term acts.
+        noise: (b, C, H, W).
+        fake: of the student's samples, detached.
+        real: of the real samples; None where the loss did not need them.
+    """
+
+    t: Tensor
+    noise: Tensor
+    fake: list[Tensor]
+    real: list[Tensor] | None
+
+
 def generator_term(
     denoiser: Denoiser,
     discriminator: Discriminator,
@@ -22,17 +40,18 @@ def generator_term(
     z_student: Tensor,
     rollout: Rollout,
     generator: torch.Generator,
-) -> Tensor:
-    """Return the student's adversarial loss; call in the role teacher."""
+) -> tuple[Tensor, Seen]:
+    """Return the student's adversarial loss, and what the teacher saw; call in the role teacher."""
     t, noise = draw_renoising(denoiser, settings.adversarial_timesteps, z_student, generator)
-    fake = discriminator(renoised_features(denoiser, z_student, t, noise, rollout.conditioning))
+    fake = renoised_features(denoiser, z_student, t, noise, rollout.conditioning)
     real = None
+    real_logits = None
     if settings.adversarial == "relativistic":  # the real sample of the same condition, noise and level
         with torch.no_grad():
-            real = discriminator(
-                renoised_features(denoiser, real_samples(settings, rollout), t, noise, rollout.conditioning)
-            )
-    return losses.generator_loss(settings.adversarial, fake, real)
+            real = renoised_features(denoiser, real_samples(settings, rollout), t, noise, rollout.conditioning)
+            real_logits = discriminator(real)
+    loss = losses.generator_loss(settings.adversarial, discriminator(fake), real_logits)
+    return loss, Seen(t, noise, [feature.detach() for feature in fake], real)
 
 
 def discriminator_term(
@@ -42,25 +61,23 @@ def discriminator_term(
     z_student: Tensor,
     rollout: Rollout,
     generator: torch.Generator,
+    seen: Seen | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the heads' loss, and what a log shows: the loss, the accuracy, the gradient penalty.
 
     Args:
         z_student: (B, C, H, W) the student's outputs, detached.
+        seen: what :func:`generator_term` returned for the same samples, which spares the teacher's passes; None draws
+            noise anew.
     """
-    t, noise = draw_renoising(denoiser, settings.adversarial_timesteps, z_student, generator)
-    with torch.no_grad(), denoiser.role("teacher"):
-        # Real and fake share the noise and the timestep, and one batch.
-        features = renoised_features(
-            denoiser,
-            torch.cat([real_samples(settings, rollout), z_student]),
-            t.repeat(2),
-            noise.repeat(2, 1, 1, 1),
-            Conditioning.cat([rollout.conditioning] * 2),
-        )
-    real_features, fake_features = zip(*(feature.float().chunk(2) for feature in features), strict=True)
+    if seen is None:
+        t, noise = draw_renoising(denoiser, settings.adversarial_timesteps, z_student, generator)
+        real_features, fake_features = _both_features(denoiser, settings, z_student, rollout, t, noise)
+    else:
+        real_features, fake_features = seen.real or _real_features(denoiser, settings, rollout, seen), seen.fake
+    real_features, fake_features = ([part.float() for part in parts] for parts in (real_features, fake_features))
     if settings.r1 > 0:
-        real_features = tuple(feature.detach().requires_grad_() for feature in real_features)
+        real_features = [feature.detach().requires_grad_() for feature in real_features]
     real, fake = discriminator(real_features), discriminator(fake_features)
     loss = losses.discriminator_loss(settings.adversarial, real, fake)
     shown = {"discriminator": loss.detach(), "discriminator_accuracy": pair_accuracy(real, fake)}
@@ -69,6 +86,30 @@ def discriminator_term(
         shown["r1"] = penalty.detach()
         loss = loss + 0.5 * settings.r1 * penalty
     return loss, shown
+
+
+@torch.no_grad()
+def _both_features(
+    denoiser: Denoiser, settings: DistillerSettings, z_student: Tensor, rollout: Rollout, t: Tensor, noise: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the hidden states of real and fake samples, from one batch that shares noise and levels."""
+    with denoiser.role("teacher"):
+        features = renoised_features(
+            denoiser,
+            torch.cat([real_samples(settings, rollout), z_student]),
+            t.repeat(2),
+            noise.repeat(2, 1, 1, 1),
+            Conditioning.cat([rollout.conditioning] * 2),
+        )
+    halves = [feature.chunk(2) for feature in features]
+    return [half[0] for half in halves], [half[1] for half in halves]
+
+
+@torch.no_grad()
+def _real_features(denoiser: Denoiser, settings: DistillerSettings, rollout: Rollout, seen: Seen) -> list[Tensor]:
+    with denoiser.role("teacher"):
+        real = real_samples(settings, rollout)
+        return renoised_features(denoiser, real, seen.t, seen.noise, rollout.conditioning)
 
 
 def real_samples(settings: DistillerSettings, rollout: Rollout) -> Tensor:

@@ -376,6 +376,33 @@ def test_discriminator_step_trains_only_its_heads(r1: float) -> None:
     assert untouched(distiller.denoiser.parameters())
 
 
+@pytest.mark.parametrize(("adversarial", "asked"), [("hinge", 1), ("relativistic", 0)])
+def test_the_heads_learn_from_what_the_students_loss_has_seen(
+    adversarial: Any, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient is that of the same levels and noise asked anew, for fewer of the teacher's passes."""
+    distiller = make_distiller(adversarial=adversarial)
+    rollout, phase = make_rollout(distiller), Phase((1, 1, 1, 1), adversarial=1.0)
+    step = distiller.student_step(rollout, phase, seeded(0))
+    assert step.seen is not None
+    features, batches = distiller.denoiser.features, list[int]()
+
+    def counted(z_t: Tensor, *others: Any) -> list[Tensor]:
+        batches.append(len(z_t))
+        return features(z_t, *others)
+
+    monkeypatch.setattr(distiller.denoiser, "features", counted)
+    distiller.discriminator_step(rollout, step.z_student, seeded(1), seen=step.seen)
+    shared = [parameter.grad.clone() for parameter in distiller.discriminator.parameters()]
+    assert sum(batches) == asked * B
+    distiller.discriminator.zero_grad()
+    draws = (step.seen.t, step.seen.noise)
+    monkeypatch.setattr("flash_diffusion.flash_core.terms.adversarial.draw_renoising", lambda *_: draws)
+    distiller.discriminator_step(rollout, step.z_student, seeded(1))
+    for one, parameter in zip(shared, distiller.discriminator.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
 def test_r1_adds_half_its_weight_times_the_penaltys_gradient() -> None:
     def grads(r1: float) -> list[Tensor]:
         distiller = make_distiller(r1=r1)

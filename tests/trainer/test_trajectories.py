@@ -15,7 +15,7 @@ from PIL import Image
 
 from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.trainer.config import ModelSection, Recipe, TaskSection, parse_recipe
-from flash_diffusion.trainer.data.batches.rollouts import Rollouts
+from flash_diffusion.trainer.data.batches.rollouts import Rollouts, phase_ranges
 from flash_diffusion.trainer.data.encoding.prepare import prepare_examples
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.interrupts import StopRequest
@@ -94,6 +94,19 @@ def _swapped(folder: Path) -> None:
     texts = one.read_text(), two.read_text()
     one.write_text(texts[1])
     two.write_text(texts[0])
+
+
+def test_split_trajectories_belong_to_one_phase_each(recipe: Recipe, record: Record) -> None:
+    phase = recipe.phases[0].model_dump()
+    split = {"trajectories": {"count": 6, "batch": 4, "split": True}, "batch_size": 1}
+    phases = [{**phase, "name": "one", "updates": 4}, {**phase, "name": "two", "updates": 2}]
+    rollouts, _ = record(parse_recipe({**recipe.model_dump(mode="json"), **split, "phases": phases}))
+    wanted = torch.stack([row["z_teacher"] for row in recorded(rollouts)])
+    for section, own in zip(rollouts.recipe.phases, (wanted[:4], wanted[4:]), strict=True):
+        shown = [rollouts.batch(position, section).z_teacher[0] for position in range(len(own))]
+        assert sorted(z.flatten().tolist() for z in shown) == sorted(z.flatten().tolist() for z in own)
+    with pytest.raises(UserError, match=r"6 trajectories leave none for a phase of 1 of 100 updates"):
+        phase_ranges(6, [99, 1])
 
 
 @pytest.mark.parametrize("change", [_caption, _picture, _fewer, _swapped])

@@ -211,6 +211,11 @@ class TrajectorySection(Section):
     max_minutes: float | None = Field(
         None, gt=0, description="stop recording after so many minutes, with at least one batch (default: no limit)"
     )
+    split: bool = Field(
+        False,
+        description="each phase replays trajectories of its own, as many as its share of the updates; what the student "
+        "has learnt by heart in one phase teaches the discriminator of the next phase nothing",
+    )
 
 
 class SamplerSection(Section):
@@ -360,6 +365,8 @@ class Recipe(Section):
             for name in set(phase) - PHASE_FIELDS_OF_0_1:
                 if phase[name] == PhaseSection.model_fields[name].default:
                     del phase[name]
+        if not self.trajectories.split:
+            del content["trajectories"]["split"]
         changed = self.method.model_dump(mode="json", exclude_defaults=True)
         for name in set(content["method"]) - METHOD_FIELDS_OF_0_1:
             if changed.get(name):

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from ...flash_core.grid import timestep_mixture
 from ...flash_core.terms.draws import FIRST_STEP_FRACTION
-from ..config import PhaseSection, Recipe
+from ..config import MethodSection, PhaseSection, Recipe
 from .assembly import needs_critic
 
 FORWARD_AND_BACKWARD = 3
 GUIDED = 2  # both branches of classifier-free guidance
+REAL_AND_FAKE = 2  # of an update of the discriminator
 
 
 def update_passes(recipe: Recipe, phase: PhaseSection) -> dict[str, float]:
@@ -29,9 +30,10 @@ def update_passes(recipe: Recipe, phase: PhaseSection) -> dict[str, float]:
     }
     if phase.adversarial:
         rows = 1.0 if method.adversarial_rows == "all" else first
-        real = 1 if method.adversarial == "relativistic" else 0
+        real = _real_passes(method)
         passes["adversarial"] = rows * (FORWARD_AND_BACKWARD + real)
-        passes["discriminator"] = rows * 2 * method.discriminator.updates  # real and fake
+        # The first update reads what the student's loss has seen; the next ones ask for real and fake anew.
+        passes["discriminator"] = rows * (1 - real + REAL_AND_FAKE * (method.discriminator.updates - 1))
     if phase.dmd:
         rows = 1.0 if method.dmd.rows == "all" else first
         real = {"decoupled": 3}.get(method.dmd.form, 1 if method.dmd.guidance == 1 else GUIDED)
@@ -49,10 +51,13 @@ def warmup_passes(recipe: Recipe, phase: PhaseSection) -> float:
     """Return the passes of discriminator and critic alone before ``phase``, the first phase that trains them."""
     update, method = update_passes(recipe, phase), recipe.method
     passes, longest = 0.0, 0
-    for learner, section in (("discriminator", method.discriminator), ("critic", method.critic)):
-        if learner in update:
-            passes += section.warmup * update[learner] / section.updates
-            longest = max(longest, section.warmup)
+    if phase.adversarial:
+        rows = update["adversarial"] / (FORWARD_AND_BACKWARD + _real_passes(method))
+        passes += method.discriminator.warmup * rows * REAL_AND_FAKE
+        longest = method.discriminator.warmup
+    if "critic" in update:
+        passes += method.critic.warmup * update["critic"] / method.critic.updates
+        longest = max(longest, method.critic.warmup)
     student = update["student"] / FORWARD_AND_BACKWARD  # its outputs, without a gradient
     return passes + longest * (student + update.get("solutions", 0.0) + update.get("own states", 0.0))
 
@@ -60,6 +65,11 @@ def warmup_passes(recipe: Recipe, phase: PhaseSection) -> float:
 def solution_passes(start: Sequence[float]) -> float:
     """Return the teacher's passes of one solution, expected over the starts; ``start`` has the share of each index."""
     return GUIDED * sum(share * (len(start) - index) for index, share in enumerate(start))
+
+
+def _real_passes(method: MethodSection) -> int:
+    """Return the passes on a real sample that the student's adversarial loss asks for."""
+    return 1 if method.adversarial == "relativistic" else 0
 
 
 def _solutions(recipe: Recipe, phase: PhaseSection, start: Sequence[float]) -> float:

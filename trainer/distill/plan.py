@@ -127,7 +127,8 @@ def _say_passes(recipe: Recipe, say: Callable[[str], None]) -> None:
         replayed = " (solutions replayed)" if recipe.trajectories.count else ""
         say(f"  {phase.name}: " + ", ".join(f"{name} {value:.0f}" for name, value in passes.items()) + replayed)
         total += phase.updates * sum(passes.values())
-        fresh = {"discriminator", "critic"} & set(passes) - learnt
+        learners = {"critic"} & set(passes) | ({"discriminator"} if phase.adversarial else set())
+        fresh = learners - learnt
         if fresh and (alone := warmup_passes(recipe, phase)):
             say(f"  before {phase.name}: {' and '.join(sorted(fresh))} alone, {alone:.0f} passes")
             total += alone

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.rollout import Rollout
+from ...flash_core.terms.adversarial import Seen
 from ..config import PhaseSection, Recipe
 from ..data.batches.memory import OutputMemory
 from ..data.batches.rollouts import Rollouts
@@ -21,10 +22,11 @@ from .training_log import Means
 
 @dataclass(frozen=True)
 class Batch:
-    """A rollout with the student's outputs (B, C, H, W), detached."""
+    """A rollout with the student's outputs (B, C, H, W), detached, and what its adversarial loss has seen."""
 
     rollout: Rollout
     z_student: Tensor
+    seen: Seen | None = None
 
 
 class Updater:
@@ -66,15 +68,15 @@ class Updater:
             with self.accelerator.autocast():
                 step = self.parts.distiller.student_step(rollout, core_phase, self.rollouts.generator, self._share)
             self._note(step.terms)
-            batches.append(Batch(rollout, step.z_student))
+            batches.append(Batch(rollout, step.z_student, step.seen))
         self._step("student", factor)
         learners = self._learners(phase)
         if "critic" in learners:
             self._align_critic()
             self._remember(batches)
         for learner in learners:
-            for _ in range(self.updates[learner]):
-                self._teach(learner, batches, factor)
+            for number in range(self.updates[learner]):
+                self._teach(learner, batches, factor, again=number > 0)
         self.parts.average.update(state.update)
         state.update += 1
 
@@ -122,7 +124,7 @@ class Updater:
         """Yield the rollouts of one update; ``state.position`` moves on."""
         for _ in range(self.recipe.gradient_accumulation):
             with self.accelerator.autocast():
-                rollout = self.rollouts.batch(state.position, phase.phase())
+                rollout = self.rollouts.batch(state.position, phase)
             state.position += self.accelerator.num_processes * self.recipe.batch_size
             yield rollout
 
@@ -133,13 +135,20 @@ class Updater:
         with self.accelerator.autocast(), distiller.denoiser.role("student"):
             return distiller.student_output(rollout)
 
-    def _teach(self, learner: str, batches: Sequence[Batch], factor: float) -> None:
-        """Make one update of the discriminator's heads or of the critic."""
+    def _teach(self, learner: str, batches: Sequence[Batch], factor: float, again: bool = False) -> None:
+        """Make one update of the discriminator's heads or of the critic.
+
+        Args:
+            again: True after the first update on these batches: the heads then see them with other noise.
+        """
         distiller, generator = self.parts.distiller, self.rollouts.generator
         with self.accelerator.autocast():
             if learner == "discriminator":
                 for batch in batches:
-                    self._note(distiller.discriminator_step(batch.rollout, batch.z_student, generator, self._share))
+                    seen = None if again else batch.seen
+                    self._note(
+                        distiller.discriminator_step(batch.rollout, batch.z_student, generator, self._share, seen)
+                    )
             else:
                 for z, conditioning, rollout in self._critic_samples(batches):
                     self._note(distiller.critic_step(z, conditioning, generator, self._share, rollout))

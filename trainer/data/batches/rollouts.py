@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ....flash_core.denoiser import Conditioning
-from ....flash_core.distiller import Distiller, Phase, Rollout
-from ...config import Recipe
+from ....flash_core.distiller import Distiller, Rollout
+from ...config import PhaseSection, Recipe
+from ...errors import UserError
 from ...interrupts import StopRequest
 from ...seeds import stream
 from ..encoding.examples import CachedExamples
@@ -33,7 +35,8 @@ class Rollouts:
 
     Attributes:
         generator: the process's random stream, which the training steps share; a checkpoint keeps its state.
-        order: of the examples, or of the recorded trajectories; None for a stream.
+        order: of the examples; None for a stream.
+        replays: of each phase: its first recorded trajectory, and the order of its trajectories.
         streamed: reads a stream; None for examples in the cache.
     """
 
@@ -56,6 +59,7 @@ class Rollouts:
         self.bank: TrajectoryBank | None = None
         self.streamed: StreamBatches | None = None
         self.order: Order | None = None
+        self.replays: list[tuple[int, Order]] = []
         if isinstance(examples, StreamExamples):
             rank, ranks = accelerator.process_index, accelerator.num_processes
             self.streamed = StreamBatches(examples, rank, ranks, recipe.batch_size)
@@ -100,11 +104,23 @@ class Rollouts:
             stop,
             self.recipe.data.caption_dropout,
         )
-        self.order = Order(len(self.bank), self.recipe.seed, self.bank.frames, self.recipe.batch_size)
+        self.replays = self._replays(self.bank)
         return len(self.bank)
 
-    def batch(self, position: int, phase: Phase) -> Rollout:
+    def _replays(self, bank: TrajectoryBank) -> list[tuple[int, Order]]:
+        phases = self.recipe.phases
+        ranges = [(0, len(bank))] * len(phases)
+        if self.recipe.trajectories.split:
+            ranges = phase_ranges(len(bank), [phase.updates for phase in phases])
+        frames, seed, size = bank.frames, self.recipe.seed, self.recipe.batch_size
+        return [
+            (first, Order(end - first, seed, None if frames is None else frames[first:end], size))
+            for first, end in ranges
+        ]
+
+    def batch(self, position: int, section: PhaseSection) -> Rollout:
         """Return this process's rollout of the batch at ``position``, in samples of all processes together."""
+        phase = section.phase()
         if self.streamed is not None:
             z0, conditioning = self.streamed.encoded(position)
             return self.distiller.rollout(z0, conditioning, self._unconditional(conditioning), phase, self.generator)
@@ -112,11 +128,13 @@ class Rollouts:
         assert self.order is not None
         size = self.recipe.batch_size
         position += self.accelerator.process_index * size
-        index = self.order.indices(position, size)
         device = self.accelerator.device
         if self.bank is not None:
+            first, order = self.replays[self.recipe.phases.index(section)]
+            index = first + order.indices(position, size)
             trajectory = self.bank.batch(index, self.examples, self._unconditional, device)
             return self.distiller.replay(trajectory, phase, self.generator)
+        index = self.order.indices(position, size)
         counts = self.examples.caption_counts(index)
         caption = self.order.captions(position, counts, self.recipe.data.caption_dropout)
         z0, conditioning = self.examples.batch(index, device, caption)
@@ -131,3 +149,19 @@ class Rollouts:
         """Return the conditions of guidance's unconditional branch, for pictures of the same size."""
         empty = self.teacher.unconditional(len(conditioning))
         return self.task.unconditional(conditioning, replace(empty, size_ids=conditioning.size_ids))
+
+
+def phase_ranges(trajectories: int, updates: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the first and the last + 1 trajectory of each phase, in proportion to the phases' updates.
+
+    Raises:
+        UserError: a phase would get none.
+    """
+    ends = [round(trajectories * done / sum(updates)) for done in accumulate(updates, initial=0)]
+    ranges = list(pairwise(ends))
+    if any(first == end for first, end in ranges):
+        raise UserError(
+            f"trajectories.split: {trajectories} trajectories leave none for a phase of {min(updates)} of "
+            f"{sum(updates)} updates; record more, or set split to false"
+        )
+    return ranges
