@@ -49,7 +49,7 @@ ALL_TERMS = {
         "r1": 0.1,
         "discriminator": {"updates": 2, "warmup": 1},
         "fake_score": "critic",
-        "dmd": {"form": "decoupled", "rows": "first_step", "distillation": 0.2},
+        "dmd": {"form": "decoupled", "rows": "first_step"},
         "critic": {"updates": 2, "warmup": 2, "memory": 5, "ida": 0.03},
     },
     "sampler": {"stochasticity": 0.5},
@@ -63,6 +63,7 @@ ALL_TERMS = {
             "dmd": 0.7,
             "feature_matching": 0.1,
             "intra_segment": 0.2,
+            "first_step_distillation": 0.2,
         },
     ],
 }

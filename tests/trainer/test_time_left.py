@@ -71,7 +71,7 @@ def test_stages_of_a_recipe(recipe_content: dict[str, Any]) -> None:
     assert (second.units, second.done) == (3, 1)
     samples = recipe.batch_size * recipe.gradient_accumulation
     assert first.passes == 3 * samples  # the student alone, replayed
-    assert second.passes == (3 + 5 + 3) * samples  # and adversarial, and DMD without a critic
+    assert second.passes == (3 + 4 + 3) * samples  # and adversarial, and DMD without a critic
 
 
 def passes(content: dict[str, Any], **method: Any) -> dict[str, float]:
@@ -88,7 +88,7 @@ def test_passes_of_each_term_by_hand(recipe_content: dict[str, Any]) -> None:
     paper = passes(recipe_content)
     assert paper["solutions"] == pytest.approx(2 * (4 * noise + 3 * (1 - noise)), abs=2e-3)
     rest = {name: value for name, value in paper.items() if name != "solutions"}
-    expected = {"student": 3, "adversarial": 3, "discriminator": 2, "dmd": 3, "feature matching": 4, "intra-segment": 3}
+    expected = {"student": 3, "adversarial": 3, "discriminator": 1, "dmd": 3, "feature matching": 4, "intra-segment": 3}
     assert rest == expected
     critic = {"fake_score": "critic", "dmd": {"form": "decoupled", "rows": "first_step"}}
     first = passes(
@@ -97,10 +97,11 @@ def test_passes_of_each_term_by_hand(recipe_content: dict[str, Any]) -> None:
     assert first["dmd"] == pytest.approx(4 * noise, abs=2e-3)
     assert first["critic"] == pytest.approx(2 * 3 * noise, abs=2e-3)
     assert first["feature matching"] == pytest.approx(4 * noise, abs=2e-3)
-    assert first["discriminator"] == 6
+    assert first["discriminator"] == 1 + 2 * 2  # the first update sees the fake samples of the student's loss
     assert passes(recipe_content, **critic, critic={"memory": 8})["critic"] == 3  # whole batches from the memory
     unguided = passes(recipe_content, dmd={"guidance": 1}, adversarial="relativistic")
     assert (unguided["dmd"], unguided["adversarial"]) == (2, 4)
+    assert "discriminator" not in unguided  # its pairs are those of the student's loss
     own = passes(recipe_content, states={"student": 0.5, "trajectory": 0.25})
     assert own["own states"] == pytest.approx(0.5 * (1 - noise), abs=2e-3)  # one step of the student each
     assert own["solutions"] == pytest.approx(paper["solutions"] + 0.25 * 2 * (1 - noise), abs=2e-3)
