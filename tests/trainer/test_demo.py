@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flash_diffusion.trainer.demo.assets import CONTROLS, DATA, FEATURES, LORAS, ROOT, TASK_ADAPTERS, TEACHER
+from flash_diffusion.trainer.demo.assets import CONTROLS, DATA, FEATURES, GLYPHS, LORAS, ROOT, TASK_ADAPTERS, TEACHER
 from flash_diffusion.trainer.demo.making import emoji_packages
 from flash_diffusion.trainer.demo.making.autoencoder import AutoencoderTraining, held_out
 from flash_diffusion.trainer.demo.making.features import accuracy, augment
@@ -112,7 +112,10 @@ class TestPictures:
         files = [path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         flash = LORAS / "flash_demo.safetensors"
         further = [path for path in files if path.parent in (TASK_ADAPTERS, CONTROLS, LORAS) and path != flash]
-        assert sum(path.stat().st_size for path in files if path not in further) <= 25_000_000
+        second = [path for path in files if GLYPHS in path.parents]
+        first = [path for path in files if path not in further and path not in second]
+        assert sum(path.stat().st_size for path in first) <= 26_000_000
+        assert sum(path.stat().st_size for path in second) <= 5_000_000
         assert {path.parent for path in further} == {TASK_ADAPTERS, CONTROLS, LORAS}
         assert all(path.stat().st_size <= 2_000_000 for path in further)
 
