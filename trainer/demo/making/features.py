@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,24 +68,41 @@ def train(
     subjects = {name: i for i, name in enumerate(network.classes)}
     labels = torch.tensor([subjects[caption.name] for style in pictures for caption in style.captions], device=device)
     generator = torch.Generator().manual_seed(seed)
-    network.train().to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.05)
-    start, step = time.monotonic(), 0
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
         index = torch.randint(len(images), (64,), generator=generator).to(device)
         batch = images[index] / 255
         if step % 3 == 0:
             batch = latent_noise(batch, generator)
-        _, logits = network(augment(batch, generator))
-        loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
+        return augment(batch, generator), labels[index]
+
+    fit(network.to(device), draw, minutes, learning_rate=3e-3)
+
+
+def fit(
+    network: FeatureNetwork, draw: Callable[[int], tuple[Tensor, Tensor]], minutes: float, learning_rate: float
+) -> None:
+    """Train a classifier for `minutes`, with a cosine learning rate.
+
+    Args:
+        draw: ``step -> (pictures (B, 3, H, W) in [0, 1], classes (B,))``.
+        learning_rate: after the warm-up.
+    """
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.05)
+    start, step = time.monotonic(), 0
+    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+        pictures, classes = draw(step)
+        _, logits = network(pictures)
+        loss = F.cross_entropy(logits, classes, label_smoothing=0.1)
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * warmup_cosine(step, progress, warmup=50, final=0.01)
+            group["lr"] = learning_rate * warmup_cosine(step, progress, warmup=50, final=0.01)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 100 == 0:
-            right = (logits.argmax(1) == labels[index]).float().mean()
+            right = (logits.argmax(1) == classes).float().mean()
             logger.info("features %d  loss %.3f  right %.2f  %3.0f %%", step, loss.item(), right, 100 * progress)
     network.eval()
 

@@ -7,9 +7,10 @@ published models do. Its last step keeps a signal-to-noise ratio of 0.0047: star
 from __future__ import annotations
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..patch_pca import LATENT_CHANNELS
+from ..teacher import architecture
 from .fonts import SIZE
 
 LATENT_SIZE = SIZE // 8
@@ -35,35 +36,18 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return the text encoder: CLIP's architecture with 2 layers of width 64, trained together with the UNet."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act="quick_gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    """Return the text encoder: the first teacher's, with width 64."""
+    return architecture.build_text_encoder(tokenizer, TEXT_WIDTH, 2 * TEXT_WIDTH, MAX_TOKENS)
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Return the noise process as a sampler: epsilon, SD 1.5's scaled-linear betas, trailing timesteps from t = 999."""
-    scheduler: DDIMScheduler = DDIMScheduler(
-        num_train_timesteps=1000,
+    """Return the noise process as a sampler: the first teacher's, with epsilon and SD 1.5's scaled-linear betas."""
+    scheduler: DDIMScheduler = DDIMScheduler.from_config(
+        architecture.build_scheduler().config,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type="epsilon",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,  # without effect on trailing timesteps; diffusers warns of any other number
     )
     return scheduler
 

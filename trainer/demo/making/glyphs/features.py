@@ -5,21 +5,15 @@ Accuracies have a ceiling below 100 %: many typefaces draw I and l, O and 0 alik
 
 from __future__ import annotations
 
-import logging
-import time
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....distill.schedule import warmup_cosine
 from ....metrics.feature_network import FeatureNetwork
-from ..features import accuracy
+from ..features import accuracy, fit
 from ..patch_pca import PatchPCA
 from .fonts import GLYPHS, GlyphSet, name_of
 from .training import rgb
-
-logger = logging.getLogger(__name__)
 
 WIDTHS = (24, 32, 48, 64)
 LEARNING_RATE = 4e-3
@@ -53,28 +47,17 @@ def train(network: FeatureNetwork, pictures: GlyphSet, code: PatchPCA, minutes: 
     """Train the network to classify augmented pictures for `minutes`, with a cosine learning rate."""
     labels = torch.tensor([GLYPHS.index(glyph.character) for glyph in pictures.glyphs])
     generator = torch.Generator().manual_seed(seed)
-    network.train()
-    optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=0.05)
-    start, step = time.monotonic(), 0
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
         index = torch.randint(len(pictures), (64,), generator=generator)
         batch = rgb(pictures.images[index])
         if step % CODED == 0:
             latents = code.encode(batch)
             amount = 0.3 * torch.rand(len(latents), 1, 1, 1, generator=generator)
             batch = code.decode(latents + amount * torch.randn(latents.shape, generator=generator)).clamp(0, 1)
-        _, logits = network(augment(batch, generator))
-        loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warmup_cosine(step, progress, warmup=50, final=0.01)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 100 == 0:
-            right = (logits.argmax(1) == labels[index]).float().mean()
-            logger.info("features %d  loss %.3f  right %.2f  %3.0f %%", step, loss.item(), right, 100 * progress)
-    network.eval()
+        return augment(batch, generator), labels[index]
+
+    fit(network, draw, minutes, LEARNING_RATE)
 
 
 def report(network: FeatureNetwork, held_out: GlyphSet, code: PatchPCA) -> dict[str, float]:

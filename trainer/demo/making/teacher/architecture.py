@@ -41,16 +41,23 @@ def build_unet() -> UNet2DConditionModel:
     return unet
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return the text encoder: CLIP's architecture with 2 layers of width 128, trained together with the UNet."""
+def build_text_encoder(
+    tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH, inner_width: int = 4 * TEXT_WIDTH, max_tokens: int = MAX_TOKENS
+) -> CLIPTextModel:
+    """Return the text encoder: CLIP's architecture with 2 layers, trained together with the UNet.
+
+    Args:
+        width, inner_width: of the tokens, and inside the feed-forward layers.
+        max_tokens: of a prompt.
+    """
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
+            hidden_size=width,
+            intermediate_size=inner_width,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
+            max_position_embeddings=max_tokens,
             hidden_act="quick_gelu",
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
