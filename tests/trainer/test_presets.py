@@ -154,7 +154,7 @@ def test_the_plan_says_what_the_preset_chose(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "plan.txt").open("w"))
     print_plan(recipe, console, reasons)
     text = console.export_text()
-    assert "preset best: what won on small models" in text
+    assert "preset best: what helped on small models" in text
     assert "optimizer.lr: 0.0032, by the model's size (0.004 at 5 M, 0.0001 at 860 M, 5e-05 at 2.6 B)" in text
     assert "trajectories.count: 3072: 2 for each of 300 samples (counted), from 3072 to 8192" in text
 

@@ -157,7 +157,7 @@ class PhaseSection(Section):
     first_step_distillation: Weight = Field(
         1.0,
         description="factor of the distillation loss of the samples that start at pure noise (t from 900 on); below 1, "
-        "the adversarial loss and DMD may choose another picture for a noise than the teacher does",
+        "the student may draw another picture from a noise than the teacher draws",
     )
 
     @model_validator(mode="after")
@@ -213,8 +213,8 @@ class TrajectorySection(Section):
     )
     split: bool = Field(
         False,
-        description="each phase replays trajectories of its own, as many as its share of the updates; what the student "
-        "has learnt by heart in one phase teaches the discriminator of the next phase nothing",
+        description="each phase replays trajectories of its own, as many as its share of the updates; a later phase "
+        "then trains on new noise",
     )
 
 

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="whole settings under the recipe's own fields: paper (as published), best (what won here), tdm "
+        help="whole settings under the recipe's own fields: paper (as published), best (what helped here), tdm "
         "(prompts alone); rates, rank and budgets of best and tdm follow from the model's and the data's size",
     )
     parser.add_argument("--output", type=Path, help="folder of the run (default: out/NAME OF THE RECIPE)")
