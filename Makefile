@@ -13,6 +13,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # Threads of two busy torch processes slow each other down, so a test process uses one.
 TEST_THREADS ?= 1
+# Processes that share the test files; each may start a ComfyUI (about 2 GB).
+TEST_PROCESSES ?= 2
+PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install runtime demo test coverage comfy lint check-registry format clean
@@ -40,11 +43,11 @@ comfy: runtime  ## start ComfyUI with this extension and the demo, print its add
 	$(PY) scripts/comfy_runtime.py start $(if $(wildcard out/demo/lora.safetensors),--lora out/demo/lora.safetensors)
 
 test: runtime  ## run all tests, also in the real ComfyUI and (with Chromium) in its page
-	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest
+	$(PYTEST)
 
 coverage: runtime  ## run all tests, print which lines they do not reach; HTML in out/coverage
 	mkdir -p out/coverage
-	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest --cov --cov-report=term-missing --cov-report=html:out/coverage/html \
+	$(PYTEST) --cov --cov-report=term-missing --cov-report=html:out/coverage/html \
 		--cov-report=xml:out/coverage/coverage.xml --cov-report=markdown:out/coverage/table.md
 
 lint: install  ## check format, code and types

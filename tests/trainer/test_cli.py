@@ -97,7 +97,7 @@ def test_plan_needs_no_weights(
     for part in (
         "warm-up",
         "off",
-        "  all: solutions 11, student 6, adversarial 6, discriminator 4, dmd 6",
+        "  all: solutions 11, student 6, adversarial 6, discriminator 2, dmd 6",
         "the whole run: ",
         "LoRA rank 4",
         "discriminator heads",

@@ -108,3 +108,18 @@ def test_a_discriminator_at_chance_is_told_in_words() -> None:
     assert "in 50% of the pairs of the last 100 updates (chance: 50 %)" in warning
     assert "method.adversarial_timesteps" in warning
     assert watch.warning({"discriminator_accuracy": 0.6}, 100) == ""
+
+
+def test_a_phase_scales_the_students_rate_alone(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    """A factor of 1/4 in the phase is a quarter of optimizer.lr, bit by bit; the heads keep theirs."""
+    recipe_content["phases"] = [dict(recipe_content["phases"][-1], updates=2)]
+    ends = []
+    for name, rate, factor in (("whole", 2e-3, 0.25), ("quarter", 5e-4, 1.0)):
+        recipe_content["optimizer"] = {"lr": rate, "discriminator_lr": 1e-3}
+        recipe_content["phases"][0]["learning_rate"] = factor
+        run = Run(parse_recipe(recipe_content), tmp_path / name, Accelerator(), None)
+        run.train()
+        ends.append(run.parts.trained.parameters)
+    for learner, parameters in ends[0].items():
+        for one, other in zip(parameters.values(), ends[1][learner].values(), strict=True):
+            assert torch.equal(one, other), learner

@@ -160,6 +160,13 @@ class PhaseSection(Section):
         "the student may draw another picture from a noise than the teacher draws",
     )
 
+    learning_rate: float = Field(
+        1.0,
+        gt=0,
+        description="factor of optimizer.lr in this phase; heads and critic keep their rates. A term that refines a "
+        "trained student wants less, such as 0.25",
+    )
+
     @model_validator(mode="after")
     def _something_counts(self) -> PhaseSection:
         if not sum(self.modes) > 0:
@@ -175,7 +182,7 @@ class PhaseSection(Section):
         """Return the phase as flash_core takes it."""
         from ...flash_core.distiller import Phase
 
-        return Phase(**self.model_dump(exclude={"name", "updates"}))
+        return Phase(**self.model_dump(exclude={"name", "updates", "learning_rate"}))
 
 
 PHASE_FIELDS_OF_0_1 = {"name", "updates", "modes", "adversarial", "dmd", "distillation"}

@@ -60,7 +60,7 @@ class Updater:
 
         Args:
             state: moves on by one update and by the samples of all processes.
-            factor: share of the full learning rates.
+            factor: share of the full learning rates; the phase's own factor comes on top of the student's.
         """
         core_phase = phase.phase()
         batches = []
@@ -69,7 +69,7 @@ class Updater:
                 step = self.parts.distiller.student_step(rollout, core_phase, self.rollouts.generator, self._share)
             self._note(step.terms)
             batches.append(Batch(rollout, step.z_student, step.seen))
-        self._step("student", factor)
+        self._step("student", factor * phase.learning_rate)
         learners = self._learners(phase)
         if "critic" in learners:
             self._align_critic()
