@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import nn
 from flash_diffusion.flash_core.lora import LoraError, LoraModule, flat_name, read_lora, write_lora
 from flash_diffusion.flash_core.process import VPProcess
 from flash_diffusion.trainer.config import ModelSection, parse_recipe
+from flash_diffusion.trainer.distill.assembly import assemble
+from flash_diffusion.trainer.distill.checkpoint import last_intact
 from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.distill.plan import print_plan
 from flash_diffusion.trainer.errors import UserError
@@ -232,3 +235,60 @@ def test_a_style_with_more_than_lora_is_refused_with_its_keys(
     with pytest.raises(UserError, match=rf"style\.safetensors: {count} of its keys are not plain LoRA") as caught:
         load_teacher(ModelSection.model_validate(model))
     assert any(name in str(caught.value) for name in more)
+
+
+# -- training on -----------------------------------------------------------------------------------------------------
+
+
+def start_recipe(model: Path, pictures: Path, file: Path, **lora: Any) -> dict[str, Any]:
+    content = tiny_recipe(model, pictures)
+    content["lora"] |= {"start": str(file), **lora}
+    return content
+
+
+def test_a_student_begins_as_the_lora_that_it_trains_on(
+    folders: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    """Before its first update it predicts what stock diffusers predicts with the file."""
+    first = Run(
+        parse_recipe(tiny_recipe(folders["sd15"], pictures, optimizer={"lr": 0.02})),
+        tmp_path / "1",
+        Accelerator(),
+        None,
+    )
+    lora = first.train()
+    content = start_recipe(folders["sd15"], pictures, lora, rank=6, alpha=3)
+    run = Run(parse_recipe(content), tmp_path / "2", Accelerator(), None)
+    conditioning = run.parts.teacher.unconditional(1)
+    z, t = torch.ones(1, 4, 8, 8), torch.tensor([749.0])
+    pipeline = stock("sd15", folders["sd15"])
+    pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    denoiser = run.parts.teacher.denoiser
+    with torch.no_grad():
+        wanted = pipeline.unet(z, t, encoder_hidden_states=conditioning.cross_attention).sample
+        for average in (nullcontext(), run.parts.average.applied()):
+            with average, denoiser.role("student"):
+                torch.testing.assert_close(denoiser.predict(z, t, conditioning), wanted, atol=1e-5, rtol=1e-4)
+    metadata = read_lora(run.train()).metadata
+    assert metadata is not None
+    assert metadata.training["start"] == lora.name
+    lora.unlink()  # a resumed run has its weights in the checkpoint
+    Run(parse_recipe(content), tmp_path / "2", Accelerator(), last_intact(tmp_path / "2"))
+
+
+def test_a_lora_that_can_not_be_trained_on_is_refused(folders: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    style = style_file("sd15", folders["sd15"], tmp_path / "style.safetensors")
+    other = tmp_path / "sdxl.safetensors"
+    write_lora(other, random_lora(tiny_network("sdxl"), "attn2.to_k"), None)
+    file = tmp_path / "file.safetensors"
+    write_lora(file, random_lora(tiny_network("sd15"), "attn2.to_k"), None)
+    model = folders["sd15"]
+    for content, message in (
+        (start_recipe(model, pictures, style), r"lora\.start: .*keys are not LoRA on a layer of the network"),
+        (start_recipe(model, pictures, other), r"lora\.start: .*sdxl\.safetensors: this LoRA does not fit"),
+        (start_recipe(model, pictures, file, rank=1), r"lora\.start: .*rank 4, more than the recipe's 1; set"),
+        (start_recipe(model, pictures, file, targets=["to_q"]), r"does not train, such as .*attn2\.to_k; add them"),
+        (start_recipe(model, pictures, tmp_path / "nothing.safetensors"), "no LoRA file"),
+    ):
+        with pytest.raises((UserError, LoraError), match=message):
+            assemble(parse_recipe(content), Accelerator())

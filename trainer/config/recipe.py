@@ -131,6 +131,11 @@ class LoraSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the exported file; training is always in float32"
     )
+    start: Location | None = Field(
+        None,
+        description="a LoRA of this model to train on: its .safetensors file, or the name of one of the demo's; its "
+        "layers must be among the targets, and its rank at most `rank` (default: a new LoRA, which changes nothing)",
+    )
 
 
 class PhaseSection(Section):
@@ -374,6 +379,8 @@ class Recipe(Section):
                     del phase[name]
         if not self.trajectories.split:
             del content["trajectories"]["split"]
+        if self.lora.start is None:
+            del content["lora"]["start"]
         changed = self.method.model_dump(mode="json", exclude_defaults=True)
         for name in set(content["method"]) - METHOD_FIELDS_OF_0_1:
             if changed.get(name):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +18,7 @@ from ..config import OptimizerSection, Recipe
 from ..data.encoding.examples import CachedExamples
 from ..data.encoding.prepare import prepare_examples
 from ..data.streaming.examples import StreamExamples
+from ..demo.assets import LORAS
 from ..errors import UserError
 from ..export.export import stochasticity_of
 from ..interrupts import StopRequest
@@ -26,8 +29,11 @@ from ..tasks.requirements import check_channels, check_control
 from ..teachers import load_teacher
 from ..teachers.base import Teacher
 from ..teachers.denoiser import DiffusersDenoiser
+from ..teachers.lora_layers import start_adapter
 from .checkpoint import Trained
 from .schedule import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,33 @@ def add_adapters(denoiser: DiffusersDenoiser, recipe: Recipe, default_targets: t
         denoiser.add_adapter("critic", lora.rank, alpha, targets, seed)
 
 
-def assemble(recipe: Recipe, accelerator: Accelerator, stop: StopRequest | None = None) -> Assembly:
+def start_student(recipe: Recipe, teacher: Teacher) -> None:
+    """Let the student begin as the LoRA of ``lora.start``, where the recipe names one.
+
+    Raises:
+        UserError: the file does not fit the model or the recipe.
+    """
+    if (given := recipe.lora.start) is None:
+        return
+    shipped = {path.stem: path for path in LORAS.glob("*.safetensors")} if recipe.model.family == "demo" else {}
+    file = Path(given) if Path(given).is_file() else shipped.get(given, Path(given))
+    metadata = start_adapter(teacher.denoiser.adapter("student"), teacher.denoiser.network, file)
+    if metadata is not None and metadata.teacher_hash not in ("", teacher.weights_hash()):
+        logger.warning(
+            "lora.start: %s was made for another teacher, %s. Training goes on from its weights; if they do not fit, a "
+            "new LoRA learns faster",
+            *(file, metadata.teacher or "which it does not name"),
+        )
+    logger.info("the student begins as %s", file)
+
+
+def assemble(
+    recipe: Recipe, accelerator: Accelerator, stop: StopRequest | None = None, *, resumed: bool = False
+) -> Assembly:
     """Load the teacher, encode the data that the cache lacks, and add adapters, discriminator and optimisers.
 
     Args:
+        resumed: a checkpoint will bring the weights, so that ``lora.start`` is not read.
         stop: asked while data are encoded.
 
     Raises:
@@ -89,6 +118,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator, stop: StopRequest | None 
     denoiser = teacher.denoiser
     teacher.stochasticity = stochasticity_of(recipe)
     add_adapters(denoiser, recipe, teacher.default_targets)
+    if not resumed:
+        start_student(recipe, teacher)
     if recipe.gradient_checkpointing:
         denoiser.network.enable_gradient_checkpointing()
     discriminator = None

@@ -103,7 +103,7 @@ class Run:
         if digest != recipe.digest():
             logger.warning("the recipe has changed since %s: the result belongs to neither recipe", last)
         self.clock = RunClock(recipe, self.state, accelerator)
-        self.parts: Assembly = assemble(recipe, accelerator, self.stop)
+        self.parts: Assembly = assemble(recipe, accelerator, self.stop, resumed=last is not None)
         teacher, examples = self.parts.teacher, self.parts.examples
         self.rollouts = Rollouts(recipe, teacher, self.parts.task, examples, self.parts.distiller, accelerator)
         self.updater = Updater(recipe, self.parts, self.rollouts, accelerator)

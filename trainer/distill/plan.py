@@ -54,6 +54,8 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
     variants = f", {recipe.task.variants} variants of each picture" if recipe.task.variants > 1 else ""
     where = recipe.data.source if recipe.data.path is None else title_of(recipe.data.path)
     say(f"task: {task.name}{variants}; data: {where}")
+    if recipe.lora.start is not None:
+        say(f"student: begins as {recipe.lora.start}")
     if recipe.model.style_lora:
         say(f"style LoRAs merged into the teacher: {recipe.model.styles}")
     beside = count_parameters(outline.control.network) if outline.control is not None else 0

@@ -54,6 +54,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
             "samples": str(state.position),
             "trainer": f"flash-diffusion {__version__}",
         }
+        | ({"start": Path(recipe.lora.start).name} if recipe.lora.start is not None else {})
         | ({"style_lora": recipe.model.styles} if recipe.model.style_lora else {})
         | ({"control": facts.control.title} if facts.control is not None else {})
         | ({"image_adapter": recipe.model.image_adapter.title} if recipe.model.image_adapter is not None else {}),

@@ -17,7 +17,11 @@ from ..config import StyleLora
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diffusers import DiffusionPipeline
+
+    from ...flash_core.lora import FlashMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +78,50 @@ def merge_lora(network: nn.Module, modules: Mapping[str, LoraModule], strength: 
         weight = network.get_parameter(f"{path}.weight")
         here = replace(module, down=module.down.to(weight.device), up=module.up.to(weight.device))
         weight.copy_(weight.float() + strength * here.update().view_as(weight))
+
+
+@torch.no_grad()
+def start_adapter(adapter: Mapping[str, LoraModule], network: nn.Module, path: Path) -> FlashMetadata | None:
+    """Give an adapter that is about to train the update of a LoRA file, and return what the file says of itself.
+
+    Layers that the file lacks stay as they are. Where the adapter's rank is higher than the file's, the rest of its up
+    half is 0, so that the update is exactly the file's.
+
+    Args:
+        adapter: the adapter's layers by module path; the halves are its parameters.
+        network: the network of the adapter.
+
+    Raises:
+        UserError: the file does not fit; the message names it.
+        LoraError: the file can't be read.
+    """
+    file = read_lora(path)
+    if more := [*file.unknown, *file.text_encoder]:
+        raise UserError(
+            f"lora.start: {path}: {len(more)} of its keys are not LoRA on a layer of the network, such as {more[0]}, "
+            "and would be lost. Choose a LoRA that this trainer made"
+        )
+    try:
+        fitted = fit_lora(network, file.modules)
+    except UserError as error:
+        raise UserError(f"lora.start: {path}: {error}") from error
+    if more := sorted(set(fitted) - set(adapter)):
+        raise UserError(
+            f"lora.start: {path} has {len(more)} layers that this recipe does not train, such as {more[0]}; add them "
+            "to lora.targets"
+        )
+    highest = max(fitted.values(), key=lambda module: module.rank)
+    if highest.rank > (own := adapter[highest.path].rank):
+        raise UserError(
+            f"lora.start: {path} has rank {highest.rank}, more than the recipe's {own}; set lora.rank to "
+            f"{highest.rank} or more"
+        )
+    for name, given in fitted.items():
+        target = adapter[name]
+        target.down[: given.rank] = given.down.to(target.down)
+        target.up.zero_()
+        target.up[:, : given.rank] = given.up.to(target.up) * (given.scale / target.scale)
+    return file.metadata
 
 
 def merge_style(pipeline: DiffusionPipeline, network_part: str, style: StyleLora) -> None:
