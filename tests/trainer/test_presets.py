@@ -136,7 +136,7 @@ def test_fields_and_overrides_of_the_user_stand_above_the_preset_and_are_named(t
     )
     recipe, reasons = read_recipe(path, ["phases.1.updates=7", "trajectories.count=320", "optimizer.lr=1e-3"])
     assert (recipe.lora.rank, recipe.phases[1].updates, recipe.trajectories.count) == (12, 7, 320)
-    assert recipe.phases[0].updates == 170  # 85 % of 10 x 320 / 16
+    assert recipe.phases[0].updates == 140  # 70 % of 10 x 320 / 16
     text = "\n".join(reasons)
     assert "lora.rank: the recipe's own, instead of the preset's 8" in text
     assert "updates: 200: each of 320 trajectories 10 times, 16 an update" in text
@@ -168,7 +168,7 @@ def test_best_distils_a_small_model_of_ones_own(tiny_model: Path, pictures: Path
         preset="best",
     )
     budget = ["trajectories.count=4", "batch_size=2", "phases.0.updates=1", "phases.1.updates=1"]
-    recipe = load_recipe(path, [*budget, "method.critic.warmup=1", "preview.steps=[1]"])
+    recipe = load_recipe(path, [*budget, "method.discriminator.warmup=1", "preview.steps=[1]"])
     file = read_lora(distil(recipe, tmp_path / "run"))
     assert file.ranks == (8,)
     assert file.metadata is not None
