@@ -33,7 +33,7 @@ from flash_diffusion.trainer.recipes.merging import merged
 ROWS = Path(__file__).with_suffix(".yaml")
 REFERENCE_STEPS = 32  # of the teacher that the students are compared with
 STEPS = (1, 2, 4, 8)
-HEAD = ("Row", "1 step", "2", "4", "8", "Diversity at 1", "Accuracy at 1", "Sharpness at 1", "Passes an update")
+HEAD = ("Row", "1 step", "2", "4", "8", "Diversity at 1", "Accuracy at 1", "Sharpness at 1", "Passes a sample")
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +80,10 @@ def run(row: Row, teacher: str, seed: int, output: Path) -> Path:
     recipe = load_recipe(str(file))
     _share_trajectories(folder / "run", output / f"seed-{seed}" / "trajectories", recipe.method)
     distil(recipe, folder / "run", resume=True)
+    guidance = statistics.fmean(load_recipe(teacher).method.guidance)
     command = [sys.executable, "-m", "flash_diffusion.trainer", "evaluate", "--run", str(folder / "run")]
-    command += [
-        "--steps",
-        str(REFERENCE_STEPS),
-        "--guidance",
-        f"{statistics.fmean(load_recipe(teacher).method.guidance):g}",
-    ]
-    subprocess.run([*command, "--output", str(report.parent)], check=True, stdout=subprocess.DEVNULL)
+    command += ["--steps", str(REFERENCE_STEPS), "--guidance", f"{guidance:g}", "--output", str(report.parent)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return report
 
 
@@ -131,7 +127,7 @@ def table(rows: Sequence[Row], made: Mapping[str, Sequence[Mapping[str, float]]]
 
 
 def _passes(row: Row, teacher: str) -> float:
-    """Return the network passes a sample of an update, mean over the run, recorded trajectories left out."""
+    """Return the network passes of an update for one sample: the run's mean, without recording trajectories."""
     recipe = load_recipe(teacher)
     recipe = type(recipe).model_validate(merged(recipe.model_dump(mode="json"), row.content))
     samples = recipe.batch_size * recipe.gradient_accumulation
@@ -148,13 +144,13 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="names of rows, or words in them (default: all)")
     parser.add_argument("--table", type=Path, help="Markdown file to write (default: print)")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.INFO)
     output = args.output / args.teacher
     rows = read_rows()
     wanted = [row for row in rows if not args.rows or any(word in f"{row.group}: {row.name}" for word in args.rows)]
     for seed in range(args.seeds):
         for number, row in enumerate(wanted, 1):
-            logger.warning("seed %d, row %d of %d: %s", seed, number, len(wanted), row.name)
+            logger.info("seed %d, row %d of %d: %s", seed, number, len(wanted), row.name)
             run(row, args.teacher, seed, output)
     made: dict[str, list[dict[str, float]]] = {}
     for report in sorted(output.glob("seed-*/*/report/report.json")):

@@ -102,8 +102,8 @@ def assemble(
     """Load the teacher, encode the data that the cache lacks, and add adapters, discriminator and optimisers.
 
     Args:
-        resumed: a checkpoint will bring the weights, so that ``lora.start`` is not read.
         stop: asked while data are encoded.
+        resumed: a checkpoint will bring the weights, so that ``lora.start`` is not read.
 
     Raises:
         UserError: the recipe does not fit the model or the data.

@@ -37,10 +37,8 @@ def main(comfyui: Path, root: Path, outputs: Path) -> None:
         """The velocity ``tanh(z) / 2 + s`` in the form in which ComfyUI's guider gives a model to a sampler."""
 
         inner_model = inner
-        model_patcher, cfg = (
-            SimpleNamespace(model=inner, get_attachment=lambda name: None),
-            1.0,
-        )  # newer ComfyUI writes them into its log
+        model_patcher = SimpleNamespace(model=inner, get_attachment=lambda name: None)
+        cfg = 1.0  # newer ComfyUI writes both into its log
 
         def __call__(self, x, sigma, model_options=None, seed=None):
             seen.append(x)
