@@ -76,16 +76,29 @@ def add_adapters(denoiser: DiffusersDenoiser, recipe: Recipe, default_targets: t
         denoiser.add_adapter("critic", lora.rank, alpha, targets, seed)
 
 
-def start_student(recipe: Recipe, teacher: Teacher) -> None:
-    """Let the student begin as the LoRA of ``lora.start``, where the recipe names one.
+def start_file(recipe: Recipe) -> Path | None:
+    """Return the file of ``lora.start``, if the recipe names one: a path, or the name of a LoRA that ships with the demo.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if (given := recipe.lora.start) is None:
+        return None
+    if Path(given).exists():
+        return Path(given)
+    shipped = {path.stem: path for path in LORAS.glob("*.safetensors")} if recipe.model.family == "demo" else {}
+    if given not in shipped:
+        names = f", or one of the demo's: {', '.join(sorted(shipped))}" if shipped else ""
+        raise UserError(f"lora.start: there is no LoRA at {given}; give a .safetensors file or a PEFT folder{names}")
+    return shipped[given]
+
+
+def start_student(file: Path, teacher: Teacher) -> None:
+    """Let the student begin as a LoRA file.
 
     Raises:
         UserError: the file does not fit the model or the recipe.
     """
-    if (given := recipe.lora.start) is None:
-        return
-    shipped = {path.stem: path for path in LORAS.glob("*.safetensors")} if recipe.model.family == "demo" else {}
-    file = Path(given) if Path(given).is_file() else shipped.get(given, Path(given))
     metadata = start_adapter(teacher.denoiser.adapter("student"), teacher.denoiser.network, file)
     if metadata is not None and metadata.teacher_hash not in ("", teacher.weights_hash()):
         logger.warning(
@@ -109,6 +122,7 @@ def assemble(
         UserError: the recipe does not fit the model or the data.
         Interrupted: ``stop`` was asked; what is encoded stays in the cache.
     """
+    start = None if resumed else start_file(recipe)
     task = build_task(recipe.task)
     check_control(task, recipe.model)
     teacher = load_teacher(recipe.model, str(accelerator.device), recipe.data.resolution)
@@ -118,8 +132,8 @@ def assemble(
     denoiser = teacher.denoiser
     teacher.stochasticity = stochasticity_of(recipe)
     add_adapters(denoiser, recipe, teacher.default_targets)
-    if not resumed:
-        start_student(recipe, teacher)
+    if start is not None:
+        start_student(start, teacher)
     if recipe.gradient_checkpointing:
         denoiser.network.enable_gradient_checkpointing()
     discriminator = None

@@ -18,7 +18,7 @@ from ..tasks import build_task
 from ..tasks.requirements import check_channels, check_control
 from ..teachers import family, outline_teacher
 from ..teachers.base import Outline, count_parameters
-from .assembly import add_adapters, needs_critic, needs_discriminator
+from .assembly import add_adapters, needs_critic, needs_discriminator, start_file
 from .passes import update_passes, warmup_passes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -35,7 +35,7 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
         reasons: what the recipe's preset chose, and why.
 
     Raises:
-        UserError: the recipe does not fit the model, or the data are not there.
+        UserError: the recipe does not fit the model, or the data or the LoRA to start from are not there.
     """
     check_source(recipe.data)
     task = build_task(recipe.task)
@@ -54,8 +54,8 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
     variants = f", {recipe.task.variants} variants of each picture" if recipe.task.variants > 1 else ""
     where = recipe.data.source if recipe.data.path is None else title_of(recipe.data.path)
     say(f"task: {task.name}{variants}; data: {where}")
-    if recipe.lora.start is not None:
-        say(f"student: begins as {recipe.lora.start}")
+    if (start := start_file(recipe)) is not None:
+        say(f"student: begins as {start}")
     if recipe.model.style_lora:
         say(f"style LoRAs merged into the teacher: {recipe.model.styles}")
     beside = count_parameters(outline.control.network) if outline.control is not None else 0

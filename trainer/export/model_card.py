@@ -82,12 +82,25 @@ A LoRA with which **{metadata.teacher}** makes pictures in 1 to 4 steps without 
 
 {state.update} updates in {state.elapsed / 60:.1f} minutes, {state.position} samples drawn. The teacher solved
 {recipe.method.teacher_steps} steps ({recipe.method.solver}) at guidance {low:g}..{high:g}. `config.yaml` holds every
-setting, `log.jsonl` the losses.
+setting, `log.jsonl` the losses.{_terms(recipe, metadata)}
 
 | phase | share of the run | modes at {grids[NUM_MODES]} | distillation | adversarial | dmd |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
+
+
+def _terms(recipe: Recipe, metadata: FlashMetadata) -> str:
+    """Return the sentences on the LoRA that training began with, and on the kind of each loss."""
+    method = recipe.method
+    words = [f"It began as the LoRA {start}."] if (start := metadata.training.get("start")) else []
+    words.append(f"Distillation loss: {method.distillation}.")
+    where = {"all": "on all samples", "first_step": "on samples that start at pure noise"}
+    if any(phase.adversarial > 0 for phase in recipe.phases):
+        words.append(f"Adversarial loss: {method.adversarial}, {where[method.adversarial_rows]}.")
+    if any(phase.dmd > 0 for phase in recipe.phases):
+        words.append(f"DMD: {method.dmd.form}, {where[method.dmd.rows]}, fake score of the {method.fake_score}.")
+    return "".join(f"\n{word}" for word in words)
 
 
 def _stochasticity(metadata: FlashMetadata, tuned: Tuned | None) -> str:
