@@ -1,4 +1,7 @@
-"""The adversarial term: real and fake samples re-noised with the same noise, seen as the frozen teacher's features."""
+"""The adversarial term: real and fake samples as the frozen teacher's features, re-noised with the same noise.
+
+A discriminator that reads latents sees the samples themselves too.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .features import draw_renoising, renoised_features
 
 @dataclass(frozen=True)
 class Seen:
-    """Hidden states that the student's adversarial loss has asked the teacher for; the heads learn from the same.
+    """What the heads saw in the student's adversarial loss, hidden states of the teacher above all; they learn from it.
 
     Attributes:
         t: (b,) the noise levels, of the b samples on which the term acts.
@@ -43,15 +46,15 @@ def generator_term(
 ) -> tuple[Tensor, Seen]:
     """Return the student's adversarial loss, and what the teacher saw; call in the role teacher."""
     t, noise = draw_renoising(denoiser, settings.adversarial_timesteps, z_student, generator)
-    fake = renoised_features(denoiser, z_student, t, noise, rollout.conditioning)
+    fake = _views(denoiser, discriminator, z_student, t, noise, rollout.conditioning)
     real = None
     real_logits = None
     if settings.adversarial == "relativistic":  # the real sample of the same condition, noise and level
         with torch.no_grad():
-            real = renoised_features(denoiser, real_samples(settings, rollout), t, noise, rollout.conditioning)
+            real = _views(denoiser, discriminator, real_samples(settings, rollout), t, noise, rollout.conditioning)
             real_logits = discriminator(real)
     loss = losses.generator_loss(settings.adversarial, discriminator(fake), real_logits)
-    return loss, Seen(t, noise, [feature.detach() for feature in fake], real)
+    return loss, Seen(t, noise, [view.detach() for view in fake], real)
 
 
 def discriminator_term(
@@ -72,44 +75,66 @@ def discriminator_term(
     """
     if seen is None:
         t, noise = draw_renoising(denoiser, settings.adversarial_timesteps, z_student, generator)
-        real_features, fake_features = _both_features(denoiser, settings, z_student, rollout, t, noise)
+        real_views, fake_views = _both_views(denoiser, discriminator, settings, z_student, rollout, t, noise)
     else:
-        real_features, fake_features = seen.real or _real_features(denoiser, settings, rollout, seen), seen.fake
-    real_features, fake_features = ([part.float() for part in parts] for parts in (real_features, fake_features))
+        real_views, fake_views = seen.real or _real_views(denoiser, discriminator, settings, rollout, seen), seen.fake
+    real_views, fake_views = ([part.float() for part in parts] for parts in (real_views, fake_views))
     if settings.r1 > 0:
-        real_features = [feature.detach().requires_grad_() for feature in real_features]
-    real, fake = discriminator(real_features), discriminator(fake_features)
+        real_views = [view.detach().requires_grad_() for view in real_views]
+    real, fake = discriminator(real_views), discriminator(fake_views)
     loss = losses.discriminator_loss(settings.adversarial, real, fake)
     shown = {"discriminator": loss.detach(), "discriminator_accuracy": pair_accuracy(real, fake)}
     if settings.r1 > 0:
-        penalty = losses.r1_penalty(real, real_features)
+        penalty = losses.r1_penalty(real, real_views)
         shown["r1"] = penalty.detach()
         loss = loss + 0.5 * settings.r1 * penalty
     return loss, shown
 
 
+def _views(
+    denoiser: Denoiser,
+    discriminator: Discriminator,
+    z: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    conditioning: Conditioning,
+) -> list[Tensor]:
+    """Return what each head reads: the teacher's hidden states, and ``z`` where a head reads latents."""
+    features = renoised_features(denoiser, z, t, noise, conditioning)
+    return [*features, z] if discriminator.reads_latents else features
+
+
 @torch.no_grad()
-def _both_features(
-    denoiser: Denoiser, settings: DistillerSettings, z_student: Tensor, rollout: Rollout, t: Tensor, noise: Tensor
+def _both_views(
+    denoiser: Denoiser,
+    discriminator: Discriminator,
+    settings: DistillerSettings,
+    z_student: Tensor,
+    rollout: Rollout,
+    t: Tensor,
+    noise: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the hidden states of real and fake samples, from one batch that shares noise and levels."""
+    """Return the views of real and fake samples, from one batch that shares noise and levels."""
     with denoiser.role("teacher"):
-        features = renoised_features(
+        views = _views(
             denoiser,
+            discriminator,
             torch.cat([real_samples(settings, rollout), z_student]),
             t.repeat(2),
             noise.repeat(2, 1, 1, 1),
             Conditioning.cat([rollout.conditioning] * 2),
         )
-    halves = [feature.chunk(2) for feature in features]
+    halves = [view.chunk(2) for view in views]
     return [half[0] for half in halves], [half[1] for half in halves]
 
 
 @torch.no_grad()
-def _real_features(denoiser: Denoiser, settings: DistillerSettings, rollout: Rollout, seen: Seen) -> list[Tensor]:
+def _real_views(
+    denoiser: Denoiser, discriminator: Discriminator, settings: DistillerSettings, rollout: Rollout, seen: Seen
+) -> list[Tensor]:
+    real = real_samples(settings, rollout)
     with denoiser.role("teacher"):
-        real = real_samples(settings, rollout)
-        return renoised_features(denoiser, real, seen.t, seen.noise, rollout.conditioning)
+        return _views(denoiser, discriminator, real, seen.t, seen.noise, rollout.conditioning)
 
 
 def real_samples(settings: DistillerSettings, rollout: Rollout) -> Tensor:

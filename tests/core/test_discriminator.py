@@ -71,8 +71,33 @@ def test_discriminator_learns_to_separate_two_textures() -> None:
     assert discriminator([rough])[0].mean().item() < 0.2
 
 
-def test_wrong_features_are_named() -> None:
-    with pytest.raises(ValueError, match="expected 2 feature maps, got 1"):
+def test_the_head_on_latents_tells_a_blur_that_the_features_hide() -> None:
+    # The features of both are the same; and every sample has mean 0 and variance 1, so that a norm would hide it too.
+    discriminator = Discriminator([4], hidden=16, latents=4)
+    optimiser = torch.optim.Adam(discriminator.parameters(), lr=3e-3)
+
+    def views(blurred: bool) -> list[torch.Tensor]:
+        z = torch.randn(16, 4, 10, 10)
+        z = torch.nn.functional.avg_pool2d(z, 3, stride=1) if blurred else z[..., 1:-1, 1:-1]
+        return [torch.ones(16, 4, 8, 8), (z - z.mean((1, 2, 3), keepdim=True)) / z.std((1, 2, 3), keepdim=True)]
+
+    for _ in range(60):
+        optimiser.zero_grad()
+        real, fake = discriminator(views(False)), discriminator(views(True))
+        torch.stack(
+            [(r - 1).square().mean() + f.square().mean() for r, f in zip(real, fake, strict=True)]
+        ).sum().backward()
+        optimiser.step()
+    (blind, sharp), (blind_too, blurred) = discriminator(views(False)), discriminator(views(True))
+    assert torch.allclose(blind, blind_too)
+    assert sharp.mean().item() > 0.8
+    assert blurred.mean().item() < 0.2
+
+
+def test_wrong_views_are_named() -> None:
+    with pytest.raises(ValueError, match="expected 2 maps, one for each head; got 1"):
         Discriminator([4, 8])([torch.randn(1, 4, 2, 2)])
+    with pytest.raises(ValueError, match="expected 2 maps, one for each head; got 1"):
+        Discriminator([4], latents=4)([torch.randn(1, 4, 2, 2)])
     with pytest.raises(ValueError, match="at least one feature map"):
         Discriminator([])

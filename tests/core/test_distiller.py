@@ -51,11 +51,11 @@ class ExactDiscriminator(Discriminator):
         return [head(feature) for head, feature in zip(self.heads, features, strict=True)]
 
 
-def make_discriminator(dtype: torch.dtype = torch.float32) -> Discriminator:
+def make_discriminator(dtype: torch.dtype = torch.float32, latents: int = 0) -> Discriminator:
     with torch.random.fork_rng():
         torch.manual_seed(11)
         kind = Discriminator if dtype == torch.float32 else ExactDiscriminator
-        return kind([8, 8], hidden=8).to(dtype)
+        return kind([8, 8], hidden=8, latents=latents).to(dtype)
 
 
 def decode(z: Tensor) -> Tensor:
@@ -72,6 +72,7 @@ def make_distiller(
     *,
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
+    latent_head: bool = False,
     **settings: Any,
 ) -> Distiller:
     process = process or VPProcess.from_betas(prediction="v_prediction")
@@ -80,7 +81,7 @@ def make_distiller(
     return Distiller(
         denoiser,
         DistillerSettings(**options),
-        discriminator=make_discriminator(dtype),
+        discriminator=make_discriminator(dtype, latents=4 if latent_head else 0),
         decode=decode,
         perceptual=perceptual,
     )
@@ -305,8 +306,9 @@ def test_gradient_of_every_distance_equals_finite_differences(distillation: Any)
 
 
 @pytest.mark.parametrize("adversarial", ["lsgan", "hinge", "non_saturating", "wgan", "vanilla"])
-def test_gradient_of_every_adversarial_loss_equals_finite_differences(adversarial: Any) -> None:
-    distiller = make_distiller(dtype=torch.float64, adversarial=adversarial)
+@pytest.mark.parametrize("latent_head", [False, True])
+def test_gradient_of_every_adversarial_loss_equals_finite_differences(adversarial: Any, latent_head: bool) -> None:
+    distiller = make_distiller(dtype=torch.float64, adversarial=adversarial, latent_head=latent_head)
     check_gradient(distiller, Phase(modes=(0.25,) * 4, distillation=0.0, adversarial=1.0))
 
 
@@ -376,12 +378,15 @@ def test_discriminator_step_trains_only_its_heads(r1: float) -> None:
     assert untouched(distiller.denoiser.parameters())
 
 
-@pytest.mark.parametrize(("adversarial", "asked"), [("hinge", 1), ("relativistic", 0)])
+@pytest.mark.parametrize(
+    ("adversarial", "asked", "latent_head"),
+    [("hinge", 1, False), ("relativistic", 0, False), ("relativistic", 0, True)],
+)
 def test_the_heads_learn_from_what_the_students_loss_has_seen(
-    adversarial: Any, asked: int, monkeypatch: pytest.MonkeyPatch
+    adversarial: Any, asked: int, latent_head: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient is that of the same levels and noise asked anew, for fewer of the teacher's passes."""
-    distiller = make_distiller(adversarial=adversarial)
+    distiller = make_distiller(adversarial=adversarial, latent_head=latent_head)
     rollout, phase = make_rollout(distiller), Phase((1, 1, 1, 1), adversarial=1.0)
     step = distiller.student_step(rollout, phase, seeded(0))
     assert step.seen is not None

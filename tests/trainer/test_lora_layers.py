@@ -288,7 +288,10 @@ def test_a_lora_that_can_not_be_trained_on_is_refused(folders: dict[str, Path], 
         (start_recipe(model, pictures, other), r"lora\.start: .*sdxl\.safetensors: this LoRA does not fit"),
         (start_recipe(model, pictures, file, rank=1), r"lora\.start: .*rank 4, more than the recipe's 1; set"),
         (start_recipe(model, pictures, file, targets=["to_q"]), r"does not train, such as .*attn2\.to_k; add them"),
-        (start_recipe(model, pictures, tmp_path / "nothing.safetensors"), r"lora\.start: there is no LoRA at .*nothing\.safetensors"),
+        (
+            start_recipe(model, pictures, tmp_path / "nothing.safetensors"),
+            r"lora\.start: there is no LoRA at .*nothing\.safetensors",
+        ),
     ):
         with pytest.raises((UserError, LoraError), match=message):
             assemble(parse_recipe(content), Accelerator())

@@ -47,7 +47,7 @@ ALL_TERMS = {
         "adversarial_rows": "first_step",
         "adversarial_weighting": "gradient_norm",
         "r1": 0.1,
-        "discriminator": {"updates": 2, "warmup": 1},
+        "discriminator": {"updates": 2, "warmup": 1, "latents": True},
         "fake_score": "critic",
         "dmd": {"form": "decoupled", "rows": "first_step"},
         "critic": {"updates": 2, "warmup": 2, "memory": 5, "ida": 0.03},

@@ -123,8 +123,11 @@ class CriticSection(Section):
 
 
 class DiscriminatorSection(Section):
-    """How the discriminator's heads learn."""
+    """What the discriminator's heads read, and how they learn."""
 
+    latents: bool = Field(
+        False, description="one more head, on the latents themselves: it tells a blur that the teacher's features hide"
+    )
     updates: Count = Field(1, description="updates of the heads after each update of the student")
     warmup: Whole = Field(0, description="updates of the heads alone before the first update with the adversarial loss")
 

@@ -77,7 +77,7 @@ def add_adapters(denoiser: DiffusersDenoiser, recipe: Recipe, default_targets: t
 
 
 def start_file(recipe: Recipe) -> Path | None:
-    """Return the file of ``lora.start``, if the recipe names one: a path, or the name of a LoRA that ships with the demo.
+    """Return the file of ``lora.start``, if the recipe names one: a path, or a LoRA of the demo's by name.
 
     Raises:
         UserError: there is no such file.
@@ -139,7 +139,7 @@ def assemble(
     discriminator = None
     if needs_discriminator(recipe):
         _, conditioning = examples.batch(torch.zeros(1, dtype=torch.long), accelerator.device)
-        discriminator = _discriminator(teacher, conditioning, recipe.seed, accelerator)
+        discriminator = _discriminator(teacher, conditioning, recipe, accelerator)
     perceptual = lpips(accelerator.device) if recipe.method.distillation == "lpips" else None
     distiller = Distiller(
         denoiser,
@@ -196,13 +196,16 @@ def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
 
 
 @torch.no_grad()
-def _discriminator(teacher: Teacher, conditioning: Conditioning, seed: int, accelerator: Accelerator) -> Discriminator:
-    """Return heads for the teacher's feature maps, whose channels one call of the teacher tells."""
+def _discriminator(
+    teacher: Teacher, conditioning: Conditioning, recipe: Recipe, accelerator: Accelerator
+) -> Discriminator:
+    """Return heads for the teacher's feature maps, whose channels one call of the teacher tells, and for latents."""
     z = torch.zeros(1, *teacher.latent_shape, device=accelerator.device)
     t = torch.full((1,), teacher.denoiser.process.timestep(0.5), device=accelerator.device)
     with accelerator.autocast():
         features = teacher.denoiser.features(z, t, conditioning)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        discriminator = Discriminator([feature.shape[1] for feature in features])
+        torch.manual_seed(recipe.seed)
+        latents = teacher.latent_shape[0] if recipe.method.discriminator.latents else 0
+        discriminator = Discriminator([feature.shape[1] for feature in features], latents=latents)
     return discriminator.to(accelerator.device)
