@@ -38,6 +38,7 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
         UserError: the recipe does not fit the model, or the data or the LoRA to start from are not there.
     """
     check_source(recipe.data)
+    start = start_file(recipe)
     task = build_task(recipe.task)
     check_control(task, recipe.model)
     outline = outline_teacher(recipe.model, recipe.data.resolution)
@@ -54,7 +55,7 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
     variants = f", {recipe.task.variants} variants of each picture" if recipe.task.variants > 1 else ""
     where = recipe.data.source if recipe.data.path is None else title_of(recipe.data.path)
     say(f"task: {task.name}{variants}; data: {where}")
-    if (start := start_file(recipe)) is not None:
+    if start is not None:
         say(f"student: begins as {start}")
     if recipe.model.style_lora:
         say(f"style LoRAs merged into the teacher: {recipe.model.styles}")
