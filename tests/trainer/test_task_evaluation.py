@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -22,10 +23,11 @@ from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.demo.assets import LORAS
 from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.evaluate import task_comparison
 from flash_diffusion.trainer.evaluate.command import add_arguments, request_of
+from flash_diffusion.trainer.evaluate.task.about import AboutTask, about_task
 from flash_diffusion.trainer.evaluate.task.sets import SetDistances
 from flash_diffusion.trainer.evaluate.task.targets import targets_of, verdict
-from flash_diffusion.trainer.evaluate.task_comparison import AboutTask, about_task
 from flash_diffusion.trainer.evaluate.task_samples import Subjects, batches, read_subjects
 from flash_diffusion.trainer.metrics import confidence_intervals as bootstrap
 from flash_diffusion.trainer.metrics.confidence_intervals import Estimate
@@ -466,6 +468,53 @@ def test_enough_samples_give_frechet_distances(pictures: Path, tmp_path: Path, m
     assert originals["figures"]["fd_originals"]["value"] == pytest.approx(0, abs=1e-4)
     assert 0 < many["figures"]["fd"]["value"] < originals["figures"]["fd"]["value"]
     assert report["targets"] == []  # there is no student
+
+
+def test_stored_answers_of_the_teacher_give_the_same_report(
+    lora: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    comparison = "flash_diffusion.trainer.evaluate.task_comparison"
+    monkeypatch.setattr(f"{comparison}.samples_needed", lambda features: 4)
+    model, reference = wide_model(tmp_path / "model", 9), tmp_path / "answers.safetensors"
+    student = for_task(lora, "inpainting", tmp_path / "lora.safetensors")
+    command = ["evaluate", "--task", "inpainting", "--family", "sd15", "--teacher", str(model), "--data", str(pictures)]
+    command += ["--steps", "2", "--samples", "5", "--pictures", "2", "--lora", str(student)]
+    reports = []
+    drawn: list[str] = []
+    sample = task_comparison.sample_latents
+    monkeypatch.setattr(
+        f"{comparison}.sample_latents", lambda rows, run, *rest: drawn.append(run.name) or sample(rows, run, *rest)
+    )
+    for name, options in (("plain", []), ("first", ["--reference", str(reference)])) * 2:
+        drawn.clear()
+        assert main([*command, *options, "--output", str(tmp_path / name)]) == 0
+        reports.append((json.loads((tmp_path / name / "report.json").read_text()), list(drawn)))
+    (plain, _), (first, whole), _, (stored, rest) = reports
+    assert [run["figures"] for run in stored["runs"]] == [run["figures"] for run in first["runs"]]
+    assert [run["figures"] for run in plain["runs"]] == [run["figures"] for run in first["runs"]]
+    for one, two in zip(sorted((tmp_path / "plain").rglob("*.webp")), sorted((tmp_path / "first").rglob("*.webp")),
+                        strict=True):  # fmt: skip
+        assert one.read_bytes() == two.read_bytes()
+    assert any(name.startswith("teacher 2") for name in whole)
+    assert {name for name in rest if not name.startswith("student")} == {"teacher 1 step"}  # the first call, unused
+    assert any("come from" in note for note in stored["notes"])
+    assert not any("come from" in note and "earlier evaluation" in note for note in first["notes"])
+    capsys.readouterr()
+    # Another teacher, other samples, a damaged file: said in words, never used.
+    other = for_task(lora, "inpainting", tmp_path / "again.safetensors")
+    assert main([*command, "--reference", str(reference), "--lora", str(other), "--output", str(tmp_path / "x")]) == 0
+    wrong = [*command, "--reference", str(reference), "--output", str(tmp_path / "y")]
+    assert main([*wrong, "--seed", "1"]) == 2
+    assert "seed is 0 there and 1 now" in capsys.readouterr().err
+    picture = next(path for path in sorted(pictures.iterdir()) if path.suffix == ".png")
+    picture_bytes = picture.read_bytes()
+    Image.open(picture).rotate(90).save(picture)
+    assert main(wrong) == 2
+    assert "subjects is" in capsys.readouterr().err
+    picture.write_bytes(picture_bytes)
+    reference.write_bytes(reference.read_bytes()[:-100])
+    assert main(wrong) == 2
+    assert "holds no readable answers" in capsys.readouterr().err
 
 
 def test_run_folder_names_model_task_and_options(lora: Path, pictures: Path, tmp_path: Path) -> None:

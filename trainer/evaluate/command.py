@@ -180,8 +180,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--reference",
         type=_path,
-        help="features of the teacher's reference (default: the demo's); with --protocol: statistics of COCO's "
-        "pictures, made where they are missing (default: in --output)",
+        help="features of the teacher's reference (default: the demo's); with a task: the teacher's answers, made "
+        "where they are missing, so that the next student costs only its own passes (default: not kept); with "
+        "--protocol: statistics of COCO's pictures, made where they are missing (default: in --output)",
     )
 
     add = parser.add_argument_group("the student's sampler").add_argument
@@ -355,6 +356,7 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
         data=args.data or (recipe.data if recipe else "demo"),
         features=args.features or default_features(model.section),
         vgg=args.vgg,
+        reference=args.reference,
     )
 
 
@@ -413,8 +415,8 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
     if task not in TASKS:
         raise UserError(f"--task: there is no task {task!r}; expected one of {', '.join(TASKS)}")
     if task != TEXT_TO_IMAGE:
-        where = "text-to-image; a task takes its captions from --data and makes its reference anew"
-        refuse(args, ("prompts", "reference", "make_reference", *COMPARISON_OPTIONS), where)
+        where = "text-to-image; a task takes its captions from --data"
+        refuse(args, ("prompts", "make_reference", *COMPARISON_OPTIONS), where)
     else:
         refuse(args, TASK_OPTIONS, "conditional tasks; name a task with --task")
 

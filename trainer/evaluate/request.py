@@ -247,6 +247,7 @@ class TaskComparisonRequest(EvaluationRequest):
         data: pictures to make conditions from: ``demo``, ``demo:STYLE``, a folder, shards, or a recipe's section.
         features: the network that describes pictures, see :func:`~..metrics.embedders.load_features`.
         vgg: VGG-16's weights for LPIPS; None = LPIPS is not measured.
+        reference: file of the teacher's answers, made where it is missing; None = they are not kept.
     """
 
     options: Options
@@ -254,6 +255,7 @@ class TaskComparisonRequest(EvaluationRequest):
     data: str | DataSection
     features: Path
     vgg: Path | None
+    reference: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

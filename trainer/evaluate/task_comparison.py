@@ -10,27 +10,42 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ... import __version__
+from ..files import file_hash
 from ..metrics import confidence_intervals as bootstrap
 from ..metrics.confidence_intervals import Estimate
-from ..metrics.embedders import Features, load_features, samples_needed
+from ..metrics.embedders import load_features, samples_needed
 from ..metrics.pictures.random_features import RandomFeatures
 from ..metrics.pictures.teacher_states import TeacherStates
 from ..tasks.base import Task
 from ..tasks.figures import Figure, Scene
 from ..tasks.scores import distance
+from ..teachers.hashes import weights_hash
 from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
-from .generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents, sampler_facts, sampler_note
+from .generate import (
+    EncodedPrompts,
+    SamplingSetting,
+    decode_pictures,
+    default_solver,
+    sample_latents,
+    sampler_facts,
+    sampler_note,
+)
 from .request import FEW_STEPS, GUIDED_STEPS, Options, TaskComparisonRequest
+from .task.about import AboutTask, about_task
+from .task.answers import Answers
 from .task.figures import OF_SETS, PAIRED
+from .task.runs import INDEPENDENT, YARDSTICK, Entry, entries_of
 from .task.sets import SetDistances
+from .task.stored import find_answers, save_answers
 from .task.targets import targets_of, verdict
 from .task_samples import Batch, Subjects, batches, read_subjects
 
@@ -42,58 +57,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FEWEST_SAMPLES = 32  # for targets: of fewer samples the bootstrap's intervals are too narrow
-YARDSTICK = "the originals"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One run, with its line in the report.
-
-    Attributes:
-        name: in tables.
-        run: the sampling setting; None = the originals after the autoencoder.
-        conditioned: whether the run sees the task's conditions.
-    """
-
-    name: str
-    run: SamplingSetting | None
-    conditioned: bool = True
-
-
-@dataclass
-class Seen:
-    """What is kept of an entry's pictures."""
-
-    kinds: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    scores: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    pictures: list[Tensor] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def keep(self, kinds: Mapping[str, Tensor]) -> None:
-        """Keep the features of further pictures."""
-        for kind, values in kinds.items():
-            self.kinds[kind].append(values)
-
-    def features(self) -> dict[str, Tensor]:
-        """Return the features of all pictures (N, D) by their kind."""
-        return {kind: torch.cat(parts) for kind, parts in self.kinds.items()}
-
-
-def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
-    """Return the runs: the yardsticks first, then the student, then the undistilled teacher.
-
-    The undistilled teacher runs in as many steps without guidance, and in half the steps with guidance: as many passes.
-    """
-    many = SamplingSetting("teacher", options.steps, options.guidance)
-    runs = [many]
-    if student:
-        runs += [SamplingSetting("student", steps) for steps in FEW_STEPS]
-    runs += [SamplingSetting("teacher", steps) for steps in FEW_STEPS]
-    runs += [SamplingSetting("teacher", steps, options.guidance) for steps in GUIDED_STEPS]
-    entries = [Entry(YARDSTICK, None), *(Entry(run.name, run) for run in dict.fromkeys(runs))]
-    if task.without:
-        entries.append(Entry(f"{many.name}, {task.without}", many, conditioned=False))
-    return entries
 
 
 def compare_on_task(request: TaskComparisonRequest, console: Console) -> bool:
@@ -126,39 +89,13 @@ def comparison_of(request: TaskComparisonRequest) -> TaskComparison:
         origin={
             "teacher": model.weights,
             "features": features.fingerprint,
+            "vgg": None if request.vgg is None else file_hash(request.vgg),
             "lora": str(request.model.lora) if request.model.lora else None,
             "model": list(request.model.fields),
         },
         about=about_task(features, request.model.is_demo, subjects),
+        reference=request.reference,
     )
-
-
-@dataclass(frozen=True)
-class AboutTask:
-    """What follows from a comparison's inputs.
-
-    Attributes:
-        has_targets: whether the project's targets apply: they were set for the demo's teacher on the demo's pictures.
-        notes: sentences on the inputs that a reader must know.
-    """
-
-    has_targets: bool = True
-    notes: tuple[str, ...] = ()
-
-
-def about_task(features: Features, is_demo: bool, subjects: Subjects) -> AboutTask:
-    """Return what the feature network, the teacher and the pictures mean for the report."""
-    notes = []
-    if features.of_demo and not subjects.of_demo:
-        notes.append(
-            f"All distances and cosines of features come from {features.title}, which has seen only the demo’s "
-            "pictures. It is not meant for photographs: trust PSNR, seams, edges, LPIPS and the pictures, or give "
-            "--features the weights file of FID’s Inception or the folder of a CLIP."
-        )
-    has_targets = is_demo and features.of_demo and subjects.of_demo
-    if not has_targets:
-        notes.append("There are no targets: the project’s targets were set for the demo’s teacher on its pictures.")
-    return AboutTask(has_targets, tuple(notes))
 
 
 class TaskComparison(Evaluator[Entry]):
@@ -169,6 +106,7 @@ class TaskComparison(Evaluator[Entry]):
         perceptual: LPIPS of pictures (B, 3, H, W) in [0, 1]; None leaves LPIPS out.
         origin: further entries of the report's origin.
         about: what follows from the inputs.
+        reference: file of the teacher's answers: read where it is there, else made. None keeps nothing.
     """
 
     kind = "task"
@@ -186,6 +124,7 @@ class TaskComparison(Evaluator[Entry]):
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         origin: Mapping[str, Any] | None = None,
         about: AboutTask | None = None,
+        reference: Path | None = None,
     ) -> None:
         super().__init__(output, student)
         self.teacher = teacher
@@ -196,6 +135,8 @@ class TaskComparison(Evaluator[Entry]):
         self.perceptual = perceptual
         self.origin = dict(origin or {})
         self.about = about or AboutTask()
+        self.reference = reference
+        self.is_stored = False
         self.entries = entries_of(task, options, student is not None)
         self.many = SamplingSetting("teacher", options.steps, options.guidance)
         blank = torch.ones(1, 3, *teacher.resolution)
@@ -205,8 +146,8 @@ class TaskComparison(Evaluator[Entry]):
         self.random = RandomFeatures()
         for note in self._too_few_samples():
             logger.warning("%s", note)
-        self.seen = {entry.name: Seen() for entry in self.entries}
-        self.independent = Seen()
+        self.seen = {entry.name: Answers() for entry in self.entries}
+        self.independent = Answers()
         self.sets: SetDistances | None = None
         self.captions: list[str] = []
         self.drawn: dict[str, list[Tensor]] = defaultdict(list)
@@ -217,26 +158,28 @@ class TaskComparison(Evaluator[Entry]):
         return self.entries
 
     def prepare(self) -> None:
-        """Make and score the pictures of all runs."""
-        options, many = self.options, self.many
-        passes = sum(entry.run.nfe for entry in self.entries if entry.run) + self.measures_sets * many.nfe
-        bar = self.progress.add_task(self.task.name, total=passes * options.samples, unit="passes")
+        """Make and score the pictures of all runs, those of the teacher only where they are not stored."""
+        many = self.many
+        made = self.stored()
+        entries = [entry for entry in self.entries if entry.name not in made]
+        draws_independent = self.measures_sets and INDEPENDENT not in made
+        passes = sum(entry.run.nfe for entry in entries if entry.run) + draws_independent * many.nfe
+        bar = self.progress.add_task(self.task.name, total=passes * self.options.samples, unit="passes")
         with torch.inference_mode():
-            for batch in batches(
-                self.subjects, self.task, self.teacher.resolution, options.samples, options.seed, options.batch_size
-            ):
+            for batch in self.batches():
                 rows, scene = self.encode(batch)
                 if not self.captions:  # a first call allocates memory and loads kernels
                     sample_latents(rows, SamplingSetting("teacher", 1), rows.prompts, batch.seeds)
-                for entry in self.entries:
+                for entry in entries:
                     self._answer(entry, rows, scene, batch)
                     self.progress.advance(bar, entry.run.nfe * len(batch) if entry.run else 0)
-                if self.measures_sets:
-                    latents = sample_latents(rows, many, rows.prompts, batch.independent)
-                    finished = self.task.finished(decode_pictures(rows, latents), scene)
+                if draws_independent:
+                    finished, latents = self.independent_results(rows, scene, batch)
                     self.independent.keep(self._kinds(rows, latents, finished))
                     self.progress.advance(bar, many.nfe * len(batch))
                 self._keep(batch, scene)
+        if self.reference is not None and not made:
+            save_answers(self.reference, self.reference_origin(), self._of_teacher())
         if self.measures_sets:
             runs = {name: seen.features() for name, seen in self.seen.items()}
             self.sets = SetDistances(runs, self.independent.features(), runs[YARDSTICK]["features"])
@@ -268,6 +211,11 @@ class TaskComparison(Evaluator[Entry]):
         notes = list(self.about.notes)
         notes += sampler_note(self.teacher, FEW_STEPS) if self.student is not None else []
         notes += self._too_few_samples()
+        if self.is_stored:
+            notes.append(
+                f"The teacher’s answers come from {self.reference}, which an earlier evaluation of the same teacher on "
+                "the same samples has made. So do the teacher’s seconds."
+            )
         if any(figure.key == "lpips" for figure in self.task.figures) and self.perceptual is None:
             notes.append("LPIPS was not measured. Give VGG-16’s weights with --vgg.")
         return notes
@@ -313,7 +261,56 @@ class TaskComparison(Evaluator[Entry]):
             )
         return found
 
+    # -- the teacher's answers, stored -------------------------------------------------------------------------------
+
+    def _of_teacher(self) -> dict[str, Answers]:
+        """Return the answers that no student changes, by name."""
+        found = {
+            entry.name: self.seen[entry.name]
+            for entry in self.entries
+            if entry.run is None or entry.run.role == "teacher"
+        }
+        return found | ({INDEPENDENT: self.independent} if self.measures_sets else {})
+
+    def stored(self) -> dict[str, Answers]:
+        """Take over the teacher's answers from the file, and return them; nothing where there is no file."""
+        if self.reference is None:
+            return {}
+        found = find_answers(self.reference, self.reference_origin(), self._of_teacher())
+        self.is_stored = bool(found)
+        self.independent = found.get(INDEPENDENT, self.independent)
+        self.seen |= {name: answers for name, answers in found.items() if name in self.seen}
+        return found
+
+    def reference_origin(self) -> dict[str, Any]:
+        """Return everything that the teacher's answers depend on."""
+        options, control = self.options, self.teacher.denoiser.control
+        return {
+            "version": __version__,
+            **{name: value for name, value in self.origin.items() if name != "lora"},
+            "task": self.task.name,
+            "control": None if control is None else [weights_hash(control.network), control.scale],
+            "task options": self.task.options.model_dump(mode="json"),
+            "subjects": self.subjects.fingerprint(),
+            "resolution": list(self.teacher.resolution),
+            "solver": options.solver or default_solver(self.teacher.denoiser.process),
+            **{name: getattr(options, name) for name in ("samples", "seed", "steps", "guidance", "pictures")},
+            "measures sets": self.measures_sets,
+        }
+
     # -- making pictures ---------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Batch]:
+        """Draw the samples, a batch at a time."""
+        options = self.options
+        return batches(
+            self.subjects, self.task, self.teacher.resolution, options.samples, options.seed, options.batch_size
+        )
+
+    def independent_results(self, rows: EncodedPrompts, scene: Scene, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return results of the teacher's many steps with the same conditions and other noise, and their latents."""
+        latents = sample_latents(rows, self.many, rows.prompts, batch.independent, self.options.solver)
+        return self.task.finished(decode_pictures(rows, latents), scene), latents
 
     def encode(self, batch: Batch) -> tuple[EncodedPrompts, Scene]:
         """Return the batch's captions and conditions as the model reads them, and what the task's figures need."""
@@ -334,14 +331,12 @@ class TaskComparison(Evaluator[Entry]):
         if entry.run is None:
             latents = self.teacher.encode((scene.originals * 2 - 1).to(self.teacher.device))
         else:
-            latents = sample_latents(rows, entry.run, rows.prompts, batch.seeds)
+            latents = sample_latents(rows, entry.run, rows.prompts, batch.seeds, self.options.solver)
         made = decode_pictures(rows, latents)
         seen = self.seen[entry.name]
         seen.seconds += time.perf_counter() - start
         finished = self.task.finished(made, scene)
-        seen.keep(self._kinds(scene_rows, latents, finished))
-        for key, values in self.task.scores(made, scene).items():
-            seen.scores[key].append(values)
+        seen.keep(self._kinds(scene_rows, latents, finished), self.task.scores(made, scene))
         seen.pictures += list(finished[: max(self.options.pictures - len(seen.pictures), 0)])
 
     def _kinds(self, rows: EncodedPrompts, latents: Tensor, finished: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Conditions are drawn sample by sample, so neither the number of samples nor the 
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,15 @@ class Subjects:
     samples: tuple[Sample, ...]
     origin: str
     of_demo: bool = False
+
+    def fingerprint(self) -> str:
+        """Return a hash of the pictures' pixels, their companions and captions: 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            for name, picture in sorted({"image": sample.image, **sample.companions}.items()):
+                digest.update(f"{name} {picture.mode} {picture.size}:".encode() + picture.tobytes())
+            digest.update(f"{sample.caption}:".encode())
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

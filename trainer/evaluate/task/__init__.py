@@ -1,1 +1,1 @@
-"""The parts of a comparison on a task: the figures beside the task's own, distances of sets, the targets."""
+"""The parts of a comparison on a task: runs, answers and their file, figures, distances of sets, targets."""

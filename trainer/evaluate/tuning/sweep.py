@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...metrics.distances import frechet_distance
-from ..generate import decode_pictures, sample_latents, sweep_latents, sweep_passes
+from ..generate import decode_pictures, sweep_latents, sweep_passes
+from ..task.runs import INDEPENDENT
 from ..task_comparison import TaskComparison
-from ..task_samples import batches
 from ..teacher_comparison import TeacherComparison
 
 if TYPE_CHECKING:
@@ -61,21 +61,26 @@ def sweep_text_to_image(comparison: TeacherComparison, sweep: Sequence[Setting],
 
 
 def sweep_task(comparison: TaskComparison, sweep: Sequence[Setting], progress: Progress) -> SweptSets:
-    """Sweep the student of a conditional task against results of the teacher with the same conditions, other noise."""
-    options, task, teacher = comparison.options, comparison.task, comparison.teacher
-    passes = comparison.many.nfe + sweep_passes(sweep)
-    bar = progress.add_task(task.name, total=passes * options.samples, unit="passes")
+    """Sweep the student of a conditional task against results of the teacher with the same conditions, other noise.
+
+    The teacher's results come from ``comparison.reference`` where that file is there.
+    """
+    samples, many, stored = comparison.options.samples, comparison.many, comparison.stored()
+    passes = sweep_passes(sweep) + (0 if stored else many.nfe)
+    bar = progress.add_task(comparison.task.name, total=passes * samples, unit="passes")
     found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
     independent = []
     with torch.inference_mode():
-        for batch in batches(
-            comparison.subjects, task, teacher.resolution, options.samples, options.seed, options.batch_size
-        ):
+        for batch in comparison.batches():
             rows, scene = comparison.encode(batch)
-            latents = sample_latents(rows, comparison.many, rows.prompts, batch.independent, options.solver)
-            independent.append(comparison.look(task.finished(decode_pictures(rows, latents), scene)))
-            progress.advance(bar, comparison.many.nfe * len(batch))
+            if not stored:
+                independent.append(comparison.look(comparison.independent_results(rows, scene, batch)[0]))
+                progress.advance(bar, many.nfe * len(batch))
             swept = sweep_latents(rows, sweep, rows.prompts, batch.seeds, partial(progress.advance, bar))
             for setting, drawn in zip(sweep, swept, strict=True):
-                found[setting].append(comparison.look(task.finished(decode_pictures(rows, drawn), scene)))
-    return SweptSets({setting: torch.cat(parts) for setting, parts in found.items()}, torch.cat(independent), None)
+                found[setting].append(comparison.look(comparison.task.finished(decode_pictures(rows, drawn), scene)))
+    students = {setting: torch.cat(parts) for setting, parts in found.items()}
+    if not stored:
+        return SweptSets(students, torch.cat(independent), None)
+    reference = stored[INDEPENDENT].features()["features"]
+    return SweptSets(students, reference, frechet_distance(stored[many.name].features()["features"], reference))
