@@ -10,6 +10,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from .passes import of_them_unconditional
 from .process import Process
 
 Role: TypeAlias = Literal["teacher", "student", "critic"]
@@ -168,6 +169,7 @@ def guided_z0(
     conditioning: Conditioning,
     unconditional: Conditioning,
     guidance: Tensor,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
     """Classifier-free guidance, ``uncond + w (cond - uncond)``, both branches in one batch.
 
@@ -175,9 +177,25 @@ def guided_z0(
 
     Args:
         guidance: (B,) the scale w of each sample; 1 is no guidance.
+        rows: the samples that are guided; the others have no unconditional pass. None guides all.
     """
-    both = predict_z0(
-        denoiser, torch.cat([z_t, z_t]), torch.cat([t, t]), Conditioning.cat([conditioning, unconditional])
-    )
-    with_condition, without = both.chunk(2)
-    return without + guidance.reshape(-1, 1, 1, 1) * (with_condition - without)
+    if rows is None or len(rows) == len(z_t):
+        with of_them_unconditional(len(z_t)):
+            both = predict_z0(
+                denoiser, torch.cat([z_t, z_t]), torch.cat([t, t]), Conditioning.cat([conditioning, unconditional])
+            )
+        with_condition, without = both.chunk(2)
+        return without + guidance.reshape(-1, 1, 1, 1) * (with_condition - without)
+    if not rows:
+        return predict_z0(denoiser, z_t, t, conditioning)
+    index = torch.tensor(list(rows), device=z_t.device)
+    with of_them_unconditional(len(rows)):
+        both = predict_z0(
+            denoiser,
+            torch.cat([z_t, z_t[index]]),
+            torch.cat([t, t[index]]),
+            Conditioning.cat([conditioning, unconditional.rows(index)]),
+        )
+    with_condition, without = both[: len(z_t)], both[len(z_t) :]
+    guided = without + guidance[index].reshape(-1, 1, 1, 1) * (with_condition[index] - without)
+    return with_condition.index_copy(0, index, guided)

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import losses
 from .denoiser import Conditioning, Denoiser
 from .discriminator import Discriminator
+from .passes import asked_by
 from .rollout import Rollout, RolloutSource, Trajectory
 from .settings import (
     ADVERSARIAL_TIMESTEPS,
@@ -103,7 +104,7 @@ class Distiller(RolloutSource):
 
         A term that acts on some samples only is the mean over these samples. It is not computed where there are none.
         """
-        with self.denoiser.role("student"):
+        with asked_by("student"), self.denoiser.role("student"):
             z_student = self.student_output(rollout)
         leaf = z_student.detach().requires_grad_()
         terms: dict[str, Tensor] = {}
@@ -138,7 +139,7 @@ class Distiller(RolloutSource):
             if factor == 0 or (index is not None and len(index) == 0):
                 continue
             # One backward pass a term: only one term's graph through the teacher is alive at a time.
-            with self.denoiser.role("teacher"):
+            with asked_by(name.replace("_", " ")), self.denoiser.role("teacher"):
                 term = compute(*((leaf, rollout) if index is None else (leaf[index], rollout.rows(index))))
                 slope = torch.autograd.grad(term, leaf)[0]
             share: float | Tensor = factor
@@ -177,9 +178,10 @@ class Distiller(RolloutSource):
             rollout, z_student = rollout.rows(index), z_student[index]
         if not len(z_student):
             return {}
-        loss, shown = adversarial.discriminator_term(
-            self.denoiser, discriminator, self.settings, z_student, rollout, generator, seen
-        )
+        with asked_by("discriminator"):
+            loss, shown = adversarial.discriminator_term(
+                self.denoiser, discriminator, self.settings, z_student, rollout, generator, seen
+            )
         torch.autograd.backward(loss * scale)
         return shown
 
@@ -201,7 +203,7 @@ class Distiller(RolloutSource):
         Args:
             rollout: of the samples; needed by the form ``trajectory`` of DMD.
         """
-        with self.denoiser.role("critic"):
+        with asked_by("critic"), self.denoiser.role("critic"):
             loss = distribution_matching.critic_loss(
                 self.denoiser, self.settings, z_student, conditioning, generator, rollout
             )

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser, guided_z0, predict_z0
 from .grid import timestep_mixture, trailing_timesteps
+from .guidance import is_guided
+from .passes import asked_by
 from .process import broadcast
 from .settings import PUBLISHED_PHASES, DistillerSettings, Phase
 from .solvers import solve
@@ -136,9 +138,10 @@ class RolloutSource:
 
         if not (on_path or self.settings.reads_solution(phase)):
             return Rollout(z_t, t, torch.zeros_like(z_t), z0, guidance, conditioning, unconditional)
-        z_teacher = self.teacher_solution(
-            z_t, conditioning, unconditional, guidance, begin, observe=keep if on_path else None
-        )
+        with asked_by("solutions"):
+            z_teacher = self.teacher_solution(
+                z_t, conditioning, unconditional, guidance, begin, observe=keep if on_path else None
+            )
         return Rollout(path, t, z_teacher, z0, guidance, conditioning, unconditional)
 
     @torch.no_grad()
@@ -152,7 +155,7 @@ class RolloutSource:
 
         process, states = self.denoiser.process, self.settings.states
         paths = draw_paths(process, t.tolist(), states.steps, generator)
-        with self.denoiser.role("student"):
+        with asked_by("own states"), self.denoiser.role("student"):
             return simulate(predict, process, noise, paths, states.stochasticity, generator)
 
     @torch.no_grad()
@@ -167,8 +170,13 @@ class RolloutSource:
     ) -> Tensor:
         """Return the guided teacher's solution at t = 0 from each sample's own grid index (default: pure noise)."""
 
+        settings, process = self.settings, self.denoiser.process
+        grid = iter(self.timesteps if start is None else self.timesteps[min(start) :])  # one prediction at each
+
         def guided(z: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            return guided_z0(self.denoiser, z, t, conditioning.rows(rows), unconditional.rows(rows), guidance[rows])
+            conditions, without = conditioning.rows(rows), unconditional.rows(rows)
+            everyone: list[int] | None = None if is_guided(settings, process, next(grid)) else []
+            return guided_z0(self.denoiser, z, t, conditions, without, guidance[rows], everyone)
 
         with self.denoiser.role("teacher"):
             return solve(
@@ -192,7 +200,8 @@ class RolloutSource:
 
         guidance = self._draw_guidance(len(z0), generator).to(z0.device)
         noise = normal(z0, generator)
-        z_teacher = self.teacher_solution(noise, conditioning, unconditional, guidance, observe=keep)
+        with asked_by("trajectories"):
+            z_teacher = self.teacher_solution(noise, conditioning, unconditional, guidance, observe=keep)
         return Trajectory(kept, torch.stack(states), z_teacher, z0, guidance, conditioning, unconditional)
 
     def recorded_indices(self) -> tuple[int, ...]:
@@ -226,9 +235,11 @@ class RolloutSource:
         z_t[rows] = self.student_states(trajectory.states[0, rows], part.t, part.conditioning, generator)
         if not self.settings.reads_solution(phase):
             return replace(rollout, z_t=z_t)
-        z_teacher[rows] = self.teacher_solution(
-            z_t[rows], part.conditioning, part.unconditional, part.guidance, [drawn[row] for row in sorted(own)]
-        )
+        starts = [drawn[row] for row in sorted(own)]
+        with asked_by("solutions"):
+            z_teacher[rows] = self.teacher_solution(
+                z_t[rows], part.conditioning, part.unconditional, part.guidance, starts
+            )
         return replace(rollout, z_t=z_t, z_teacher=z_teacher)
 
     # -- the student's output ------------------------------------------------------------------------------------

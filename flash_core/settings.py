@@ -95,6 +95,8 @@ class DistillerSettings:
         teacher_steps: K, the number of timesteps of the teacher's grid.
         solver: the teacher's ODE solver; flow models take ``euler``.
         guidance: (low, high) of the uniform guidance scale, ``uncond + w (cond - uncond)``.
+        guidance_interval: lowest and highest noise level at which the teacher is guided, as uniform time in 0..999;
+            None for all.
         distillation: the distance of student and teacher; ``lpips`` needs ``decode`` and ``perceptual``.
         distillation_weighting: factor of a sample's distance by its timestep: ``uniform`` is 1, ``min_snr`` is
             min(SNR, 5) (arXiv 2303.09556 in z0), ``velocity`` is 1 / sigma^2, the distance of velocities.
@@ -116,6 +118,7 @@ class DistillerSettings:
     teacher_steps: int = 32
     solver: Solver = "dpmpp_2m"
     guidance: tuple[float, float] = (3.0, 13.0)
+    guidance_interval: tuple[int, int] | None = None
     distillation: DistillationLoss = "mse"
     perceptual_crop: int = 32
     adversarial: AdversarialLoss = "lsgan"

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..denoiser import Conditioning, Denoiser, guided_z0, predict_z0
+from ..guidance import guided_rows
+from ..passes import of_them_unconditional
 from ..process import NUM_TIMESTEPS, broadcast
 from ..rollout import Rollout
 from ..settings import DistillerSettings
@@ -43,10 +45,9 @@ def real_and_fake(
             z_t = process.add_noise(z_student, normal(z_student, generator), t)
         if settings.dmd.form == "decoupled":
             real = _decoupled(denoiser, z_student, z_t, t, rollout, scale, low, generator)
-        elif settings.dmd.guidance == 1:
-            real = predict_z0(denoiser, z_t, t, rollout.conditioning)
         else:
-            real = guided_z0(denoiser, z_t, t, rollout.conditioning, rollout.unconditional, scale)
+            rows = guided_rows(settings, process, t, scales_of(settings))
+            real = guided_z0(denoiser, z_t, t, rollout.conditioning, rollout.unconditional, scale, rows)
         with denoiser.role(settings.fake_score):
             fake = predict_z0(denoiser, z_t, t, rollout.conditioning)
     return real, fake
@@ -63,6 +64,12 @@ def guidance_of(settings: DistillerSettings, rollout: Rollout) -> Tensor:
     return rollout.guidance if given is None else torch.full_like(rollout.guidance, given)
 
 
+def scales_of(settings: DistillerSettings) -> tuple[float, float]:
+    """Return the lowest and the highest guidance scale of the real score."""
+    given = settings.dmd.guidance
+    return settings.guidance if given is None else (given, given)
+
+
 def _decoupled(
     denoiser: Denoiser,
     z_student: Tensor,
@@ -77,12 +84,14 @@ def _decoupled(
     process = denoiser.process
     t = process.uniform_timestep(cleaner_times(denoiser, rollout.t, low, generator).to(z_student.device))
     z_t = process.add_noise(z_student, normal(z_student, generator), t)
-    real, with_condition, without = predict_z0(
-        denoiser,
-        torch.cat([z_matching, z_t, z_t]),
-        torch.cat([t_matching, t, t]),
-        Conditioning.cat([rollout.conditioning, rollout.conditioning, rollout.unconditional]),
-    ).chunk(3)
+    with of_them_unconditional(len(z_t)):
+        predicted = predict_z0(
+            denoiser,
+            torch.cat([z_matching, z_t, z_t]),
+            torch.cat([t_matching, t, t]),
+            Conditioning.cat([rollout.conditioning, rollout.conditioning, rollout.unconditional]),
+        )
+    real, with_condition, without = predicted.chunk(3)
     return real + broadcast(scale - 1, real) * (with_condition - without)
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .. import losses
 from ..denoiser import Denoiser, guided_z0
+from ..guidance import guided_rows
 from ..process import NUM_TIMESTEPS, Process, broadcast
 from ..rollout import Rollout, RolloutSource
+from ..settings import DistillerSettings
 from .draws import normal
 
 MARGIN = 20 / NUM_TIMESTEPS  # of a point inside a segment from both ends, where the segment is longer than two of them
@@ -86,7 +88,7 @@ def intra_segment_term(
     _, alpha, sigma = levels_at(process, ends, z_student)
     with torch.no_grad():
         t_inside, alpha_inside, sigma_inside = levels_at(process, inside, z_student)
-        guided = guided_by_teacher(denoiser, rollout)
+        guided = guided_by_teacher(denoiser, source.settings, rollout)
         z_inside = step_to(process, rollout.z_t, rollout.t, guided, alpha_inside, sigma_inside)
         with denoiser.role("student"):
             z0 = source.student_z0(z_inside, t_inside, rollout.conditioning)
@@ -101,6 +103,8 @@ def inner_point(begin: float, end: float, share: float) -> float:
     return end + margin + share * (begin - end - 2 * margin)
 
 
-def guided_by_teacher(denoiser: Denoiser, rollout: Rollout) -> Tensor:
+def guided_by_teacher(denoiser: Denoiser, settings: DistillerSettings, rollout: Rollout) -> Tensor:
     """Return the guided prediction z0 of the current role at the rollout's start."""
-    return guided_z0(denoiser, rollout.z_t, rollout.t, rollout.conditioning, rollout.unconditional, rollout.guidance)
+    rows = guided_rows(settings, denoiser.process, rollout.t)
+    parts = rollout.conditioning, rollout.unconditional, rollout.guidance
+    return guided_z0(denoiser, rollout.z_t, rollout.t, *parts, rows)

@@ -50,14 +50,14 @@ def ddim(prediction: str, **options: Any) -> DDIMScheduler:
     return DDIMScheduler(**BETAS, prediction_type=prediction, timestep_spacing="trailing", clip_sample=False, **options)
 
 
-def dpm(prediction: str, **options: Any) -> DPMSolverMultistepScheduler:
+def dpm(prediction: str, order: int = 2, **options: Any) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(
         **BETAS,
         prediction_type=prediction,
         timestep_spacing="trailing",
         algorithm_type="dpmsolver++",
         solver_type="midpoint",
-        solver_order=2,
+        solver_order=order,
         **options,
     )
 
@@ -74,11 +74,12 @@ def test_ddim_equals_diffusers(prediction: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 16, 32])
-def test_dpm_solver_equals_diffusers(prediction: str, steps: int) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 14, 15, 16, 32])
+@pytest.mark.parametrize(("solver", "order"), [("dpmpp_2m", 2), ("dpmpp_3m", 3)])
+def test_dpm_solver_equals_diffusers(prediction: str, steps: int, solver: Solver, order: int) -> None:
     process, network, z = VPProcess.from_betas(prediction=prediction), random_network(steps), noise(2)
-    expected = theirs(dpm(prediction), network, z, num_inference_steps=steps)
-    assert torch.allclose(ours(process, network, z, steps, "dpmpp_2m"), expected, **TOLERANCE)
+    expected = theirs(dpm(prediction, order), network, z, num_inference_steps=steps)
+    assert torch.allclose(ours(process, network, z, steps, solver), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -116,8 +117,9 @@ def test_dpm_solver_takes_no_history_from_a_point_without_signal() -> None:
     grid = trailing_timesteps(process, 8)
     states: list[Tensor] = []
     solve(z0_of(process, network), process, z, grid, None, "ddim", lambda index, z: states.append(z.clone()))
-    afresh = ours(process, network, states[1], 8, "dpmpp_2m", [1, 1])
-    assert torch.allclose(ours(process, network, z, 8, "dpmpp_2m"), afresh, atol=1e-6)
+    for solver in ("dpmpp_2m", "dpmpp_3m"):
+        afresh = ours(process, network, states[1], 8, solver, [1, 1])
+        assert torch.allclose(ours(process, network, z, 8, solver), afresh, atol=1e-6)
 
 
 # -- starts of their own ---------------------------------------------------------------------------------------------
@@ -128,6 +130,8 @@ SOLVERS_AND_PROCESSES = [
     ("dpmpp_2m", VPProcess.from_betas(prediction="v_prediction", zero_terminal_snr=True)),
     ("euler", FlowProcess(3.0)),
     ("dpmpp_2m", FlowProcess(3.0)),
+    ("dpmpp_3m", VPProcess.from_betas()),
+    ("dpmpp_3m", VPProcess.from_betas(prediction="v_prediction", zero_terminal_snr=True)),
 ]
 
 
@@ -142,13 +146,14 @@ def test_samples_in_one_batch_run_as_if_alone(solver: Solver, process: Process, 
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_late_starts_equal_diffusers(prediction: str) -> None:
+@pytest.mark.parametrize(("solver", "order"), [("dpmpp_2m", 2), ("dpmpp_3m", 3)])
+def test_late_starts_equal_diffusers(prediction: str, solver: Solver, order: int) -> None:
     # First order at each sample's OWN first step: the neighbours' history must not leak in.
     process, network = VPProcess.from_betas(prediction=prediction), random_network(1)
     start, z = [0, 5, 17, 30, 31], noise(5)
-    together = ours(process, network, z, 32, "dpmpp_2m", start)
+    together = ours(process, network, z, 32, solver, start)
     for row, first in enumerate(start):
-        expected = theirs(dpm(prediction), network, z[[row]], first, num_inference_steps=32)
+        expected = theirs(dpm(prediction, order), network, z[[row]], first, num_inference_steps=32)
         assert torch.allclose(together[[row]], expected, **TOLERANCE)
 
 
@@ -258,5 +263,5 @@ def test_wrong_starts_and_solvers_are_named() -> None:
     for wrong in ([0], [0, 4], [0, -1]):
         with pytest.raises(ValueError, match=r"start must hold 2 indices in 0\.\.3"):
             solve(z0_of(process, network), process, z, grid, wrong)
-    with pytest.raises(ValueError, match="unknown solver 'heun'.*dpmpp_2m, ddim, euler"):
+    with pytest.raises(ValueError, match="unknown solver 'heun'.*dpmpp_2m, dpmpp_3m, ddim, euler"):
         solve(z0_of(process, network), process, z, grid, None, "heun")

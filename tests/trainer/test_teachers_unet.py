@@ -225,6 +225,33 @@ def test_features_are_hidden_states_of_several_depths(folders: dict[str, Path], 
         assert float(torch.autograd.grad(feature.square().sum(), leaf, retain_graph=True)[0].abs().max()) > 0
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_feature_pass_ends_after_the_last_block_that_is_read(folders: dict[str, Path], checkpointing: bool) -> None:
+    """The maps and their gradients are those of a whole pass, to the bit; with checkpointing the pass is whole."""
+    teacher = load("sd15", folders["sd15"])
+    denoiser, given = teacher.denoiser, teacher.encode_prompts(PROMPTS)
+    if checkpointing:
+        denoiser.network.enable_gradient_checkpointing()
+    t, whole, later = torch.tensor([999.0, 249.0]), [], []
+    leaf, other = noise(teacher).requires_grad_(), noise(teacher).requires_grad_()
+    handles = [block.register_forward_hook(lambda _, __, out: whole.append(out)) for block in denoiser.feature_blocks()]
+    denoiser.predict(other, t, given)
+    for handle in handles:
+        handle.remove()
+    whole = [denoiser.as_map(output, other) for output in whole]
+    denoiser.network.conv_out.register_forward_hook(lambda *_: later.append(1))
+    features = denoiser.features(leaf, t, given)
+    assert bool(later) == checkpointing
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(features, whole, strict=True))
+    gradient, wanted = (
+        torch.autograd.grad(sum(part.square().sum() for part in parts), z)[0]
+        for parts, z in ((features, leaf), (whole, other))
+    )
+    assert torch.equal(gradient, wanted)
+    denoiser.predict(leaf, t, given)  # no hook is left
+    assert later
+
+
 # -- from training to a file -----------------------------------------------------------------------------------------
 
 

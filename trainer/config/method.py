@@ -136,11 +136,19 @@ class MethodSection(Section):
     """The constants of the method; defaults are the paper's for SD 1.5 (arXiv 2406.02347)."""
 
     teacher_steps: Count = Field(32, description="K, steps of the teacher; a multiple of 4")
-    solver: Literal["dpmpp_2m", "ddim", "euler"] = Field("dpmpp_2m", description="the teacher's ODE solver")
+    solver: Literal["dpmpp_2m", "dpmpp_3m", "ddim", "euler"] = Field(
+        "dpmpp_2m", description="the teacher's ODE solver; euler for flow models, the others for all others"
+    )
     guidance: tuple[float, float] = Field(
         (3.0, 13.0),
         description="lowest and highest guidance scale w of the teacher, in uncond + w (cond - uncond); drawn "
         "uniformly",
+    )
+    guidance_interval: tuple[UniformTime, UniformTime] | None = Field(
+        None,
+        description="lowest and highest noise level at which the teacher is guided, 0 to 999; elsewhere it has no "
+        "unconditional pass (arXiv 2404.07724). For its solutions, the real score of DMD (but not form decoupled) and "
+        "intra-segment guidance (default: all levels)",
     )
     states: StatesSection = StatesSection()
     distillation: Literal["mse", "l1", "pseudo_huber", "lpips"] = Field("mse", description="the distillation distance")
@@ -192,6 +200,15 @@ class MethodSection(Section):
         low, high = self.guidance
         if not 1 <= low <= high:
             raise ValueError(f"guidance must be [low, high] with 1 <= low <= high, not {list(self.guidance)}")
+        if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(
+                f"guidance_interval must be [low, high] with low <= high, not {list(self.guidance_interval)}"
+            )
+        if self.guidance_interval is not None and self.guidance == (1, 1):
+            raise ValueError(
+                "guidance_interval: guidance [1, 1] is none at any noise level; leave out guidance_interval, or raise "
+                "guidance"
+            )
         if self.teacher_steps % 4:
             raise ValueError(f"teacher_steps must be a multiple of the 4 modes, not {self.teacher_steps}")
         if self.fake_score == "student" and self.critic != CriticSection():

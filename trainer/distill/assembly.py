@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ...flash_core.counting import CountedDenoiser
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.discriminator import Discriminator
 from ...flash_core.distiller import Distiller
@@ -44,6 +45,7 @@ class Assembly:
         task: makes the conditions beside text, such as masks.
         trained: the parts that train, as a checkpoint holds them: ``student``, and where the recipe has them
             ``discriminator`` and ``critic``.
+        counted: the teacher's denoiser as the distiller asks it, with the passes it was asked for.
     """
 
     teacher: Teacher
@@ -52,6 +54,7 @@ class Assembly:
     distiller: Distiller
     trained: Trained
     average: WeightAverage
+    counted: CountedDenoiser
 
 
 def needs_discriminator(recipe: Recipe) -> bool:
@@ -141,8 +144,9 @@ def assemble(
         _, conditioning = examples.batch(torch.zeros(1, dtype=torch.long), accelerator.device)
         discriminator = _discriminator(teacher, conditioning, recipe, accelerator)
     perceptual = lpips(accelerator.device) if recipe.method.distillation == "lpips" else None
+    counted = CountedDenoiser(denoiser)
     distiller = Distiller(
-        denoiser,
+        counted,
         recipe.method.settings(recipe.sampler.stochasticity),
         discriminator=discriminator,
         decode=teacher.decode,
@@ -160,7 +164,9 @@ def assemble(
         parameters["critic"] = denoiser.adapter_parameters("critic")
         optimizers["critic"] = _adamw(parameters["critic"], section.critic_lr, section.betas, section)
     average = WeightAverage(parameters["student"], recipe.ema)
-    return Assembly(teacher, task, examples, distiller, Trained(parameters, optimizers, average.tensors), average)
+    return Assembly(
+        teacher, task, examples, distiller, Trained(parameters, optimizers, average.tensors), average, counted
+    )
 
 
 def _examples(
@@ -190,7 +196,7 @@ def _adamw(
 def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
     flow = teacher.denoiser.process.prediction == "flow"
     if flow != (recipe.method.solver == "euler"):
-        wanted = "euler" if flow else "dpmpp_2m or ddim"
+        wanted = "euler" if flow else "dpmpp_2m, dpmpp_3m or ddim"
         kind = "a flow" if flow else "not a flow"
         raise UserError(f"method.solver: {teacher.name} is {kind} model; expected {wanted}, got {recipe.method.solver}")
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...flash_core.denoiser import Conditioning
+from ...flash_core.passes import asked_by
 from ...flash_core.rollout import Rollout
 from ...flash_core.terms.adversarial import Seen
 from ..config import PhaseSection, Recipe
@@ -97,18 +98,29 @@ class Updater:
             yield max(state.warmed_up[learner] for learner in learners), max(waiting.values())
 
     def own_state(self) -> dict[str, Tensor]:
-        """Return what this process has of its own, for a checkpoint: sums of the log's means, the critic's memory."""
+        """Return what this process has of its own, for a checkpoint: the critic's memory, the log's sums and counts."""
         means = {f"means/{name}": value for name, value in self.means.state().items()}
-        return means | {f"memory/{name}": value for name, value in self.memory.state().items()}
+        memory = {f"memory/{name}": value for name, value in self.memory.state().items()}
+        counted = self.parts.counted
+        passes = {
+            f"passes/{kind}/{term}": torch.tensor(count)
+            for kind, counts in (("all", counted.counts), ("unconditional", counted.unconditional))
+            for term, count in counts.items()
+        }
+        return means | memory | passes
 
     def restore_own(self, state: Mapping[str, Tensor]) -> None:
         """Set what :meth:`own_state` returned."""
-        parts: dict[str, dict[str, Tensor]] = {"means": {}, "memory": {}}
+        parts: dict[str, dict[str, Tensor]] = {"means": {}, "memory": {}, "passes": {}}
         for name, value in state.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = value
         self.means.restore(parts["means"], self.accelerator.device)
         self.memory.restore(parts["memory"], self.accelerator.device)
+        for name, count in parts["passes"].items():
+            kind, _, term = name.partition("/")
+            counts = self.parts.counted.counts if kind == "all" else self.parts.counted.unconditional
+            counts[term] = int(count)
 
     @property
     def _share(self) -> float:
@@ -132,7 +144,7 @@ class Updater:
     def _output(self, rollout: Rollout) -> Tensor:
         """Return the student's outputs without a gradient."""
         distiller = self.parts.distiller
-        with self.accelerator.autocast(), distiller.denoiser.role("student"):
+        with self.accelerator.autocast(), asked_by("student"), distiller.denoiser.role("student"):
             return distiller.student_output(rollout)
 
     def _teach(self, learner: str, batches: Sequence[Batch], factor: float, again: bool = False) -> None:

@@ -6,7 +6,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,10 @@ from .lora_layers import fit_lora
 
 # An IP-Adapter's own layers, some with the names of the UNet's layers. They get no LoRA: no file format names them.
 IMAGE_ADAPTER = re.compile(r"\.processor\.|^encoder_hid_proj\.")
+
+
+class _AllRead(Exception):
+    """Ends a pass of the network whose hidden states are all read."""
 
 
 class DiffusersDenoiser(ABC):
@@ -83,15 +87,24 @@ class DiffusersDenoiser(ABC):
         return self.forward(z_t.to(self.dtype), t, cast).float()
 
     def features(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
-        """Return hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role."""
+        """Return hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role.
+
+        The pass ends after the last block that is read. With gradient checkpointing it runs to its end: a transformer's
+        blocks then run inside a checkpoint, which an exception must not leave.
+        """
         captured: list[Tensor] = []
+        blocks = self.feature_blocks()
+        ends_early = not getattr(self.network, "is_gradient_checkpointing", False)
 
         def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:
             captured.append(self.as_map(output, z_t))
+            if ends_early and len(captured) == len(blocks):
+                raise _AllRead
 
-        handles = [block.register_forward_hook(capture) for block in self.feature_blocks()]
+        handles = [block.register_forward_hook(capture) for block in blocks]
         try:
-            self.predict(z_t, t, conditioning)
+            with suppress(_AllRead):
+                self.predict(z_t, t, conditioning)
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,0 +1,39 @@
+"""Where the teacher is guided: an unconditional pass that changes nothing is not asked for."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .process import NUM_TIMESTEPS, Process
+from .settings import DistillerSettings
+
+Scales = tuple[float, float]
+NONE: Scales = (1.0, 1.0)
+
+
+def is_guided(settings: DistillerSettings, process: Process, t: float, scales: Scales | None = None) -> bool:
+    """Return whether the teacher is guided at the timestep ``t``.
+
+    Args:
+        scales: lowest and highest guidance scale, 1 is none; default: the settings'.
+    """
+    if (scales or settings.guidance) == NONE:
+        return False
+    if settings.guidance_interval is None:
+        return True
+    low, high = settings.guidance_interval
+    return low <= round(NUM_TIMESTEPS * process.fraction(t)) - 1 <= high
+
+
+def guided_rows(
+    settings: DistillerSettings, process: Process, t: Tensor, scales: Scales | None = None
+) -> list[int] | None:
+    """Return the samples of a batch that are guided, at timesteps ``t`` (B,); None for all of them.
+
+    Waits for the device only where the settings guide on an interval.
+    """
+    if (scales or settings.guidance) == NONE:
+        return []
+    if settings.guidance_interval is None:
+        return None
+    return [row for row, value in enumerate(t.tolist()) if is_guided(settings, process, value, scales)]
