@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import pytest
 
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.distill.loop import distil
-from flash_diffusion.trainer.distill.passes import update_passes, warmup_passes
+from flash_diffusion.trainer.distill.passes import (
+    recorded_trajectories,
+    solution_passes,
+    step_passes,
+    trajectory_passes,
+    update_passes,
+    warmup_passes,
+)
 from flash_diffusion.trainer.distill.time_left import Stage, TimeLeft, phase_stages, recording_stage
 from flash_diffusion.trainer.distill.training_log import TrainingLog
 from flash_diffusion.trainer.progress import in_words
@@ -88,7 +96,7 @@ def test_passes_of_each_term_by_hand(recipe_content: dict[str, Any]) -> None:
     paper = passes(recipe_content)
     assert paper["solutions"] == pytest.approx(2 * (4 * noise + 3 * (1 - noise)), abs=2e-3)
     rest = {name: value for name, value in paper.items() if name != "solutions"}
-    expected = {"student": 3, "adversarial": 3, "discriminator": 1, "dmd": 3, "feature matching": 4, "intra-segment": 3}
+    expected = {"student": 3, "adversarial": 3, "discriminator": 1, "dmd": 3, "feature matching": 4, "intra segment": 3}
     assert rest == expected
     critic = {"fake_score": "critic", "dmd": {"form": "decoupled", "rows": "first_step"}}
     first = passes(
@@ -142,3 +150,64 @@ def test_one_bar_runs_over_recording_and_updates(
     ]
     assert all(0 < share < 1 for share, _ in shown[:-2])
     assert [share for share, _ in shown[-2:]] == [1, 1]
+
+
+COUNTED: dict[str, Any] = {
+    "paper": {},
+    "every term": {
+        "method": {
+            "teacher_steps": 4,
+            "guidance": [1.5, 3.0],
+            "states": {"student": 0.5},
+            "adversarial": "relativistic",
+            "discriminator": {"updates": 2},
+            "fake_score": "critic",
+            "dmd": {"form": "decoupled"},
+            "critic": {"updates": 2, "memory": 5},
+        },
+        "trajectories": {"count": 8, "batch": 2, "reuse": 2},
+    },
+    "guided on an interval": {"method": {"teacher_steps": 4, "guidance": [2, 2], "guidance_interval": [400, 999]}},
+    "unguided": {"method": {"teacher_steps": 4, "guidance": [1, 1]}, "trajectories": {"count": 4, "batch": 2}},
+}
+DRAWN = {"solutions", "own states", "dmd", "intra segment"}  # their passes depend on the noise levels that a run draws
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_plan_counts_what_a_run_asks_the_network_for(
+    recipe_content: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    """The log counts the calls of the run itself; random noise levels leave a difference in three terms."""
+    phase = {**recipe_content["phases"][1], "updates": 16, "feature_matching": 0.1, "intra_segment": 0.2}
+    recipe = parse_recipe({**recipe_content, "phases": [phase], "log_every": 16, **COUNTED[name]})
+    distil(recipe, tmp_path)
+    (line,) = [json.loads(text) for text in (tmp_path / "log.jsonl").open()]
+    planned = {term: value / recipe.batch_size for term, value in update_passes(recipe, recipe.phases[0]).items()}
+    counted = line["passes"]
+    if recipe.trajectories.reuse:  # the rounds begin small: 4, 8, 8, 8, 8 samples, each with 4 new trajectories
+        assert counted["trajectories"] * 32 == recorded_trajectories(recipe) * trajectory_passes(recipe.method)
+        planned["trajectories"] = counted["trajectories"]
+    assert set(counted) == set(planned)
+    for term, value in planned.items():
+        assert counted[term] == pytest.approx(value, rel=0.3 if term in DRAWN and name != "unguided" else 1e-3), term
+    assert bool(line["unconditional"]) == (name != "unguided")
+
+
+def test_teacher_passes_on_an_interval_by_hand(recipe_content: dict[str, Any]) -> None:
+    """Of the steps at 999, 749, 499 and 249 two are guided; DMD's levels 400..999 are 600 of 1,000."""
+    recipe_content["method"] = {"teacher_steps": 4, "guidance": [2, 2], "guidance_interval": [500, 999]}
+    method = parse_recipe(recipe_content).method
+    assert step_passes(method) == [2, 2, 1, 1]
+    assert trajectory_passes(method) == 6
+    assert solution_passes([0, 1, 0, 0], step_passes(method)) == 4
+    found = passes(recipe_content, guidance_interval=[400, 999])
+    assert found["dmd"] == pytest.approx(1 + 1 + 0.6)
+
+
+def test_trajectories_of_a_bank_are_counted_with_its_first_rounds(recipe_content: dict[str, Any]) -> None:
+    """A bank of 8 with 2 uses: rounds of 4, 8, 8, ... samples; 7 updates of 2 end in the third."""
+    recipe_content |= {"trajectories": {"count": 8, "batch": 2, "reuse": 2}}
+    recipe_content["phases"] = [{**recipe_content["phases"][0], "updates": 6}]
+    assert recorded_trajectories(parse_recipe(recipe_content)) == 8
+    recipe_content["phases"][0]["updates"] = 7
+    assert recorded_trajectories(parse_recipe(recipe_content)) == 12

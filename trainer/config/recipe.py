@@ -214,10 +214,24 @@ class OptimizerSection(Section):
 
 
 class TrajectorySection(Section):
-    """Teacher trajectories recorded once and replayed, for small budgets, instead of a rollout for every batch."""
+    """Teacher trajectories recorded and replayed, instead of a rollout for every batch."""
 
     count: Annotated[int, Field(ge=0)] = Field(
-        0, description="trajectories to record; 0 makes a new rollout for every batch (the paper)"
+        0,
+        description="trajectories to record before training, or with `reuse` to hold at once; 0 makes a new rollout "
+        "for every batch (the paper)",
+    )
+    reuse: float | None = Field(
+        None,
+        ge=1,
+        description="uses of each trajectory, before a new one replaces it: training begins after count / reuse "
+        "trajectories, and the teacher solves new ones while it goes on (default: all are recorded first, and none is "
+        "replaced)",
+    )
+    memory: float = Field(
+        1.0,
+        ge=0,
+        description="with `reuse`: GiB of trajectories that a process keeps in memory; the others are read from disk",
     )
     batch: Count = Field(32, description="trajectories recorded at once")
     max_minutes: float | None = Field(
@@ -228,6 +242,27 @@ class TrajectorySection(Section):
         description="each phase replays trajectories of its own, as many as its share of the updates; a later phase "
         "then trains on new noise",
     )
+
+    @model_validator(mode="after")
+    def _a_refreshed_bank_records_while_training(self) -> TrajectorySection:
+        if self.reuse is None:
+            return self
+        if self.reuse > self.count:
+            raise ValueError(
+                f"reuse {self.reuse:g} with count {self.count}: a bank of count trajectories gets count / reuse "
+                "new ones a round, which must be at least 1; set count to at least reuse times batch_size"
+            )
+        if self.max_minutes is not None:
+            raise ValueError(
+                "max_minutes ends the recording before training, and with reuse the teacher records while training; "
+                "leave out max_minutes, or reuse"
+            )
+        if self.split:
+            raise ValueError(
+                "split divides trajectories that are recorded before training, and with reuse new ones come all the "
+                "time; leave out split, or reuse"
+            )
+        return self
 
 
 class SamplerSection(Section):
@@ -377,8 +412,10 @@ class Recipe(Section):
             for name in set(phase) - PHASE_FIELDS_OF_0_1:
                 if phase[name] == PhaseSection.model_fields[name].default:
                     del phase[name]
-        if not self.trajectories.split:
-            del content["trajectories"]["split"]
+        del content["trajectories"]["memory"]
+        for name in ("split", "reuse"):
+            if not content["trajectories"][name]:
+                del content["trajectories"][name]
         if self.lora.start is None:
             del content["lora"]["start"]
         changed = self.method.model_dump(mode="json", exclude_defaults=True)

@@ -27,6 +27,7 @@ from ..recipes import LORA_FILE
 from ..seeds import seed_of
 from . import checkpoint
 from .assembly import Assembly, assemble
+from .passes import passes_of_an_image
 from .preview import Preview, preview_rows, save_preview
 from .processes import device_errors_explained, in_main_process, only_run_in, start_accelerator
 from .schedule import RunClock, learning_rate_factor, now, phase_at
@@ -170,7 +171,9 @@ class Run:
             write_base_facts(self.output, self.recipe, self.parts.teacher)
         try:
             with self.log.progress:
-                if self.recipe.trajectories.count:
+                if self.recipe.trajectories.reuse:
+                    self.rollouts.open_bank(self.output / "trajectories", self.state.teacher_hash)
+                elif self.recipe.trajectories.count:
                     self._record_trajectories()
                 if self.state.update == 0:
                     self.state.training_since = self.clock.elapsed
@@ -213,8 +216,20 @@ class Run:
 
         folder, minutes = self.output / "trajectories", self.clock.recording_minutes()
         recorded = self.rollouts.record(folder, self.state.teacher_hash, minutes, advance, self.stop)
+        self.parts.counted.forget("trajectories")  # the log counts what updates cost
         stage.units = stage.done  # fewer than planned where the time was over
         logger.info("%d teacher trajectories after %.0f s", recorded, self.clock.elapsed)
+
+    def _refresh_trajectories(self) -> None:
+        """Record the trajectories that the next update replays. Between updates: a stop may come here."""
+        if (bank := self.rollouts.refreshed) is None:
+            return
+        batches = self.rollouts.numbers(self.state.position)
+        if bank.due(batches):
+            bank.refresh(batches, self.stop, lambda done, count: self._show(f"{done} of {count} new trajectories"))
+            self.stop.check(self.accelerator)
+            if not self.recipe.checkpoint.every:
+                bank.prune(batches[0])
 
     def _make_updates(self) -> None:
         recipe, state = self.recipe, self.state
@@ -223,6 +238,7 @@ class Run:
             phase = phase_at(recipe, progress)
             factor = learning_rate_factor(recipe.optimizer, state.update, progress)
             since += self._warm_up(phase)
+            self._refresh_trajectories()
             self.updater.update(state, phase, factor)
             if state.update % recipe.log_every == 0:
                 self._check_finite()
@@ -237,9 +253,11 @@ class Run:
     def _warm_up(self, phase: PhaseSection) -> float:
         """Let discriminator and critic learn alone, where the recipe wants it before ``phase``; return the seconds."""
         begin = now()
+        self._refresh_trajectories()
         for made, wanted in self.updater.warm_up(self.state, phase):
             self._show(f"{made} of {wanted} updates of discriminator and critic alone, before {phase.name}")
             self.stop.check(self.accelerator)
+            self._refresh_trajectories()
         return now() - begin
 
     def _log(self, phase: PhaseSection, progress: float, factor: float, updates: int, seconds: float) -> None:
@@ -248,6 +266,9 @@ class Run:
         terms = self.updater.means.take()
         images = recipe.batch_size * recipe.gradient_accumulation * self.accelerator.num_processes
         speed = updates * images / seconds
+        passes, unconditional = passes_of_an_image(
+            self.parts.counted, updates * images // self.accelerator.num_processes
+        )
         facts = {
             "update": self.state.update,
             "phase": phase.name,
@@ -255,6 +276,9 @@ class Run:
             "lr": float(f"{recipe.optimizer.lr * factor:.4g}"),
             "images_per_second": round(speed, 2),
             "seconds": round(self.clock.elapsed, 1),
+            **self.rollouts.replay_facts(self.state.position),
+            "passes": passes,
+            "unconditional": unconditional,
         }
         self.log.record(facts, terms)
         if (warning := self.blind.warning(terms, updates)) and self.accelerator.is_main_process:
@@ -293,6 +317,8 @@ class Run:
             self.accelerator,
             self.recipe.checkpoint.keep,
         )
+        if self.rollouts.refreshed is not None:
+            self.rollouts.refreshed.prune(self.rollouts.numbers(self.state.position)[0])
 
     def _draw_preview(self) -> None:
         if self.preview is not None:

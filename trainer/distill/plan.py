@@ -19,7 +19,7 @@ from ..tasks.requirements import check_channels, check_control
 from ..teachers import family, outline_teacher
 from ..teachers.base import Outline, count_parameters
 from .assembly import add_adapters, needs_critic, needs_discriminator, start_file
-from .passes import update_passes, warmup_passes
+from .passes import recorded_trajectories, trajectory_passes, update_passes, warmup_passes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # A trained parameter, its gradient and AdamW's two moments, each float32.
@@ -72,8 +72,10 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
     _say_passes(recipe, say)
     effective = recipe.batch_size * recipe.gradient_accumulation
     say(f"batch: {recipe.batch_size} x {recipe.gradient_accumulation} accumulated = {effective} samples per process")
-    if recorded := recipe.trajectories.count:
-        passes = recorded * 2 * recipe.method.teacher_steps
+    if recipe.trajectories.reuse is not None:
+        _say_bank(recipe, say)
+    elif recorded := recipe.trajectories.count:
+        passes = recorded * trajectory_passes(recipe.method)
         say(f"first: record {recorded} teacher trajectories in {passes} passes; updates replay them")
     heads = " and discriminator heads" if needs_discriminator(recipe) else ""
     critic = " and a critic LoRA of the same size" if needs_critic(recipe) else ""
@@ -129,15 +131,27 @@ def _say_passes(recipe: Recipe, say: Callable[[str], None]) -> None:
         passes = update_passes(recipe, phase)
         replayed = " (solutions replayed)" if recipe.trajectories.count else ""
         say(f"  {phase.name}: " + ", ".join(f"{name} {value:.0f}" for name, value in passes.items()) + replayed)
-        total += phase.updates * sum(passes.values())
+        total += phase.updates * sum(passes[name] for name in passes if name != "trajectories")
         learners = {"critic"} & set(passes) | ({"discriminator"} if phase.adversarial else set())
         fresh = learners - learnt
         if fresh and (alone := warmup_passes(recipe, phase)):
             say(f"  before {phase.name}: {' and '.join(sorted(fresh))} alone, {alone:.0f} passes")
             total += alone
         learnt |= fresh
-    recorded = recipe.trajectories.count * 2 * recipe.method.teacher_steps
+    recorded = recorded_trajectories(recipe) * trajectory_passes(recipe.method)
     say(f"  the whole run: {total + recorded:,.0f} passes" + (f", {recorded:,} of them recording" if recorded else ""))
+
+
+def _say_bank(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Print how the bank of trajectories is filled and refreshed."""
+    section, samples = recipe.trajectories, recipe.batch_size * recipe.gradient_accumulation
+    assert section.reuse is not None
+    first = int(section.count / section.reuse)
+    say(
+        f"trajectories: {recorded_trajectories(recipe)} in the whole run, each used {section.reuse:g} times; training "
+        f"begins after {first}, and then {samples / section.reuse:.3g} new ones an update replace the oldest of "
+        f"{section.count}; each leaves after about {section.count * section.reuse / samples:.0f} updates"
+    )
 
 
 def _phases(recipe: Recipe) -> Table:

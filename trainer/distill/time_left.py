@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import Recipe
-from .passes import update_passes
+from .passes import trajectory_passes, update_passes
 
 
 @dataclass
@@ -88,8 +88,8 @@ class TimeLeft:
 
 
 def recording_stage(recipe: Recipe, trajectories: int) -> Stage:
-    """Return the stage that records ``trajectories``; guidance asks the teacher twice a step."""
-    return Stage(trajectories, 2 * recipe.method.teacher_steps)
+    """Return the stage that records ``trajectories`` before training."""
+    return Stage(trajectories, trajectory_passes(recipe.method))
 
 
 def phase_stages(recipe: Recipe, updates: int) -> list[Stage]:

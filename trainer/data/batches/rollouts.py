@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -14,10 +15,13 @@ from ...config import PhaseSection, Recipe
 from ...errors import UserError
 from ...interrupts import StopRequest
 from ...seeds import stream
+from ..cache.store import Store
 from ..encoding.examples import CachedExamples
 from ..streaming.examples import StreamBatches, StreamExamples
 from .order import Order
-from .trajectories import TrajectoryBank, record_trajectories, trajectory_fingerprint
+from .replay import ReplayBank, frame_of_trajectory
+from .rounds import Rounds
+from .trajectories import Recorder, TrajectoryBank, check_recorded, record_trajectories, trajectory_fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +41,7 @@ class Rollouts:
         generator: the process's random stream, which the training steps share; a checkpoint keeps its state.
         order: of the examples; None for a stream.
         replays: of each phase: its first recorded trajectory, and the order of its trajectories.
+        refreshed: the trajectories that are replaced while training; None without ``trajectories.reuse``.
         streamed: reads a stream; None for examples in the cache.
     """
 
@@ -57,6 +62,7 @@ class Rollouts:
         self.accelerator = accelerator
         self.generator = stream(recipe.seed, "training", accelerator.process_index)
         self.bank: TrajectoryBank | None = None
+        self.refreshed: ReplayBank | None = None
         self.streamed: StreamBatches | None = None
         self.order: Order | None = None
         self.replays: list[tuple[int, Order]] = []
@@ -107,6 +113,60 @@ class Rollouts:
         self.replays = self._replays(self.bank)
         return len(self.bank)
 
+    def open_bank(self, folder: Path, teacher_hash: str) -> None:
+        """Open the bank of trajectories in ``folder`` that is refreshed while training; nothing is recorded yet.
+
+        Raises:
+            UserError: the folder holds trajectories of another recipe, or a process would get too few.
+        """
+        assert isinstance(self.examples, CachedExamples)  # the recipe was checked
+        section, accelerator, seed = self.recipe.trajectories, self.accelerator, self.recipe.seed
+        assert section.reuse is not None
+        fingerprint = self.fingerprint(teacher_hash)
+        check_recorded(folder, fingerprint)
+        capacity = section.count // accelerator.num_processes
+        if capacity < section.reuse:
+            raise UserError(
+                f"trajectories.count {section.count} gives each of {accelerator.num_processes} processes {capacity}, "
+                f"and each is to be used {section.reuse:g} times (trajectories.reuse): a round would begin without a "
+                f"new one. Set count to {math.ceil(section.reuse) * accelerator.num_processes} or more, or reuse lower"
+            )
+        recorder = Recorder(
+            Store(folder),
+            Order(len(self.examples), seed, self.examples.frames, section.batch),
+            section.batch,
+            self.distiller,
+            self.examples,
+            self._unconditional,
+            accelerator,
+            seed,
+            fingerprint,
+            self.recipe.data.caption_dropout,
+        )
+        if accelerator.is_main_process:
+            recorder.describe(folder)
+        accelerator.wait_for_everyone()
+        frame_of, rank, size = frame_of_trajectory(recorder), accelerator.process_index, self.recipe.batch_size
+        rounds = Rounds(capacity, section.reuse, size, seed, rank, frame_of=frame_of)
+        self.refreshed = ReplayBank(recorder, rounds, section.memory * 2**30)
+
+    def numbers(self, position: int) -> range:
+        """Return the numbers of this process's batches of the update at ``position``, in samples of all processes."""
+        first = position // (self.recipe.batch_size * self.accelerator.num_processes)
+        return range(first, first + self.recipe.gradient_accumulation)
+
+    def replay_facts(self, position: int) -> dict[str, float]:
+        """Return for the log how many trajectories were made, and their mean uses, before the update at ``position``.
+
+        Empty without a refreshed bank.
+        """
+        batches = self.numbers(position)[0]
+        if self.refreshed is None or not batches:
+            return {}
+        made = self.refreshed.made(batches - 1)
+        samples = batches * self.recipe.batch_size
+        return {"trajectories": made * self.accelerator.num_processes, "uses": round(samples / made, 3)}
+
     def _replays(self, bank: TrajectoryBank) -> list[tuple[int, Order]]:
         phases = self.recipe.phases
         ranges = [(0, len(bank))] * len(phases)
@@ -126,6 +186,8 @@ class Rollouts:
             return self.distiller.rollout(z0, conditioning, self._unconditional(conditioning), phase, self.generator)
         assert isinstance(self.examples, CachedExamples)
         assert self.order is not None
+        if self.refreshed is not None:
+            return self.distiller.replay(self.refreshed.batch(self.numbers(position)[0]), phase, self.generator)
         size = self.recipe.batch_size
         position += self.accelerator.process_index * size
         device = self.accelerator.device

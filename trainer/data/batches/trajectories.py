@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ...files import write_whole
 from ...interrupts import StopRequest
 from ...seeds import stream
 from ...teachers.hashes import weights_hash
-from ..cache.store import Places, Store, as_keys, key_of
+from ..cache.store import Keys, Places, Store, as_keys, key_of
 from ..cache.stores import process_hash
 from ..encoding.examples import CachedExamples
 from ..encoding.lookahead import one_core_each
@@ -71,17 +71,87 @@ class TrajectoryBank:
             UserError: a file is damaged; it is removed.
         """
         rows = self.store.read(self.places.part(index.numpy()))
-        z0, conditioning = examples.batch(rows["sample"], device, rows["caption"])
-        z_teacher = rows["z_teacher"].to(device)
-        return Trajectory(
-            self.indices,
-            rows["states"].transpose(0, 1).to(device),
-            z_teacher,
-            z0 if examples.has_latents else z_teacher,
-            rows["guidance"].to(device),
-            conditioning,
-            unconditional(conditioning),
-        )
+        return as_trajectory(rows, self.indices, examples, unconditional, device)
+
+
+def as_trajectory(
+    rows: Mapping[str, Tensor],
+    indices: tuple[int, ...],
+    examples: CachedExamples,
+    unconditional: Callable[[Conditioning], Conditioning],
+    device: torch.device | str,
+) -> Trajectory:
+    """Return recorded rows (B, ...) as trajectories on ``device``, with the conditions of their samples."""
+    z0, conditioning = examples.batch(rows["sample"], device, rows["caption"])
+    z_teacher = rows["z_teacher"].to(device)
+    return Trajectory(
+        indices,
+        rows["states"].transpose(0, 1).to(device),
+        z_teacher,
+        z0 if examples.has_latents else z_teacher,
+        rows["guidance"].to(device),
+        conditioning,
+        unconditional(conditioning),
+    )
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Solves batches of trajectories from pure noise, and writes each batch as one file.
+
+    A batch has its own random stream and, on a CPU, one core: its bits depend on its number alone.
+
+    Attributes:
+        store: where the files are.
+        order: of the samples; trajectory n begins with the n-th one.
+        batch: trajectories of a batch.
+        unconditional: makes guidance's other branch.
+        fingerprint: see :func:`trajectory_fingerprint`.
+        caption_dropout: share of the empty prompt.
+    """
+
+    store: Store
+    order: Order
+    batch: int
+    distiller: Distiller
+    examples: CachedExamples
+    unconditional: Callable[[Conditioning], Conditioning]
+    accelerator: Accelerator
+    seed: int
+    fingerprint: str
+    caption_dropout: float = 0.0
+
+    def keys(self, first: int, count: int) -> Keys:
+        """Return the keys of a batch's rows.
+
+        A batch is recorded with one random stream, so its size counts: a shorter last batch has other keys.
+        """
+        return as_keys(key_of("trajectory", self.fingerprint, first + row, count) for row in range(count))
+
+    def record(self, number: int, first: int, count: int) -> dict[str, Tensor]:
+        """Solve a batch in the current role, write it, and return its rows (count, ...)."""
+        index = self.order.indices(first, count)
+        caption = self.order.captions(first, self.examples.caption_counts(index), self.caption_dropout)
+        z0, conditioning = self.examples.batch(index, self.accelerator.device, caption)
+        with self.accelerator.autocast():
+            trajectory = self.distiller.trajectory(
+                z0, conditioning, self.unconditional(conditioning), stream(self.seed, "trajectory", number)
+            )
+        rows = {
+            "states": trajectory.states.transpose(0, 1),
+            "z_teacher": trajectory.z_teacher,
+            "guidance": trajectory.guidance,
+            "sample": index,
+            "caption": caption,
+        }
+        self.store.write([key.tobytes() for key in self.keys(first, count)], rows)
+        return rows
+
+    def describe(self, folder: Path) -> None:
+        """Write whose trajectories the folder holds. For the main process."""
+        facts = {"fingerprint": self.fingerprint, "indices": self.distiller.recorded_indices()}
+        text = json.dumps(facts) + "\n"
+        write_whole(folder / FACTS, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def own_batches(section: TrajectorySection, accelerator: Accelerator) -> list[tuple[int, int, int]]:
@@ -149,16 +219,13 @@ def record_trajectories(
     check_recorded(folder, fingerprint)
     order = Order(len(examples), seed, examples.frames, section.batch)
     store = Store(folder)
-    # A batch is recorded with one random stream, so the size of the last one counts: `count` may be raised later.
-    keys = as_keys(
-        key_of("trajectory", fingerprint, first + row, count)
-        for _, first, count in _batches(section)
-        for row in range(count)
+    recorder = Recorder(
+        *(store, order, section.batch, distiller, examples, unconditional, accelerator, seed, fingerprint),
+        caption_dropout,
     )
-    indices = distiller.recorded_indices()
+    keys = np.concatenate([recorder.keys(first, count) for _, first, count in _batches(section)])
     if accelerator.is_main_process:
-        facts = json.dumps({"fingerprint": fingerprint, "indices": indices}) + "\n"
-        write_whole(folder / FACTS, lambda partial: partial.write_text(facts, encoding="utf-8"))
+        recorder.describe(folder)
     present = ~store.find(keys).missing
     accelerator.wait_for_everyone()
     started = time.monotonic()
@@ -170,21 +237,7 @@ def record_trajectories(
             return None
         if section.max_minutes is not None and number > 0 and begin - started > 60 * section.max_minutes:
             return None
-        index = order.indices(first, count)
-        caption = order.captions(first, examples.caption_counts(index), caption_dropout)
-        z0, conditioning = examples.batch(index, accelerator.device, caption)
-        with accelerator.autocast():
-            trajectory = distiller.trajectory(
-                z0, conditioning, unconditional(conditioning), stream(seed, "trajectory", number)
-            )
-        rows = {
-            "states": trajectory.states.transpose(0, 1),
-            "z_teacher": trajectory.z_teacher,
-            "guidance": trajectory.guidance,
-            "sample": index,
-            "caption": caption,
-        }
-        store.write([key.tobytes() for key in keys[first : first + count]], rows)
+        recorder.record(number, first, count)
         return time.monotonic() - begin
 
     ended = _ended(folder, section.count)
@@ -206,7 +259,7 @@ def record_trajectories(
         text = f"{int(found[-1]) + 1} of {section.count}\n"
         write_whole(folder / ENDED, lambda partial: partial.write_text(text, encoding="utf-8"))
     accelerator.wait_for_everyone()
-    return TrajectoryBank(store, places.part(found), indices, _frames(order, section, found))
+    return TrajectoryBank(store, places.part(found), distiller.recorded_indices(), _frames(order, section, found))
 
 
 def _ended(folder: Path, count: int) -> float:
@@ -256,6 +309,8 @@ def trajectory_fingerprint(
     beside: list[object] = []
     if model.image_adapter is not None:
         beside.append((model.image_adapter.image_encoder, model.image_adapter.scale))
+    if method.guidance_interval is not None:
+        beside.append(("guidance interval", method.guidance_interval))
     if control is not None:
         beside.append((weights_hash(control.network), control.scale))
     facts = (

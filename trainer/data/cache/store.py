@@ -114,9 +114,13 @@ class Store:
         given = {name: str(value.dtype).removeprefix("torch.") for name, value in rows.items()}
         facts = {"format": FORMAT, "dtypes": given, "keys": zlib.crc32(key_array.tobytes())}
         metadata = {FACTS: json.dumps(facts, sort_keys=True)}  # one entry: safetensors writes several in any order
-        path = self.folder / f"{hashlib.sha256(key_array.tobytes()).hexdigest()[:24]}.safetensors"
+        path = self.path_of(key_array)
         write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata), shared=True)
         return path
+
+    def path_of(self, keys: Keys) -> Path:
+        """Return the file of the rows of ``keys`` (n, 16), where they were written as one file."""
+        return self.folder / f"{hashlib.sha256(keys.tobytes()).hexdigest()[:24]}.safetensors"
 
     def find(self, keys: Keys) -> Places:
         """Return where the rows of ``keys`` (n, 16) are. Damaged files are removed, with a line in the log.
