@@ -1,6 +1,6 @@
 """The paper's public training step, restated, against ours: images a second and resident memory, as ratios.
 
-    python -m benchmarks.paper_step                 # about 15 minutes of one core
+    python -m benchmarks.paper_step                 # minutes of a free core
     python -m benchmarks.paper_step --memory paper  # one process that prints its memory; the command above starts both
 
 The restated step (arXiv 2406.02347, section 4, as its public code arranges it) holds a copy of the network for the
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -89,6 +90,8 @@ class PaperStep:
         self.teacher = UNetDenoiser(network(), self.process)
         self.student = UNetDenoiser(network(), self.process)
         self.student.add_adapter("student", RANK, RANK, TARGETS)
+        self.kept = ExitStack()
+        self.kept.enter_context(self.student.role("student"))  # for good: this copy is the student alone
         self.discriminator = heads(self.teacher)
         self.grid = trailing_timesteps(self.process, steps)
         self.starts = cycle(int(share * steps) for share in STARTS)
@@ -123,8 +126,7 @@ class PaperStep:
 
         with torch.no_grad():
             z_teacher = solve(guided, self.process, z_t, self.grid, [start] * self.batch)
-        with self.student.role("student"):
-            z_student = predict_z0(self.student, z_t, t, given)
+        z_student = predict_z0(self.student, z_t, t, given)
         return z_student, z_teacher, scale, given, empty
 
     def _student_loss(self) -> Tensor:
@@ -138,8 +140,7 @@ class PaperStep:
             with_condition = predict_z0(self.teacher, z_t, times, given)
             without = predict_z0(self.teacher, z_t, times, empty)
             real = without + scale * (with_condition - without)
-            with self.student.role("student"):
-                score = predict_z0(self.student, z_t, times, given)
+            score = predict_z0(self.student, z_t, times, given)
         loss = loss + PHASE.dmd * losses.distribution_matching_loss(z_student, real, score, "mse")
         return loss
 

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from .passes import of_them_unconditional
+from .passes.asking import of_them_unconditional
 from .process import Process
 
 Role: TypeAlias = Literal["teacher", "student", "critic"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import losses
 from .denoiser import Conditioning, Denoiser
 from .discriminator import Discriminator
-from .passes import asked_by
+from .passes.asking import asked_by
 from .rollout import Rollout, RolloutSource, Trajectory
 from .settings import (
     ADVERSARIAL_TIMESTEPS,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser, guided_z0, predict_z0
 from .grid import timestep_mixture, trailing_timesteps
-from .guidance import is_guided
-from .passes import asked_by
+from .passes.asking import asked_by
+from .passes.guidance import is_guided
 from .process import broadcast
 from .settings import PUBLISHED_PHASES, DistillerSettings, Phase
 from .solvers import solve

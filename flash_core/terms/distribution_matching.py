@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..denoiser import Conditioning, Denoiser, guided_z0, predict_z0
-from ..guidance import guided_rows
-from ..passes import of_them_unconditional
+from ..passes.asking import of_them_unconditional
+from ..passes.guidance import guided_rows
 from ..process import NUM_TIMESTEPS, broadcast
 from ..rollout import Rollout
 from ..settings import DistillerSettings

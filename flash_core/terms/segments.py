@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import losses
 from ..denoiser import Denoiser, guided_z0
-from ..guidance import guided_rows
+from ..passes.guidance import guided_rows
 from ..process import NUM_TIMESTEPS, Process, broadcast
 from ..rollout import Rollout, RolloutSource
 from ..settings import DistillerSettings

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_diffusion.flash_core.counting import CountedDenoiser
 from flash_diffusion.flash_core.denoiser import Conditioning, Denoiser, guided_z0, predict_z0
 from flash_diffusion.flash_core.distiller import Distiller, DistillerSettings, DmdSettings, Phase
-from flash_diffusion.flash_core.guidance import guided_rows, is_guided
-from flash_diffusion.flash_core.passes import asked_by
+from flash_diffusion.flash_core.passes.asking import asked_by
+from flash_diffusion.flash_core.passes.counting import CountedDenoiser
+from flash_diffusion.flash_core.passes.guidance import guided_rows, is_guided
 from flash_diffusion.flash_core.process import FlowProcess, Process, VPProcess
 
 from .helpers.networks import AdapterDenoiser, process_name, processes

@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ...flash_core.counting import CountedDenoiser
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.discriminator import Discriminator
 from ...flash_core.distiller import Distiller
+from ...flash_core.passes.counting import CountedDenoiser
 from ..config import OptimizerSection, Recipe
 from ..data.encoding.examples import CachedExamples
 from ..data.encoding.prepare import prepare_examples

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...flash_core.counting import CountedDenoiser
 from ...flash_core.grid import timestep_mixture
-from ...flash_core.passes import FORWARD_AND_BACKWARD
+from ...flash_core.passes.asking import FORWARD_AND_BACKWARD
+from ...flash_core.passes.counting import CountedDenoiser
 from ...flash_core.process import NUM_TIMESTEPS
 from ...flash_core.terms.distribution_matching import bounds_of
 from ...flash_core.terms.draws import FIRST_STEP_FRACTION
@@ -43,8 +43,8 @@ def update_passes(recipe: Recipe, phase: PhaseSection) -> dict[str, float]:
         passes["discriminator"] = rows * (1 - real + REAL_AND_FAKE * (method.discriminator.updates - 1))
     if phase.dmd:
         rows = 1.0 if method.dmd.rows == "all" else first
-        real = 3 if method.dmd.form == "decoupled" else 1 + _guided_share_of_dmd(method)
-        passes["dmd"] = rows * (real + 1)
+        scores = 3 if method.dmd.form == "decoupled" else 1 + _guided_share_of_dmd(method)
+        passes["dmd"] = rows * (scores + 1)
         if needs_critic(recipe):
             passes["critic"] = (1.0 if method.critic.memory else rows) * FORWARD_AND_BACKWARD * method.critic.updates
     if phase.feature_matching:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...flash_core.denoiser import Conditioning
-from ...flash_core.passes import asked_by
+from ...flash_core.passes.asking import asked_by
 from ...flash_core.rollout import Rollout
 from ...flash_core.terms.adversarial import Seen
 from ..config import PhaseSection, Recipe

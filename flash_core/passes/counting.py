@@ -10,16 +10,16 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from .denoiser import Conditioning, Denoiser, Role
-from .passes import FORWARD_AND_BACKWARD, asking
-from .process import Process
+from ..denoiser import Conditioning, Denoiser, Role
+from ..process import Process
+from .asking import FORWARD_AND_BACKWARD, asking
 
 
 class CountedDenoiser:
-    """A :class:`~.denoiser.Denoiser` that counts the passes of the one it holds.
+    """A :class:`~..denoiser.Denoiser` that counts the passes of the one it holds.
 
     Attributes:
-        counts: term -> passes, all branches of guidance; see ``passes.py``. Several threads may ask at once.
+        counts: term -> passes, all branches of guidance; see ``asking.py``. Several threads may ask at once.
         unconditional: term -> passes for guidance's unconditional branch; they are in ``counts`` too.
     """
 

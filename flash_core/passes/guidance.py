@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .process import NUM_TIMESTEPS, Process
-from .settings import DistillerSettings
+from ..process import NUM_TIMESTEPS, Process
+from ..settings import DistillerSettings
 
 Scales = tuple[float, float]
 NONE: Scales = (1.0, 1.0)
