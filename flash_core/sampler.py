@@ -18,7 +18,8 @@ def few_step_sample(
     sigmas: Sequence[float],
     noise: Callable[[], Tensor],
     *,
-    stochasticity: float = 1.0,
+    stochasticity: float | Sequence[float] = 1.0,
+    end: tuple[float, float] | None = None,
     callback: SampleCallback | None = None,
 ) -> Tensor:
     """Sample in few steps, as the student is trained for (arXiv 2406.02347, section 4.1; LCM's scheme).
@@ -31,16 +32,23 @@ def few_step_sample(
         noise: draws fresh noise shaped like ``z``; asked N - 1 times when ``stochasticity`` > 0, so that a generator's
             stream is used as diffusers' few-step scheduler uses it, and never when it is 0.
         stochasticity: 1 re-noises with fresh noise (the paper), 0 with the noise that z0 implies (DDIM); in between
-            the two are mixed at unit variance.
+            the two are mixed at unit variance. One number, or N - 1 numbers: one for each transition.
+        end: ``(alpha, sigma)`` of the level at which the result lies, with the noise that the last z0 implies.
+            Default: the last z0.
         callback: ``(i, z0, z)`` after each prediction.
 
     Returns:
-        The last z0.
+        The last z0, or ``alpha z0 + sigma eps`` at ``end``.
     """
     if len(alphas) != len(sigmas) or not sigmas:
         raise ValueError(f"expected as many alphas as sigmas and at least one, got {len(alphas)} and {len(sigmas)}")
-    if not 0 <= stochasticity <= 1:
-        raise ValueError(f"stochasticity must lie in 0..1, got {stochasticity}")
+    shares = [stochasticity] * (len(sigmas) - 1) if isinstance(stochasticity, (int, float)) else list(stochasticity)
+    told = [stochasticity] if isinstance(stochasticity, (int, float)) else shares
+    if not all(0 <= share <= 1 for share in told) or len(shares) != len(sigmas) - 1:
+        raise ValueError(
+            f"stochasticity must lie in 0..1 and be one number, or one for each of the {len(sigmas) - 1} transitions; "
+            f"got {stochasticity}"
+        )
     z0 = z
     for index in range(len(sigmas)):
         z0 = denoise(z, index)
@@ -48,14 +56,17 @@ def few_step_sample(
             callback(index, z0, z)
         if index + 1 == len(sigmas):
             break
-        if stochasticity == 1:
+        share = shares[index]
+        if share == 1:
             eps = noise()
         else:
             eps = (z - alphas[index] * z0) / sigmas[index]
-            if stochasticity > 0:
-                eps = (1 - stochasticity**2) ** 0.5 * eps + stochasticity * noise()
+            if share > 0:
+                eps = (1 - share**2) ** 0.5 * eps + share * noise()
         z = alphas[index + 1] * z0 + sigmas[index + 1] * eps
-    return z0
+    if end is None:
+        return z0
+    return end[0] * z0 + end[1] * (z - alphas[-1] * z0) / sigmas[-1]
 
 
 def generator_noise(like: Tensor, generator: torch.Generator) -> Callable[[], Tensor]:

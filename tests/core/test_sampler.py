@@ -166,7 +166,7 @@ def test_wrong_levels_and_stochasticity_are_named() -> None:
     for alphas, sigmas in (([], []), ([1.0], [1.0, 0.5])):
         with pytest.raises(ValueError, match="as many alphas as sigmas and at least one"):
             few_step_sample(lambda z, index: z, z, alphas, sigmas, lambda: z)
-    with pytest.raises(ValueError, match=r"stochasticity must lie in 0\.\.1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"stochasticity must lie in 0\.\.1 .* got 1\.5"):
         few_step_sample(lambda z, index: z, z, [1.0], [1.0], lambda: z, stochasticity=1.5)
 
 
