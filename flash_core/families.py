@@ -147,6 +147,9 @@ FAMILIES: tuple[Family, ...] = (
         parameters=2.24e9,
     ),
     Family("flux", "Flux", "", "flux-1-dev", "Flux", 16, 1024),
+    # Known for the presets of published few-step LoRAs. Qwen-Image's own card draws squares of 1328 pixels.
+    Family("qwen-image", "Qwen-Image", "", "qwen-image", "QwenImage", 16, 1328),
+    Family("z-image", "Z-Image", "", "z-image", "ZImage", 16, 1024),
     # The demo's class is nodes/demo/models.py's.
     Family(
         "flash-demo",
