@@ -56,6 +56,7 @@ class LoraReport:
         notes: changes to the layers, and hints for the user.
         metadata: of a Flash LoRA; None for other files.
         published: the Hub name of a recognised published file, or None.
+        sampling: lines on how a sampler samples a file without metadata; None for the usual line.
     """
 
     base: str | None
@@ -71,6 +72,7 @@ class LoraReport:
     notes: tuple[str, ...]
     metadata: FlashMetadata | None
     published: str | None
+    sampling: tuple[str, ...] | None = None
 
     @property
     def complete(self) -> bool:
@@ -123,7 +125,8 @@ class LoraReport:
         lines += [f"note: {note}" for note in self.notes]
         metadata = self.metadata
         if metadata is None:
-            lines.append("no Flash metadata: the sampler uses trailing timesteps")
+            usual = ("no Flash metadata: the sampler uses trailing timesteps",)
+            lines += usual if self.sampling is None else self.sampling
         else:
             steps = ", ".join(str(count) for count in sorted(metadata.timesteps))
             lines.append(

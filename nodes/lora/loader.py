@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..shared.inputs import allow_partial_input, files_fingerprint, strength_input
-from ..shared.model_facts import METADATA_KEY
-from ..shared.schema import node_schema
+from ..shared.schema import node_schema, show_text
 from .loaded import LOADED_KEY, check_single_flash
 from .patches import apply_lora, read_chosen
+from .presets import attach, face, recognise_file, sampling_lines
 
 
 class FlashLoraLoader(io.ComfyNode):
@@ -21,7 +23,18 @@ class FlashLoraLoader(io.ComfyNode):
         return node_schema(
             node_id="FlashLoraLoader",
             display_name="Flash LoRA Loader",
-            search_aliases=["lora", "load lora", "few-step lora", "lcm lora", "turbo lora", "flash diffusion"],
+            search_aliases=[
+                "lora",
+                "load lora",
+                "few-step lora",
+                "lcm lora",
+                "turbo lora",
+                "lightning lora",
+                "hyper sd lora",
+                "dmd2 lora",
+                "tcd lora",
+                "flash diffusion",
+            ],
             description="Load a few-step (Flash) LoRA of any format at its trained scale, or explain why it does not "
             "fit.",
             inputs=[
@@ -31,7 +44,11 @@ class FlashLoraLoader(io.ComfyNode):
                     options=folder_paths.get_filename_list("loras"),
                     tooltip="A .safetensors file from models/loras, or a LoRA of the demo.",
                 ),
-                strength_input("strength", "1 as in training; 0 leaves the model unchanged."),
+                strength_input(
+                    "strength",
+                    "1 as in training; 0 leaves the model unchanged. Hyper-SD3 and Hyper-FLUX need .125, as "
+                    "the report says.",
+                ),
                 allow_partial_input(),
             ],
             outputs=[
@@ -40,9 +57,10 @@ class FlashLoraLoader(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="Base, rank, alpha, matched layers, left-out layers, trained steps.",
+                    tooltip="Base, rank, alpha, matched layers, left-out layers, trained steps, preset.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -61,6 +79,9 @@ class FlashLoraLoader(io.ComfyNode):
         if file.metadata is not None:
             check_single_flash(model, model.get_attachment(LOADED_KEY) or (), [lora_name])
         patched, report = apply_lora(file, model, strength, allow_partial)
-        if file.metadata is not None:
-            patched.set_attachments(METADATA_KEY, file.metadata)
-        return io.NodeOutput(patched, report.text())
+        recognised = recognise_file(file, lora_name, model)
+        warned = attach(patched, file, recognised)
+        report = replace(report, sampling=sampling_lines(recognised, file, strength, model))
+        if recognised is not None:
+            show_text(cls, face(recognised, strength))
+        return io.NodeOutput(patched, "\n".join([report.text(), *warned]))

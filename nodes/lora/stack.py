@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -18,10 +19,10 @@ from ...flash_core.lora import LoraError, LoraFile, LoraModule, flat_name, merge
 from ...flash_core.lora.matching import same_weight
 from ...flash_core.lora.overlap import SIZE_LIMIT, Overlap, common_names, cosine, norm, overlap, suggested_strength
 from ..shared.inputs import NONE, allow_partial_input, files_fingerprint, strength_input
-from ..shared.model_facts import METADATA_KEY
 from ..shared.schema import count, node_schema, show_text
 from .loaded import LOADED_KEY, Loaded, check_single_flash
 from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch, read_chosen, whole_patches
+from .presets import attach, few_step_name, recognise_file, sampling_lines
 
 STYLES = 4  # slots; connect one stack to the next for more
 
@@ -126,12 +127,14 @@ class FlashLoraStack(io.ComfyNode):
         loaded, paragraphs = list(before), []
         for name, file, strength, few_step in files:
             flash = is_flash(file, few_step)
+            recognised = recognise_file(file, name, model) if flash else None
+            sampling = sampling_lines(recognised, file, strength, model) if flash else ()
             try:
-                model, clip, modules, text = load(file, model, clip, strength, allow_partial)
+                model, clip, modules, text = load(file, model, clip, strength, allow_partial, sampling)
             except (LoraMismatch, LoraError) as error:
                 raise LoraMismatch(f"{name}: {error}") from error
-            if flash and file.metadata is not None:
-                model.set_attachments(METADATA_KEY, file.metadata)
+            if flash and (file.modules or file.differences):
+                text = "\n".join([text, *attach(model, file, recognised)])
             loaded.append(Loaded(name, flash, strength, common_names(modules)))
             kind = "Flash LoRA" if flash else "LoRA"
             paragraphs.append(f"{kind} {name}, strength {strength:g}\n{text}")
@@ -149,9 +152,17 @@ def is_flash(file: LoraFile, few_step_slot: bool) -> bool:
 
 
 def load(
-    file: LoraFile, model: ModelPatcher, clip: CLIP | None, strength: float, allow_partial: bool
+    file: LoraFile,
+    model: ModelPatcher,
+    clip: CLIP | None,
+    strength: float,
+    allow_partial: bool,
+    sampling: tuple[str, ...] = (),
 ) -> tuple[ModelPatcher, CLIP | None, Mapping[str, LoraModule], str]:
     """Add one LoRA to clones of the model and the text encoder.
+
+    Args:
+        sampling: the report's lines on how it is sampled.
 
     Returns:
         ``(model, clip, modules, text)``: the clones, the layers that the model got, and the report.
@@ -168,7 +179,7 @@ def load(
         if not report.complete:
             modules = {name: modules[name] for name in fit(file, model)[0].matched}
         model = patched
-        lines.append(report.text())
+        lines.append(replace(report, sampling=sampling).text())
     elif clip is None:
         raise LoraMismatch(
             f"it changes only the text encoder ({count(layers, 'layer')}), but no text encoder is connected. "
@@ -236,7 +247,7 @@ def describe_meeting(loaded: Sequence[Loaded], model: ModelPatcher) -> list[str]
     flash = next((one for one in loaded if one.flash), None)
     styles = [one for one in loaded if not one.flash and one.modules]
     lines = []
-    if flash is None and model.get_attachment(METADATA_KEY) is not None and styles:
+    if flash is None and few_step_name(model) is not None and styles:
         lines.append(
             "The Flash LoRA comes from another loader, so its overlap with the styles is not measured. Choose it in "
             "flash_lora instead."

@@ -10,7 +10,10 @@ from ...flash_core.families import Family, family_of, of_comfy_class, of_transfo
 
 # A conditioning's value that every ComfyUI model joins to the noisy latent; ComfyUI does not resize it.
 CONCAT_KEY = "noise_concat"
-METADATA_KEY = "flash_metadata"  # the ModelPatcher attachment in which a LoRA's metadata travels to the sampler
+# The ModelPatcher attachments in which the facts of a few-step LoRA travel to the sampler: its own metadata, or the
+# preset that it was taken for. A model has one of them at most.
+METADATA_KEY = "flash_metadata"
+PRESET_KEY = "flash_preset"
 
 CHANNELS_PER_BLOCK = 64  # of SD3's transformers: the image stream is as many times 64 channels wide as they have blocks
 
@@ -30,6 +33,11 @@ def model_base(model: ModelPatcher) -> str | None:
     """Return the key of the model's family, or None for a model of no known family."""
     family = model_family(model)
     return None if family is None else family.key
+
+
+def model_bases(model: ModelPatcher) -> set[str]:
+    """Return the keys of the model's family and of the family that it is a variant of, such as SDXL for SSD-1B."""
+    return {family.key for family in (model_family(model), _nearest_family(model)) if family is not None}
 
 
 def family_name(model: ModelPatcher) -> str:
