@@ -13,9 +13,18 @@ from comfy.sd import VAE
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ...flash_core.grid import MAX_FEW_STEPS
+from ...flash_core.presets import MAX_STEPS
 from ..sampling.few_step import FlashGrid, flash_grid, listed
-from ..shared.inputs import NONE, GridName, denoise_input, files_fingerprint, grid_inputs, steps_input
+from ..shared.inputs import (
+    AUTO,
+    NONE,
+    GridName,
+    denoise_input,
+    files_fingerprint,
+    grid_inputs,
+    preset_input,
+    steps_input,
+)
 from ..shared.schema import advanced, count, node_schema, show_text
 from .files import load_adapter
 from .match import check_adapter
@@ -165,14 +174,12 @@ class FlashAdapterApply(io.ComfyNode):
                     "SDXL canny adapter. Lower it if the hint shows too much.",
                 ),
                 steps_input(),
-                io.Int.Input(
-                    "start_step", default=1, min=1, max=MAX_FEW_STEPS, tooltip="The first step with the adapter."
-                ),
+                io.Int.Input("start_step", default=1, min=1, max=MAX_STEPS, tooltip="The first step with the adapter."),
                 io.Int.Input(
                     "end_step",
-                    default=MAX_FEW_STEPS,
+                    default=MAX_STEPS,
                     min=1,
-                    max=MAX_FEW_STEPS,
+                    max=MAX_STEPS,
                     tooltip="The last step with the adapter; a number beyond the run means the last step. Lower it to "
                     "leave the details to the model: 1 or 2 of 4 often suffice.",
                 ),
@@ -198,6 +205,7 @@ class FlashAdapterApply(io.ComfyNode):
                     optional=True,
                 ),
                 *grid_inputs(),
+                preset_input(),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt with the adapter."),
@@ -231,6 +239,7 @@ class FlashAdapterApply(io.ComfyNode):
         denoise: float = 1.0,
         grid: GridName = "trained",
         timesteps: str = "",
+        preset: str = AUTO,
     ) -> io.NodeOutput:
         """Check everything, then add the adapter; at strength 0 the prompts stay unchanged."""
         if (control_net is None) == (adapter_name == NONE):
@@ -240,7 +249,7 @@ class FlashAdapterApply(io.ComfyNode):
                 else f"There are two adapters: {adapter_name}, and the one at control_net. Set adapter_name to "
                 f"'{NONE}', or disconnect control_net. To use both, use this node twice."
             )
-        chosen = flash_grid(model, steps, denoise, grid, timesteps)
+        chosen = flash_grid(model, steps, denoise, grid, timesteps, preset)
         window = step_window(model, chosen, start_step, end_step)
         if control_net is None:
             control = load_adapter(folder_paths.get_full_path_or_raise("controlnet", adapter_name), model)

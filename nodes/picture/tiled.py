@@ -23,6 +23,7 @@ from torch import Tensor
 from ...flash_core.image import Box, Tiling, crop, pad_picture
 
 WRAPPER_KEY = "flash_tiles"
+SIZE_RATIO = 8  # pixels for each latent position in the sizes that ComfyUI gives a model (SDXL, PixArt)
 
 
 def tiled_model(
@@ -199,3 +200,9 @@ def decode_tiled(vae: VAE, latent: Tensor, tiles: Tiling, picture: Tensor, after
         pixels.add(picture.movedim(-1, 1), part, index)
         after_tile()
     picture.clamp_(0, 1)
+
+
+def with_tile_size(prompt: list[Any], tiles: Tiling) -> list[Any]:
+    """Give models that read a picture's size (SDXL, PixArt) the tile's size, as in their training."""
+    size = {"width": tiles.tile_width * SIZE_RATIO, "height": tiles.tile_height * SIZE_RATIO}
+    return [[tokens, {**size, **entries}] for tokens, entries in prompt]

@@ -17,8 +17,10 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.image import Tiling, plan_tiles, resize
-from ..sampling.few_step import flash_grid, flash_sampler, grid_stochasticity, text_on_node
+from ..sampling.few_step import flash_grid, flash_sampler, grid_transitions, text_on_node
+from ..sampling.presets import guidance_warnings
 from ..shared.inputs import (
+    AUTO,
     GridName,
     check_guidance,
     check_numbers,
@@ -28,6 +30,7 @@ from ..shared.inputs import (
     grid_inputs,
     guidance_input,
     negative_input,
+    preset_input,
     seed_input,
     steps_input,
 )
@@ -36,7 +39,7 @@ from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import advanced, count, node_schema, show_text
 from ..shared.sizes import latent_sizes
 from .tile_patches import check_tileable
-from .tiled import decode_tiled, encode_tiled, tiled_model
+from .tiled import decode_tiled, encode_tiled, tiled_model, with_tile_size
 
 MAX_SCALE = 8
 MAX_OVERLAP = 0.5
@@ -45,7 +48,6 @@ VAE_TILE = 512  # pixels; the VAE's tiles are at least this large
 VAE_OVERLAP = 0.25
 PICTURE_CHANNELS = 3
 X4_RATIO = 4  # pixels for each latent position of the x4 upscaler
-SIZE_RATIO = 8  # pixels for each latent position in the sizes that ComfyUI gives a model (SDXL, PixArt)
 SPARE = 2  # memory in units of the result: the result, and the same again to resize and for the next nodes
 
 
@@ -125,6 +127,7 @@ class FlashUpscale(io.ComfyNode):
                 ),
                 *grid_inputs(),
                 negative_input(),
+                preset_input(),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The enlarged picture.")],
             hidden=[io.Hidden.unique_id],
@@ -148,6 +151,7 @@ class FlashUpscale(io.ComfyNode):
         grid: GridName = "trained",
         timesteps: str = "",
         negative: list[Any] | None = None,
+        preset: str = AUTO,
     ) -> io.NodeOutput:
         """Enlarge, encode, sample and decode, tile by tile and picture by picture."""
         prompts = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
@@ -157,7 +161,7 @@ class FlashUpscale(io.ComfyNode):
         check_cuttable(prompts, guidance)
         check_unconditional(model, negative)
         concat = concat_of(model, vae, prompts)
-        chosen = flash_grid(model, steps, denoise if concat is None else 1.0, grid, timesteps)
+        chosen = flash_grid(model, steps, denoise if concat is None else 1.0, grid, timesteps, preset)
         tiles, vae_tiles = plan(model, vae, image, scale, tile_size, overlap)
         check_numbers("image", image)
         if concat is None:
@@ -167,8 +171,9 @@ class FlashUpscale(io.ComfyNode):
             check_tileable(model)
         pictures = enlarge(image, scale)
         batch = len(pictures)
-        fresh = grid_stochasticity(model, chosen)
-        show_text(cls, text_on_node(f"{chosen.text}, {describe(tiles, vae, pictures)}", fresh))
+        fresh = grid_transitions(model, chosen)
+        warned = guidance_warnings(chosen.preset, steps, guidance, positive)
+        show_text(cls, text_on_node(f"{chosen.text}, {describe(tiles, vae, pictures)}", fresh, warned))
 
         passes = len(vae_tiles) * (1 if concat is not None and concat.holds == "picture" else 2)
         progress = Progress(model, batch * (passes + len(tiles) * len(chosen.timesteps)), tiles)
@@ -194,7 +199,7 @@ class FlashUpscale(io.ComfyNode):
             latents[one] = guider.sample(
                 noise[one],
                 start,
-                flash_sampler(fresh.value),
+                flash_sampler(transitions=fresh),
                 chosen.sigmas,
                 callback=progress.step,
                 disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
@@ -392,9 +397,3 @@ def describe(tiles: Tiling, vae: VAE, pictures: Tensor) -> str:
         f"{width} x {height} pixels in {len(tiles.lefts)} x {len(tiles.tops)} tiles of {tiles.tile_width * ratio} x "
         f"{tiles.tile_height * ratio}"
     )
-
-
-def with_tile_size(prompt: list[Any], tiles: Tiling) -> list[Any]:
-    """Give models that read a picture's size (SDXL, PixArt) the tile's size, as in their training."""
-    size = {"width": tiles.tile_width * SIZE_RATIO, "height": tiles.tile_height * SIZE_RATIO}
-    return [[tokens, {**size, **entries}] for tokens, entries in prompt]

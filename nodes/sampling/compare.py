@@ -19,12 +19,14 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...flash_core.grid import MAX_FEW_STEPS
-from ..shared.inputs import check_guidance, check_unconditional, fixed_latent, seed_input
+from ...flash_core.presets import in_words
+from ..shared.inputs import AUTO, check_guidance, check_unconditional, fixed_latent, seed_input
 from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_vae, describe_model
 from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import count, node_schema, show_text
 from .contact_sheet import draw_grid
-from .few_step import flash_grid, flash_sampler, grid_stochasticity, listed
+from .few_step import flash_grid, flash_sampler, grid_transitions, in_table, listed
+from .presets import choose_preset
 
 COUNTER_KEY = "flash_compare"
 FLASH_GUIDANCE = 1.0
@@ -239,8 +241,8 @@ class Bench:
         counted = Counted(model)
         chosen = flash_grid(model, steps)
         latents, seconds = timed(model.load_device, lambda: self._custom(counted.model, chosen.sigmas, FLASH_GUIDANCE))
-        fresh = grid_stochasticity(model, chosen)
-        sampler = f"t = {listed(chosen.timesteps)}" + (f", stochasticity {fresh.value:g}" if fresh.text else "")
+        fresh = grid_transitions(model, chosen)
+        sampler = f"t = {listed(chosen.timesteps)}" + in_table(chosen, fresh)
         return Run("Flash", steps, sampler, FLASH_GUIDANCE, counted.rows / len(self.latent), seconds, latents)
 
     def _custom(self, model: ModelPatcher, sigmas: Tensor, guidance: float) -> Tensor:
@@ -344,6 +346,12 @@ def notes(model: ModelPatcher, flash_model: ModelPatcher, seed: int) -> list[str
         found.append(
             "NOTE: 'model' and 'flash_model' are the same model, so this table compares only samplers. Put Flash LoRA "
             "Loader before 'flash_model'."
+        )
+    recognised = choose_preset(flash_model, AUTO)
+    if recognised is not None and recognised.preset.guidance[0] > FLASH_GUIDANCE:
+        found.append(
+            f"NOTE: {recognised.preset.title} is made for guidance {in_words(recognised.preset.guidance)}; here it "
+            "runs without guidance."
         )
     brought = model.get_attachment(METADATA_KEY)
     if brought is not None:

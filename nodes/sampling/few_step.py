@@ -16,19 +16,22 @@ from torch import Tensor
 
 from ...flash_core.families import name_of
 from ...flash_core.grid import (
+    NUM_MODES,
     custom_timesteps,
     implied_shift,
     reference_timesteps,
     snapped_timesteps,
 )
 from ...flash_core.lora import FlashMetadata
+from ...flash_core.presets import Recognised
 from ...flash_core.process import NUM_TIMESTEPS, FlowProcess, Process
 from ...flash_core.sampler import few_step_sample, item_noise
-from ..shared.inputs import GRIDS, GridName
+from ..shared.inputs import AUTO, GRIDS, GridName
 from ..shared.model_facts import METADATA_KEY
 from ..shared.process import process_of
 from ..shared.schema import count
-from .stochasticity import Stochasticity, choose_stochasticity, of_running_model
+from .presets import check_preset, choose_preset, warnings
+from .stochasticity import Transitions, choose_stochasticity, of_running_model, preset_transitions
 
 SAMPLING_NODE = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}  # names in ModelSamplingDiscrete
 
@@ -93,15 +96,24 @@ class FlashGrid:
         timesteps: descending; 0..999, or 1000 s for a flow model.
         sigmas: (n + 1,) float32, descending to 0, in ComfyUI's convention.
         text: for the node's face.
+        steps: step count of a full run.
+        preset: of the run, or None.
     """
 
     timesteps: tuple[float, ...]
     sigmas: Tensor
     text: str
+    steps: int
+    preset: Recognised | None = None
 
 
 def flash_grid(
-    model: ModelPatcher, steps: int, denoise: float = 1.0, grid: GridName = "trained", timesteps: str = ""
+    model: ModelPatcher,
+    steps: int,
+    denoise: float = 1.0,
+    grid: GridName = "trained",
+    timesteps: str = "",
+    preset: str = AUTO,
 ) -> FlashGrid:
     """Choose the timesteps at which a few-step model is evaluated.
 
@@ -109,13 +121,17 @@ def flash_grid(
         model: the MODEL; its ``model_sampling`` may come from a ModelSampling node.
         steps: evaluations of a full run.
         denoise: in (0, 1]; below 1 the run starts later (see each grid's function). Default: 1.
-        grid: ``trained`` uses :func:`~..flash_core.grid.snapped_timesteps` with the timesteps of the LoRA's metadata;
+        grid: ``trained`` uses :func:`~..flash_core.grid.snapped_timesteps` with the timesteps of the LoRA's metadata or
+            of the preset;
             ``reference`` uses :func:`~..flash_core.grid.reference_timesteps`; ``custom`` uses
             :func:`~..flash_core.grid.custom_timesteps`. Default: ``trained``.
         timesteps: the list for ``custom``; then ``steps`` is not used. Default: empty.
+        preset: the title of a preset, which comes before the LoRA's metadata; or ``auto`` for the LoRA's own facts.
+            Default: ``auto``.
 
     Raises:
-        ValueError: the model has no timesteps, the LoRA is for another kind of model, or a value is out of range.
+        ValueError: the model has no timesteps, the LoRA or the preset is for another kind of model, or a value is out
+            of range.
     """
     if grid not in GRIDS:
         raise ValueError(f"grid is {grid!r}; expected one of {', '.join(GRIDS)}.")
@@ -126,8 +142,13 @@ def flash_grid(
         )
     sampling = model.get_model_object("model_sampling")
     process = process_of(sampling)
-    metadata: FlashMetadata | None = model.get_attachment(METADATA_KEY)
+    recognised = choose_preset(model, preset)
+    metadata: FlashMetadata | None = model.get_attachment(METADATA_KEY) if recognised is None else None
     trained: Mapping[int, Sequence[float]] = {}
+    warned: list[str] = []
+    if recognised is not None:
+        check_preset(recognised, process, model)
+        warned = warnings(recognised, model, None if grid == "custom" else steps)
     if metadata is not None:
         check_prediction(metadata, process)
         if grid == "trained":
@@ -136,10 +157,12 @@ def flash_grid(
     facts = []
     if isinstance(process, FlowProcess):
         set_shift = process.shift
-        process = FlowProcess(implied_shift(trained) or set_shift)
+        told_shift = recognised.preset.shift if recognised is not None and grid == "trained" else implied_shift(trained)
+        process = FlowProcess(told_shift or set_shift)
         facts.append(f"flow shift {process.shift:.4g}")
         if not math.isclose(process.shift, set_shift, rel_tol=1e-3):
-            facts.append(f"from the LoRA; the model's shift {set_shift:.4g} is not used")
+            owner = "the LoRA" if recognised is None else "the preset"
+            facts.append(f"from {owner}; the model's shift {set_shift:.4g} is not used")
     else:
         facts.append(f"predicts {in_words(process.prediction)}")
     if trained and steps not in trained:
@@ -150,25 +173,44 @@ def flash_grid(
         dynamic = isinstance(sampling, comfy.model_sampling.ModelSamplingFlux)
         chosen = reference_timesteps(process, steps, denoise, dynamic_shift=dynamic)
     else:
+        if recognised is not None:
+            # Image to image keeps to the run's own timesteps: a LoRA for 2 steps knows no others.
+            full = recognised.preset.grid(process, steps)
+            trained = {steps: full, NUM_MODES: full}
         chosen = snapped_timesteps(process, steps, denoise, trained)
     facts.insert(0, count(len(chosen), "evaluation"))
     return FlashGrid(
         timesteps=tuple(chosen),
         sigmas=torch.tensor([*(sigma_of_timestep(sampling, t) for t in chosen), 0.0]),
-        text=f"t = {listed(chosen)}\n({', '.join(facts)})",
+        text="\n".join([f"t = {listed(chosen)}", *warned, f"({', '.join(facts)})"]),
+        steps=steps,
+        preset=recognised,
     )
 
 
-def grid_stochasticity(model: ModelPatcher, chosen: FlashGrid, given: float | None = None) -> Stochasticity:
-    """Return the share of fresh noise of a run: ``given``, or the value of the model's LoRA for this run."""
+def grid_transitions(model: ModelPatcher, chosen: FlashGrid, given: float | None = None) -> Transitions:
+    """Return the transitions of a run: with the share ``given``, or with the value of the model's LoRA or preset."""
     process = process_of(model.get_model_object("model_sampling"))
+    if chosen.preset is not None:
+        return preset_transitions(chosen.preset, given, process, chosen.timesteps, chosen.steps)
     return choose_stochasticity(given, model.get_attachment(METADATA_KEY), process, chosen.timesteps)
 
 
-def text_on_node(text: str, fresh: Stochasticity) -> str:
-    """Put the stochasticity below the first line of a grid's text: a node shows two lines, and more when enlarged."""
+def text_on_node(text: str, transitions: Transitions, warned: Sequence[str] = ()) -> str:
+    """Put the transitions below the first line of a grid's text: a node shows two lines, and more when enlarged.
+
+    Args:
+        warned: more lines, below the transitions.
+    """
     first, *others = text.split("\n")
-    return "\n".join([first, *filter(None, [fresh.text]), *others])
+    return "\n".join([first, *filter(None, [transitions.text]), *warned, *others])
+
+
+def in_table(chosen: FlashGrid, transitions: Transitions) -> str:
+    """Return the preset or the stochasticity of a run for the table; nothing for one evaluation without a preset."""
+    if chosen.preset is not None:
+        return f", {chosen.preset.preset.title}: {chosen.preset.preset.noise_in_words}"
+    return f", stochasticity {transitions.stochasticity:g}" if transitions.text else ""
 
 
 def listed(timesteps: Sequence[float]) -> str:
@@ -184,7 +226,9 @@ def sample_flash(
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
-    stochasticity: float | None = 1.0,
+    stochasticity: float | None = None,
+    preset: str = AUTO,
+    transitions: Transitions | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Tensor:
     """Run :func:`~..flash_core.sampler.few_step_sample` with the signature of a k-diffusion sampler.
@@ -203,9 +247,11 @@ def sample_flash(
         extra_args: ComfyUI's arguments for the model; their ``seed`` seeds the fresh noise.
         callback: ComfyUI's, called after every evaluation; it reports progress and raises if the user interrupts.
         disable: no effect: this sampler draws no progress bar in the console.
-        stochasticity: 1 adds fresh noise, 0 the noise that z0 implies; None takes the value of the LoRA's metadata
-            (see :func:`~.stochasticity.of_running_model`). Default: 1.
-        tell: gets the value that None stands for, with its reason. Default: nobody is told.
+        stochasticity: 1 adds fresh noise, 0 the noise that z0 implies; None takes the value of the LoRA's metadata or
+            of the preset (see :func:`~.stochasticity.of_running_model`). Default: None.
+        preset: see :func:`flash_grid`. Default: ``auto``.
+        transitions: chosen before the run; then ``stochasticity`` and ``preset`` are not read. Default: None.
+        tell: gets the value that None stands for, or the preset, with its reason. Default: nobody is told.
     """
     if len(sigmas) < 2:
         return x
@@ -213,11 +259,10 @@ def sample_flash(
     sampling = model.inner_model.inner_model.model_sampling
     steps = len(sigmas) - 1
     levels = [float(sigma) for sigma in (sigmas if sigmas[-1] > 0 else sigmas[:-1])]
-    if stochasticity is None:
-        chosen = of_running_model(model.inner_model, levels)
-        stochasticity = chosen.value
-        if tell is not None and chosen.text:
-            tell(chosen.text)
+    if transitions is None:
+        transitions = of_running_model(model.inner_model, levels, stochasticity, preset)
+        if tell is not None and transitions.text and (stochasticity is None or preset != AUTO):
+            tell(transitions.text)
     flow = isinstance(sampling, comfy.model_sampling.CONST)
     noise_scale = getattr(sampling, "noise_scale", 1.0)  # of some newer flow models; older ComfyUI has none
     draw = item_noise(model.noise, arguments.get("seed") or 0, x)
@@ -225,7 +270,9 @@ def sample_flash(
     batch = x.new_ones(x.shape[0])
     # A flow model's x is already pure noise at its last timestep.
     pure = not flow and starts_from_noise(sampling, levels[0], first_noise)
-    if pure:
+    if pure and transitions.starts_at_sigma:
+        x = first_noise * sigmas[0]
+    elif pure:
         x = sampling.noise_scaling(sigmas[0], first_noise, torch.zeros_like(x), True)
 
     def fresh() -> Tensor:
@@ -253,15 +300,21 @@ def sample_flash(
             sigma = sigmas[index]
             callback({"x": z, "i": index, "sigma": sigma, "sigma_hat": sigma, "denoised": z0})
 
-    return few_step_sample(
+    whole = len(levels) == steps
+    latents = few_step_sample(
         denoise,
         x,
         alphas=[1 - level if flow else 1.0 for level in levels],
         sigmas=levels,
         noise=fresh,
-        stochasticity=stochasticity,
+        stochasticity=transitions.stochasticity,
+        end=transitions.end if whole else None,
         callback=report,
     )
+    if mask is not None and whole and transitions.end is not None:
+        # The kept part ends clean: it is the user's picture, without the noise that the run's end leaves elsewhere.
+        latents = mask.to(latents) * latents + (1 - mask.to(latents)) * model.latent_image.to(latents)
+    return latents
 
 
 def starts_from_noise(sampling: Any, sigma: float, noise: Tensor) -> bool:
@@ -281,12 +334,19 @@ def masked_noise(fresh: Tensor, first: Tensor, mask: Tensor) -> Tensor:
 
 
 def flash_sampler(
-    stochasticity: float | None = None, tell: Callable[[str], None] | None = None
+    stochasticity: float | None = None,
+    preset: str = AUTO,
+    *,
+    transitions: Transitions | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> comfy.samplers.KSAMPLER:
     """Make a ComfyUI SAMPLER of :func:`sample_flash`.
 
     Args:
-        stochasticity: in 0..1; None takes the value of the LoRA's metadata when the run begins. Default: None.
-        tell: gets the value that None stands for, with its reason. Default: nobody is told.
+        stochasticity: in 0..1; None takes the LoRA's value when the run begins. Default: None.
+        preset: see :func:`flash_grid`. Default: ``auto``.
+        transitions: chosen before the run; then ``stochasticity`` and ``preset`` are not read. Default: None.
+        tell: gets the value that None stands for, or the preset, with its reason. Default: nobody is told.
     """
-    return comfy.samplers.KSAMPLER(sample_flash, extra_options={"stochasticity": stochasticity, "tell": tell})
+    options = {"stochasticity": stochasticity, "preset": preset, "transitions": transitions, "tell": tell}
+    return comfy.samplers.KSAMPLER(sample_flash, extra_options=options)

@@ -20,6 +20,7 @@ from ..shared.inputs import (
     grid_inputs,
     guidance_input,
     negative_input,
+    preset_input,
     read_stochasticity,
     seed_input,
     steps_input,
@@ -27,7 +28,8 @@ from ..shared.inputs import (
 )
 from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import node_schema, show_text
-from .few_step import flash_grid, flash_sampler, grid_stochasticity, text_on_node
+from .few_step import flash_grid, flash_sampler, grid_transitions, text_on_node
+from .presets import guidance_warnings
 
 
 class FlashSampler(io.ComfyNode):
@@ -38,8 +40,20 @@ class FlashSampler(io.ComfyNode):
         return node_schema(
             node_id="FlashSampler",
             display_name="Flash Sampler",
-            search_aliases=["few-step sampler", "ksampler", "lcm", "turbo", "lightning", "flash diffusion"],
-            description="Sample a few-step (Flash) model at exactly its trained timesteps.",
+            search_aliases=[
+                "few-step sampler",
+                "ksampler",
+                "lcm",
+                "turbo",
+                "lightning",
+                "hyper sd",
+                "dmd2",
+                "tcd",
+                "pcm",
+                "euler trailing",
+                "flash diffusion",
+            ],
+            description="Sample a few-step model (Flash, LCM, Lightning, Hyper, DMD2, TCD) at exactly its timesteps.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with its Flash LoRA, from Flash LoRA Loader."),
                 io.Conditioning.Input("positive", tooltip="The prompt. ControlNets, masks and areas work as usual."),
@@ -50,13 +64,15 @@ class FlashSampler(io.ComfyNode):
                 seed_input("The same seed gives the same picture. The first noise is that of KSampler at this seed."),
                 steps_input(),
                 guidance_input(
-                    "Classifier-free guidance (KSampler's cfg). Leave it at 1: Flash models have guidance built in. "
-                    "Above 1 it needs a negative prompt and twice the time."
+                    "Classifier-free guidance (KSampler's cfg). Leave it at 1: few-step models have guidance built in; "
+                    "the node warns where the LoRA's preset needs another. Above 1 it needs a negative "
+                    "prompt and twice the time."
                 ),
                 denoise_input(),
                 *grid_inputs(),
                 stochasticity_input(optional=True, folded=True),
                 negative_input(),
+                preset_input(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The finished latent. Connect VAE Decode.")],
             hidden=[io.Hidden.unique_id],
@@ -76,6 +92,7 @@ class FlashSampler(io.ComfyNode):
         timesteps: str = "",
         stochasticity: str | float = AUTO,
         negative: list[Any] | None = None,
+        preset: str = AUTO,
     ) -> io.NodeOutput:
         """Sample; the result keeps the input's mask and batch index."""
         import latent_preview  # ComfyUI's; not importable before its server has started
@@ -87,9 +104,10 @@ class FlashSampler(io.ComfyNode):
         samples = fixed_latent(model, latent_image)
         check_channels(model, samples.shape, positive=positive, negative=negative)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-        chosen = flash_grid(model, steps, denoise, grid, timesteps)
-        fresh = grid_stochasticity(model, chosen, given)
-        show_text(cls, text_on_node(chosen.text, fresh))
+        chosen = flash_grid(model, steps, denoise, grid, timesteps, preset)
+        fresh = grid_transitions(model, chosen, given)
+        warned = guidance_warnings(chosen.preset, steps, guidance, positive)
+        show_text(cls, text_on_node(chosen.text, fresh, warned))
         guider = comfy.samplers.CFGGuider(model)
         conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
         guider.inner_set_conds(conds)
@@ -97,7 +115,7 @@ class FlashSampler(io.ComfyNode):
         sampled = guider.sample(
             noise,
             samples,
-            flash_sampler(fresh.value),
+            flash_sampler(transitions=fresh),
             chosen.sigmas,
             denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, len(chosen.timesteps)),
@@ -123,6 +141,7 @@ class FlashScheduler(io.ComfyNode):
                 steps_input(),
                 denoise_input(),
                 *grid_inputs(),
+                preset_input(),
             ],
             outputs=[
                 io.Sigmas.Output(
@@ -134,10 +153,16 @@ class FlashScheduler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: ModelPatcher, steps: int, denoise: float, grid: GridName = "trained", timesteps: str = ""
+        cls,
+        model: ModelPatcher,
+        steps: int,
+        denoise: float,
+        grid: GridName = "trained",
+        timesteps: str = "",
+        preset: str = AUTO,
     ) -> io.NodeOutput:
         """Return the noise levels of :func:`~.few_step.flash_grid`."""
-        chosen = flash_grid(model, steps, denoise, grid, timesteps)
+        chosen = flash_grid(model, steps, denoise, grid, timesteps, preset)
         show_text(cls, chosen.text)
         return io.NodeOutput(chosen.sigmas)
 
@@ -153,12 +178,13 @@ class FlashSamplerSelect(io.ComfyNode):
             search_aliases=["few-step sampler", "lcm sampler", "ksampler select", "stochastic sampler"],
             description="Give the few-step sampler to SamplerCustomAdvanced: predict the picture, add fresh noise, "
             "repeat.",
-            inputs=[stochasticity_input()],
+            inputs=[stochasticity_input(), preset_input()],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, stochasticity: str | float) -> io.NodeOutput:
+    def execute(cls, stochasticity: str | float, preset: str = AUTO) -> io.NodeOutput:
         """Return the sampler of :func:`~.few_step.flash_sampler`; what ``auto`` means is shown when a run begins."""
-        return io.NodeOutput(flash_sampler(read_stochasticity(stochasticity), lambda text: show_text(cls, text)))
+        given = read_stochasticity(stochasticity)
+        return io.NodeOutput(flash_sampler(given, preset, tell=lambda text: show_text(cls, text)))

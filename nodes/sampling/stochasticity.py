@@ -1,4 +1,4 @@
-"""The share of fresh noise between steps: a user's number, or the value of the LoRA's metadata, with its reason."""
+"""The share of fresh noise between steps (a user's number, metadata or a preset), and how a run starts and ends."""
 
 from __future__ import annotations
 
@@ -12,30 +12,54 @@ import torch
 from ...flash_core.grid import MAX_FEW_STEPS, implied_shift, trailing_timesteps
 from ...flash_core.lora import FlashMetadata, nearest_stochasticity
 from ...flash_core.lora.metadata import PAPER_STOCHASTICITY
+from ...flash_core.presets import Recognised
 from ...flash_core.process import NUM_TIMESTEPS, FlowProcess, Process
 from ..shared.model_facts import METADATA_KEY
 from ..shared.process import process_of
+from .presets import choose_preset, preset_text
 
 TIMESTEP_TOLERANCE = 0.51  # a model's timesteps are whole numbers
 
 
 @dataclass(frozen=True)
-class Stochasticity:
-    """The share of fresh noise of a run.
+class Transitions:
+    """How a run starts, goes from one noise level to the next, and ends.
 
     Attributes:
-        value: in 0..1.
-        text: the value and its reason for the node's face; empty for a run that adds no noise.
+        stochasticity: the share of fresh noise in 0..1; or one for each transition.
+        text: the share or the preset, with the reason, for the node's face; empty where there is nothing to tell.
+        starts_at_sigma: see :attr:`~...flash_core.presets.Preset.starts_at_sigma`.
+        end: see :meth:`~...flash_core.presets.Preset.end`.
     """
 
-    value: float
+    stochasticity: float | tuple[float, ...]
     text: str
+    starts_at_sigma: bool = False
+    end: tuple[float, float] | None = None
+
+
+def preset_transitions(
+    chosen: Recognised, given: float | None, process: Process, timesteps: Sequence[float], steps: int
+) -> Transitions:
+    """Return the preset's transitions, with the user's share of fresh noise in place of the preset's if one is given.
+
+    Args:
+        given: the user's number; None for ``auto``.
+        timesteps: of the run.
+        steps: step count of a full run, for the guidance that the text names.
+    """
+    preset = chosen.preset
+    text = preset_text(chosen, steps)
+    if given is not None and len(timesteps) > 1:
+        text += f"; stochasticity {given:g} in place of it"
+    share = preset.stochasticity(process, timesteps) if given is None else given
+    return Transitions(share, text, preset.starts_at_sigma, preset.end(process))
 
 
 def choose_stochasticity(
     given: float | None, metadata: FlashMetadata | None, process: Process, timesteps: Sequence[float]
-) -> Stochasticity:
-    """Choose the share of fresh noise of a run.
+) -> Transitions:
+    """Choose the share of fresh noise of a run without a preset.
 
     Args:
         given: the user's number; None for ``auto``, which takes the value of the metadata for the run's step count.
@@ -43,22 +67,22 @@ def choose_stochasticity(
         timesteps: the noise levels of the run; with one there is no step to add noise at.
     """
     if len(timesteps) < 2:
-        return Stochasticity(PAPER_STOCHASTICITY if given is None else given, "")
+        return Transitions(PAPER_STOCHASTICITY if given is None else given, "")
     if metadata is None or not metadata.stochasticity:
         if given is not None:
-            return Stochasticity(given, f"stochasticity {given:g}")
+            return Transitions(given, f"stochasticity {given:g}")
         lack = "the model has no Flash metadata" if metadata is None else "the LoRA's metadata has no value"
-        return Stochasticity(PAPER_STOCHASTICITY, f"stochasticity {PAPER_STOCHASTICITY:g}: the paper's, since {lack}")
+        return Transitions(PAPER_STOCHASTICITY, f"stochasticity {PAPER_STOCHASTICITY:g}: the paper's, since {lack}")
     steps = trained_steps(metadata, process, timesteps)
     measured, listed = nearest_stochasticity(metadata.stochasticity, steps)
     source = f"the LoRA's metadata for {listed} steps"
     if listed != steps:
         source += f", the nearest to {steps}"
     if given is None:
-        return Stochasticity(measured, f"stochasticity {measured:g}: {source}")
+        return Transitions(measured, f"stochasticity {measured:g}: {source}")
     if given == measured:
-        return Stochasticity(given, f"stochasticity {given:g}")
-    return Stochasticity(given, f"stochasticity {given:g} (auto: {measured:g}, {source})")
+        return Transitions(given, f"stochasticity {given:g}")
+    return Transitions(given, f"stochasticity {given:g} (auto: {measured:g}, {source})")
 
 
 def trained_steps(metadata: FlashMetadata, process: Process, timesteps: Sequence[float]) -> int:
@@ -78,20 +102,25 @@ def trained_steps(metadata: FlashMetadata, process: Process, timesteps: Sequence
     return len(timesteps)
 
 
-def of_running_model(guider: Any, sigmas: Sequence[float]) -> Stochasticity:
-    """Return what ``auto`` means for a run that has begun, for a sampler that was made without its model.
+def of_running_model(guider: Any, sigmas: Sequence[float], given: float | None, choice: str) -> Transitions:
+    """Return the transitions of a run that has begun, for a sampler that was made without its model.
 
     Args:
         guider: ComfyUI's guider, with its ``model_patcher`` and the model as ``inner_model``.
         sigmas: the noise levels of the run in ComfyUI's convention, the last one only if it is above 0.
+        given: the user's share of fresh noise; None for ``auto``.
+        choice: of the preset, as :func:`~.presets.choose_preset` takes it.
     """
     patcher = getattr(guider, "model_patcher", None)  # guiders of other node packs may have none
     metadata: FlashMetadata | None = None if patcher is None else patcher.get_attachment(METADATA_KEY)
     sampling = guider.inner_model.model_sampling
-    if metadata is None or not metadata.stochasticity:
-        return choose_stochasticity(None, metadata, FlowProcess(1.0), sigmas)  # the process has no effect here
+    chosen = choose_preset(patcher, choice)
+    if chosen is None and (metadata is None or not metadata.stochasticity):
+        return choose_stochasticity(given, metadata, FlowProcess(1.0), sigmas)  # the process has no effect here
     if isinstance(sampling, comfy.model_sampling.CONST):
         timesteps = [sigma * NUM_TIMESTEPS for sigma in sigmas]
     else:
         timesteps = [float(sampling.timestep(torch.tensor(sigma))) for sigma in sigmas]
-    return choose_stochasticity(None, metadata, process_of(sampling), timesteps)
+    if chosen is not None:
+        return preset_transitions(chosen, given, process_of(sampling), [round(t, 3) for t in timesteps], len(timesteps))
+    return choose_stochasticity(given, metadata, process_of(sampling), timesteps)

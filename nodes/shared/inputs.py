@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ...flash_core.grid import MAX_FEW_STEPS
+from ...flash_core.presets import MAX_STEPS, PRESETS
 from .schema import advanced, count
 from .sizes import check_size
 
@@ -26,33 +26,38 @@ GridName = Literal["trained", "reference", "custom"]
 GRIDS: tuple[GridName, ...] = get_args(GridName)
 
 NONE = "none"  # the choice of no file
-AUTO = "auto"  # stochasticity: the value of the LoRA's metadata
+AUTO = "auto"  # stochasticity, preset: what the LoRA's metadata or its preset says
 
 STEPS_TOOLTIP = (
     "How often the model is evaluated. 4 is usual; 1 or 2 is faster. Each step count has its own trained timesteps (4 "
-    "steps: t = 999, 749, 499, 249); the node shows them after a run."
+    "steps: t = 999, 749, 499, 249); the node shows them after a run. More than 8 only for LoRAs made for them."
 )
 DENOISE_TOOLTIP = (
     "1 makes a new picture. Below 1 keeps more of the input picture. Rounded to the nearest trained timestep: with 4 "
     "steps .25, .5, .75 and 1 differ."
 )
 GRID_TOOLTIP = (
-    "Which timesteps are evaluated. trained: those of the LoRA's training (best). reference: those of the published "
-    "diffusers pipelines (999, 759, 499, 259). custom: your list in 'timesteps'."
+    "Which timesteps are evaluated. trained: those of the LoRA's metadata or preset (best). reference: those of the "
+    "published diffusers pipelines (999, 759, 499, 259). custom: your list in 'timesteps'."
 )
 TIMESTEPS_TOOLTIP = (
     "Only for grid 'custom': timesteps from noise to image, such as 999, 749, 499, 249 (0 to 999). SD3 and Flux: 1000 "
     "times the noise level, such as 1000, 900, 750, 500. The list replaces 'steps'."
 )
 STOCHASTICITY_TOOLTIP = (
-    "auto: the best value for the LoRA and this step count, from the LoRA's metadata (without metadata: 1); the node "
-    "shows it after a run. Or a number: 1 adds fresh noise at every step, 0 none (DDIM; Euler for SD3 and Flux)."
+    "auto: the best value for the LoRA and this step count, from the LoRA's metadata or preset (without them: 1); the "
+    "node shows it after a run. Or a number: 1 adds fresh noise at every step, 0 none (DDIM; Euler for SD3 and Flux)."
+)
+PRESET_TOOLTIP = (
+    "The kind of few-step LoRA in the model: it sets timesteps, noise and shift. auto: what Flash LoRA Loader "
+    "recognised, or the LoRA's own metadata. Choose it by hand for a renamed file, or after another loader. The help "
+    "lists all presets."
 )
 
 
 def steps_input() -> io.Input:
     """Make the widget for the step count."""
-    return io.Int.Input("steps", default=4, min=1, max=MAX_FEW_STEPS, tooltip=STEPS_TOOLTIP)
+    return io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip=STEPS_TOOLTIP)
 
 
 def denoise_input(
@@ -195,6 +200,12 @@ def grid_inputs() -> list[io.Input]:
             tooltip=TIMESTEPS_TOOLTIP,
         ),
     ]
+
+
+def preset_input() -> io.Input:
+    """Make the widget for the preset; the last of its node, so that the values of saved workflows keep their places."""
+    options = [AUTO, *(preset.title for preset in PRESETS)]
+    return io.Combo.Input("preset", options=options, default=AUTO, optional=True, tooltip=PRESET_TOOLTIP)
 
 
 def stochasticity_input(optional: bool = False, folded: bool = False) -> io.Input:

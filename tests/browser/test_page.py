@@ -111,12 +111,16 @@ def test_demo_template_opens_and_runs(page: Page, errors: list[str]) -> None:
 def old_workflow(source: str | None) -> dict[str, Any]:
     """Return the demo's workflow as version 0.1 saved it: stochasticity is the number .5, or linked to another node.
 
+    Version 0.1 had no preset behind it.
+
     Args:
         source: the class of the linked node, which gives .25; None for no link.
     """
     workflow = workflow_file(NAME)
     sampler = next(node for node in workflow["nodes"] if node["type"] == "FlashSampler")
-    sampler["widgets_values"][-1] = 0.5
+    *before, stochasticity, preset = sampler["widgets_values"]
+    assert [stochasticity, preset] == ["auto", "auto"]
+    sampler["widgets_values"] = [*before, 0.5]
     if source is not None:
         widget = {"name": "stochasticity"}
         sampler["inputs"].append({"name": "stochasticity", "type": "FLOAT", "widget": widget, "link": 99})
@@ -148,6 +152,7 @@ def test_stochasticity_of_old_and_new_workflows_in_the_page(page: Page, errors: 
         sampler = next(node for node in page.evaluate(queued).values() if node["class_type"] == "FlashSampler")
         found = sampler["inputs"]["stochasticity"]
         assert (found if isinstance(found, list) else float(found)) == expected, source
+        assert sampler["inputs"]["preset"] == "auto"
     page.evaluate("window.app.queuePrompt(0)")
     page.wait_for_function(
         "window.app.graph.nodes.find(node => node.type === 'SaveImage')?.imgs?.length > 0", timeout=WAIT

@@ -349,7 +349,7 @@ def test_wrong_input_raises_a_readable_error(
         assert word in run.error["exception_message"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("scale", 9.0), ("overlap", 0.6), ("denoise", 0.0), ("steps", 9)])
+@pytest.mark.parametrize(("name", "value"), [("scale", 9.0), ("overlap", 0.6), ("denoise", 0.0), ("steps", 17)])
 def test_values_out_of_range_raise_an_error_on_the_page(client: Client, server, name: str, value: float) -> None:
     with pytest.raises(Exception, match=name):
         client.queue(graph(server, "range", **{name: value}))
