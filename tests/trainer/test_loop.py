@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flash_diffusion.flash_core.distiller import Distiller
+from flash_diffusion.flash_core.schedule import WeightAverage
 from flash_diffusion.trainer.config import OptimizerSection, Recipe, parse_recipe
 from flash_diffusion.trainer.distill import checkpoint, schedule
 from flash_diffusion.trainer.distill.assembly import assemble
 from flash_diffusion.trainer.distill.loop import Run, TrainingDiverged, distil
-from flash_diffusion.trainer.distill.schedule import WeightAverage, learning_rate_factor, phase_at
+from flash_diffusion.trainer.distill.schedule import learning_rate_factor, phase_at
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.seeds import stream
 from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser

@@ -15,6 +15,7 @@ from ...flash_core.denoiser import Conditioning
 from ...flash_core.discriminator import Discriminator
 from ...flash_core.distiller import Distiller
 from ...flash_core.passes.counting import CountedDenoiser
+from ...flash_core.schedule import WeightAverage
 from ..config import OptimizerSection, Recipe
 from ..data.encoding.examples import CachedExamples
 from ..data.encoding.prepare import prepare_examples
@@ -32,7 +33,6 @@ from ..teachers.base import Teacher
 from ..teachers.denoiser import DiffusersDenoiser
 from ..teachers.lora_layers import start_adapter
 from .checkpoint import Trained
-from .schedule import WeightAverage
 
 logger = logging.getLogger(__name__)
 

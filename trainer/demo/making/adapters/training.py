@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .....flash_core.denoiser import Conditioning, Role
+from .....flash_core.schedule import WeightAverage, warmup_cosine
 from ....config import ModelSection
 from ....data.encoding.examples import Examples
-from ....distill.schedule import WeightAverage, warmup_cosine
 from ....errors import UserError
 from ....seeds import stream
 from ....tasks.base import Task
