@@ -8,6 +8,8 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 from .control.nodes import FlashAdapterApply
 from .demo.models import SHIPPED_ADAPTERS, SHIPPED_LORAS
 from .demo.node import FlashDemoModels
+from .distil.lora_output import FlashSaveLora
+from .distil.nodes import FlashDistill
 from .lora.loader import FlashLoraLoader
 from .lora.stack import FlashLoraStack
 from .picture.concat import FlashConcatConditioning
@@ -31,6 +33,8 @@ NODES: list[type[io.ComfyNode]] = [
     FlashUpscale,
     FlashCompare,
     FlashAdapterApply,
+    FlashDistill,
+    FlashSaveLora,
 ]
 
 

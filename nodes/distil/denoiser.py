@@ -70,9 +70,7 @@ class ModelDenoiser:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.callback(self._adapters.detach)
-            others = self.patcher.get_nested_additional_models()
-            comfy.model_management.load_models_gpu([self.patcher, *others], memory_required=1e20, force_full_load=True)
-            make_trainable_through(self.patcher.model)
+            self._load()
             options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
             comfy.sampler_helpers.prepare_model_patcher(self.patcher, {}, options)
             stack.callback(self.patcher.restore_hook_patches)
@@ -92,6 +90,23 @@ class ModelDenoiser:
         self._stack.__exit__(kind, error, traceback)
         self._options = None
         comfy.model_management.soft_empty_cache()
+
+    def _load(self) -> None:
+        others = self.patcher.get_nested_additional_models()
+        comfy.model_management.load_models_gpu([self.patcher, *others], memory_required=1e20, force_full_load=True)
+        make_trainable_through(self.patcher.model)
+
+    @contextmanager
+    def other_models(self) -> Iterator[None]:
+        """Let ComfyUI load other models inside the block, such as a VAE, even if this model must make room for them.
+
+        The block runs in inference mode, as ComfyUI's nodes do. After it, the whole model is loaded again.
+        """
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self._load()
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,325 @@
+"""Flash Distill: make a few-step LoRA of the graph's own model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from comfy_api.v0_0_2 import io
+
+from ..lora.loaded import LOADED_KEY, check_single_flash
+from ..lora.patches import apply_lora
+from ..shared.inputs import MAX_SEED, fixed_latent
+from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_vae, model_base, native_side
+from ..shared.process import process_of
+from ..shared.prompts import check_channels, check_prompts
+from ..shared.schema import advanced, node_schema, show_text
+from ..shared.sizes import PIXELS, check_size
+from .lora_output import FlashLora
+from .settings import PRESET_NAMES, PresetName, choose_settings, usual_for
+
+RUNS = "flash_distill"  # the folder of all runs in ComfyUI's output folder
+PROMPTS = "a red apple\na smiling face\na brown dog"
+
+
+class FlashDistill(io.ComfyNode):
+    """Distil a MODEL into a few-step LoRA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="FlashDistill",
+            display_name="Flash Distill",
+            search_aliases=["train lora", "distill", "distillation", "few-step", "make turbo", "lcm", "speed up model"],
+            description="Train a few-step LoRA for the model that you connect, with everything that is patched into "
+            "it. Interrupt at any time: queue again to go on.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The teacher: any picture model, with its LoRAs, merges and patches. It stays unchanged.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts. Not needed with 'positive'."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="Draws previews and report in full size. Without it they are coarse."
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="Encoded prompts in place of the text: join several with Conditioning (Combine).",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The teacher's negative prompt. Without it the empty text.",
+                ),
+                io.Latent.Input(
+                    "latents",
+                    optional=True,
+                    tooltip="Encoded pictures to start from, one for each prompt in their order, or any number for one "
+                    "prompt. Without it the teacher draws what is learnt from: usually the better choice.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default=PROMPTS,
+                    tooltip="One prompt a line. The LoRA is best at what it has seen: write 20 to 200 lines of the "
+                    "kind that you want to draw.",
+                ),
+                io.String.Input(
+                    "name", default="my_flash", tooltip="Names the run's folder in output/flash_distill, and the LoRA."
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESET_NAMES),
+                    default=PRESET_NAMES[1],
+                    tooltip="How much work. quick try: does it work at all? standard: usable. thorough: better single "
+                    "steps, many times as long. The node shows the time left.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="Width of the pictures to train on; 0 is the model's own. Smaller is quicker.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="Height of the pictures; 0 is the model's own.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="The teacher's guidance (KSampler's cfg), which becomes part of the LoRA. 0: what is usual "
+                    "for the model.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    tooltip="Of the LoRA and all noise. The same inputs give the same LoRA; another seed begins anew.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=256,
+                    optional=True,
+                    tooltip="Of the LoRA: 8 to 64. 0: by the model's size.",
+                ),
+                advanced(
+                    io.Float.Input,
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=0.1,
+                    step=0.000001,
+                    round=0.0000001,
+                    optional=True,
+                    tooltip="Of AdamW. 0: by the model's size. Lower it if training diverges.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "updates",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    optional=True,
+                    tooltip="How often the LoRA is changed. 0: by the preset.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "trajectories",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    optional=True,
+                    tooltip="How many pictures the teacher draws to learn from. 0: by the preset. Not used with "
+                    "'latents'.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "samples",
+                    default=0,
+                    min=0,
+                    max=512,
+                    optional=True,
+                    tooltip="Samples that an update learns from. 0: by the preset.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "at_once",
+                    default=0,
+                    min=0,
+                    max=512,
+                    optional=True,
+                    tooltip="Samples that the model takes at once: lower it if memory runs out. 0: by the model's "
+                    "size.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "teacher_steps",
+                    default=0,
+                    min=0,
+                    max=128,
+                    step=4,
+                    optional=True,
+                    tooltip="Steps of the teacher, a multiple of 4. 0: what is usual for the model.",
+                ),
+                advanced(
+                    io.Boolean.Input,
+                    "adversarial",
+                    default=False,
+                    optional=True,
+                    tooltip="On: the last 30 % of the updates sharpen single steps with a discriminator. Needs more "
+                    "memory and time, and a few thousand updates to help.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "preview_every",
+                    default=25,
+                    min=0,
+                    max=10000,
+                    optional=True,
+                    tooltip="Updates between two previews; 0: none. It does not change the result.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model with the new LoRA, ready for Flash Sampler at 1 to 8 steps.",
+                ),
+                io.LoraModel.Output(
+                    display_name="lora", tooltip="The LoRA. Connect Flash Save LoRA to keep it in models/loras."
+                ),
+                io.Image.Output(
+                    display_name="report", tooltip="Teacher and student from the same new noise, and the losses."
+                ),
+                io.String.Output(display_name="text", tooltip="What was done, figures before and after, time."),
+                io.LossMap.Output(display_name="loss_map", tooltip="The losses, for Plot Loss Graph."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        prompts: str,
+        name: str,
+        preset: PresetName,
+        width: int,
+        height: int,
+        guidance: float,
+        seed: int,
+        rank: int = 0,
+        learning_rate: float = 0.0,
+        updates: int = 0,
+        trajectories: int = 0,
+        samples: int = 0,
+        at_once: int = 0,
+        teacher_steps: int = 0,
+        adversarial: bool = False,
+        preview_every: int = 25,
+        clip: CLIP | None = None,
+        vae: VAE | None = None,
+        positive: list[Any] | None = None,
+        negative: list[Any] | None = None,
+        latents: dict[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        """Train, or go on with a run of the same inputs; see :func:`~.run.distil`."""
+        from .run import Request, distil  # loads the method: not needed at ComfyUI's start
+
+        check_makes_pictures(model, "Flash Distill")
+        check_single_flash(model, model.get_attachment(LOADED_KEY) or (), ["the one that Flash Distill would make"])
+        if vae is not None:
+            check_vae(vae, model)
+        flow = process_of(model.get_model_object("model_sampling"), to_distil=True).kind == "flow"
+        positive, negative = encoded(prompts, clip, positive, negative)
+        check_prompts(model, positive=positive, negative=negative)
+        given = None if latents is None else fixed_latent(model, latents)
+        shape = latent_shape(model, width, height) if given is None else tuple(given.shape[1:])
+        check_channels(model, (1, *shape), positive=positive, negative=negative)
+        network = model.model.diffusion_model
+        usual = usual_for(model_base(model), flow=flow, transformer=not hasattr(network, "input_blocks"))
+        settings = choose_settings(
+            preset,
+            float(sum(value.numel() for value in network.parameters())),
+            usual,
+            flow=flow,
+            replays=given is None,
+            seed=seed,
+            adversarial=adversarial,
+            guidance=guidance,
+            rank=rank,
+            learning_rate=learning_rate,
+            updates=updates,
+            trajectories=trajectories,
+            samples=samples,
+            at_once=at_once,
+            teacher_steps=teacher_steps,
+        )
+        output = Path(folder_paths.get_output_directory()) / RUNS
+        request = Request(model, positive, negative, given, shape, vae, settings, name, output, preview_every)
+        result = distil(request, lambda text: show_text(cls, text))
+        show_text(cls, result.text)
+        patched, _ = apply_lora(result.file, model, 1.0)
+        patched.set_attachments(METADATA_KEY, result.file.metadata)
+        lora = FlashLora.of_file(result.path, name)
+        return io.NodeOutput(patched, lora, result.picture, result.text, {"loss": result.losses})
+
+
+def encoded(
+    prompts: str, clip: CLIP | None, positive: list[Any] | None, negative: list[Any] | None
+) -> tuple[list[Any], list[Any]]:
+    """Return the prompts' conditions, one entry a line, and the negative prompt's.
+
+    Raises:
+        ValueError: there is no prompt, or something must be encoded and no CLIP is connected.
+    """
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if positive is None and not lines:
+        raise ValueError("There is no prompt. Write prompts, one a line, or connect encoded prompts to 'positive'.")
+    if clip is None and (positive is None or negative is None):
+        raise ValueError(
+            "No CLIP is connected, which encodes the prompts. Connect the checkpoint's CLIP to 'clip'; or connect "
+            "encoded prompts to both 'positive' and 'negative'."
+        )
+
+    def encode(text: str) -> list[Any]:
+        assert clip is not None
+        conditioning: list[Any] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        return conditioning
+
+    if positive is None:
+        positive = [entry for line in lines for entry in encode(line)]
+    return positive, encode("") if negative is None else negative
+
+
+def latent_shape(model: ModelPatcher, width: int, height: int) -> tuple[int, ...]:
+    """Return (C, h, w) of the latents to train on; 0 is the model's own side.
+
+    Raises:
+        ValueError: ComfyUI cannot evaluate the model at this size.
+    """
+    side = native_side(model)
+    latent_format = model.get_model_object("latent_format")
+    pixels = getattr(latent_format, "spacial_downscale_ratio", PIXELS)
+    height, width = ((given or side) // pixels for given in (height, width))
+    if min(height, width) == 0:
+        raise ValueError(f"A side is below {pixels} pixels. Choose larger sides, or 0 for the model's own.")
+    check_size(model, height, width)
+    return (int(latent_format.latent_channels), height, width)
