@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ...flash_core.denoiser import Conditioning
 
 VERSION = 1  # raise it where the same settings would train otherwise
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -64,10 +62,8 @@ class Fingerprint:
         if id(value) in seen:
             return self._tell("again")
         seen = seen | {id(value)}
-        if isinstance(value, Conditioning):
-            return self._add({field.name: getattr(value, field.name) for field in fields(value)}, seen)
         if is_dataclass(value) and not isinstance(value, type):
-            return self._add(asdict(value), seen)
+            return self._add({field.name: getattr(value, field.name) for field in fields(value)}, seen)
         if isinstance(value, Mapping):
             self._tell(f"mapping {len(value)}")
             for key in sorted(value, key=repr):

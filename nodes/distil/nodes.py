@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.v0_0_2 import io
@@ -22,6 +23,10 @@ from .lora_output import FlashLora
 from .settings import PRESET_NAMES, PresetName, choose_settings, usual_for
 
 RUNS = "flash_distill"  # the folder of all runs in ComfyUI's output folder
+OUT_OF_MEMORY = (
+    "Out of memory with {} samples at once. Set at_once to 1, lower width and height, or close other programs. The "
+    "state is kept."
+)
 PROMPTS = "a red apple\na smiling face\na brown dog"
 
 
@@ -40,26 +45,6 @@ class FlashDistill(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip="The teacher: any picture model, with its LoRAs, merges and patches. It stays unchanged.",
-                ),
-                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts. Not needed with 'positive'."),
-                io.Vae.Input(
-                    "vae", optional=True, tooltip="Draws previews and report in full size. Without it they are coarse."
-                ),
-                io.Conditioning.Input(
-                    "positive",
-                    optional=True,
-                    tooltip="Encoded prompts in place of the text: join several with Conditioning (Combine).",
-                ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="The teacher's negative prompt. Without it the empty text.",
-                ),
-                io.Latent.Input(
-                    "latents",
-                    optional=True,
-                    tooltip="Encoded pictures to start from, one for each prompt in their order, or any number for one "
-                    "prompt. Without it the teacher draws what is learnt from: usually the better choice.",
                 ),
                 io.String.Input(
                     "prompts",
@@ -109,7 +94,29 @@ class FlashDistill(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_SEED,
+                    # The page would change the seed after each run, but the same inputs must go on with a stopped run.
+                    control_after_generate=False,
                     tooltip="Of the LoRA and all noise. The same inputs give the same LoRA; another seed begins anew.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts. Not needed with 'positive'."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="Draws previews and report in full size. Without it they are coarse."
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="Encoded prompts in place of the text: join several with Conditioning (Combine).",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The teacher's negative prompt. Without it the empty text.",
+                ),
+                io.Latent.Input(
+                    "latents",
+                    optional=True,
+                    tooltip="Encoded pictures to start from, one for each prompt in their order, or any number for one "
+                    "prompt. Without it the teacher draws what is learnt from: usually the better choice.",
                 ),
                 advanced(
                     io.Int.Input,
@@ -274,7 +281,11 @@ class FlashDistill(io.ComfyNode):
         )
         output = Path(folder_paths.get_output_directory()) / RUNS
         request = Request(model, positive, negative, given, shape, vae, settings, name, output, preview_every)
-        result = distil(request, lambda text: show_text(cls, text))
+        try:
+            result = distil(request, lambda text: show_text(cls, text))
+        except torch.cuda.OutOfMemoryError:
+            show_text(cls, OUT_OF_MEMORY.format(settings.at_once))
+            raise  # ComfyUI unloads all models
         show_text(cls, result.text)
         patched, _ = apply_lora(result.file, model, 1.0)
         patched.set_attachments(METADATA_KEY, result.file.metadata)

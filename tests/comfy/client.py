@@ -63,8 +63,12 @@ class Client:
         body = {"prompt": prompt, "client_id": self.client_id}
         return json.loads(self.server.post("/prompt", body))["prompt_id"]
 
-    def run(self, prompt: Prompt, *, interrupt_at_step: int | None = None) -> Run:
-        """Run a workflow to its end, or ask ComfyUI to stop it once it reports this step."""
+    def run(self, prompt: Prompt, *, interrupt_at_step: int | None = None, of: int | None = None) -> Run:
+        """Run a workflow to its end, or ask ComfyUI to stop it once it reports this step.
+
+        Args:
+            of: count only steps of so many.
+        """
         run = Run(self.queue(prompt))
         while True:
             message = self.socket.recv()
@@ -84,7 +88,7 @@ class Client:
                 run.outputs[data["node"]] = data["output"]
             elif kind == "progress":
                 run.progress.append((data["value"], data["max"]))
-                if interrupt_at_step is not None and data["value"] >= interrupt_at_step:
+                if interrupt_at_step is not None and data["value"] >= interrupt_at_step and of in (None, data["max"]):
                     self.server.post("/interrupt", {})
                     interrupt_at_step = None
             elif kind == "execution_error":

@@ -21,6 +21,7 @@ NODES = {
     "FlashCompare",
     "FlashConcatConditioning",
     "FlashDemoModels",
+    "FlashDistill",
     "FlashFaceSwapPrepare",
     "FlashInpaintPrepare",
     "FlashInpaintStitch",
@@ -28,12 +29,19 @@ NODES = {
     "FlashLoraStack",
     "FlashSampler",
     "FlashSamplerSelect",
+    "FlashSaveLora",
     "FlashScheduler",
     "FlashUpscale",
 }
 MOST_MODULES = 70  # of ours; 66 in November 2026
 # Parts of the project that no node needs: ComfyUI must not import them at start.
-NOT_AT_START = ("trainer", "flash_core.distiller", "flash_core.discriminator", "nodes.distil")
+NOT_AT_START = (
+    "trainer",
+    "flash_core.distiller",
+    "flash_core.discriminator",
+    "nodes.distil.denoiser",
+    "nodes.distil.run",
+)
 
 
 def flash_nodes(client: Client) -> dict[str, dict]:

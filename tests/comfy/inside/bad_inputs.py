@@ -238,19 +238,68 @@ def lora_cases(given: Given) -> dict[str, Case]:
     }
 
 
+def distil_cases(given: Given) -> dict[str, Case]:
+    """List the cases of Flash Distill and Flash Save LoRA."""
+    from dropped_in.nodes.distil.lora_output import FlashLora, FlashSaveLora
+    from dropped_in.nodes.distil.nodes import FlashDistill
+
+    def run(latent: Tensor | None = None, **changes: Any) -> Tensor:
+        values = {"model": given.teacher, "positive": given.prompt, "negative": given.prompt, "prompts": ""}
+        values |= {"latents": {"samples": given.latent[..., :8, :8] if latent is None else latent}}
+        values |= {"name": "bad", "preset": "quick try", "width": 0, "height": 0, "guidance": 0.0, "seed": 0}
+        values |= {"updates": 1, "samples": 1, "teacher_steps": 4, "preview_every": 0, **changes}
+        return FlashDistill.execute(**values).args[2]
+
+    two = [*given.prompt, *given.prompt]
+    area = [[given.prompt[0][0], {**given.prompt[0][1], "area": (8, 8, 0, 0)}]]
+    lora = FlashLora({}, {}, "bad")
+    distil, save = "FlashDistill, ", "FlashSaveLora, "
+    return {
+        f"{distil}batch mismatch": lambda: run(given.latent.repeat(3, 1, 1, 1), positive=two),
+        f"{distil}one pixel": lambda: run(torch.zeros(1, 16, 1, 1)),
+        f"{distil}NaN": lambda: run(given.latent * NAN),
+        f"{distil}no prompts": lambda: run(positive=[]),
+        f"{distil}no prompts: negative": lambda: run(negative=[]),
+        f"{distil}no prompts: text": lambda: run(positive=None, prompts=" \n "),
+        f"{distil}no prompts: no CLIP": lambda: run(positive=None, prompts="red apple"),
+        f"{distil}wrong model family": lambda: run(positive=[[torch.zeros(1, 7, 768), {}]]),
+        f"{distil}wrong model family: further channels": lambda: run(model=given.face_swap),
+        f"{distil}a second Flash LoRA": lambda: run(model=given.model),
+        f"{distil}VAE of another model": lambda: run(vae=OtherVAE()),
+        f"{distil}video latent": lambda: run(given.latent[:, :, None]),
+        f"{distil}latent of another model": lambda: run(given.latent[:, :4]),
+        f"{distil}teacher_steps 6": lambda: run(teacher_steps=6),
+        f"{distil}an area in a prompt": lambda: run(positive=area),
+        f"{save}LoRA of another node": lambda: FlashSaveLora.execute({}, "lora"),
+        f"{save}a name that leads out": lambda: FlashSaveLora.execute(lora, "../lora"),
+        f"{save}a name that is a path": lambda: FlashSaveLora.execute(lora, "/tmp/lora"),
+        f"{save}an empty name": lambda: FlashSaveLora.execute(lora, ""),
+    }
+
+
 def main(comfyui: Path, root: Path, folder: Path) -> None:
     """Run every case of every node."""
     boot(comfyui, root)
     import comfy.utils
+    import folder_paths
     from dropped_in.nodes import NODES
 
     torch.set_num_threads(1)
     comfy.utils.PROGRESS_BAR_ENABLED = False
+    folder_paths.set_output_directory(str(folder / "output"))
     said: dict[str, str] = {}
     results: dict[str, Tensor] = {}
     with torch.inference_mode():
         given = Given(folder)
-        for cases in (sampler_cases, compare_cases, inpaint_cases, concat_cases, upscale_cases, lora_cases):
+        for cases in (
+            sampler_cases,
+            compare_cases,
+            inpaint_cases,
+            concat_cases,
+            upscale_cases,
+            lora_cases,
+            distil_cases,
+        ):
             for name, case in cases(given).items():
                 call, expected = case if isinstance(case, tuple) else (case, None)
                 try:

@@ -1,0 +1,235 @@
+"""Flash Distill and Flash Save LoRA on the demo and on a tiny MODEL of each family (see ``test_flash_distill.py``).
+
+python flash_distill.py COMFYUI ROOT FOLDER FAMILY...
+
+FOLDER holds for each family the diffusers network: ``FAMILY.safetensors``, ``FAMILY.json``, and a batch of conditions,
+``FAMILY.given.safetensors``. The last line on the output is a JSON object of facts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from boot import boot
+
+PROMPTS = "red apple\nunicorn\nsmiling face\ntangerine"
+SHORT = {"updates": 6, "trajectories": 8, "samples": 4, "at_once": 2, "teacher_steps": 4, "preview_every": 0}
+SHORT |= {"width": 64, "height": 64}
+LEARNS = {"updates": 24, "trajectories": 32, "samples": 8}
+FALLS_IN = 12  # updates of a tiny model
+
+
+def main(comfyui: Path, root: Path, folder: Path, families: list[str]) -> None:
+    """Run everything in inference mode, as ComfyUI runs nodes."""
+    boot(comfyui, root)
+    import folder_paths
+    import torch
+
+    torch.set_num_threads(1)
+    folder_paths.set_output_directory(str(folder / "output"))
+    folder_paths.folder_names_and_paths["loras"] = ([str(folder / "loras")], {".safetensors"})
+    facts: dict[str, Any] = {}
+    with torch.inference_mode():
+        facts["demo"] = demo(folder)
+        for family in families:
+            facts[family] = tiny(family, folder)
+    sys.stdout.write("\n" + json.dumps(facts))
+
+
+def distil(model: Any, **inputs: Any) -> tuple[Any, ...]:
+    """Run Flash Distill with these inputs, and defaults for the rest."""
+    from dropped_in.nodes.distil.nodes import FlashDistill
+
+    defaults = {"prompts": PROMPTS, "name": "test", "preset": "quick try"}
+    defaults |= {"width": 0, "height": 0, "guidance": 0.0, "seed": 0}
+    return FlashDistill.execute(model, **{**defaults, **inputs}).args
+
+
+def sampled(model: Any, positive: list, negative: list, shape: tuple[int, ...]) -> Any:
+    """Return a latent of core's sampler."""
+    import comfy.sample
+    import torch
+
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    zeros = torch.zeros_like(noise)
+    return comfy.sample.sample(model, noise, 2, 3.0, "euler", "simple", positive, negative, zeros, seed=1)
+
+
+def hooks(model: Any) -> int:
+    """Return how many hooks the model's modules have."""
+    return sum(len(module._forward_hooks) for module in model.model.modules())
+
+
+def loads(model: Any, trained: Any, lora: Any, name: str, draw: Any) -> dict[str, Any]:
+    """Save the LoRA, load it with Flash LoRA Loader and with core's two ways, and compare latents."""
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+    from dropped_in.nodes.distil.lora_output import FlashSaveLora
+    from dropped_in.nodes.lora.loader import FlashLoraLoader
+
+    (saved,) = FlashSaveLora.execute(lora, name).args
+    (again,) = FlashSaveLora.execute(lora, name).args
+    expected = draw(trained)
+    path = folder_paths.get_full_path_or_raise("loras", saved)
+    ours, report = FlashLoraLoader.execute(model, saved, 1.0).args
+    core, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(path), 1.0, 0)
+    direct, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
+    layers = len([key for key in lora if key.endswith((".lora_down.weight", ".lora_A.weight"))])
+    metadata = ours.get_attachment("flash_metadata")
+    return {
+        "saved": [saved, again],
+        "report": report,
+        "layers": layers,
+        "patched by core": len(core.patches),
+        "differences": [float((draw(one) - expected).abs().max() / expected.std()) for one in (ours, core, direct)],
+        "changed": float((draw(model) - expected).abs().max() / expected.std()),
+        "metadata": [metadata.base, metadata.prediction, metadata.stochasticity.get(4), metadata.timesteps[4]],
+        "same metadata": metadata == trained.get_attachment("flash_metadata"),
+    }
+
+
+def demo(folder: Path) -> dict[str, Any]:
+    """Distil the demo: whole, and once stopped at every kind of place and queued again."""
+    import torch
+    from dropped_in.nodes.demo.models import build_demo
+    from dropped_in.nodes.distil import training
+    from safetensors.torch import load_file
+
+    model, clip, vae = build_demo()
+    encode = lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text))  # noqa: E731
+    draw = lambda one: sampled(one, encode("red apple"), encode(""), (16, 16, 16))  # noqa: E731
+    before = draw(model)
+    facts: dict[str, Any] = {"changes": []}
+
+    def unchanged() -> bool:
+        return torch.is_inference_mode_enabled() and hooks(model) == 0 and torch.equal(draw(model), before)
+
+    # A run that learns, with previews.
+    trained, lora, picture, text, losses = distil(model, clip=clip, vae=vae, name="learns", **LEARNS, preview_every=12)
+    facts |= {"text": text, "picture": list(picture.shape), "losses": losses["loss"], "unchanged": unchanged()}
+    facts |= {"loads": loads(model, trained, lora, "mine/demo", draw)}
+    _, again, _, text, _ = distil(model, clip=clip, vae=vae, name="learns", **LEARNS, preview_every=0)
+    facts["finished run again"] = all(torch.equal(again[key], lora[key]) for key in lora) and "resumed at" in text
+
+    # The same short run whole, and stopped three times: in the trajectories, in an update, in the heads' warm-up.
+    short = {**SHORT, "adversarial": True}
+    _, whole, _, _, _ = distil(model, clip=clip, name="whole", **short)
+    stops = {"trajectories": 4, "updates": 3, "discriminator": 2}
+    usual = training.Training._clip, training.RunFolder.save_part
+
+    def failing_clip(self: Any, means: Any) -> None:
+        place = "discriminator" if self.update >= 4 and self.warmed_up < 6 else "updates"
+        done = self.warmed_up if place == "discriminator" else self.update
+        if stops.get(place) == done:
+            del stops[place]
+            raise torch.cuda.OutOfMemoryError(place)
+        usual[0](self, means)
+
+    def failing_part(self: Any, number: int, tensors: Any) -> None:
+        if "trajectories" in stops and number == 2:
+            del stops["trajectories"]
+            raise torch.cuda.OutOfMemoryError("trajectories")
+        usual[1](self, number, tensors)
+
+    training.Training._clip, training.RunFolder.save_part = failing_clip, failing_part
+    places = []
+    for _ in range(4):
+        try:
+            _, resumed, _, text, _ = distil(model, clip=clip, name="stopped", **short)
+        except torch.cuda.OutOfMemoryError as error:
+            places.append(str(error))
+            facts["changes"].append(not unchanged())
+    training.Training._clip, training.RunFolder.save_part = usual
+    facts["stopped at"] = places
+    facts["resumed"] = text
+    facts["same bits"] = all(torch.equal(resumed[key], whole[key]) for key in whole) and len(resumed) == len(whole)
+    states = [next((folder / "output" / "flash_distill").glob(f"{name}-*")) for name in ("whole", "stopped")]
+    facts["files"] = sorted(path.name for path in states[0].iterdir())
+    tensors = [load_file(path / "state.safetensors") for path in states]
+    facts["same state"] = all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+
+    # Another model, seed or prompt is another run; a style LoRA in the teacher is part of the teacher.
+    names = set()
+    for inputs in ({}, {"seed": 1}, {"prompts": "red apple"}, {"guidance": 5.0}):
+        distil(model, clip=clip, name="own", **{**SHORT, "updates": 1, "trajectories": 2, "samples": 2, **inputs})
+    distil(
+        trained_without_flash(trained),
+        clip=clip,
+        name="own",
+        **{**SHORT, "updates": 1, "trajectories": 2, "samples": 2},
+    )
+    names = {path.name for path in (folder / "output" / "flash_distill").glob("own-*")}
+    facts["runs"] = len(names)
+
+    # Latents to start from, one prompt for all of them; and a damaged state.
+    latents = {"samples": torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(3))}
+    _, _, _, text, _ = distil(model, clip=clip, name="latents", prompts="red apple", latents=latents, **SHORT)
+    facts["latents"] = text
+    state = states[0] / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    try:
+        distil(model, clip=clip, name="whole", **short)
+    except ValueError as error:
+        facts["damaged"] = str(error)
+    facts["unchanged at the end"] = unchanged()
+    return facts
+
+
+def trained_without_flash(model: Any) -> Any:
+    """Return the model with its LoRA, as if it were a style LoRA."""
+    clone = model.clone()
+    clone.attachments.pop("flash_metadata")
+    return clone
+
+
+def tiny(family: str, folder: Path) -> dict[str, Any]:
+    """Distil a tiny model of a family from CONDITIONING."""
+    import torch
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+    from safetensors.torch import load_file
+    from tiny import tiny_model
+
+    config = json.loads((folder / f"{family}.json").read_text())
+    model = tiny_model(family, load_file(folder / f"{family}.safetensors"), config)
+    if family == "sdxl":
+        model.model.embedder = Timestep(config["addition_time_embed_dim"])
+    given = load_file(folder / f"{family}.given.safetensors")
+    extras = {name: given[name] for name in ("pooled_output",) if name in given}
+    positive = [
+        [given["tokens"][row : row + 1], {name: value[row : row + 1] for name, value in extras.items()}]
+        for row in range(len(given["tokens"]))
+    ]
+    negative = [[given["empty"], {name: torch.zeros_like(value[:1]) for name, value in extras.items()}]]
+    shape = tuple(given["z0"].shape[1:])
+    draw = lambda one: sampled(one, positive[:1], negative, shape)  # noqa: E731
+    before = draw(model)
+    trained, lora, picture, text, losses = distil(
+        model,
+        name=family,
+        positive=positive,
+        negative=negative,
+        width=8 * shape[2],
+        height=8 * shape[1],
+        rank=4,
+        learning_rate=1e-2,
+        updates=FALLS_IN,
+        trajectories=8,
+        samples=8,
+        teacher_steps=4,
+        preview_every=0,
+    )
+    return {
+        "text": text,
+        "losses": losses["loss"],
+        "picture": list(picture.shape),
+        "unchanged": torch.equal(draw(model), before) and hooks(model) == 0,
+        "loads": loads(model, trained, lora, family, draw),
+    }
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:4]), sys.argv[4:])

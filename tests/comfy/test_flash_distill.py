@@ -1,0 +1,191 @@
+"""Flash Distill and Flash Save LoRA in the real ComfyUI: the student learns, the MODEL stays, a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..families.networks import POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network
+from . import prompts
+from .client import Client
+from .inside_comfyui import run_inside
+
+pytestmark = pytest.mark.comfy
+
+FAMILIES = ("sd15", "sdxl", "pixart_sigma", "sd3", "flux")
+POOLED = {"sdxl": POOLED_WIDTH, "sd3": SD3_POOLED_WIDTH, "flux": SD3_POOLED_WIDTH}
+PROMPTS, TOKENS = 2, 6
+
+
+def write_families(folder: Path, families: Sequence[str]) -> None:
+    """Write a tiny network of each family, and conditions for it."""
+    generator = torch.Generator().manual_seed(5)
+    for family in families:
+        network = tiny_network(family)
+        # See networks.py: PixArt's position embeddings agree on these sizes only.
+        size = (40, 48) if family.startswith("pixart") else (8, 8)
+        channels = 16 if family == "flux" else network.config.in_channels
+        given = {
+            "z0": torch.zeros(1, channels, *size),
+            "tokens": torch.randn(PROMPTS, TOKENS, TEXT_WIDTH, generator=generator),
+            "empty": torch.randn(1, TOKENS, TEXT_WIDTH, generator=generator),
+        }
+        if family in POOLED:
+            given["pooled_output"] = torch.randn(PROMPTS, POOLED[family], generator=generator)
+        save_file(network.state_dict(), folder / f"{family}.safetensors")
+        save_file(given, folder / f"{family}.given.safetensors")
+        (folder / f"{family}.json").write_text(json.dumps(dict(network.config)))
+
+
+@pytest.fixture(scope="module")
+def facts(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Run the script in ComfyUI's process and return its facts."""
+    folder = tmp_path_factory.mktemp("flash_distill")
+    write_families(folder, FAMILIES)
+    return json.loads(run_inside(runtime, "flash_distill.py", folder, *FAMILIES).splitlines()[-1])
+
+
+def figures(text: str) -> dict[int, tuple[float, float]]:
+    """Return {steps: (before, after)}, the distances of the report's table."""
+    rows = re.findall(r"\| (\d) \| ([\d.]+) \| ([\d.]+) \|", text)
+    return {int(steps): (float(before), float(after)) for steps, before, after in rows}
+
+
+# -- the demo ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_run_brings_the_student_nearer_to_the_teacher_on_new_noise(facts) -> None:
+    found = figures(facts["demo"]["text"])
+    assert set(found) == {1, 2, 4}
+    for steps in (1, 2):
+        before, after = found[steps]
+        assert after < 0.8 * before, f"{steps} steps: {before} to {after}"
+    assert facts["demo"]["picture"][3] == 3
+
+
+def test_the_model_keeps_its_bits_after_success_and_failure(facts) -> None:
+    demo = facts["demo"]
+    assert demo["unchanged"]
+    assert demo["unchanged at the end"]
+    assert demo["changes"] == [False, False, False]
+
+
+def test_a_run_that_stopped_anywhere_ends_with_the_bits_of_one_that_did_not(facts) -> None:
+    demo = facts["demo"]
+    assert demo["stopped at"] == ["trajectories", "updates", "discriminator"]
+    assert demo["same bits"]
+    assert demo["same state"]
+    assert "6 updates of 4 samples, the last of them with the adversarial loss" in demo["resumed"]
+    assert "resumed at update 4" in demo["resumed"]
+    assert demo["finished run again"]
+
+
+def test_the_folder_of_a_finished_run_holds_no_trajectories(facts) -> None:
+    assert facts["demo"]["files"] == ["lora.safetensors", "state.safetensors"]
+
+
+def test_each_seed_prompt_guidance_and_model_has_a_run_of_its_own(facts) -> None:
+    assert facts["demo"]["runs"] == 5
+
+
+def test_samples_can_start_at_latents(facts) -> None:
+    assert "from your latents, 1 prompt, latents of 8 x 8" in facts["demo"]["latents"]
+
+
+def test_a_damaged_state_raises_a_readable_error(facts) -> None:
+    assert "state.safetensors is damaged" in facts["demo"]["damaged"]
+    assert "Remove the folder" in facts["demo"]["damaged"]
+
+
+# -- every family ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_falls_and_the_model_keeps_its_bits(facts, family: str) -> None:
+    losses = facts[family]["losses"]
+    third = len(losses) // 3
+    assert sum(losses[-third:]) < 0.9 * sum(losses[:third])
+    assert facts[family]["unchanged"]
+
+
+@pytest.mark.parametrize("family", ["demo", *FAMILIES])
+def test_the_saved_lora_loads_whole_everywhere(facts, family: str) -> None:
+    found = facts[family]["loads"]
+    assert f"matched: {found['layers']}/{found['layers']}" in found["report"]
+    assert found["changed"] > 1e-3
+    # Flash LoRA Loader, core's loader on the file, core's loader on the output.
+    assert all(difference < 1e-3 for difference in found["differences"])
+    first, second = found["saved"]
+    assert second == first.replace(".safetensors", "_00001_.safetensors")
+    assert found["same metadata"]
+
+
+def test_the_metadata_sets_flash_sampler_up(facts) -> None:
+    assert facts["demo"]["loads"]["metadata"] == ["flash-demo", "v_prediction", 0.5, [999, 749, 499, 249]]
+    base, prediction, stochasticity, timesteps = facts["flux"]["loads"]["metadata"]
+    assert (base, prediction, stochasticity, timesteps[0]) == ("flux", "flow", 0.5, 1000)
+
+
+# -- through the server ------------------------------------------------------------------------------------------------
+
+UPDATES = 8
+
+
+def workflow(name: str) -> prompts.Prompt:
+    """Return a short distillation, its LoRA saved, and a picture of the new model."""
+    node = prompts.node
+    return {
+        "models": node("FlashDemoModels"),
+        "distil": node(
+            "FlashDistill",
+            **{"model": ["models", 0], "clip": ["models", 1], "vae": ["models", 2], "prompts": "red apple\nunicorn"},
+            **{"name": name, "preset": "quick try", "width": 64, "height": 64, "guidance": 0.0, "seed": 0},
+            **{"updates": UPDATES, "trajectories": 4, "samples": 2, "teacher_steps": 4, "preview_every": 2},
+        ),
+        "save": node("FlashSaveLora", lora=["distil", 1], name=name),
+        "graph": node("LossGraphNode", loss=["distil", 4], filename_prefix=name),
+        "report": node("SaveImage", images=["distil", 2], filename_prefix=name),
+        "text": node("PreviewAny", source=["distil", 3]),
+        "positive": node("CLIPTextEncode", clip=["models", 1], text="red apple"),
+        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "sampler": node(
+            "FlashSampler",
+            **{"model": ["distil", 0], "positive": ["positive", 0], "latent_image": ["empty", 0]},
+            **{"seed": 1, "steps": 2, "guidance": 1.0, "denoise": 1.0},
+        ),
+        "latent": node("SaveLatent", samples=["sampler", 0], filename_prefix=name),
+    }
+
+
+def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: Client, server) -> None:
+    whole = client.run(workflow("whole"))
+    assert whole.succeeded, whole.error
+    assert "stochasticity 0.5: the LoRA's metadata for 2 steps" in whole.texts["sampler"]
+    assert (UPDATES, UPDATES) in whole.progress
+    assert len(whole.previews) >= UPDATES // 2
+    assert len({picture.tobytes() for picture in whole.previews}) > 1
+    assert "saved as whole.safetensors" in whole.texts["save"]
+
+    stopped = client.run(workflow("stopped"), interrupt_at_step=3, of=UPDATES)
+    assert stopped.interrupted
+    assert "sampler" not in stopped.executed
+    assert "update 3 of 8" in stopped.texts["distil"] or "update 2 of 8" in stopped.texts["distil"]
+    resumed = client.run(workflow("stopped"))
+    assert resumed.succeeded, resumed.error
+    (text,) = resumed.outputs["text"]["text"]
+    assert re.search(r"resumed at update [3-7]\n", text)
+    loras = server.base / "models" / "loras"
+    before, after = (load_file(loras / f"{name}.safetensors") for name in ("whole", "stopped"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(client.latent(whole, "latent"), client.latent(resumed, "latent"))
+    listed = client.object_info()["FlashLoraLoader"]["input"]["required"]["lora_name"]
+    assert "stopped.safetensors" in str(listed)
