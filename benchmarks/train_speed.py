@@ -28,7 +28,7 @@ from torch import nn
 from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.discriminator import Discriminator
 from flash_diffusion.flash_core.distiller import Distiller
-from flash_diffusion.flash_core.schedule import WeightAverage
+from flash_diffusion.flash_core.runs.schedule import WeightAverage
 from flash_diffusion.trainer.config import Recipe
 from flash_diffusion.trainer.distill.assembly import add_adapters
 from flash_diffusion.trainer.distill.plan import AVERAGE_BYTES, BYTES, TRAINED_BYTES

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...flash_core.lora.writing import save_whole
 from ..shared.schema import node_schema, show_text
-from .state import read_safetensors
+from .training.state import read_safetensors
 
 ALLOWED = re.compile(r"[^<>:\"|?*\\\x00-\x1f]+")
 SUFFIX = ".safetensors"

@@ -20,7 +20,7 @@ from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import advanced, node_schema, show_text
 from ..shared.sizes import PIXELS, check_size
 from .lora_output import FlashLora
-from .settings import PRESET_NAMES, PresetName, choose_settings, usual_for
+from .training.settings import PRESET_NAMES, PresetName, choose_settings, usual_for
 
 RUNS = "flash_distill"  # the folder of all runs in ComfyUI's output folder
 OUT_OF_MEMORY = (

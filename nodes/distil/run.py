@@ -22,12 +22,12 @@ from ..shared.model_facts import model_base
 from ..shared.schema import count
 from ..shared.sizes import PIXELS
 from .denoiser import ModelDenoiser
-from .examples import Examples
-from .fingerprint import Fingerprint
-from .pictures import BAND, SAMPLES, STEPS, Bench, Decode, as_image, loss_curve
-from .settings import DistilSettings
-from .state import RunFolder, safe_name
-from .training import Progress, Training
+from .training.examples import Examples
+from .training.fingerprint import Fingerprint
+from .training.loop import Progress, Training
+from .training.pictures import BAND, SAMPLES, STEPS, Bench, Decode, as_image, loss_curve
+from .training.settings import DistilSettings
+from .training.state import RunFolder, safe_name
 
 PREVIEW_SIDE = 768  # pixels, at most, of the live preview
 SHOW_SECONDS = 1.0  # between two texts on the node's face

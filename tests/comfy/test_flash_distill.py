@@ -50,7 +50,7 @@ def facts(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict
     """Run the script in ComfyUI's process and return its facts."""
     folder = tmp_path_factory.mktemp("flash_distill")
     write_families(folder, FAMILIES)
-    return json.loads(run_inside(runtime, "flash_distill.py", folder, *FAMILIES).splitlines()[-1])
+    return json.loads(run_inside(runtime, "flash_distill.py", folder, "demo", *FAMILIES).splitlines()[-1])
 
 
 def figures(text: str) -> dict[int, tuple[float, float]]:

@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nodes.shared",),
     ("nodes.lora", "nodes.demo"),
     ("nodes.sampling",),
+    ("nodes.distil.training",),
     ("nodes.picture", "nodes.control", "nodes.distil"),
     ("nodes",),
     # trainer

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flash_diffusion.flash_core.distiller import Distiller
-from flash_diffusion.flash_core.schedule import WeightAverage
+from flash_diffusion.flash_core.runs.schedule import WeightAverage
 from flash_diffusion.trainer.config import OptimizerSection, Recipe, parse_recipe
 from flash_diffusion.trainer.distill import checkpoint, schedule
 from flash_diffusion.trainer.distill.assembly import assemble

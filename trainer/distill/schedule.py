@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from ...flash_core.schedule import warmup_cosine
+from ...flash_core.runs.schedule import warmup_cosine
 from ..config import OptimizerSection, PhaseSection, Recipe
 from ..export.training_state import TrainingState
 

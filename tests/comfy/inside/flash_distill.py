@@ -2,7 +2,7 @@
 
 python flash_distill.py COMFYUI ROOT FOLDER FAMILY...
 
-FOLDER holds for each family the diffusers network: ``FAMILY.safetensors``, ``FAMILY.json``, and a batch of conditions,
+A FAMILY is "demo", or one of ``tests/families``. FOLDER holds for each of these the diffusers network: ``FAMILY.safetensors``, ``FAMILY.json``, and a batch of conditions,
 ``FAMILY.given.safetensors``. The last line on the output is a JSON object of facts.
 """
 
@@ -33,9 +33,8 @@ def main(comfyui: Path, root: Path, folder: Path, families: list[str]) -> None:
     folder_paths.folder_names_and_paths["loras"] = ([str(folder / "loras")], {".safetensors"})
     facts: dict[str, Any] = {}
     with torch.inference_mode():
-        facts["demo"] = demo(folder)
         for family in families:
-            facts[family] = tiny(family, folder)
+            facts[family] = demo(folder) if family == "demo" else tiny(family, folder)
     sys.stdout.write("\n" + json.dumps(facts))
 
 
@@ -96,7 +95,7 @@ def demo(folder: Path) -> dict[str, Any]:
     """Distil the demo: whole, and once stopped at every kind of place and queued again."""
     import torch
     from dropped_in.nodes.demo.models import build_demo
-    from dropped_in.nodes.distil import training
+    from dropped_in.nodes.distil.training import loop
     from safetensors.torch import load_file
 
     model, clip, vae = build_demo()
@@ -119,7 +118,7 @@ def demo(folder: Path) -> dict[str, Any]:
     short = {**SHORT, "adversarial": True}
     _, whole, _, _, _ = distil(model, clip=clip, name="whole", **short)
     stops = {"trajectories": 4, "updates": 3, "discriminator": 2}
-    usual = training.Training._clip, training.RunFolder.save_part
+    usual = loop.Training._clip, loop.RunFolder.save_part
 
     def failing_clip(self: Any, means: Any) -> None:
         place = "discriminator" if self.update >= 4 and self.warmed_up < 6 else "updates"
@@ -135,7 +134,7 @@ def demo(folder: Path) -> dict[str, Any]:
             raise torch.cuda.OutOfMemoryError("trajectories")
         usual[1](self, number, tensors)
 
-    training.Training._clip, training.RunFolder.save_part = failing_clip, failing_part
+    loop.Training._clip, loop.RunFolder.save_part = failing_clip, failing_part
     places = []
     for _ in range(4):
         try:
@@ -143,7 +142,7 @@ def demo(folder: Path) -> dict[str, Any]:
         except torch.cuda.OutOfMemoryError as error:
             places.append(str(error))
             facts["changes"].append(not unchanged())
-    training.Training._clip, training.RunFolder.save_part = usual
+    loop.Training._clip, loop.RunFolder.save_part = usual
     facts["stopped at"] = places
     facts["resumed"] = text
     facts["same bits"] = all(torch.equal(resumed[key], whole[key]) for key in whole) and len(resumed) == len(whole)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ....flash_core.schedule import warmup_cosine
+from ....flash_core.runs.schedule import warmup_cosine
 from ...errors import UserError
 from ...files import replace_folder
 from ..assets import DATA, TEACHER

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....flash_core.schedule import warmup_cosine
+from ....flash_core.runs.schedule import warmup_cosine
 from ...metrics.feature_network import FeatureNetwork
 from ..assets import FEATURES, TEACHER
 from ..shards import TEACHER_STYLE, Pictures, load_pictures

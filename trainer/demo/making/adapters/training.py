@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .....flash_core.denoiser import Conditioning, Role
-from .....flash_core.schedule import WeightAverage, warmup_cosine
+from .....flash_core.runs.schedule import WeightAverage, warmup_cosine
 from ....config import ModelSection
 from ....data.encoding.examples import Examples
 from ....errors import UserError

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .....flash_core.schedule import WeightAverage, warmup_cosine
+from .....flash_core.runs.schedule import WeightAverage, warmup_cosine
 from ....errors import UserError
 from ....files import write_whole
 from ..patch_pca import PatchPCA

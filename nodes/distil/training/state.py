@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ...flash_core.lora.writing import save_whole
+from ....flash_core.lora.writing import save_whole
 
 STATE = "state.safetensors"
 LORA = "lora.safetensors"

@@ -9,12 +9,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ...flash_core.denoiser import predict_z0
-from ...flash_core.distiller import Distiller
-from ...flash_core.grid import trailing_timesteps
-from ...flash_core.sampler import few_step_sample
-from ...flash_core.seeds import stream
-from ..sampling.contact_sheet import draw_grid
+from ....flash_core.denoiser import predict_z0
+from ....flash_core.distiller import Distiller
+from ....flash_core.grid import trailing_timesteps
+from ....flash_core.runs.seeds import stream
+from ....flash_core.sampler import few_step_sample
+from ...sampling.contact_sheet import draw_grid
 from .examples import Examples
 
 STEPS = (4, 2, 1)  # the student's step counts

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...flash_core.denoiser import Conditioning
-from ...flash_core.rollout import Trajectory
-from ...flash_core.seeds import stream
+from ....flash_core.denoiser import Conditioning
+from ....flash_core.rollout import Trajectory
+from ....flash_core.runs.seeds import stream
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ...flash_core.grid import MAX_FEW_STEPS
-from ...flash_core.settings import DistillerSettings, Phase
-from ...flash_core.solvers import Solver
+from ....flash_core.grid import MAX_FEW_STEPS
+from ....flash_core.settings import DistillerSettings, Phase
+from ....flash_core.solvers import Solver
 
 PresetName = Literal["quick try", "standard", "thorough"]
 PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...flash_core.denoiser import Denoiser, Role
-from ...flash_core.discriminator import Discriminator
-from ...flash_core.distiller import Distiller, Rollout
-from ...flash_core.schedule import WeightAverage, warmup_cosine
-from ...flash_core.seeds import seed_of, stream
+from ....flash_core.denoiser import Denoiser, Role
+from ....flash_core.discriminator import Discriminator
+from ....flash_core.distiller import Distiller, Rollout
+from ....flash_core.runs.schedule import WeightAverage, warmup_cosine
+from ....flash_core.runs.seeds import seed_of, stream
 from .examples import Examples, TrajectoryBank, in_order
 from .settings import (
     AVERAGE_DECAY,
