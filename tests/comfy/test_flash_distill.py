@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
+
+from flash_diffusion.flash_core.families import FAMILIES as ALL_FAMILIES
 
 from ..families.networks import POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network
 from . import prompts
@@ -23,6 +26,8 @@ pytestmark = pytest.mark.comfy
 FAMILIES = ("sd15", "sdxl", "pixart_sigma", "sd3", "flux")
 POOLED = {"sdxl": POOLED_WIDTH, "sd3": SD3_POOLED_WIDTH, "flux": SD3_POOLED_WIDTH}
 PROMPTS, TOKENS = 2, 6
+# The families of text to image that the trainer has a teacher of.
+FAMILY_TABLE = [family for family in ALL_FAMILIES if family.recipe and family.key != "sd_x4"]
 
 
 def write_families(folder: Path, families: Sequence[str]) -> None:
@@ -57,6 +62,39 @@ def figures(text: str) -> dict[int, tuple[float, float]]:
     """Return {steps: (before, after)}, the distances of the report's table."""
     rows = re.findall(r"\| (\d) \| ([\d.]+) \| ([\d.]+) \|", text)
     return {int(steps): (float(before), float(after)) for steps, before, after in rows}
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+PRESET = prompts.ROOT / "trainer" / "recipes" / "presets" / "best.yaml"
+
+
+def test_numbers_by_size_and_family_are_those_of_the_trainers_preset_best(facts) -> None:
+    best, node = yaml.safe_load(PRESET.read_text(encoding="utf-8")), facts["settings"]
+    for name, field in (
+        ("LEARNING_RATES", "optimizer.lr"),
+        ("DISCRIMINATOR_RATES", "optimizer.discriminator_lr"),
+        ("RANKS", "lora.rank"),
+        ("AT_ONCE", "batch_size"),
+    ):
+        assert dict(map(tuple, node[name])) == {float(size): value for size, value in best["by_size"][field].items()}
+    common = best["common"]
+    for family in FAMILY_TABLE:
+        own = best["families"].get(family.recipe, {})
+        method = common["method"] | own.get("method", {})
+        guidance, steps, targets = node["families"][family.key]
+        assert [guidance, guidance] == method["guidance"]
+        assert steps == method["teacher_steps"]
+        assert targets == own.get("lora", {}).get("targets", common["lora"]["targets"])
+
+
+def test_rates_between_two_sizes_lie_on_a_line_in_their_logarithms(facts) -> None:
+    smallest, small, middle, large, largest = facts["settings"]["rates"]
+    assert smallest == small == pytest.approx(4e-3)
+    assert large == pytest.approx(1e-4)
+    assert largest == pytest.approx(5e-5)
+    # 6.6e7 is the geometric mean of 5e6 and 8.6e8, so its rate is that of 4e-3 and 1e-4.
+    assert middle == pytest.approx((4e-3 * 1e-4) ** 0.5, rel=0.02)
 
 
 # -- the demo ----------------------------------------------------------------------------------------------------------

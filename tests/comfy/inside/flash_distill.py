@@ -2,8 +2,9 @@
 
 python flash_distill.py COMFYUI ROOT FOLDER FAMILY...
 
-A FAMILY is "demo", or one of ``tests/families``. FOLDER holds for each of these the diffusers network: ``FAMILY.safetensors``, ``FAMILY.json``, and a batch of conditions,
-``FAMILY.given.safetensors``. The last line on the output is a JSON object of facts.
+A FAMILY is "demo", or one of ``tests/families``. FOLDER holds for each of these the diffusers network,
+``FAMILY.safetensors`` and ``FAMILY.json``, and a batch of conditions, ``FAMILY.given.safetensors``.
+The last line on the output is a JSON object of facts.
 """
 
 from __future__ import annotations
@@ -31,11 +32,24 @@ def main(comfyui: Path, root: Path, folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
     folder_paths.set_output_directory(str(folder / "output"))
     folder_paths.folder_names_and_paths["loras"] = ([str(folder / "loras")], {".safetensors"})
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"settings": settings()}
     with torch.inference_mode():
         for family in families:
             facts[family] = demo(folder) if family == "demo" else tiny(family, folder)
     sys.stdout.write("\n" + json.dumps(facts))
+
+
+def settings() -> dict[str, Any]:
+    """Return the numbers by size and by family."""
+    from dropped_in.nodes.distil.training import settings as of_node
+
+    names = ("LEARNING_RATES", "DISCRIMINATOR_RATES", "RANKS", "AT_ONCE")
+    found: dict[str, Any] = {name: list(getattr(of_node, name).items()) for name in names}
+    found["families"] = {
+        name: [usual.guidance, usual.teacher_steps, list(usual.targets)] for name, usual in of_node.FAMILIES.items()
+    }
+    found["rates"] = [of_node.by_size(of_node.LEARNING_RATES, size) for size in (1e6, 5e6, 6.6e7, 8.6e8, 1e10)]
+    return found
 
 
 def distil(model: Any, **inputs: Any) -> tuple[Any, ...]:
