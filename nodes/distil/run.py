@@ -180,6 +180,7 @@ def report_text(
 ) -> str:
     """Return the report in words and figures."""
     settings, losses = request.settings, training.losses
+    band = max(1, min(BAND, len(losses) // 3))
     height, width = request.shape[1:]
     source = f"{settings.budget.trajectories} recorded solutions of the teacher" if settings.replays else "your latents"
     last = ", the last of them with the adversarial loss on the first step" if settings.adversarial else ""
@@ -188,8 +189,8 @@ def report_text(
         f"from {source}, {count(len(training.examples.conditions), 'prompt')}, latents of {width} x {height}",
         f"teacher: {settings.teacher_steps} steps at guidance {settings.guidance:g}; LoRA: rank {settings.rank}, "
         f"learning rate {settings.learning_rate:g}, seed {settings.seed}",
-        f"distillation loss: {mean(losses[:BAND]):.4g} -> {mean(losses[-BAND:]):.4g} (means of "
-        f"{count(min(BAND, len(losses)), 'update')})",
+        f"distillation loss: {mean(losses[:band]):.4g} -> {mean(losses[-band:]):.4g} (means of the first and the last "
+        f"{count(band, 'update')})",
         f"time: {in_minutes(training.seconds)}" + (f"; resumed at update {started_at}" if started_at else ""),
         f"state: {folder.path}",
         "",

@@ -150,7 +150,7 @@ def test_a_damaged_state_raises_a_readable_error(facts) -> None:
 def test_the_loss_falls_and_the_model_keeps_its_bits(facts, family: str) -> None:
     losses = facts[family]["losses"]
     third = len(losses) // 3
-    assert sum(losses[-third:]) < 0.9 * sum(losses[:third])
+    assert sum(losses[-third:]) < 0.95 * sum(losses[:third])
     assert facts[family]["unchanged"]
 
 

@@ -19,7 +19,7 @@ from boot import boot
 PROMPTS = "red apple\nunicorn\nsmiling face\ntangerine"
 SHORT = {"updates": 6, "trajectories": 8, "samples": 4, "at_once": 2, "teacher_steps": 4, "preview_every": 0}
 SHORT |= {"width": 64, "height": 64}
-LEARNS = {"updates": 24, "trajectories": 32, "samples": 8}
+LEARNS = {"updates": 20, "trajectories": 24, "samples": 8, "preview_every": 0}
 FALLS_IN = 12  # updates of a tiny model
 
 
@@ -121,11 +121,11 @@ def demo(folder: Path) -> dict[str, Any]:
     def unchanged() -> bool:
         return torch.is_inference_mode_enabled() and hooks(model) == 0 and torch.equal(draw(model), before)
 
-    # A run that learns, with previews.
-    trained, lora, picture, text, losses = distil(model, clip=clip, vae=vae, name="learns", **LEARNS, preview_every=12)
+    # A run that learns.
+    trained, lora, picture, text, losses = distil(model, clip=clip, vae=vae, name="learns", **LEARNS)
     facts |= {"text": text, "picture": list(picture.shape), "losses": losses["loss"], "unchanged": unchanged()}
     facts |= {"loads": loads(model, trained, lora, "mine/demo", draw)}
-    _, again, _, text, _ = distil(model, clip=clip, vae=vae, name="learns", **LEARNS, preview_every=0)
+    _, again, _, text, _ = distil(model, clip=clip, name="learns", **LEARNS)
     facts["finished run again"] = all(torch.equal(again[key], lora[key]) for key in lora) and "resumed at" in text
 
     # The same short run whole, and stopped three times: in the trajectories, in an update, in the heads' warm-up.
@@ -180,7 +180,9 @@ def demo(folder: Path) -> dict[str, Any]:
 
     # Latents to start from, one prompt for all of them; and a damaged state.
     latents = {"samples": torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(3))}
-    _, _, _, text, _ = distil(model, clip=clip, name="latents", prompts="red apple", latents=latents, **SHORT)
+    _, _, _, text, _ = distil(
+        model, clip=clip, name="latents", prompts="red apple", latents=latents, **{**SHORT, "updates": 2}
+    )
     facts["latents"] = text
     state = states[0] / "state.safetensors"
     state.write_bytes(state.read_bytes()[:100])
