@@ -105,7 +105,7 @@ BETAS = (0.9, 0.99)  # a short run needs a short memory
 DISCRIMINATOR_BETAS = (0.5, 0.99)
 WARMUP = 20  # updates over which the learning rate rises
 FLAT = 0.3  # of the run, then the learning rate falls as half a cosine
-RECORDED_AT_ONCE = 32  # at most; large models record as many as they train at once
+RECORDED_AT_ONCE = 32  # trajectories, at most
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class DistilSettings:
     Attributes:
         budget: updates, trajectories and samples of an update.
         at_once: samples that the network takes at once; an update adds up the gradients of several such batches.
+        recorded_at_once: trajectories that are recorded at once.
         rank: of the LoRA; its alpha is the same number.
         learning_rate, discriminator_rate: of AdamW.
         guidance, teacher_steps, targets: see :class:`Usual`.
@@ -141,6 +142,7 @@ class DistilSettings:
 
     budget: Budget
     at_once: int
+    recorded_at_once: int
     rank: int
     learning_rate: float
     discriminator_rate: float
@@ -156,11 +158,6 @@ class DistilSettings:
     def batches(self) -> int:
         """How many batches an update adds up."""
         return max(1, round(self.budget.samples / self.at_once))
-
-    @property
-    def recorded_at_once(self) -> int:
-        """Trajectories that are recorded at once."""
-        return min(self.at_once, RECORDED_AT_ONCE)
 
     @property
     def stochasticity(self) -> float:
@@ -253,9 +250,11 @@ def choose_settings(
         )
     budget = BUDGETS[preset]
     budget = Budget(updates or budget.updates, trajectories or budget.trajectories, samples or budget.samples)
+    fits = at_once or whole_by_size(AT_ONCE, parameters)
     return DistilSettings(
         budget=budget,
-        at_once=min(at_once or whole_by_size(AT_ONCE, parameters), budget.samples),
+        at_once=min(fits, budget.samples),
+        recorded_at_once=min(fits, RECORDED_AT_ONCE),
         rank=rank or whole_by_size(RANKS, parameters),
         learning_rate=learning_rate or float(f"{by_size(LEARNING_RATES, parameters):.2g}"),
         discriminator_rate=float(f"{by_size(DISCRIMINATOR_RATES, parameters):.2g}"),
