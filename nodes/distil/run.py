@@ -25,13 +25,12 @@ from .denoiser import ModelDenoiser
 from .training.examples import Examples
 from .training.fingerprint import Fingerprint
 from .training.loop import Progress, Training
-from .training.pictures import BAND, SAMPLES, STEPS, Bench, Decode, as_image, loss_curve
+from .training.pictures import BAND, SAMPLES, STEPS, Bench, Decode, as_image, report_picture
 from .training.settings import DistilSettings
 from .training.state import RunFolder, safe_name
 
 PREVIEW_SIDE = 768  # pixels, at most, of the live preview
 SHOW_SECONDS = 1.0  # between two texts on the node's face
-CURVE_WIDTH = 512  # pixels of a report without pictures
 BEST_STEPS = 4
 BEFORE = "errors before"  # the note with the figures of the model without the LoRA
 
@@ -110,10 +109,7 @@ def distil(request: Request, tell: Callable[[str], None]) -> Result:
         with training.average.applied():
             modules = denoiser.adapter("student")
             after = list(bench.errors().values())
-            picture = loss_curve(training.losses, CURVE_WIDTH)
-            if face.decode is not None:
-                grid = bench.grid(face.decode)
-                picture = torch.cat([grid, loss_curve(training.losses, grid.shape[2])], dim=1)
+            picture = report_picture(bench, face.decode, training.losses)
         metadata = metadata_of(request, denoiser, training, of_model)
         transformer = is_transformer({flat_name(path): module for path, module in modules.items()})
         write_lora(folder.lora, modules, metadata, transformer=transformer)
@@ -250,11 +246,11 @@ class Face:
             self.tell(self._text(progress))
 
     def _picture(self) -> tuple[str, Any, int] | None:
-        if self.drawn is None or self.decode is None:
+        if self.drawn is None:
             return None
         training, bench = self.drawn
         with training.average.applied():
-            return ("JPEG", as_image(bench.grid(self.decode)), PREVIEW_SIDE)
+            return ("JPEG", as_image(report_picture(bench, self.decode, training.losses)), PREVIEW_SIDE)
 
     def _text(self, progress: Progress) -> str:
         left = ""

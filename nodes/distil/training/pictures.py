@@ -21,6 +21,7 @@ STEPS = (4, 2, 1)  # the student's step counts
 SAMPLES = 8  # that the figures are measured on
 ROWS = 4  # of these are shown as pictures
 CURVE_HEIGHT = 140  # pixels
+CURVE_WIDTH = 512  # of a curve without pictures
 BAND = 25  # updates of the curve's moving mean, at most a tenth of the run
 
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w), scaled for the network -> pictures (B, H, W, 3) in 0..1
@@ -95,6 +96,14 @@ class Bench:
         z = self.noise[rows]
         levels = alphas.tolist(), sigmas.tolist()
         return few_step_sample(z0, z, *levels, lambda: torch.zeros_like(z), stochasticity=0.0)
+
+
+def report_picture(bench: Bench, decode: Decode | None, losses: Sequence[float]) -> Tensor:
+    """Return the grid with the losses' curve below it, (1, H, W, 3); the curve alone where nothing decodes latents."""
+    if decode is None:
+        return loss_curve(losses, CURVE_WIDTH)
+    grid = bench.grid(decode)
+    return torch.cat([grid, loss_curve(losses, grid.shape[2])], dim=1)
 
 
 def loss_curve(losses: Sequence[float], width: int, height: int = CURVE_HEIGHT) -> Tensor:
