@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from flash_diffusion.flash_core.families import FAMILIES as ALL_FAMILIES
 
 from ..families.networks import POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network
 from . import prompts
-from .client import Client
 from .inside_comfyui import run_inside
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
 FAMILIES = ("sd15", "sdxl", "pixart_sigma", "sd3", "flux")
 POOLED = {"sdxl": POOLED_WIDTH, "sd3": SD3_POOLED_WIDTH, "flux": SD3_POOLED_WIDTH}
@@ -170,60 +169,3 @@ def test_the_metadata_sets_flash_sampler_up(facts) -> None:
     assert facts["demo"]["loads"]["metadata"] == ["flash-demo", "v_prediction", 0.5, [999, 749, 499, 249]]
     base, prediction, stochasticity, timesteps = facts["flux"]["loads"]["metadata"]
     assert (base, prediction, stochasticity, timesteps[0]) == ("flux", "flow", 0.5, 1000)
-
-
-# -- through the server ------------------------------------------------------------------------------------------------
-
-UPDATES = 8
-
-
-def workflow(name: str) -> prompts.Prompt:
-    """Return a short distillation, its LoRA saved, and a picture of the new model."""
-    node = prompts.node
-    return {
-        "models": node("FlashDemoModels"),
-        "distil": node(
-            "FlashDistill",
-            **{"model": ["models", 0], "clip": ["models", 1], "vae": ["models", 2], "prompts": "red apple\nunicorn"},
-            **{"name": name, "preset": "quick try", "width": 64, "height": 64, "guidance": 0.0, "seed": 0},
-            **{"updates": UPDATES, "trajectories": 4, "samples": 2, "teacher_steps": 4, "preview_every": 2},
-        ),
-        "save": node("FlashSaveLora", lora=["distil", 1], name=name),
-        "graph": node("LossGraphNode", loss=["distil", 4], filename_prefix=name),
-        "report": node("SaveImage", images=["distil", 2], filename_prefix=name),
-        "text": node("PreviewAny", source=["distil", 3]),
-        "positive": node("CLIPTextEncode", clip=["models", 1], text="red apple"),
-        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
-        "sampler": node(
-            "FlashSampler",
-            **{"model": ["distil", 0], "positive": ["positive", 0], "latent_image": ["empty", 0]},
-            **{"seed": 1, "steps": 2, "guidance": 1.0, "denoise": 1.0},
-        ),
-        "latent": node("SaveLatent", samples=["sampler", 0], filename_prefix=name),
-    }
-
-
-def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: Client, server) -> None:
-    whole = client.run(workflow("whole"))
-    assert whole.succeeded, whole.error
-    assert "stochasticity 0.5: the LoRA's metadata for 2 steps" in whole.texts["sampler"]
-    assert (UPDATES, UPDATES) in whole.progress
-    assert len(whole.previews) >= UPDATES // 2
-    assert len({picture.tobytes() for picture in whole.previews}) > 1
-    assert "saved as whole.safetensors" in whole.texts["save"]
-
-    stopped = client.run(workflow("stopped"), interrupt_at_step=3, of=UPDATES)
-    assert stopped.interrupted
-    assert "sampler" not in stopped.executed
-    assert "update 3 of 8" in stopped.texts["distil"] or "update 2 of 8" in stopped.texts["distil"]
-    resumed = client.run(workflow("stopped"))
-    assert resumed.succeeded, resumed.error
-    (text,) = resumed.outputs["text"]["text"]
-    assert re.search(r"resumed at update [3-7]\n", text)
-    loras = server.base / "models" / "loras"
-    before, after = (load_file(loras / f"{name}.safetensors") for name in ("whole", "stopped"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(client.latent(whole, "latent"), client.latent(resumed, "latent"))
-    listed = client.object_info()["FlashLoraLoader"]["input"]["required"]["lora_name"]
-    assert "stopped.safetensors" in str(listed)
