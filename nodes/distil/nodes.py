@@ -60,8 +60,8 @@ class FlashDistill(io.ComfyNode):
                     "preset",
                     options=list(PRESET_NAMES),
                     default=PRESET_NAMES[1],
-                    tooltip="How much work. quick try: 100 updates, to see that it works. standard: 300 larger ones. thorough: "
-                    "2000. The node shows the time left.",
+                    tooltip="How much work. quick try: 100 updates, to see that it works. standard: 300 larger ones. "
+                    "thorough: 2000. The node shows the time left.",
                 ),
                 io.Int.Input(
                     "width",
