@@ -15,7 +15,6 @@ from ...flash_core.denoiser import Conditioning
 from ...flash_core.discriminator import Discriminator
 from ...flash_core.distiller import Distiller
 from ...flash_core.passes.counting import CountedDenoiser
-from ...flash_core.schedule import WeightAverage
 from ...flash_core.runs.schedule import WeightAverage
 from ..config import OptimizerSection, Recipe
 from ..data.encoding.examples import CachedExamples
