@@ -30,6 +30,7 @@ from .settings import (
 )
 from .terms import adversarial, distribution_matching
 from .terms.draws import acting_rows
+from .terms.drift import output_figures
 from .terms.features import feature_matching_term
 from .terms.segments import intra_segment_term
 
@@ -57,11 +58,15 @@ class StudentStep:
         terms: the unweighted loss terms that were computed, and ``total``, as detached scalars on the device.
         seen: the teacher's hidden states of the adversarial loss, for :meth:`Distiller.discriminator_step`; None
             without that loss.
+        figures: detached scalars on the device for a run's health: ``pull_TERM``, the norm of each term's weighted
+            gradient at the student's outputs, and those of :func:`~.terms.drift.output_figures` where the teacher's
+            solutions are there to compare with.
     """
 
     z_student: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     seen: adversarial.Seen | None = None
+    figures: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Distiller(RolloutSource):
@@ -108,6 +113,7 @@ class Distiller(RolloutSource):
             z_student = self.student_output(rollout)
         leaf = z_student.detach().requires_grad_()
         terms: dict[str, Tensor] = {}
+        figures: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
         gradient = torch.zeros_like(leaf)
         weight = self._distillation_weight(rollout, phase)
@@ -146,13 +152,18 @@ class Distiller(RolloutSource):
             if name == "adversarial" and self.settings.adversarial_weighting == "gradient_norm":
                 share = factor * _norm_ratio(gradient, slope, index)
                 terms["adversarial_weight"] = torch.as_tensor(share)
-            gradient += slope * share
+            pull = slope * share
+            gradient += pull
+            figures[f"pull_{name}"] = pull.norm()
             terms[name] = term.detach()
             weighted.append(share * terms[name])
         terms["total"] = torch.stack(weighted).sum() if weighted else torch.zeros((), device=leaf.device)
         with self.denoiser.role("student"):
             torch.autograd.backward(z_student, gradient * scale)
-        return StudentStep(leaf.detach(), terms, seen[0] if seen else None)
+        z_student = leaf.detach()
+        if self.settings.reads_solution(phase):
+            figures |= output_figures(self.denoiser.process, rollout.t, z_student, rollout.z_teacher)
+        return StudentStep(z_student, terms, seen[0] if seen else None, figures)
 
     def discriminator_step(
         self,
@@ -169,8 +180,9 @@ class Distiller(RolloutSource):
                 draws noise anew, for the teacher's passes on real and fake samples.
 
         Returns:
-            The loss, ``discriminator_accuracy`` (the share of pairs that the heads tell apart, 0.5 is chance) and the
-            gradient penalty; nothing where no sample is one that the term acts on.
+            The loss, ``discriminator_accuracy`` (the share of pairs that the heads tell apart, 0.5 is chance),
+            ``discriminator_real`` and ``discriminator_fake`` (D(real) and D(fake), the mean logits) and the gradient
+            penalty; nothing where no sample is one that the term acts on.
         """
         discriminator = self._require_discriminator()
         index = acting_rows(self.settings.adversarial_rows, self.denoiser.process, rollout.t)

@@ -66,7 +66,7 @@ def discriminator_term(
     generator: torch.Generator,
     seen: Seen | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the heads' loss, and what a log shows: the loss, the accuracy, the gradient penalty.
+    """Return the heads' loss, and what a log shows: loss, accuracy, D(real), D(fake), gradient penalty.
 
     Args:
         z_student: (B, C, H, W) the student's outputs, detached.
@@ -83,7 +83,12 @@ def discriminator_term(
         real_views = [view.detach().requires_grad_() for view in real_views]
     real, fake = discriminator(real_views), discriminator(fake_views)
     loss = losses.discriminator_loss(settings.adversarial, real, fake)
-    shown = {"discriminator": loss.detach(), "discriminator_accuracy": pair_accuracy(real, fake)}
+    shown = {
+        "discriminator": loss.detach(),
+        "discriminator_accuracy": pair_accuracy(real, fake),
+        "discriminator_real": mean_logit(real),
+        "discriminator_fake": mean_logit(fake),
+    }
     if settings.r1 > 0:
         penalty = losses.r1_penalty(real, real_views)
         shown["r1"] = penalty.detach()
@@ -140,6 +145,12 @@ def _real_views(
 def real_samples(settings: DistillerSettings, rollout: Rollout) -> Tensor:
     """Return what the discriminator calls real: the data, or the teacher's solutions."""
     return rollout.z0 if settings.real == "data" else rollout.z_teacher
+
+
+@torch.no_grad()
+def mean_logit(logits: Sequence[Tensor]) -> Tensor:
+    """Return the mean logit, each head counting the same."""
+    return torch.stack([of_head.mean() for of_head in logits]).mean()
 
 
 @torch.no_grad()

@@ -373,7 +373,8 @@ def test_discriminator_step_trains_only_its_heads(r1: float) -> None:
     distiller = make_distiller(r1=r1)
     rollout = make_rollout(distiller)
     terms = distiller.discriminator_step(rollout, latents(seed=8), seeded(0))
-    assert set(terms) == {"discriminator", "discriminator_accuracy"} | ({"r1"} if r1 else set())
+    shown = {"discriminator", "discriminator_accuracy", "discriminator_real", "discriminator_fake"}
+    assert set(terms) == shown | ({"r1"} if r1 else set())
     assert all(parameter.grad is not None for parameter in distiller.discriminator.parameters())
     assert untouched(distiller.denoiser.parameters())
 
@@ -641,3 +642,20 @@ def test_flow_model_trains_with_every_step() -> None:
     step = distiller.student_step(rollout, EVERYTHING, seeded(0))
     assert torch.isfinite(step.terms["total"])
     assert distiller.critic_step(step.z_student, rollout.conditioning, seeded(0))["critic"].item() > 0
+
+
+def test_a_step_tells_how_hard_each_term_pulls_and_how_the_outputs_drift() -> None:
+    """For MSE alone the pull is |2 (z - z_teacher) / N| times the factor; contrast and error by their definitions."""
+    distiller = make_distiller()
+    rollout = make_rollout(distiller)
+    step = distiller.student_step(rollout, Phase((1.0,), distillation=3.0), seeded(0))
+    difference = step.z_student - rollout.z_teacher
+    assert set(step.figures) >= {"pull_distillation", "student_contrast", "teacher_contrast", "student_error"}
+    assert step.figures["pull_distillation"].item() == pytest.approx(
+        3 * 2 * difference.norm().item() / difference.numel()
+    )
+    assert step.figures["student_error"].item() == pytest.approx(difference.square().mean().sqrt().item())
+    spread = rollout.z_teacher.var((2, 3), correction=0).sqrt().mean().item()
+    assert step.figures["teacher_contrast"].item() == pytest.approx(spread)
+    both = distiller.student_step(rollout, EVERYTHING, seeded(0)).figures
+    assert {"pull_distillation", "pull_adversarial", "pull_dmd"} <= set(both)

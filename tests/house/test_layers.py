@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer.files",),
     ("trainer.config",),
     ("trainer.recipes", "trainer.demo"),
-    ("trainer.metrics",),
+    ("trainer.metrics", "trainer.health"),
     ("trainer.teachers.loading",),
     ("trainer.teachers.conditions",),
     ("trainer.teachers",),

@@ -22,12 +22,18 @@ from flash_diffusion.trainer.distill.assembly import assemble
 from flash_diffusion.trainer.distill.loop import Run, TrainingDiverged, distil
 from flash_diffusion.trainer.distill.schedule import learning_rate_factor, phase_at
 from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.health.figures import is_preview
 from flash_diffusion.trainer.seeds import stream
 from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser
 
 
 def log(output: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log."""
+    """Return the lines of a run's log that tell of updates."""
+    return [line for line in whole_log(output) if not is_preview(line)]
+
+
+def whole_log(output: Path) -> list[dict[str, Any]]:
+    """Return all lines of a run's log."""
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
@@ -60,8 +66,10 @@ def test_run_writes_all_its_files(recipe: Recipe, tmp_path: Path) -> None:
     assert {path.name for path in output.iterdir()} >= {
         "lora.safetensors", "README.md", "config.yaml", "log.jsonl", "previews", "tensorboard", "checkpoints",
     }  # fmt: skip
-    lines = log(output)
+    *lines, last = whole_log(output)
     assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
+    assert (last["update"], last["phase"]) == (5, "all")
+    assert {"picture_contrast", "picture_luminance"} <= set(last)
     assert [line["phase"] for line in lines] == ["warm-up", "warm-up", "all", "all", "all"]
     assert "adversarial" not in lines[0]
     assert {"distillation", "adversarial", "dmd", "discriminator", "gradient_student"} <= set(lines[-1])

@@ -39,7 +39,7 @@ def test_grid_is_drawn_in_batches_of_the_training_size(
     for size in (8, 2):
         recipe = parse_recipe({**recipe_content, "batch_size": size})
         asked.clear()
-        grids[size] = np.asarray(Preview(recipe, rows).draw(), dtype=float)
+        grids[size] = np.asarray(Preview(recipe, rows).draw().grid, dtype=float)
         assert max(asked) == 2 * min(size, len(PROMPTS))  # with guidance both branches are in one batch
         assert set(decoded) == {1}
     assert grids[8].shape[0] > 3 * 64

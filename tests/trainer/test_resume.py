@@ -237,7 +237,7 @@ def test_every_update_is_once_in_the_log_and_in_tensorboard(tmp_path: Path) -> N
     for first, updates in ((0, range(1, 6)), (3, range(4, 7))):
         log = TrainingLog(tmp_path, first, active=True)
         for update in updates:
-            log.record({"update": update}, {"total": update + first / 10})
+            log.record({"update": update}, {"total": update + first / 10}, {})
         log.flush()
         # TensorBoard reads the files of a folder in the order of their names, which begin with the second.
         (newest,) = (tmp_path / "tensorboard").glob("events.out.tfevents.[1-9]*")

@@ -1,4 +1,4 @@
-"""The schedule of discriminator and critic: warm-up, updates of each, memory, alignment, a warning when blind."""
+"""The schedule of discriminator and critic: warm-up, updates of each, memory, alignment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.data.batches.memory import OutputMemory
 from flash_diffusion.trainer.distill.loop import Run
-from flash_diffusion.trainer.distill.training_log import BlindDiscriminator
 
 
 def conditions(*values: float) -> Conditioning:
@@ -98,16 +97,6 @@ def test_discriminator_and_critic_learn_alone_first_and_as_often_as_the_recipe_s
     assert run.state.position == 2 * (2 + 4 + 3)  # warm-up takes samples of its own
     assert [len(z) for z in seen] == [2] * len(seen)
     assert len(run.updater.memory) == 6
-
-
-def test_a_discriminator_at_chance_is_told_in_words() -> None:
-    watch = BlindDiscriminator()
-    assert watch.warning({"total": 1.0}, 500) == ""
-    assert watch.warning({"discriminator_accuracy": 0.5}, 99) == ""
-    warning = watch.warning({"discriminator_accuracy": 0.54}, 1)
-    assert "in 50% of the pairs of the last 100 updates (chance: 50 %)" in warning
-    assert "method.adversarial_timesteps" in warning
-    assert watch.warning({"discriminator_accuracy": 0.6}, 100) == ""
 
 
 def test_a_phase_scales_the_students_rate_alone(recipe_content: dict[str, Any], tmp_path: Path) -> None:

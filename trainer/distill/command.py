@@ -26,7 +26,7 @@ The run's folder holds:
   lora.safetensors   the LoRA
   README.md          its model card
   config.yaml        every setting of the run
-  log.jsonl          losses, learning rate and speed
+  log.jsonl          losses, health, learning rate and speed
   previews/          sample grids, teacher beside student
   tensorboard/       the same curves and grids
   checkpoints/       for --resume and `flash-diffusion export`

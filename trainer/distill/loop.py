@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,17 +23,19 @@ from ..export.base_facts import write_base_facts
 from ..export.export import export_run
 from ..export.training_state import TrainingState
 from ..files import write_text_whole, writing
+from ..health.figures import OVER, WARNINGS, health_figures, is_preview
+from ..health.monitor import HealthMonitor
 from ..interrupts import Interrupted, StopRequest
 from ..recipes import LORA_FILE
 from ..seeds import seed_of
 from . import checkpoint
 from .assembly import Assembly, assemble
 from .passes import passes_of_an_image
-from .preview import Preview, preview_rows, save_preview
+from .preview import Preview, preview_path, preview_rows, save_preview
 from .processes import device_errors_explained, in_main_process, only_run_in, start_accelerator
 from .schedule import RunClock, learning_rate_factor, now, phase_at
 from .time_left import TimeLeft, phase_stages, recording_stage
-from .training_log import BlindDiscriminator, TrainingLog
+from .training_log import TrainingLog
 from .update import Updater
 
 logger = logging.getLogger(__name__)
@@ -120,7 +123,8 @@ class Run:
         self.good_checkpoint = last
         self.stop.check(accelerator)
         self.log = TrainingLog(output, self.state.update, accelerator.is_main_process)
-        self.blind = BlindDiscriminator()
+        self.health = HealthMonitor(recipe, self.log.kept)
+        self.drawn = {entry["update"] for entry in self.log.kept if is_preview(entry)}
         self.time_left = TimeLeft(phase_stages(recipe, self.state.update))
 
     def _identify(self, teacher_hash: str, data_fingerprint: str) -> None:
@@ -198,8 +202,9 @@ class Run:
             )
         self.log.show(1.0, 0.0, f"{self.state.update} updates; writing the last checkpoint, the preview and the LoRA")
         self._save_checkpoint()
-        self._draw_preview()
+        self._draw_preview(self.recipe.phases[-1])
         self.log.close()
+        logger.info("health: %s", self.health.summary() or "the run was too short to judge it")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             export_run(self.output, self.recipe, self.parts.average.tensors, self.state)
@@ -244,10 +249,10 @@ class Run:
                 self._check_finite()
                 self._log(phase, progress, factor, state.update - logged, now() - since)
                 since, logged = now(), state.update
-            if recipe.checkpoint.every and state.update % recipe.checkpoint.every == 0:
-                self._save_checkpoint()
             if recipe.preview.every and state.update % recipe.preview.every == 0:
-                self._draw_preview()
+                self._draw_preview(phase)
+            if recipe.checkpoint.every and state.update % recipe.checkpoint.every == 0:
+                self._save_checkpoint()  # after the log's lines of this update: a session that goes on has them all
             self.stop.check(self.accelerator)
 
     def _warm_up(self, phase: PhaseSection) -> float:
@@ -264,6 +269,7 @@ class Run:
         """Write the means since the last line, which is ``updates`` and ``seconds`` ago."""
         recipe = self.recipe
         terms = self.updater.means.take()
+        figures = health_figures(terms)
         images = recipe.batch_size * recipe.gradient_accumulation * self.accelerator.num_processes
         speed = updates * images / seconds
         passes, unconditional = passes_of_an_image(
@@ -280,12 +286,21 @@ class Run:
             "passes": passes,
             "unconditional": unconditional,
         }
-        self.log.record(facts, terms)
-        if (warning := self.blind.warning(terms, updates)) and self.accelerator.is_main_process:
-            logger.warning("update %d: %s", self.state.update, warning)
+        self._record(facts, figures)
         self.time_left.advance(updates, seconds)
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in terms.items() if name in figures)
         self._show(f"update {self.state.update}, {phase.name}  {losses}  {speed:.1f} images/s")
+
+    def _record(self, facts: dict[str, Any], figures: dict[str, float]) -> None:
+        """Write a line of the log, and say what it tells of the run's health."""
+        if not self.accelerator.is_main_process:
+            return
+        told = self.health.observe({**facts, **figures})
+        self.log.record(facts, figures, told)
+        for sentence in told.get(WARNINGS, ()):
+            logger.warning("update %d: %s", self.state.update, sentence)
+        for sentence in told.get(OVER, ()):
+            logger.info("update %d: over: %s", self.state.update, sentence)
 
     def _show(self, note: str) -> None:
         limit = self.clock.seconds_left
@@ -295,9 +310,10 @@ class Run:
         if bool(self.updater.finite):
             return
         good = f"the last good checkpoint is {self.good_checkpoint}" if self.good_checkpoint else "no checkpoint yet"
+        before = "".join(f". Before, {alarm.text}" for alarm in self.health.alarms)
         raise TrainingDiverged(
             f"a loss or gradient is not a finite number at update {self.state.update} or shortly before; {good}. "
-            "Resume with a lower optimizer.lr, or without reduced precision"
+            f"Resume with a lower optimizer.lr, or without reduced precision{before}"
         )
 
     def _save_checkpoint(self) -> None:
@@ -320,10 +336,15 @@ class Run:
         if self.rollouts.refreshed is not None:
             self.rollouts.refreshed.prune(self.rollouts.numbers(self.state.position)[0])
 
-    def _draw_preview(self) -> None:
-        if self.preview is not None:
+    def _draw_preview(self, phase: PhaseSection) -> None:
+        update = self.state.update
+        drawn = update in self.drawn and preview_path(self.output, update).is_file()
+        if self.preview is not None and not drawn:
             with self.accelerator.autocast(), self.parts.average.applied():
-                grid = self.preview.draw()
-            save_preview(grid, self.output, self.state.update)
-            self.log.picture(grid, self.state.update)
+                drawing = self.preview.draw()
+            save_preview(drawing.grid, self.output, update)
+            self.log.picture(drawing.grid, update)
+            if update not in self.drawn:
+                self._record({"update": update, "phase": phase.name}, drawing.figures)
+            self.drawn.add(update)
         self.accelerator.wait_for_everyone()

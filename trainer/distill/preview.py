@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..config import Recipe
 from ..evaluate.generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents
 from ..files import write_whole
+from ..health.figures import PICTURE
+from ..metrics.pictures.drift import drift
 from ..pictures import titled_grid
 from ..seeds import seed_of
 
@@ -37,6 +40,14 @@ def preview_rows(parts: Assembly, prompts: Sequence[str]) -> EncodedPrompts:
     return EncodedPrompts(teacher, parts.task, texts, conditioning)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A grid, and the figures of its pictures for the log: of the student with the most steps beside the teacher."""
+
+    grid: Image.Image
+    figures: dict[str, float]
+
+
 class Preview:
     """Draws the grids of one run. Prompts and noise stay the same; the teacher's pictures are made once.
 
@@ -50,7 +61,7 @@ class Preview:
         self.seeds = [seed_of(recipe.seed, "preview", row) for row in range(len(encoded.prompts))]
         self.teacher_pictures: Tensor | None = None
 
-    def draw(self) -> Image.Image:
+    def draw(self) -> Drawing:
         """Return the grid with the present student."""
         method, section = self.recipe.method, self.recipe.preview
         if self.teacher_pictures is None:
@@ -59,7 +70,9 @@ class Preview:
         columns = {f"teacher {method.teacher_steps}": self.teacher_pictures}
         for steps in sorted(section.steps, reverse=True):
             columns[f"student {steps}"] = self._pictures(SamplingSetting("student", steps))
-        return titled_grid(columns)
+        student = columns[f"student {max(section.steps)}"]
+        figures = drift(student, self.teacher_pictures)
+        return Drawing(titled_grid(columns), {f"{PICTURE}{name}": value for name, value in figures.items()})
 
     def _pictures(self, run: SamplingSetting) -> Tensor:
         """Return the pictures of all rows.
@@ -77,8 +90,13 @@ class Preview:
         return torch.cat(pictures)
 
 
+def preview_path(output: Path, update: int) -> Path:
+    """Return where the grid of an update lies in a run's folder."""
+    return output / "previews" / f"{update:08d}.webp"
+
+
 def save_preview(grid: Image.Image, output: Path, update: int) -> Path:
     """Write a grid into the run's folder and return its path."""
-    path = output / "previews" / f"{update:08d}.webp"
+    path = preview_path(output, update)
     write_whole(path, lambda partial: grid.save(partial, "WEBP", quality=92))
     return path

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..files import write_text_whole, writing
+from ..health.lines import read_lines
 from ..progress import in_words
 
 logger = logging.getLogger(__name__)
 
-DISCRIMINATOR_ACCURACY = "discriminator_accuracy"
-WINDOW = 100  # updates between two looks at the discriminator's accuracy
-BLIND = 0.55  # accuracy up to here counts as chance: at 400 pairs, two standard deviations of guesses
 QUIET_INTERVAL = 20.0  # seconds between lines where the output is no terminal and a bar can't be drawn
 
 
@@ -63,36 +61,6 @@ class Means:
         self._counts = {name: int(value) for (kind, name), value in parts.items() if kind == "count"}
 
 
-class BlindDiscriminator:
-    """Notices discriminator heads that do not learn to tell real from fake: their gradient is noise for the student."""
-
-    def __init__(self) -> None:
-        self._right = 0.0
-        self._updates = 0
-
-    def warning(self, terms: Mapping[str, float], updates: int) -> str:
-        """Return a warning after each ``WINDOW`` updates in which the heads were at chance, else an empty text.
-
-        Args:
-            terms: the means of the last ``updates`` updates.
-        """
-        if DISCRIMINATOR_ACCURACY not in terms:
-            return ""
-        self._right += terms[DISCRIMINATOR_ACCURACY] * updates
-        self._updates += updates
-        if self._updates < WINDOW:
-            return ""
-        share, count = self._right / self._updates, self._updates
-        self._right, self._updates = 0.0, 0
-        if share > BLIND:
-            return ""
-        return (
-            f"the discriminator tells real from fake in {share:.0%} of the pairs of the last {count} updates (chance: "
-            "50 %), so the adversarial loss gives the student noise. Give method.adversarial_timesteps lower levels, "
-            "raise method.discriminator.warmup or optimizer.discriminator_lr, or set the phases' adversarial to 0"
-        )
-
-
 class TrainingLog:
     """Writes the log of a run. Only the main process writes and prints.
 
@@ -100,16 +68,20 @@ class TrainingLog:
         output: the run's folder.
         update: where the run continues; later lines of an earlier session are dropped.
         active: True in the main process.
+
+    Attributes:
+        kept: the entries of earlier sessions.
     """
 
     def __init__(self, output: Path, update: int, active: bool) -> None:
         self.active = active
         self.console = Console(stderr=True)
         self.path = output / "log.jsonl"
+        self.kept: list[dict[str, Any]] = []
         self._shown = time.monotonic()
         self.curves = output / "tensorboard"
         if active:
-            self._cut(update)
+            self.kept = self._cut(update)
             threading.excepthook = _without_tensorboard(threading.excepthook)
             with writing(self.curves):
                 # TensorBoard hides the points from `purge_step` on: those of updates that are made again.
@@ -126,29 +98,38 @@ class TrainingLog:
         )
         self._bar = self.progress.add_task("distil", total=1.0, left="?", note="")
 
-    def _cut(self, update: int) -> None:
-        """Drop the lines of updates that this session makes again, because the last one was killed."""
+    def _cut(self, update: int) -> list[dict[str, Any]]:
+        """Drop the lines of updates that this session makes again after a kill; return the entries of the others."""
         if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["update"] <= update:
-                    kept.append(line)
-            except (ValueError, KeyError):
+            return []
+        kept, entries = [], []
+        for line, entry in read_lines(self.path):
+            if entry is None:
                 logger.warning("%s: dropped a broken line, the trace of a killed session", self.path)
+            elif entry["update"] <= update:
+                kept.append(line)
+                entries.append(entry)
         write_text_whole(self.path, "".join(f"{line}\n" for line in kept))
+        return entries
 
-    def record(self, facts: Mapping[str, Any], terms: Mapping[str, float]) -> None:
-        """Write one line of the log, and a point of each curve in TensorBoard."""
+    def record(
+        self, facts: Mapping[str, Any], figures: Mapping[str, float], health: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Write one line of the log, and a point of each curve in TensorBoard.
+
+        Args:
+            health: sentences on the run's health that this line has brought.
+        """
         if not self.active:
             return
-        line = json.dumps({**facts, **{name: float(f"{value:.6g}") for name, value in terms.items()}})
+        line = json.dumps({**facts, **{name: float(f"{value:.6g}") for name, value in figures.items()}, **health})
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         with writing(self.curves):
-            for name, value in terms.items():
+            for name, value in figures.items():
                 self.board.add_scalar(name, value, facts["update"])
+            for kind, sentences in health.items():
+                self.board.add_text(f"health/{kind}", "\n\n".join(sentences), facts["update"])
 
     def picture(self, grid: Image.Image, update: int) -> None:
         """Show a sample grid in TensorBoard."""

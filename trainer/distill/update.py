@@ -69,6 +69,7 @@ class Updater:
             with self.accelerator.autocast():
                 step = self.parts.distiller.student_step(rollout, core_phase, self.rollouts.generator, self._share)
             self._note(step.terms)
+            self.means.add(step.figures)
             batches.append(Batch(rollout, step.z_student, step.seen))
         self._step("student", factor * phase.learning_rate)
         learners = self._learners(phase)

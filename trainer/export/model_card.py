@@ -13,6 +13,8 @@ from ...flash_core.lora import FlashMetadata, LoraModule, nearest_stochasticity
 from ...flash_core.lora.metadata import PAPER_STOCHASTICITY
 from ..config import Recipe
 from ..evaluate.tuning.stored import Tuned, read_tuned
+from ..health.lines import read_lines
+from ..health.monitor import HealthMonitor
 from .base_facts import BaseFacts
 from .card_usage import BEST_STEPS, Usage, is_on_disk, usage
 from .training_state import TrainingState
@@ -87,7 +89,7 @@ setting, `log.jsonl` the losses.{_terms(recipe, metadata)}
 | phase | share of the run | modes at {grids[NUM_MODES]} | distillation | adversarial | dmd |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
-"""
+{_health(run, recipe, state)}"""
 
 
 def _terms(recipe: Recipe, metadata: FlashMetadata) -> str:
@@ -101,6 +103,13 @@ def _terms(recipe: Recipe, metadata: FlashMetadata) -> str:
     if any(phase.dmd > 0 for phase in recipe.phases):
         words.append(f"DMD: {method.dmd.form}, {where[method.dmd.rows]}, fake score of the {method.fake_score}.")
     return "".join(f"\n{word}" for word in words)
+
+
+def _health(run: Path, recipe: Recipe, state: TrainingState) -> str:
+    """Return the section on what the run's log says of its health; empty where the log says too little."""
+    entries = [entry for _, entry in read_lines(run / "log.jsonl") if entry is not None]
+    summary = HealthMonitor(recipe, [entry for entry in entries if entry["update"] <= state.update]).summary()
+    return f"\n## Health\n\n{summary}\n" if summary else ""
 
 
 def _stochasticity(metadata: FlashMetadata, tuned: Tuned | None) -> str:

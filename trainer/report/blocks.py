@@ -232,6 +232,8 @@ class Page:
         lead: sentences under the title.
         notes: sentences that a reader must know.
         method: the last section; the training's curves stand before it.
+        curves: of the training's log.
+        health: what the log said of the training's health, above the curves.
     """
 
     over: str
@@ -242,11 +244,13 @@ class Page:
     sections: tuple[Section, ...]
     method: Section
     curves: tuple[Chart, ...] = field(default=())
+    health: tuple[Finding, ...] = field(default=())
 
     @property
     def all_sections(self) -> tuple[Section, ...]:
         """The sections in their order, with the training's curves."""
-        training = (Section("Training", (Charts(self.curves, small=True),)),) if self.curves else ()
+        health = (Findings(self.health),) if self.health else ()
+        training = (Section("Training", (*health, Charts(self.curves, small=True))),) if self.curves else ()
         return (*self.sections, *training, self.method)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import write_whole
-from .blocks import Findings, Page, RunTable, Targets
+from ..health.figures import OVER, WARNINGS
+from .blocks import Finding, Findings, Page, RunTable, Targets
 from .charts import read_log, training_charts
 from .coco_page import coco_page, comparability
 from .html_page import render
@@ -60,9 +61,18 @@ def read_page(folder: Path, log: Path | None = None) -> Page:
         log: the ``log.jsonl`` of the student's training, for the curves.
     """
     report = read_report(folder)
-    curves = training_charts(read_log(log)) if log is not None and log.is_file() else []
+    entries = read_log(log) if log is not None and log.is_file() else []
+    curves, health = tuple(training_charts(entries)), tuple(health_findings(entries))
     with _damage_explained(folder / "report.json"):
-        return replace(PAGES[report["kind"]](report, folder), curves=tuple(curves))
+        return replace(PAGES[report["kind"]](report, folder), curves=curves, health=health)
+
+
+def health_findings(entries: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Yield what a training's log says of its health, in the order in which it was said."""
+    for entry in entries:
+        for key, good in ((WARNINGS, False), (OVER, True)):
+            for sentence in entry.get(key, ()):
+                yield Finding(f"Update {entry['update']:,}: {sentence}.", good)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..health.figures import caption_of
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -183,7 +184,7 @@ def training_charts(entries: Sequence[dict[str, Any]]) -> list[Chart]:
         points = [(float(entry["update"]), float(entry[name])) for entry in entries if finite(entry, name)]
         if len(points) > 1 and any(value for _, value in points):  # a term with weight 0 is always 0
             title = name.replace("_", " ")
-            charts.append(Chart(title, "", curve_chart(title, points, phases)))
+            charts.append(Chart(title, caption_of(name), curve_chart(title, points, phases)))
     return charts
 
 
