@@ -300,6 +300,14 @@ class CheckpointSection(Section):
     keep: Count = Field(2, description="checkpoints that are kept, the last ones")
 
 
+class SpeedSection(Section):
+    """Switches for speed; the result is the same but for rounding."""
+
+    channels_last: bool = Field(
+        False, description="keep a UNet's weights in the order that GPUs' convolutions prefer (half precision)"
+    )
+
+
 class LimitsSection(Section):
     """Limits of time."""
 
@@ -347,6 +355,7 @@ class Recipe(Section):
         0, description="seed of initial weights, order of samples, and noise"
     )
     limits: LimitsSection = LimitsSection()
+    speed: SpeedSection = SpeedSection()
 
     @model_validator(mode="after")
     def _half_precision_keeps_gradients(self) -> Recipe:
@@ -406,6 +415,8 @@ class Recipe(Section):
         that do not change the result (where the cache is, threads) are left out.
         """
         content = self.model_dump(mode="json")
+        if self.speed == SpeedSection():
+            del content["speed"]
         if self.sampler == SamplerSection():
             del content["sampler"]
         for phase in content["phases"]:

@@ -31,6 +31,7 @@ from ..tasks.requirements import check_channels, check_control
 from ..teachers import load_teacher
 from ..teachers.base import Teacher
 from ..teachers.denoiser import DiffusersDenoiser
+from ..teachers.layout import order_channels_last
 from ..teachers.lora_layers import start_adapter
 from .checkpoint import Trained
 
@@ -131,6 +132,8 @@ def assemble(
     teacher = load_teacher(recipe.model, str(accelerator.device), recipe.data.resolution)
     _check_solver(recipe, teacher)
     check_channels(task, teacher)
+    if recipe.speed.channels_last:
+        order_channels_last(teacher.denoiser.network)
     examples = _examples(recipe, teacher, task, accelerator, stop)
     denoiser = teacher.denoiser
     teacher.stochasticity = stochasticity_of(recipe)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 # A log's numbers that are no losses.
-NO_CURVE = {"update", "phase", "progress", "lr", "images_per_second", "seconds", "compile_seconds"}
+NO_CURVE = {"update", "phase", "progress", "lr", "images_per_second", "seconds"}
 
 LEFT, RIGHT, TOP, BOTTOM = 50, 18, 18, 44  # px around the plot, for its labels
 CURVE_POINTS = 240  # drawn of a training curve; more would not be seen

@@ -32,7 +32,7 @@ def weights_hash(network: nn.Module) -> str:
     for name, value in sorted(network.named_parameters()):
         if ".lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
