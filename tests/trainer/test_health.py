@@ -186,6 +186,11 @@ def test_every_rule_has_words_and_advice_in_fields_that_exist(watched: Recipe) -
         assert "1200" not in sentence  # 1,200
 
 
+def test_a_phase_that_the_recipe_no_longer_has_is_advised_too(watched: Recipe) -> None:
+    entries = lines("picture_contrast", [1.0, 0.7], phase="renamed", share_dmd=0.7, share_distillation=0.3)
+    assert told(watched, entries)[0][2].endswith("Lower optimizer.lr (0.004)")
+
+
 def test_the_summary_says_what_lasts(watched: Recipe) -> None:
     assert HealthMonitor(watched).summary() == ""
     sound = HealthMonitor(watched, lines("picture_contrast", [0.9, 1.0], picture_luminance=1.01))

@@ -23,9 +23,11 @@ def advice(rule: Rule, recipe: Recipe, phase: str | None, shares: Mapping[str, f
     others = {name.removeprefix(SHARE): value for name, value in shares.items() if name != f"{SHARE}distillation"}
     cause = max(others, key=lambda name: others[name], default="")
     rate = f"lower optimizer.lr ({recipe.optimizer.lr:g})"
-    if not cause or others[cause] < STRONG:
+    # A resumed run's recipe may have lost the phase that an old line names.
+    found = next(((at, section) for at, section in enumerate(recipe.phases) if section.name == phase), None)
+    if not cause or others[cause] < STRONG or found is None:
         return rate[0].upper() + rate[1:]
-    index, section = next((at, section) for at, section in enumerate(recipe.phases) if section.name == phase)
+    index, section = found
     factor = f"phases.{index}.{cause} ({getattr(section, cause):g}), which is {others[cause]:.0%} of the pull"
     anchor = f"raise phases.{index}.distillation ({section.distillation:g})" if section.distillation else rate
     return f"Lower {factor}, or {anchor}"
