@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -476,6 +477,21 @@ def test_training_log_becomes_curves(folder: Path) -> None:
     log.write_text("no json\n" + log.read_text())
     with pytest.raises(UserError, match="line 1"):
         read_log(log)
+
+
+def test_what_a_training_said_of_its_health_stands_above_its_curves(folder: Path) -> None:
+    log = folder / "log.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"update": 1000, "total": 2.0, "latent_contrast": 1.0},
+        {"update": 1500, "total": 1.0, "latent_contrast": 0.8, "warnings": ["the student's latents lose contrast"]},
+        {"update": 2000, "total": 0.9, "latent_contrast": 0.97, "over": ["the contrast is 0.97"]},
+    ]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = write_report(folder, log).read_text(encoding="utf-8").partition("<h2>Training</h2>")[2]
+    said, _, curves = training.partition("<svg")
+    assert '<li class="bad">Update 1,500: the student&#39;s latents lose contrast.</li>' in said
+    assert '<li class="good">Update 2,000: the contrast is 0.97.</li>' in said
+    assert "student divided by teacher, latents from the same starts" in said + curves
 
 
 def test_numbers_are_written_for_people() -> None:
