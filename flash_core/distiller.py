@@ -28,8 +28,9 @@ from .settings import (
     Rows,
     StartStates,
 )
+from .shared_batch import Random, SharedBatch, shared
 from .terms import adversarial, distribution_matching
-from .terms.draws import acting_rows
+from .terms.draws import acting_rows, acts_on
 from .terms.drift import output_figures
 from .terms.features import feature_matching_term
 from .terms.segments import intra_segment_term
@@ -98,9 +99,7 @@ class Distiller(RolloutSource):
 
     # -- the three updates ---------------------------------------------------------------------------------------
 
-    def student_step(
-        self, rollout: Rollout, phase: Phase, generator: torch.Generator, scale: float = 1.0
-    ) -> StudentStep:
+    def student_step(self, rollout: Rollout, phase: Phase, generator: Random, scale: float = 1.0) -> StudentStep:
         """Compute the student's loss and leave ``scale`` times its gradient in the student's adapter.
 
         The backward pass is split. First the loss terms run on a detached leaf of the student's output, while roles
@@ -108,6 +107,7 @@ class Distiller(RolloutSource):
         checkpointing recomputes each activation in the role that made the activation.
 
         A term that acts on some samples only is the mean over these samples. It is not computed where there are none.
+        Where processes share a batch, ``terms`` are such that their mean over the processes is the whole batch's.
         """
         with asked_by("student"), self.denoiser.role("student"):
             z_student = self.student_output(rollout)
@@ -118,44 +118,45 @@ class Distiller(RolloutSource):
         gradient = torch.zeros_like(leaf)
         weight = self._distillation_weight(rollout, phase)
         seen: list[adversarial.Seen] = []
-        computed: tuple[tuple[str, float, Rows, Callable[[Tensor, Rollout], Tensor]], ...] = (
-            ("distillation", phase.distillation, "all", lambda z, part: self._distillation(z, part, weight, generator)),
+        batch = shared(generator, len(leaf))
+        computed: tuple[tuple[str, float, Rows, Callable[[Tensor, Rollout, SharedBatch], Tensor]], ...] = (
+            ("distillation", phase.distillation, "all", lambda z, part, of: self._distillation(z, part, weight, of)),
             (
                 "adversarial",
                 phase.adversarial,
                 self.settings.adversarial_rows,
-                lambda z, part: self._adversarial(z, part, generator, seen),
+                lambda z, part, of: self._adversarial(z, part, of, seen),
             ),
-            ("dmd", phase.dmd, self.settings.dmd.rows, lambda z, part: self._dmd(z, part, generator)),
+            ("dmd", phase.dmd, self.settings.dmd.rows, lambda z, part, of: self._dmd(z, part, of)),
             (
                 "feature_matching",
                 phase.feature_matching,
                 self.settings.feature_rows,
-                lambda z, part: feature_matching_term(self.denoiser, self.settings, z, part, generator),
+                lambda z, part, of: feature_matching_term(self.denoiser, self.settings, z, part, of),
             ),
             (
                 "intra_segment",
                 phase.intra_segment,
                 "all",
-                lambda z, part: intra_segment_term(self, z, part, max(self.settings.states.steps), generator),
+                lambda z, part, of: intra_segment_term(self, z, part, max(self.settings.states.steps), of),
             ),
         )
         for name, factor, rows, compute in computed:
-            index = acting_rows(rows, self.denoiser.process, rollout.t) if factor else None
+            index, of = self._acting(rows, rollout, batch) if factor else (None, batch)
             if factor == 0 or (index is not None and len(index) == 0):
                 continue
             # One backward pass a term: only one term's graph through the teacher is alive at a time.
             with asked_by(name.replace("_", " ")), self.denoiser.role("teacher"):
-                term = compute(*((leaf, rollout) if index is None else (leaf[index], rollout.rows(index))))
-                slope = torch.autograd.grad(term, leaf)[0]
+                term = compute(*((leaf, rollout) if index is None else (leaf[index], rollout.rows(index))), of)
+                slope = of.weighted(torch.autograd.grad(term, leaf)[0])
             share: float | Tensor = factor
             if name == "adversarial" and self.settings.adversarial_weighting == "gradient_norm":
-                share = factor * _norm_ratio(gradient, slope, index)
+                share = factor * _norm_ratio(gradient, slope, index, of)
                 terms["adversarial_weight"] = torch.as_tensor(share)
             pull = slope * share
             gradient += pull
             figures[f"pull_{name}"] = pull.norm()
-            terms[name] = term.detach()
+            terms[name] = of.weighted(term.detach())
             weighted.append(share * terms[name])
         terms["total"] = torch.stack(weighted).sum() if weighted else torch.zeros((), device=leaf.device)
         with self.denoiser.role("student"):
@@ -169,7 +170,7 @@ class Distiller(RolloutSource):
         self,
         rollout: Rollout,
         z_student: Tensor,
-        generator: torch.Generator,
+        generator: Random,
         scale: float = 1.0,
         seen: adversarial.Seen | None = None,
     ) -> dict[str, Tensor]:
@@ -185,28 +186,33 @@ class Distiller(RolloutSource):
             penalty; nothing where no sample is one that the term acts on.
         """
         discriminator = self._require_discriminator()
-        index = acting_rows(self.settings.adversarial_rows, self.denoiser.process, rollout.t)
+        index, batch = self._acting(self.settings.adversarial_rows, rollout, shared(generator, len(z_student)))
         if index is not None:
             rollout, z_student = rollout.rows(index), z_student[index]
         if not len(z_student):
             return {}
         with asked_by("discriminator"):
             loss, shown = adversarial.discriminator_term(
-                self.denoiser, discriminator, self.settings, z_student, rollout, generator, seen
+                self.denoiser, discriminator, self.settings, z_student, rollout, batch, seen
             )
-        torch.autograd.backward(loss * scale)
-        return shown
+        torch.autograd.backward(batch.weighted(loss) * scale)
+        return {name: batch.weighted(value) for name, value in shown.items()}
 
-    def critic_samples(self, rollout: Rollout, z_student: Tensor) -> tuple[Tensor, Rollout]:
-        """Return the outputs (b, C, H, W) on which DMD acts, with their rollouts: the critic learns from them."""
-        index = acting_rows(self.settings.dmd.rows, self.denoiser.process, rollout.t)
-        return (z_student, rollout) if index is None else (z_student[index], rollout.rows(index))
+    def critic_samples(
+        self, rollout: Rollout, z_student: Tensor, generator: Random
+    ) -> tuple[Tensor, Rollout, SharedBatch]:
+        """Return the outputs (b, C, H, W) on which DMD acts, with their rollouts: the critic learns from them.
+
+        The third value is the batch of these samples, from which :meth:`critic_step` draws.
+        """
+        index, batch = self._acting(self.settings.dmd.rows, rollout, shared(generator, len(z_student)))
+        return (z_student, rollout, batch) if index is None else (z_student[index], rollout.rows(index), batch)
 
     def critic_step(
         self,
         z_student: Tensor,
         conditioning: Conditioning,
-        generator: torch.Generator,
+        generator: Random,
         scale: float = 1.0,
         rollout: Rollout | None = None,
     ) -> dict[str, Tensor]:
@@ -215,9 +221,10 @@ class Distiller(RolloutSource):
         Args:
             rollout: of the samples; needed by the form ``trajectory`` of DMD.
         """
+        batch = shared(generator, len(z_student))
         with asked_by("critic"), self.denoiser.role("critic"):
-            loss = distribution_matching.critic_loss(
-                self.denoiser, self.settings, z_student, conditioning, generator, rollout
+            loss = batch.weighted(
+                distribution_matching.critic_loss(self.denoiser, self.settings, z_student, conditioning, batch, rollout)
             )
             torch.autograd.backward(loss * scale)
         return {"critic": loss.detach()}
@@ -242,9 +249,7 @@ class Distiller(RolloutSource):
             weight[index] *= factor
         return weight
 
-    def _distillation(
-        self, z_student: Tensor, rollout: Rollout, weight: Tensor | None, generator: torch.Generator
-    ) -> Tensor:
+    def _distillation(self, z_student: Tensor, rollout: Rollout, weight: Tensor | None, generator: Random) -> Tensor:
         kind = self.settings.distillation
         if kind != "lpips":
             return losses.latent_loss(kind, z_student, rollout.z_teacher, weight)
@@ -256,7 +261,7 @@ class Distiller(RolloutSource):
         )
 
     def _adversarial(
-        self, z_student: Tensor, rollout: Rollout, generator: torch.Generator, seen: list[adversarial.Seen]
+        self, z_student: Tensor, rollout: Rollout, generator: Random, seen: list[adversarial.Seen]
     ) -> Tensor:
         discriminator = self._require_discriminator()
         loss, shown = adversarial.generator_term(
@@ -265,11 +270,21 @@ class Distiller(RolloutSource):
         seen.append(shown)
         return loss
 
-    def _dmd(self, z_student: Tensor, rollout: Rollout, generator: torch.Generator) -> Tensor:
+    def _dmd(self, z_student: Tensor, rollout: Rollout, generator: Random) -> Tensor:
         real, fake = distribution_matching.real_and_fake(self.denoiser, self.settings, z_student, rollout, generator)
         return losses.distribution_matching_loss(z_student, real, fake, self.settings.dmd.loss)
 
     # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _acting(self, rows: Rows, rollout: Rollout, batch: SharedBatch) -> tuple[Tensor | None, SharedBatch]:
+        """Return the indices (b,) of the samples on which a term acts, None for all, and their part of the batch.
+
+        The indices are empty where the term acts on no sample of any process.
+        """
+        if rows == "all":
+            return None, batch
+        index, part = batch.part(acts_on(rows, self.denoiser.process, rollout.all_starts()))
+        return torch.tensor(index, dtype=torch.long, device=rollout.t.device), part
 
     def _require_discriminator(self) -> Discriminator:
         if self.discriminator is None:
@@ -280,9 +295,9 @@ class Distiller(RolloutSource):
         return self.discriminator
 
 
-def _norm_ratio(wanted: Tensor, given: Tensor, index: Tensor | None) -> Tensor:
-    """Return ``|wanted| / |given|`` over the samples at ``index``, 0 where ``given`` is 0."""
+def _norm_ratio(wanted: Tensor, given: Tensor, index: Tensor | None, batch: SharedBatch) -> Tensor:
+    """Return ``|wanted| / |given|`` over the samples at ``index``, in all processes, 0 where ``given`` is 0."""
     if index is not None:
         wanted, given = wanted[index], given[index]
-    norm = given.norm()
-    return torch.where(norm > 0, wanted.norm() / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
+    norm = batch.norm(given)
+    return torch.where(norm > 0, batch.norm(wanted) / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .process import Process, broadcast
+from .shared_batch import Random, shared
 
 LatentLoss: TypeAlias = Literal["mse", "l1", "pseudo_huber"]
 AdversarialLoss: TypeAlias = Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla", "relativistic"]
@@ -51,19 +52,28 @@ def timestep_weight(kind: Literal["min_snr", "velocity"], process: Process, t: T
     return 1 / sigma.square()
 
 
-def random_crops(generator: torch.Generator, size: int, *latents: Tensor) -> list[Tensor]:
+def random_crops(generator: Random, size: int, *latents: Tensor) -> list[Tensor]:
     """Cut one random ``size`` x ``size`` window per sample, the same window from each of the ``latents``.
 
     Random windows, since a fixed centre crop leaves three quarters of a 1024 px image without a gradient.
     """
     batch, _, height, width = latents[0].shape
     tall, wide = min(size, height), min(size, width)
-    tops = torch.randint(height - tall + 1, (batch,), generator=generator, device=generator.device).tolist()
-    lefts = torch.randint(width - wide + 1, (batch,), generator=generator, device=generator.device).tolist()
+    tops = _corners(height - tall + 1, batch, generator)
+    lefts = _corners(width - wide + 1, batch, generator)
     return [
         torch.stack([sample[:, y : y + tall, x : x + wide] for sample, y, x in zip(latent, tops, lefts, strict=True)])
         for latent in latents
     ]
+
+
+def _corners(places: int, count: int, generator: Random) -> list[int]:
+    """Return for each sample a number in ``0..places - 1``."""
+
+    def draw(total: int, source: torch.Generator) -> Tensor:
+        return torch.randint(places, (total,), generator=source, device=source.device)
+
+    return shared(generator, count).draw(draw).tolist()
 
 
 def perceptual_loss(
@@ -72,7 +82,7 @@ def perceptual_loss(
     prediction: Tensor,
     target: Tensor,
     crop: int,
-    generator: torch.Generator,
+    generator: Random,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Return a perceptual distance (LPIPS) of random decoded crops.

@@ -14,9 +14,10 @@ from .passes.asking import asked_by
 from .passes.guidance import is_guided
 from .process import broadcast
 from .settings import PUBLISHED_PHASES, DistillerSettings, Phase
+from .shared_batch import Random, SharedBatch, generator_of, shared
 from .solvers import solve
 from .terms.backward_simulation import draw_paths, simulate
-from .terms.draws import normal
+from .terms.draws import normal, uniform
 
 # Indices of the teacher's grid less likely than this are not kept when a trajectory is recorded.
 RECORDED_PROBABILITY = 1e-3
@@ -32,6 +33,7 @@ class Rollout:
         z_teacher: (B, C, H, W) the teacher's solution; zeros in a phase that does not read it.
         z0: (B, C, H, W) data latents.
         guidance: (B,) the teacher's guidance scale.
+        starts: the timesteps of the starts of all samples that processes share; empty for those of ``t``.
     """
 
     z_t: Tensor
@@ -41,6 +43,11 @@ class Rollout:
     guidance: Tensor
     conditioning: Conditioning
     unconditional: Conditioning
+    starts: tuple[float, ...] = ()
+
+    def all_starts(self) -> Sequence[float]:
+        """Return the timesteps of the starts of all samples that processes share."""
+        return self.starts or self.t.tolist()
 
     def rows(self, index: Tensor) -> Rollout:
         """Return the samples at ``index`` (b,)."""
@@ -107,7 +114,7 @@ class RolloutSource:
         conditioning: Conditioning,
         unconditional: Conditioning,
         phase: Phase,
-        generator: torch.Generator,
+        generator: Random,
     ) -> Rollout:
         """Draw timesteps, noise and guidance for a batch of data latents, and let the teacher solve each sample.
 
@@ -115,20 +122,23 @@ class RolloutSource:
             z0: (B, C, H, W) data latents; their values are not read where no sample starts at noised data.
             generator: the only source of randomness.
         """
-        start = self._draw_indices(phase, self._starts(), len(z0), generator)
+        generator = shared(generator, len(z0))
+        every = self._draw_indices(phase, self._starts(), len(z0), generator)
+        start = [every[position] for position in generator.own]
         t = torch.tensor([self.timesteps[index] for index in start], device=z0.device)
         noise = normal(z0, generator)
         pure = torch.tensor([index == 0 for index in start], device=z0.device)
         z_t = torch.where(broadcast(pure, z0), noise, self.denoiser.process.add_noise(z0, noise, t))
         guidance = self._draw_guidance(len(z0), generator).to(z0.device)
-        on_path, own = self._draw_states(start, generator)
+        everyone_on_path, own = self._draw_states(every, generator)
+        on_path = {row for row, position in enumerate(generator.own) if position in everyone_on_path}
         begin = [0 if row in on_path else index for row, index in enumerate(start)]
+        first = min(0 if p in everyone_on_path else index for p, index in enumerate(every))
+        starts = tuple(self.timesteps[index] for index in every)
         if on_path:
             rows = torch.tensor(sorted(on_path), device=z0.device)
             z_t[rows] = noise[rows]
-        if own:
-            rows = torch.tensor(sorted(own), device=z0.device)
-            z_t[rows] = self.student_states(noise[rows], t[rows], conditioning.rows(rows), generator)
+        z_t = self._at_own_states(z_t, noise, t, conditioning, starts, own, generator)
         path = z_t.clone()
 
         def keep(index: int, z: Tensor) -> None:
@@ -136,25 +146,53 @@ class RolloutSource:
                 if start[row] == index:
                     path[row] = z[row]
 
-        if not (on_path or self.settings.reads_solution(phase)):
-            return Rollout(z_t, t, torch.zeros_like(z_t), z0, guidance, conditioning, unconditional)
+        if not (everyone_on_path or self.settings.reads_solution(phase)):
+            return Rollout(z_t, t, torch.zeros_like(z_t), z0, guidance, conditioning, unconditional, starts)
+        waits = min(begin) - first if generator.lockstep else 0
+        observe = keep if on_path else None
         with asked_by("solutions"):
-            z_teacher = self.teacher_solution(
-                z_t, conditioning, unconditional, guidance, begin, observe=keep if on_path else None
-            )
-        return Rollout(path, t, z_teacher, z0, guidance, conditioning, unconditional)
+            z_teacher = self.teacher_solution(z_t, conditioning, unconditional, guidance, begin, observe, waits)
+        return Rollout(path, t, z_teacher, z0, guidance, conditioning, unconditional, starts)
+
+    def _at_own_states(
+        self,
+        z_t: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        starts: Sequence[float],
+        own: set[int],
+        batch: SharedBatch,
+    ) -> Tensor:
+        """Return ``z_t`` with the student's own states in the samples at the positions ``own`` of the batch."""
+        rows, part = batch.part([position in own for position in range(batch.total)])
+        if not rows:
+            return z_t
+        index = torch.tensor(rows, device=z_t.device)
+        theirs = [value for position, value in enumerate(starts) if position in own]
+        states = self.student_states(noise[index], t[index], conditioning.rows(index), part, theirs)
+        return z_t.index_copy(0, index, states) if part.weight else z_t
 
     @torch.no_grad()
     def student_states(
-        self, noise: Tensor, t: Tensor, conditioning: Conditioning, generator: torch.Generator
+        self,
+        noise: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        generator: Random,
+        starts: Sequence[float] | None = None,
     ) -> Tensor:
-        """Return the student's own states at ``t`` (B,): its first steps from ``noise``."""
+        """Return the student's own states at ``t`` (B,): its first steps from ``noise``.
+
+        Args:
+            starts: timesteps of all samples that processes share; default: ``t``.
+        """
 
         def predict(z: Tensor, at: Tensor, rows: Tensor) -> Tensor:
             return self.student_z0(z, at, conditioning.rows(rows))
 
         process, states = self.denoiser.process, self.settings.states
-        paths = draw_paths(process, t.tolist(), states.steps, generator)
+        paths = draw_paths(process, t.tolist() if starts is None else starts, states.steps, generator_of(generator))
         with asked_by("own states"), self.denoiser.role("student"):
             return simulate(predict, process, noise, paths, states.stochasticity, generator)
 
@@ -167,8 +205,15 @@ class RolloutSource:
         guidance: Tensor,
         start: Sequence[int] | None = None,
         observe: Callable[[int, Tensor], None] | None = None,
+        waits: int = 0,
     ) -> Tensor:
-        """Return the guided teacher's solution at t = 0 from each sample's own grid index (default: pure noise)."""
+        """Return the guided teacher's solution at t = 0 from each sample's own grid index (default: pure noise).
+
+        Args:
+            observe: see :func:`~.solvers.solve`.
+            waits: calls of the network, without effect, before the first sample starts: other processes, with which
+                this one shares the network's weights, have samples that start earlier.
+        """
 
         settings, process = self.settings, self.denoiser.process
         grid = iter(self.timesteps if start is None else self.timesteps[min(start) :])  # one prediction at each
@@ -179,12 +224,15 @@ class RolloutSource:
             return guided_z0(self.denoiser, z, t, conditions, without, guidance[rows], everyone)
 
         with self.denoiser.role("teacher"):
+            alone = torch.zeros(1, dtype=torch.long, device=z_t.device)
+            for _ in range(waits):
+                predict_z0(self.denoiser, z_t[alone], z_t.new_full((1,), self.timesteps[0]), conditioning.rows(alone))
             return solve(
                 guided, self.denoiser.process, z_t, self.timesteps, start, solver=self.settings.solver, observe=observe
             )
 
     def trajectory(
-        self, z0: Tensor, conditioning: Conditioning, unconditional: Conditioning, generator: torch.Generator
+        self, z0: Tensor, conditioning: Conditioning, unconditional: Conditioning, generator: Random
     ) -> Trajectory:
         """Solve from pure noise and keep the states that training can start from.
 
@@ -210,13 +258,16 @@ class RolloutSource:
         reachable = timestep_mixture(self.settings.teacher_steps, [1.0] * modes) > RECORDED_PROBABILITY
         return tuple(int(index) for index in reachable.nonzero())
 
-    def replay(self, trajectory: Trajectory, phase: Phase, generator: torch.Generator) -> Rollout:
+    def replay(self, trajectory: Trajectory, phase: Phase, generator: Random) -> Rollout:
         """Return a rollout from a recorded trajectory; each sample starts at an index drawn for this phase.
 
         Samples that start at the student's own state begin with the recorded noise, and the teacher solves them anew.
         """
         batch = len(trajectory.z_teacher)
-        drawn = self._draw_indices(phase, trajectory.indices, batch, generator)
+        generator = shared(generator, batch)
+        every = self._draw_indices(phase, trajectory.indices, batch, generator)
+        drawn = [every[position] for position in generator.own]
+        starts = tuple(self.timesteps[index] for index in every)
         position = torch.tensor([trajectory.indices.index(index) for index in drawn], device=trajectory.states.device)
         rollout = Rollout(
             trajectory.states[position, torch.arange(batch, device=position.device)],
@@ -226,19 +277,23 @@ class RolloutSource:
             trajectory.guidance,
             trajectory.conditioning,
             trajectory.unconditional,
+            starts,
         )
-        _, own = self._draw_states(drawn, generator)
-        if not own:
+        _, own = self._draw_states(every, generator)
+        z_t = self._at_own_states(
+            rollout.z_t, trajectory.states[0], rollout.t, rollout.conditioning, starts, own, generator
+        )
+        rows = [row for row, position in enumerate(generator.own) if position in own]
+        if not rows:
             return rollout
-        rows = torch.tensor(sorted(own), device=position.device)
-        part, z_t, z_teacher = rollout.rows(rows), rollout.z_t.clone(), rollout.z_teacher.clone()
-        z_t[rows] = self.student_states(trajectory.states[0, rows], part.t, part.conditioning, generator)
         if not self.settings.reads_solution(phase):
             return replace(rollout, z_t=z_t)
-        starts = [drawn[row] for row in sorted(own)]
+        index = torch.tensor(rows, device=position.device)
+        part, z_teacher = rollout.rows(index), rollout.z_teacher.clone()
+        begin = [drawn[row] for row in rows]
         with asked_by("solutions"):
-            z_teacher[rows] = self.teacher_solution(
-                z_t[rows], part.conditioning, part.unconditional, part.guidance, starts
+            z_teacher[index] = self.teacher_solution(
+                z_t[index], part.conditioning, part.unconditional, part.guidance, begin
             )
         return replace(rollout, z_t=z_t, z_teacher=z_teacher)
 
@@ -264,23 +319,38 @@ class RolloutSource:
         steps = max(self.settings.states.steps)
         return [index * count // steps for index in range(steps)]
 
-    def _draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
+    def _draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: Random) -> list[int]:
+        """Return the starts of all samples that processes share."""
         probability = timestep_mixture(self.settings.teacher_steps, phase.modes)[list(allowed)]
-        drawn = torch.multinomial(
-            probability.to(generator.device), batch, replacement=True, generator=generator
-        ).tolist()
+        source, total = generator_of(generator), shared(generator, batch).total
+        drawn = torch.multinomial(probability.to(source.device), total, replacement=True, generator=source).tolist()
         return [allowed[index] for index in drawn]
 
-    def _draw_states(self, start: Sequence[int], generator: torch.Generator) -> tuple[set[int], set[int]]:
-        """Return the samples that start on the teacher's path, and those that start at the student's own state."""
+    def coming_calls(self, phase: Phase, generator: Random) -> list[int]:
+        """Return how often the teacher will be asked for each sample of the next :meth:`rollout`, of all processes.
+
+        The generator stays as it is.
+        """
+        source = generator_of(generator)
+        before = source.get_state()
+        starts = self._draw_indices(phase, self._starts(), shared(generator, 1).total, generator)
+        source.set_state(before)
+        return [self.settings.teacher_steps - start for start in starts]
+
+    def _draw_states(self, start: Sequence[int], generator: Random) -> tuple[set[int], set[int]]:
+        """Return the samples that start on the teacher's path, and those that start at the student's own state.
+
+        Args:
+            start: of all samples that processes share.
+        """
         states = self.settings.states
         if states.trajectory == states.student == 0:
             return set(), set()
-        drawn = torch.rand(len(start), generator=generator, device=generator.device).tolist()
+        drawn = uniform(len(start), generator_of(generator)).tolist()
         moving = [(row, share) for row, share in enumerate(drawn) if start[row] > 0]
         own = {row for row, share in moving if share < states.student}
         return {row for row, share in moving if share < states.student + states.trajectory} - own, own
 
-    def _draw_guidance(self, batch: int, generator: torch.Generator) -> Tensor:
+    def _draw_guidance(self, batch: int, generator: Random) -> Tensor:
         low, high = self.settings.guidance
-        return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+        return low + (high - low) * uniform(batch, generator)

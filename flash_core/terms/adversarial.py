@@ -16,6 +16,7 @@ from ..denoiser import Conditioning, Denoiser
 from ..discriminator import Discriminator
 from ..rollout import Rollout
 from ..settings import DistillerSettings
+from ..shared_batch import Random
 from .features import draw_renoising, renoised_features
 
 
@@ -42,7 +43,7 @@ def generator_term(
     settings: DistillerSettings,
     z_student: Tensor,
     rollout: Rollout,
-    generator: torch.Generator,
+    generator: Random,
 ) -> tuple[Tensor, Seen]:
     """Return the student's adversarial loss, and what the teacher saw; call in the role teacher."""
     t, noise = draw_renoising(denoiser, settings.adversarial_timesteps, z_student, generator)
@@ -63,7 +64,7 @@ def discriminator_term(
     settings: DistillerSettings,
     z_student: Tensor,
     rollout: Rollout,
-    generator: torch.Generator,
+    generator: Random,
     seen: Seen | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the heads' loss, and what a log shows: loss, accuracy, D(real), D(fake), gradient penalty.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..process import Process, broadcast
+from ..shared_batch import Random, shared
 from .draws import integers, normal
 
 NEAR = 1 / 16  # of the schedule: a start this near to a timestep of a run is reached by that run
@@ -51,23 +52,28 @@ def simulate(
     noise: Tensor,
     paths: Sequence[Sequence[float]],
     stochasticity: float,
-    generator: torch.Generator,
+    generator: Random,
 ) -> Tensor:
     """Return the states (B, C, H, W) at the ends of the paths, sampled as :func:`~..sampler.few_step_sample` does.
 
     Args:
         predict_z0: ``(z (b, ...), t (b,), rows (b,)) -> z0``; ``rows`` are the samples that are asked for.
         noise: (B, C, H, W) the states at the beginnings of the paths.
-        paths: of each sample, descending timesteps.
+        paths: of each sample, of all processes that share the batch, descending timesteps.
         stochasticity: share of fresh noise between steps.
     """
-    z = noise.clone()
+    z, batch = noise.clone(), shared(generator, len(noise))
+    here = [paths[position] for position in batch.own]
     for step in range(max(map(len, paths), default=1) - 1):
-        going = [row for row, path in enumerate(paths) if step + 1 < len(path)]
+        going, part = batch.part([step + 1 < len(path) for path in paths])
         rows = torch.tensor(going, device=z.device)
-        t, t_next = (torch.tensor([paths[row][step + ahead] for row in going], device=z.device) for ahead in (0, 1))
+        # A path that has ended stays where it is: its process computes a step in the place of samples of others.
+        ends = [here[row][min(step, len(here[row]) - 1) :] for row in going]
+        t, t_next = (torch.tensor([path[min(k, len(path) - 1)] for path in ends], device=z.device) for k in (0, 1))
         now = z[rows]
-        z[rows] = renoised(process, now, predict_z0(now, t, rows), t, t_next, stochasticity, generator)
+        moved = renoised(process, now, predict_z0(now, t, rows), t, t_next, stochasticity, part)
+        if part.weight:
+            z[rows] = moved
     return z
 
 
@@ -78,7 +84,7 @@ def renoised(
     t: Tensor,
     t_next: Tensor,
     stochasticity: float,
-    generator: torch.Generator,
+    generator: Random,
 ) -> Tensor:
     """Return the state at ``t_next`` (B,) after the prediction ``z0`` at ``(z, t)``.
 

@@ -17,7 +17,8 @@ from ..passes.guidance import guided_rows
 from ..process import NUM_TIMESTEPS, broadcast
 from ..rollout import Rollout
 from ..settings import DistillerSettings
-from .draws import integers, normal
+from ..shared_batch import Random
+from .draws import integers, normal, uniform
 from .segments import diffused_from_segment_end
 
 PLAIN_TIMESTEPS = (0, NUM_TIMESTEPS - 1)
@@ -25,7 +26,7 @@ INNER_TIMESTEPS = (20, 979)  # DMD2's range, the outer 2 % left out (arXiv 2405.
 
 
 def real_and_fake(
-    denoiser: Denoiser, settings: DistillerSettings, z_student: Tensor, rollout: Rollout, generator: torch.Generator
+    denoiser: Denoiser, settings: DistillerSettings, z_student: Tensor, rollout: Rollout, generator: Random
 ) -> tuple[Tensor, Tensor]:
     """Return z0 of the real and of the fake score (B, C, H, W) at re-noised ``z_student``; call in the role teacher.
 
@@ -78,7 +79,7 @@ def _decoupled(
     rollout: Rollout,
     scale: Tensor,
     low: int,
-    generator: torch.Generator,
+    generator: Random,
 ) -> Tensor:
     """Return R(z_DM, c) + (w - 1) (R(z_CA, c) - R(z_CA, empty)), the three predictions in one batch."""
     process = denoiser.process
@@ -95,9 +96,9 @@ def _decoupled(
     return real + broadcast(scale - 1, real) * (with_condition - without)
 
 
-def cleaner_times(denoiser: Denoiser, start: Tensor, low: int, generator: torch.Generator) -> Tensor:
+def cleaner_times(denoiser: Denoiser, start: Tensor, low: int, generator: Random) -> Tensor:
     """Return uniform times (B,), uniform in ``low`` to just below each sample's start; ``low`` where none is."""
-    share = torch.rand(len(start), generator=generator, device=generator.device)
+    share = uniform(len(start), generator)
     fractions = [denoiser.process.fraction(value) for value in start.tolist()]
     room = torch.tensor([max(round(NUM_TIMESTEPS * value) - 1 - low, 1) for value in fractions], device=share.device)
     return low + (room * share).long()
@@ -108,7 +109,7 @@ def critic_loss(
     settings: DistillerSettings,
     z_student: Tensor,
     conditioning: Conditioning,
-    generator: torch.Generator,
+    generator: Random,
     rollout: Rollout | None = None,
 ) -> Tensor:
     """Return the diffusion loss of the current role on the student's samples, at uniform timesteps.

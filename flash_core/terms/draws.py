@@ -9,21 +9,35 @@ from torch import Tensor
 
 from ..process import Process
 from ..settings import Rows
+from ..shared_batch import Random, shared
 
 FIRST_STEP_FRACTION = 0.9  # of the schedule: samples above it start at pure noise or beside it (t >= 900 of 999)
 
 
-def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+def normal(like: Tensor, generator: Random) -> Tensor:
     """Return standard normal noise shaped like ``like``, on its device."""
-    return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
+
+    def draw(count: int, source: torch.Generator) -> Tensor:
+        return torch.randn((count, *like.shape[1:]), generator=source, device=source.device)
+
+    return shared(generator, len(like)).draw(draw).to(like.device)
 
 
-def integers(low: int, high: int, count: int, generator: torch.Generator) -> Tensor:
+def uniform(count: int, generator: Random) -> Tensor:
+    """Return (count,) numbers, uniform in [0, 1), on the generator's device."""
+    return shared(generator, count).draw(
+        lambda total, source: torch.rand(total, generator=source, device=source.device)
+    )
+
+
+def integers(low: int, high: int, count: int, generator: Random) -> Tensor:
     """Return (count,) integers, uniform in ``low..high`` with both ends, on the generator's device."""
-    return torch.randint(low, high + 1, (count,), generator=generator, device=generator.device)
+    return shared(generator, count).draw(
+        lambda total, source: torch.randint(low, high + 1, (total,), generator=source, device=source.device)
+    )
 
 
-def choices(values: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
+def choices(values: Sequence[int], count: int, generator: Random) -> Tensor:
     """Return (count,) values, each drawn uniformly, on the generator's device."""
     drawn = integers(0, len(values) - 1, count, generator)
     return torch.tensor(values, device=drawn.device)[drawn]
@@ -38,5 +52,15 @@ def acting_rows(rows: Rows, process: Process, t: Tensor) -> Tensor | None:
     """
     if rows == "all":
         return None
-    first = [row for row, value in enumerate(t.tolist()) if process.fraction(value) > FIRST_STEP_FRACTION]
-    return torch.tensor(first, dtype=torch.long, device=t.device)
+    acting = [row for row, acts in enumerate(acts_on(rows, process, t.tolist())) if acts]
+    return torch.tensor(acting, dtype=torch.long, device=t.device)
+
+
+def acts_on(rows: Rows, process: Process, starts: Sequence[float]) -> list[bool]:
+    """Return for each sample whether a term acts on it.
+
+    Args:
+        rows: as for :func:`acting_rows`.
+        starts: timesteps of the starts.
+    """
+    return [rows == "all" or process.fraction(value) > FIRST_STEP_FRACTION for value in starts]

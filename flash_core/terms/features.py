@@ -11,14 +11,13 @@ from torch import Tensor
 from ..denoiser import Conditioning, Denoiser
 from ..rollout import Rollout
 from ..settings import DistillerSettings
+from ..shared_batch import Random, shared
 from .draws import choices, normal
 
 VARIANCE_FLOOR = 1e-8
 
 
-def draw_renoising(
-    denoiser: Denoiser, timesteps: Sequence[int], z: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def draw_renoising(denoiser: Denoiser, timesteps: Sequence[int], z: Tensor, generator: Random) -> tuple[Tensor, Tensor]:
     """Return timesteps (B,), each of a uniform time in ``timesteps``, and noise shaped like ``z``."""
     tau = choices(timesteps, len(z), generator).to(z.device)
     return denoiser.process.uniform_timestep(tau), normal(z, generator)
@@ -32,7 +31,7 @@ def renoised_features(
 
 
 def feature_matching_term(
-    denoiser: Denoiser, settings: DistillerSettings, z_student: Tensor, rollout: Rollout, generator: torch.Generator
+    denoiser: Denoiser, settings: DistillerSettings, z_student: Tensor, rollout: Rollout, generator: Random
 ) -> Tensor:
     """Return the distance of the student's and the teacher's samples as features; call in the role teacher.
 
@@ -40,11 +39,12 @@ def feature_matching_term(
     to the same low level. It is a perceptual distance in latents: LPIPS' idea with the teacher as the network.
     """
     t, noise = draw_renoising(denoiser, settings.feature_timesteps, z_student, generator)
+    batch = shared(generator, len(z_student))
     with torch.no_grad():
         wanted = renoised_features(denoiser, rollout.z_teacher, t, noise, rollout.conditioning)
     made = renoised_features(denoiser, z_student, t, noise, rollout.conditioning)
     distances = [
-        F.mse_loss(one.float(), other.float()) / other.float().var().clamp_min(VARIANCE_FLOOR)
+        F.mse_loss(one.float(), other.float()) / batch.variance(other.float()).clamp_min(VARIANCE_FLOOR)
         for one, other in zip(made, wanted, strict=True)
     ]
     return torch.stack(distances).mean()

@@ -18,7 +18,8 @@ from ..passes.guidance import guided_rows
 from ..process import NUM_TIMESTEPS, Process, broadcast
 from ..rollout import Rollout, RolloutSource
 from ..settings import DistillerSettings
-from .draws import normal
+from ..shared_batch import Random
+from .draws import normal, uniform
 
 MARGIN = 20 / NUM_TIMESTEPS  # of a point inside a segment from both ends, where the segment is longer than two of them
 
@@ -52,7 +53,7 @@ def diffused_from_segment_end(
     rollout: Rollout,
     steps: int,
     bounds: tuple[int, int],
-    generator: torch.Generator,
+    generator: Random,
 ) -> tuple[Tensor, Tensor]:
     """Return the student's state at the end of its segment, diffused on: (B, C, H, W), and the timesteps (B,).
 
@@ -63,7 +64,7 @@ def diffused_from_segment_end(
     _, alpha, sigma = levels_at(process, ends, z_student)
     state = step_to(process, rollout.z_t, rollout.t, z_student, alpha, sigma)
     lowest = [max(bounds[0], math.ceil(NUM_TIMESTEPS * end)) for end in ends]
-    share = torch.rand(len(ends), generator=generator, device=generator.device).tolist()
+    share = uniform(len(ends), generator).tolist()
     tau = [low + int(part * max(bounds[1] - low + 1, 1)) for low, part in zip(lowest, share, strict=True)]
     t = process.uniform_timestep(torch.tensor(tau, device=z_student.device))
     alpha_tau, sigma_tau = (broadcast(value, state) for value in process.alpha_sigma(t))
@@ -73,7 +74,7 @@ def diffused_from_segment_end(
 
 
 def intra_segment_term(
-    source: RolloutSource, z_student: Tensor, rollout: Rollout, steps: int, generator: torch.Generator
+    source: RolloutSource, z_student: Tensor, rollout: Rollout, steps: int, generator: Random
 ) -> Tensor:
     """Return the distance of the student's direct step and its step by way of the teacher; call in the role teacher.
 
@@ -83,7 +84,7 @@ def intra_segment_term(
     process, denoiser = source.denoiser.process, source.denoiser
     begins = [process.fraction(value) for value in rollout.t.tolist()]
     ends = segment_ends(process, rollout.t, steps)
-    share = torch.rand(len(ends), generator=generator, device=generator.device).tolist()
+    share = uniform(len(ends), generator).tolist()
     inside = [inner_point(*point) for point in zip(begins, ends, share, strict=True)]
     _, alpha, sigma = levels_at(process, ends, z_student)
     with torch.no_grad():

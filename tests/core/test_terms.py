@@ -194,8 +194,10 @@ def test_a_term_of_the_first_step_acts_on_no_other_sample(term: str) -> None:
     if term == "adversarial":
         assert distiller.discriminator_step(none, none.z0, seeded(0)) == {}
     elif term == "dmd":
-        assert len(distiller.critic_samples(none, none.z0)[0]) == 0
-        z, rollout = distiller.critic_samples(mixed_rollout(first), torch.arange(5.0)[:, None, None, None])
+        assert len(distiller.critic_samples(none, none.z0, seeded(0))[0]) == 0
+        z, rollout, _ = distiller.critic_samples(
+            mixed_rollout(first), torch.arange(5.0)[:, None, None, None], seeded(0)
+        )
         assert z.flatten().tolist() == [0, 3]
         assert len(rollout.conditioning) == 2
 

@@ -334,6 +334,11 @@ class Recipe(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations: less memory, about 1.3 times the time"
     )
+    sharding: Literal["none", "base"] = Field(
+        "none",
+        description="for several processes: `base` shares the frozen base's weights among them (FSDP2), so that each "
+        "device holds a part; slower, for bases that leave no room on a card",
+    )
     gradient_clip: float = Field(
         1.0, gt=0, description="largest gradient norm of student, discriminator and critic, each"
     )
@@ -375,6 +380,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _processes_that_share_weights_stay_together(self) -> Recipe:
+        if self.sharding != "none" and self.trajectories.count:
+            raise ValueError(
+                "sharding: processes that share the base's weights must call it together, but each records "
+                "trajectories of its own; set trajectories.count to 0, or sharding to none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _recorded_trajectories_are_the_teachers_path(self) -> Recipe:
         if self.trajectories.count and self.method.states.trajectory:
             raise ValueError(
@@ -412,9 +426,9 @@ class Recipe(Section):
         """Return a hash of all fields.
 
         Fields of later versions are left out at their defaults, so that recipes of version 0.1 keep their hash. Fields
-        that do not change the result (where the cache is, threads) are left out.
+        that do not change the result (where the cache is, threads, sharding) are left out.
         """
-        content = self.model_dump(mode="json")
+        content = self.model_dump(mode="json", exclude={"sharding"})
         if self.speed == SpeedSection():
             del content["speed"]
         if self.sampler == SamplerSection():

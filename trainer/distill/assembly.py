@@ -34,6 +34,7 @@ from ..teachers.denoiser import DiffusersDenoiser
 from ..teachers.layout import order_channels_last
 from ..teachers.lora_layers import start_adapter
 from .checkpoint import Trained
+from .sharding import shard_base
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,10 @@ def assemble(
         start_student(start, teacher)
     if recipe.gradient_checkpointing:
         denoiser.network.enable_gradient_checkpointing()
+    if recipe.sharding == "base":
+        teacher.weights_hash()
+        shard_base(denoiser.network, accelerator)
+        denoiser.sharded = True
     discriminator = None
     if needs_discriminator(recipe):
         _, conditioning = examples.batch(torch.zeros(1, dtype=torch.long), accelerator.device)

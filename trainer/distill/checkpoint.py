@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -220,13 +221,29 @@ def read_facts(folder: Path) -> tuple[TrainingState, str]:
         raise UserError(f"{folder} is not a readable checkpoint ({error}); remove it and resume again") from error
 
 
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn errors of a checkpoint's content inside the ``with`` block into a readable one.
+
+    Checksums find damage that came after they were written, but not a file that was written wrong.
+
+    Raises:
+        UserError: names the folder.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder} is not a readable checkpoint ({error}); remove it and resume again") from error
+
+
 def restore_shared(folder: Path, trained: Trained) -> None:
     """Read what :func:`write_shared` wrote, and copy it into ``trained``.
 
     Raises:
         UserError: the checkpoint has other parameters than ``trained``.
     """
-    tensors = load_file(folder / TENSORS)
+    with _reading(folder):
+        tensors = load_file(folder / TENSORS)
     expected = {(name, value.shape) for name, value in collect(trained).items() if not name.startswith("optimizer/")}
     present = {(name, value.shape) for name, value in tensors.items() if not name.startswith("optimizer/")}
     if expected != present:
@@ -235,20 +252,20 @@ def restore_shared(folder: Path, trained: Trained) -> None:
             f"{folder} does not fit this recipe: {len(different)} tensors differ, such as {different[0]}; resume with "
             "the recipe the run was started with, or choose another --output"
         )
-    with torch.no_grad():
+    with _reading(folder), torch.no_grad():
         for part, parameters in trained.parameters.items():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"{part}/{name}"])
         for name, value in trained.average.items():
             value.copy_(tensors[f"average/{name}"])
-    for part, optimizer in trained.optimizers.items():
-        moments: dict[int, dict[str, Tensor]] = {}
-        prefix = f"optimizer/{part}/"
-        for name, value in tensors.items():
-            if name.startswith(prefix):
-                index, key = name.removeprefix(prefix).split("/")
-                moments.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        for part, optimizer in trained.optimizers.items():
+            moments: dict[int, dict[str, Tensor]] = {}
+            prefix = f"optimizer/{part}/"
+            for name, value in tensors.items():
+                if name.startswith(prefix):
+                    index, key = name.removeprefix(prefix).split("/")
+                    moments.setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def restore_own(folder: Path, rank: int, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
@@ -260,12 +277,13 @@ def restore_own(folder: Path, rank: int, generators: Mapping[str, torch.Generato
     path = folder / f"random-{rank}.safetensors"
     if not path.is_file():
         raise UserError(f"{folder} has no random state for process {rank}; resume with as many processes as before")
-    states = load_file(path)
-    for name, generator in generators.items():
-        generator.set_state(states[f"generator/{name}"])
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+    with _reading(folder):
+        states = load_file(path)
+        for name, generator in generators.items():
+            generator.set_state(states[f"generator/{name}"])
+        torch.set_rng_state(states["torch"])
+        if torch.cuda.is_available() and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
     random = ("generator/", "torch", "cuda")
     return {name: value for name, value in states.items() if not name.startswith(random)}
 
@@ -277,8 +295,6 @@ def count_processes(folder: Path, state: TrainingState) -> int:
 
 def read_average(folder: Path) -> dict[str, Tensor]:
     """Return the averaged student of a checkpoint, which is exported."""
-    return {
-        name.removeprefix("average/"): value
-        for name, value in load_file(folder / TENSORS).items()
-        if name.startswith("average/")
-    }
+    with _reading(folder):
+        tensors = load_file(folder / TENSORS)
+    return {name.removeprefix("average/"): value for name, value in tensors.items() if name.startswith("average/")}

@@ -34,7 +34,7 @@ The run's folder holds:
 Ctrl-C once (or SIGTERM) finishes the update, saves a checkpoint and prints how to
 resume; Ctrl-C twice stops at once.
 
-Several GPUs: accelerate launch -m flash_diffusion.trainer distill ..."""
+Several GPUs: accelerate launch --multi_gpu -m flash_diffusion.trainer distill ... (docs/scale.md)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,15 @@ def resume_command(args: argparse.Namespace, output: Path) -> str:
     program = ["python", "-m", module] if module.endswith("trainer") else [PROGRAM]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
-        program = ["accelerate", "launch", "--num_processes", str(processes), "-m", module or "flash_diffusion.trainer"]
+        program = [
+            "accelerate",
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+            "-m",
+            module or "flash_diffusion.trainer",
+        ]
     overrides = [part for override in args.overrides for part in ("--set", override)]
     preset = [] if args.preset is None else ["--preset", args.preset]
     command = [*program, "distill", args.recipe, *preset, *overrides, "--output", str(output), "--resume"]

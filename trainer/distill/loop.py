@@ -31,8 +31,10 @@ from ..seeds import seed_of
 from . import checkpoint
 from .assembly import Assembly, assemble
 from .passes import passes_of_an_image
+from .peers import watched
 from .preview import Preview, preview_path, preview_rows, save_preview
 from .processes import device_errors_explained, in_main_process, only_run_in, start_accelerator
+from .resuming import goes_on_exactly, shared_again
 from .schedule import RunClock, learning_rate_factor, now, phase_at
 from .time_left import TimeLeft, phase_stages, recording_stage
 from .training_log import TrainingLog
@@ -67,7 +69,7 @@ def distil(recipe: Recipe, output: Path, *, resume: bool = False, stop: StopRequ
     with only_run_in(output, accelerator):
         stop.check(accelerator)
         last = in_main_process(accelerator, lambda: _last_checkpoint(output, resume))
-        with device_errors_explained(recipe, output):
+        with watched(output, accelerator) as peers, device_errors_explained(recipe, output, peers):
             lora = Run(recipe, output, accelerator, last, stop).train()
     logger.info("the LoRA is at %s", lora)
     return lora
@@ -99,27 +101,30 @@ class Run:
         last: Path | None,
         stop: StopRequest | None = None,
     ) -> None:
-        self.recipe = recipe
+        self.given = recipe
         self.output = output
         self.accelerator = accelerator
         self.stop = stop or StopRequest()
         self.state, digest = checkpoint.read_facts(last) if last else (TrainingState(), recipe.digest())
         if digest != recipe.digest():
             logger.warning("the recipe has changed since %s: the result belongs to neither recipe", last)
+        else:
+            recipe = shared_again(recipe, self.state, accelerator.num_processes)
+        self.recipe = recipe
         self.clock = RunClock(recipe, self.state, accelerator)
         self.parts: Assembly = assemble(recipe, accelerator, self.stop, resumed=last is not None)
         teacher, examples = self.parts.teacher, self.parts.examples
         self.rollouts = Rollouts(recipe, teacher, self.parts.task, examples, self.parts.distiller, accelerator)
         self.updater = Updater(recipe, self.parts, self.rollouts, accelerator)
         self.preview: Preview | None = None
-        if accelerator.is_main_process:
+        if accelerator.is_main_process or recipe.sharding != "none":
             self.preview = Preview(recipe, preview_rows(self.parts, recipe.preview.prompts))
         self._identify(teacher.weights_hash(), examples.fingerprint)
         if not recipe.data.stream:
             teacher.release_encoders()
         if last is not None:
             self._restore(last)
-        self.state.processes = accelerator.num_processes
+        self.state.processes, self.state.samples = accelerator.num_processes, self.rollouts.samples
         self.good_checkpoint = last
         self.stop.check(accelerator)
         self.log = TrainingLog(output, self.state.update, accelerator.is_main_process)
@@ -145,23 +150,17 @@ class Run:
         state.teacher_hash, state.data_fingerprint = teacher_hash, data_fingerprint
 
     def _restore(self, last: Path) -> None:
-        """Continue exactly from a checkpoint, or as well as another number of processes can."""
+        """Continue from a checkpoint: exactly, or as well as a number of processes that shares no batch evenly can."""
         accelerator, update = self.accelerator, self.state.update
         checkpoint.restore_shared(last, self.parts.trained)
         before, rank = checkpoint.count_processes(last, self.state), accelerator.process_index
-        samples = self.recipe.batch_size * self.recipe.gradient_accumulation
-        if before == accelerator.num_processes:
-            own = checkpoint.restore_own(last, rank, {"training": self.rollouts.generator})
+        if goes_on_exactly(self.recipe, self.state, last, before, accelerator.num_processes, logger):
+            # What a process keeps is the same in all of them, so a new process takes what another one kept.
+            kept = min(rank, before - 1)
+            own = checkpoint.restore_own(last, kept, {"training": self.rollouts.generator})
             self.updater.restore_own(own)
             return
-        logger.warning(
-            "%s: processes before: %d, now: %d. Weights, optimisers and the order of the samples go on. "
-            "The random numbers are new, and an update has %d samples instead of %d, so the result is not that of a "
-            "run that never stopped. To continue exactly, start as many processes as before",
-            *(last, before, accelerator.num_processes),
-            *(count * samples for count in (accelerator.num_processes, before)),
-        )
-        self.rollouts.generator.manual_seed(seed_of(self.recipe.seed, "training", rank, "resumed", update))
+        self.rollouts.generator.manual_seed(seed_of(self.recipe.seed, "training", 0, "resumed", update))
         torch.manual_seed(seed_of(self.recipe.seed, "torch", rank, "resumed", update))
 
     def train(self) -> Path:
@@ -171,7 +170,7 @@ class Run:
             Interrupted: the run was asked to stop; its updates are in a checkpoint.
         """
         if self.accelerator.is_main_process:
-            write_text_whole(self.output / "config.yaml", self.recipe.to_yaml())
+            write_text_whole(self.output / "config.yaml", self.given.to_yaml())
             write_base_facts(self.output, self.recipe, self.parts.teacher)
         try:
             with self.log.progress:
@@ -268,6 +267,7 @@ class Run:
     def _log(self, phase: PhaseSection, progress: float, factor: float, updates: int, seconds: float) -> None:
         """Write the means since the last line, which is ``updates`` and ``seconds`` ago."""
         recipe = self.recipe
+        self.updater.share_means()
         terms = self.updater.means.take()
         figures = health_figures(terms)
         images = recipe.batch_size * recipe.gradient_accumulation * self.accelerator.num_processes
@@ -327,7 +327,7 @@ class Run:
             self.output,
             self.parts.trained,
             self.state,
-            self.recipe.digest(),
+            self.given.digest(),
             {"training": self.rollouts.generator},
             self.updater.own_state(),
             self.accelerator,
@@ -338,11 +338,14 @@ class Run:
 
     def _draw_preview(self, phase: PhaseSection) -> None:
         update = self.state.update
-        drawn = update in self.drawn and preview_path(self.output, update).is_file()
+        drawn = in_main_process(
+            self.accelerator, lambda: update in self.drawn and preview_path(self.output, update).is_file()
+        )
         if self.preview is not None and not drawn:
             with self.accelerator.autocast(), self.parts.average.applied():
                 drawing = self.preview.draw()
-            save_preview(drawing.grid, self.output, update)
+            if self.accelerator.is_main_process:
+                save_preview(drawing.grid, self.output, update)
             self.log.picture(drawing.grid, update)
             if update not in self.drawn:
                 self._record({"update": update, "phase": phase.name}, drawing.figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 from ..config import Recipe
 from ..errors import UserError
 from ..files import write_text_whole, writing
-from .checkpoint import checkpoints
+from .peers import Peers, go_on
 
 LOCK = ".lock"
 OWNER = ".lock-owner.json"  # beside the lock: some systems let nobody read a locked file
@@ -36,6 +37,7 @@ def start_accelerator(precision: str) -> Accelerator:
         UserError: accelerate or torch cannot start, or the processes do not find each other.
     """
     launched = _launched()
+    _refuse_engines()
     # Without a device accelerate takes each process for a run of its own, unless it is told to stay on the CPU.
     on_cpu = launched > 1 and not _has_device()
     try:
@@ -56,6 +58,32 @@ def start_accelerator(precision: str) -> Accelerator:
             "run of its own. Start with `accelerate launch`, or with one process"
         )
     return accelerator
+
+
+# Engines that accelerate starts where its configuration says so, and what a run does in place of them.
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": (
+        "DeepSpeed",
+        "its engine owns one optimiser and one backward pass, but a run has up to three optimisers, and its backward "
+        "pass is split. ZeRO's saving is small here, because only the LoRAs train",
+    ),
+    "ACCELERATE_USE_FSDP": (
+        "accelerate's FSDP plugin",
+        "it shares the weights of models that are given to accelerate, with one forward and one backward pass a step; "
+        "a run shares its base by itself",
+    ),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "it replaces the model by one of its own"),
+}
+
+
+def _refuse_engines() -> None:
+    """Raise UserError where accelerate is configured for an engine that would change nothing, or break the step."""
+    for variable, (name, why) in ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on"):
+            raise UserError(
+                f"{name} does not work here: {why}. Run `accelerate config` again with multi-GPU (or multi-CPU) and "
+                f"without {name}, or start with torchrun; for a base that leaves no room on a card set sharding: base"
+            )
 
 
 def _launched() -> int:
@@ -135,8 +163,11 @@ def _owner(output: Path) -> str:
 
 
 @contextmanager
-def device_errors_explained(recipe: Recipe, output: Path) -> Iterator[None]:
+def device_errors_explained(recipe: Recipe, output: Path, peers: Peers | None = None) -> Iterator[None]:
     """Turn errors of a full memory and of lost processes inside the ``with`` block into readable ones.
+
+    Args:
+        peers: the other processes, asked which of them has ended.
 
     torch tells of the end of a process that reads a stream wherever the main thread is.
 
@@ -155,22 +186,28 @@ def device_errors_explained(recipe: Recipe, output: Path) -> Iterator[None]:
                 "gradient_checkpointing=true" * (not recipe.gradient_checkpointing),
                 f"a lower data.resolution or lora.rank ({recipe.lora.rank})",
             ]
-            raise UserError(f"{where} is full. Set {', or '.join(filter(None, advice))}; {_go_on(output)}") from error
+            raise UserError(f"{where} is full. Set {', or '.join(filter(None, advice))}; {go_on(output)}") from error
         if isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo/" in text:
+            if gone := _gone(peers):
+                raise UserError(f"the processes lost each other: {'; '.join(gone)}; {go_on(output)}") from error
             raise UserError(
                 f"the processes lost each other: {text.splitlines()[0]}. Start one process for each GPU, and look for "
-                f"the first error of the other processes; {_go_on(output)}"
+                f"the first error of the other processes; {go_on(output)}"
             ) from error
         if "DataLoader worker" in text:
             raise UserError(
                 f"a process that reads the stream has ended ({text.splitlines()[0]}), perhaps because the memory was "
                 f"full. Set data.workers ({recipe.data.workers}) or data.shuffle ({recipe.data.shuffle}) lower; "
-                f"{_go_on(output)}"
+                f"{go_on(output)}"
             ) from error
         raise
 
 
-def _go_on(output: Path) -> str:
-    """Return from where a run can go on."""
-    found = checkpoints(output)
-    return f"--resume goes on from {found[-1]}" if found else "there is no checkpoint yet"
+def _gone(peers: Peers | None) -> list[str]:
+    """Return which other processes have ended; the system may need a moment to tell."""
+    for _ in range(20 if peers else 0):
+        assert peers is not None
+        if gone := peers.gone():
+            return gone
+        time.sleep(0.25)
+    return []

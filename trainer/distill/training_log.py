@@ -40,6 +40,16 @@ class Means:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def share(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Replace the sums by their means over the processes.
+
+        Args:
+            mean: returns the mean of a tensor over the processes.
+        """
+        if self._sums:
+            shared = mean(torch.stack([value.float() for value in self._sums.values()]))
+            self._sums = dict(zip(self._sums, shared.unbind(), strict=True))
+
     def take(self) -> dict[str, float]:
         """Return the means since the last call. Waits for the device once."""
         if not self._sums:

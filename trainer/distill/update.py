@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.passes.asking import asked_by
 from ...flash_core.rollout import Rollout
+from ...flash_core.shared_batch import Random
 from ...flash_core.terms.adversarial import Seen
+from ...flash_core.terms.draws import acts_on
 from ..config import PhaseSection, Recipe
 from ..data.batches.memory import OutputMemory
 from ..data.batches.rollouts import Rollouts
@@ -23,10 +26,17 @@ from .training_log import Means
 
 @dataclass(frozen=True)
 class Batch:
-    """A rollout with the student's outputs (B, C, H, W), detached, and what its adversarial loss has seen."""
+    """A rollout with the student's outputs (B, C, H, W), detached, and what its adversarial loss has seen.
+
+    Attributes:
+        draws: the samples as part of the batch that processes share.
+        shares: of each process, the positions of its samples in that batch.
+    """
 
     rollout: Rollout
     z_student: Tensor
+    draws: Random
+    shares: Sequence[Sequence[int]]
     seen: Seen | None = None
 
 
@@ -67,10 +77,10 @@ class Updater:
         batches = []
         for rollout in self._rollouts(state, phase):
             with self.accelerator.autocast():
-                step = self.parts.distiller.student_step(rollout, core_phase, self.rollouts.generator, self._share)
+                step = self.parts.distiller.student_step(rollout, core_phase, self.rollouts.draws, self._share)
             self._note(step.terms)
             self.means.add(step.figures)
-            batches.append(Batch(rollout, step.z_student, step.seen))
+            batches.append(Batch(rollout, step.z_student, self.rollouts.draws, self.rollouts.shares, step.seen))
         self._step("student", factor * phase.learning_rate)
         learners = self._learners(phase)
         if "critic" in learners:
@@ -90,7 +100,10 @@ class Updater:
         """
         waiting = {name: self.warmup[name] for name in self._learners(phase)}
         while learners := [name for name, count in waiting.items() if state.warmed_up.get(name, 0) < count]:
-            batches = [Batch(rollout, self._output(rollout)) for rollout in self._rollouts(state, phase)]
+            batches = [
+                Batch(rollout, self._output(rollout), self.rollouts.draws, self.rollouts.shares)
+                for rollout in self._rollouts(state, phase)
+            ]
             if "critic" in learners:
                 self._remember(batches)
             for learner in learners:
@@ -98,8 +111,17 @@ class Updater:
                 state.warmed_up[learner] = state.warmed_up.get(learner, 0) + 1
             yield max(state.warmed_up[learner] for learner in learners), max(waiting.values())
 
+    def share_means(self) -> None:
+        """Let every process have the means of all processes; all must call this together."""
+        if self.accelerator.num_processes > 1:
+            self.means.share(lambda sums: self.accelerator.reduce(sums, "mean"))
+
     def own_state(self) -> dict[str, Tensor]:
-        """Return what this process has of its own, for a checkpoint: the critic's memory, the log's sums and counts."""
+        """Return what a process keeps for a checkpoint: the critic's memory, the log's sums and counts.
+
+        All but the counts of passes is the same in all processes, which must call this together.
+        """
+        self.share_means()
         means = {f"means/{name}": value for name, value in self.means.state().items()}
         memory = {f"memory/{name}": value for name, value in self.memory.state().items()}
         counted = self.parts.counted
@@ -154,33 +176,48 @@ class Updater:
         Args:
             again: True after the first update on these batches: the heads then see them with other noise.
         """
-        distiller, generator = self.parts.distiller, self.rollouts.generator
+        distiller = self.parts.distiller
         with self.accelerator.autocast():
             if learner == "discriminator":
                 for batch in batches:
                     seen = None if again else batch.seen
                     self._note(
-                        distiller.discriminator_step(batch.rollout, batch.z_student, generator, self._share, seen)
+                        distiller.discriminator_step(batch.rollout, batch.z_student, batch.draws, self._share, seen)
                     )
             else:
-                for z, conditioning, rollout in self._critic_samples(batches):
-                    self._note(distiller.critic_step(z, conditioning, generator, self._share, rollout))
+                for z, conditioning, rollout, of in self._critic_samples(batches):
+                    self._note(distiller.critic_step(z, conditioning, of, self._share, rollout))
         self._step(learner, factor)
 
-    def _critic_samples(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Conditioning, Rollout | None]]:
+    def _critic_samples(
+        self, batches: Sequence[Batch]
+    ) -> Iterator[tuple[Tensor, Conditioning, Rollout | None, Random]]:
         """Yield the critic's batches: drawn from the memory where there is one, else the student's present outputs."""
         for batch in batches:
             if not self.memory.capacity:
-                z, rollout = self.parts.distiller.critic_samples(batch.rollout, batch.z_student)
+                z, rollout, of = self.parts.distiller.critic_samples(batch.rollout, batch.z_student, batch.draws)
                 if len(z):
-                    yield z, rollout.conditioning, rollout
+                    yield z, rollout.conditioning, rollout, of
             elif len(self.memory):
-                yield *self.memory.draw(self.recipe.batch_size, self.rollouts.generator), None
+                yield *self.memory.draw(self.recipe.batch_size, batch.draws), None, batch.draws
 
     def _remember(self, batches: Sequence[Batch]) -> None:
+        """Add the outputs that the critic learns from to the memory, which holds those of all processes."""
         for batch in batches if self.memory.capacity else ():
-            z, rollout = self.parts.distiller.critic_samples(batch.rollout, batch.z_student)
-            self.memory.add(z, rollout.conditioning)
+            every = self._gathered(batch.z_student, batch.shares)
+            conditioning = batch.rollout.conditioning.map(partial(self._gathered, shares=batch.shares))
+            rows = self.parts.distiller.settings.dmd.rows
+            acting = acts_on(rows, self.parts.distiller.denoiser.process, batch.rollout.all_starts())
+            index = torch.tensor([row for row, acts in enumerate(acting) if acts], dtype=torch.long)
+            self.memory.add(every[index.to(every.device)], conditioning.rows(index))
+
+    def _gathered(self, own: Tensor, shares: Sequence[Sequence[int]]) -> Tensor:
+        """Return the rows (N, ...) of all processes in the order of the batch, from this process's ``own`` (B, ...)."""
+        if len(shares) == 1:
+            return own
+        every: Tensor = self.accelerator.gather(own.contiguous())
+        positions = torch.tensor([position for share in shares for position in share], device=every.device)
+        return every[positions.argsort()]
 
     def _align_critic(self) -> None:
         """Move the critic's LoRA toward the student's: critic <- lerp(critic, student, ida) (arXiv 2506.00523)."""
@@ -214,14 +251,11 @@ class Updater:
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
     """Replace the gradients by their mean over the processes, in one message.
 
-    A process without gradients, because its samples were none that the term acts on, takes part with zeros.
+    All processes have gradients or none has, see :class:`~...flash_core.shared_batch.SharedBatch`.
     """
-    if accelerator.num_processes == 1:
-        return
-    if all(parameter.grad is None for parameter in parameters):
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if accelerator.num_processes == 1 or not gradients:
+        return
     flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
     assert isinstance(flat, Tensor)
     for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):

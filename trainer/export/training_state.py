@@ -17,6 +17,7 @@ class TrainingState:
         teacher_hash: SHA-256 of the base's weights.
         data_fingerprint: of the pictures, captions and conditions, empty where unknown.
         processes: that trained together at the last update, 0 where unknown.
+        samples: of a batch, in all processes together; 0 where each process drew random numbers of its own.
         warmed_up: part (discriminator, critic) -> updates that it made alone.
     """
 
@@ -27,4 +28,5 @@ class TrainingState:
     teacher_hash: str = ""
     data_fingerprint: str = ""
     processes: int = 0
+    samples: int = 0
     warmed_up: dict[str, int] = field(default_factory=dict)

@@ -378,8 +378,13 @@ class Teacher(ABC):
     # -- hashes ------------------------------------------------------------------------------------------------------
 
     def weights_hash(self) -> str:
-        """Return the SHA-256 of the base's parameters, in the order of their names, with a merged style LoRA."""
-        return weights_hash(self.denoiser.network)
+        """Return the SHA-256 of the base's parameters, in the order of their names, with a merged style LoRA.
+
+        Call it before the weights are shared among processes for the first time.
+        """
+        if "weights" not in self._hashes:
+            self._hashes["weights"] = weights_hash(self.denoiser.network)
+        return self._hashes["weights"]
 
     def image_encoder_hash(self) -> str:
         """Return the hash of everything that :meth:`encode` depends on: 16 hexadecimal digits.

@@ -43,9 +43,11 @@ class DiffusersDenoiser(ABC):
 
     Attributes:
         control: the frozen ControlNet or T2I-adapter that reads ``hint`` in every role; None without one.
+        sharded: True where processes share the network's weights.
     """
 
     control: Control | None = None
+    sharded: bool = False
 
     def __init__(self, network: ModelMixin, process: Process) -> None:
         self.network: ModelMixin = network.requires_grad_(False).eval()
@@ -90,11 +92,12 @@ class DiffusersDenoiser(ABC):
         """Return hidden states of several depths as maps (B, C_i, H_i, W_i), in the current role.
 
         The pass ends after the last block that is read. With gradient checkpointing it runs to its end: a transformer's
-        blocks then run inside a checkpoint, which an exception must not leave.
+        blocks then run inside a checkpoint, which an exception must not leave. So it does where processes share the
+        network's weights, which are given back at the end.
         """
         captured: list[Tensor] = []
         blocks = self.feature_blocks()
-        ends_early = not getattr(self.network, "is_gradient_checkpointing", False)
+        ends_early = not (self.sharded or getattr(self.network, "is_gradient_checkpointing", False))
 
         def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:
             captured.append(self.as_map(output, z_t))

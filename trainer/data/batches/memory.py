@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ....flash_core.denoiser import Conditioning
+from ....flash_core.shared_batch import Random, generator_of
+from ....flash_core.terms.draws import integers
 
 LATENTS = "z"
 RESIDUALS = "residuals"
@@ -40,7 +42,7 @@ class OutputMemory:
                 keep = torch.arange(spare, len(oldest), device=oldest.device)
                 self._batches.insert(0, (oldest[keep], conditions.rows(keep)))
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
+    def draw(self, count: int, generator: Random) -> tuple[Tensor, Conditioning]:
         """Return ``count`` outputs of one size, drawn uniformly with replacement, with their conditions.
 
         The first draw decides the size: sizes come as often as they are in the memory.
@@ -50,11 +52,11 @@ class OutputMemory:
         """
         if not self._batches:
             raise ValueError("the memory is empty: add outputs before drawing")
-        first = int(torch.randint(len(self), (1,), generator=generator, device=generator.device))
+        first = int(integers(0, len(self) - 1, 1, generator_of(generator)))
         batch = next(batch for batch, place in self._places() if place == first)
         size = _size(*self._batches[batch])
         alike = [place for place in self._places() if _size(*self._batches[place[0]]) == size]
-        drawn = torch.randint(len(alike), (count,), generator=generator, device=generator.device).tolist()
+        drawn = integers(0, len(alike) - 1, count, generator).tolist()
         rows = [self._row(*alike[index]) for index in drawn]
         return torch.cat([z for z, _ in rows]), Conditioning.cat([conditioning for _, conditioning in rows])
 

@@ -9,8 +9,11 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ....flash_core.denoiser import Conditioning
 from ....flash_core.distiller import Distiller, Rollout
+from ....flash_core.shared_batch import Random, SharedBatch, even_shares, strided_shares
 from ...config import PhaseSection, Recipe
 from ...errors import UserError
 from ...interrupts import StopRequest
@@ -38,7 +41,10 @@ class Rollouts:
         examples: pictures with their conditions, encoded in the cache or as they come.
 
     Attributes:
-        generator: the process's random stream, which the training steps share; a checkpoint keeps its state.
+        generator: the random stream, which all processes and the training steps share; a checkpoint keeps its state.
+        draws: what the training steps draw from: the generator, as this process's part of the last batch.
+        samples: of a batch, in all processes together.
+        shares: of each process, the positions in the last batch of its samples.
         order: of the examples; None for a stream.
         replays: of each phase: its first recorded trajectory, and the order of its trajectories.
         refreshed: the trajectories that are replaced while training; None without ``trajectories.reuse``.
@@ -60,17 +66,19 @@ class Rollouts:
         self.examples = examples
         self.distiller = distiller
         self.accelerator = accelerator
-        self.generator = stream(recipe.seed, "training", accelerator.process_index)
+        self.generator = stream(recipe.seed, "training", 0)
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        self.samples = ranks * recipe.batch_size
+        self._share(strided_shares(self.samples, ranks))
         self.bank: TrajectoryBank | None = None
         self.refreshed: ReplayBank | None = None
         self.streamed: StreamBatches | None = None
         self.order: Order | None = None
         self.replays: list[tuple[int, Order]] = []
         if isinstance(examples, StreamExamples):
-            rank, ranks = accelerator.process_index, accelerator.num_processes
             self.streamed = StreamBatches(examples, rank, ranks, recipe.batch_size)
         else:
-            self.order = Order(len(examples), recipe.seed, examples.frames, recipe.batch_size)
+            self.order = Order(len(examples), recipe.seed, examples.frames, self.samples)
 
     def fingerprint(self, teacher_hash: str) -> str:
         """Return the fingerprint of this run's trajectories, see :func:`trajectory_fingerprint`."""
@@ -172,35 +180,51 @@ class Rollouts:
         ranges = [(0, len(bank))] * len(phases)
         if self.recipe.trajectories.split:
             ranges = phase_ranges(len(bank), [phase.updates for phase in phases])
-        frames, seed, size = bank.frames, self.recipe.seed, self.recipe.batch_size
+        frames, seed = bank.frames, self.recipe.seed
         return [
-            (first, Order(end - first, seed, None if frames is None else frames[first:end], size))
+            (first, Order(end - first, seed, None if frames is None else frames[first:end], self.samples))
             for first, end in ranges
         ]
 
     def batch(self, position: int, section: PhaseSection) -> Rollout:
         """Return this process's rollout of the batch at ``position``, in samples of all processes together."""
-        phase = section.phase()
+        phase, ranks = section.phase(), self.accelerator.num_processes
+        self._share(strided_shares(self.samples, ranks))
         if self.streamed is not None:
             z0, conditioning = self.streamed.encoded(position)
-            return self.distiller.rollout(z0, conditioning, self._unconditional(conditioning), phase, self.generator)
+            return self.distiller.rollout(z0, conditioning, self._unconditional(conditioning), phase, self.draws)
         assert isinstance(self.examples, CachedExamples)
         assert self.order is not None
         if self.refreshed is not None:
-            return self.distiller.replay(self.refreshed.batch(self.numbers(position)[0]), phase, self.generator)
-        size = self.recipe.batch_size
-        position += self.accelerator.process_index * size
+            return self.distiller.replay(self.refreshed.batch(self.numbers(position)[0]), phase, self.draws)
         device = self.accelerator.device
         if self.bank is not None:
             first, order = self.replays[self.recipe.phases.index(section)]
-            index = first + order.indices(position, size)
+            index = first + order.indices(position, self.samples)[self._own]
             trajectory = self.bank.batch(index, self.examples, self._unconditional, device)
-            return self.distiller.replay(trajectory, phase, self.generator)
-        index = self.order.indices(position, size)
+            return self.distiller.replay(trajectory, phase, self.draws)
+        if ranks > 1 and self.distiller.settings.reads_solution(phase):
+            self._share(even_shares(self.distiller.coming_calls(phase, self.draws), ranks))
+        index = self.order.indices(position, self.samples)
         counts = self.examples.caption_counts(index)
         caption = self.order.captions(position, counts, self.recipe.data.caption_dropout)
-        z0, conditioning = self.examples.batch(index, device, caption)
-        return self.distiller.rollout(z0, conditioning, self._unconditional(conditioning), phase, self.generator)
+        z0, conditioning = self.examples.batch(index[self._own], device, caption[self._own])
+        return self.distiller.rollout(z0, conditioning, self._unconditional(conditioning), phase, self.draws)
+
+    def _share(self, shares: list[tuple[int, ...]]) -> None:
+        """Set which samples of a batch each process has."""
+        accelerator = self.accelerator
+        self.shares = shares
+        self.draws: Random = self.generator
+        self._own = torch.tensor(shares[accelerator.process_index])
+        if accelerator.num_processes > 1:
+            self.draws = SharedBatch(
+                self.generator,
+                self.samples,
+                shares[accelerator.process_index],
+                add=lambda value: accelerator.reduce(value, "sum"),
+                lockstep=self.recipe.sharding != "none",
+            )
 
     def close(self) -> None:
         """End the processes that read a stream."""
