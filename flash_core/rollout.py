@@ -134,7 +134,7 @@ class RolloutSource:
         on_path = {row for row, position in enumerate(generator.own) if position in everyone_on_path}
         begin = [0 if row in on_path else index for row, index in enumerate(start)]
         first = min(0 if p in everyone_on_path else index for p, index in enumerate(every))
-        starts = tuple(self.timesteps[index] for index in every)
+        starts = self._starts_at(every)
         if on_path:
             rows = torch.tensor(sorted(on_path), device=z0.device)
             z_t[rows] = noise[rows]
@@ -267,7 +267,7 @@ class RolloutSource:
         generator = shared(generator, batch)
         every = self._draw_indices(phase, trajectory.indices, batch, generator)
         drawn = [every[position] for position in generator.own]
-        starts = tuple(self.timesteps[index] for index in every)
+        starts = self._starts_at(every)
         position = torch.tensor([trajectory.indices.index(index) for index in drawn], device=trajectory.states.device)
         rollout = Rollout(
             trajectory.states[position, torch.arange(batch, device=position.device)],
@@ -318,6 +318,10 @@ class RolloutSource:
             return range(count)
         steps = max(self.settings.states.steps)
         return [index * count // steps for index in range(steps)]
+
+    def _starts_at(self, indices: Sequence[int]) -> tuple[float, ...]:
+        """Return the grid's timesteps at ``indices``, rounded as a batch's ``t`` is."""
+        return tuple(torch.tensor([self.timesteps[index] for index in indices]).tolist())
 
     def _draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: Random) -> list[int]:
         """Return the starts of all samples that processes share."""

@@ -63,13 +63,11 @@ def assert_same_weights(run: Path, other: Path) -> None:
     for part in ("student", "average", "discriminator", "critic"):
         moved = [(theirs[name] - before[name]).abs().max() for name in before if name.startswith(f"{part}/")]
         assert max(moved) > 5 * EQUAL, part
-    for name, value in theirs.items():
-        apart = (ours[name] - value).abs() > EQUAL
-        if name.startswith("discriminator/"):
-            # AdamW's first step is the gradient's sign, and a few gradients are nothing but rounding errors.
-            assert apart.float().mean() < 1e-3, name
-        else:
-            assert not apart.any(), name
+    apart = {name: (ours[name] - value).abs() > EQUAL for name, value in theirs.items()}
+    heads = torch.cat([value.flatten() for name, value in apart.items() if name.startswith("discriminator/")])
+    # AdamW's first step is the gradient's sign, and a few of the heads' gradients are nothing but rounding errors.
+    assert heads.float().mean() < 1e-4
+    assert not [name for name, value in apart.items() if not name.startswith("discriminator/") and value.any()]
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ def read_facts(folder: Path) -> tuple[TrainingState, str]:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         digest = facts.pop("recipe")
         return TrainingState(**facts), digest
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is not a readable checkpoint ({error}); remove it and resume again") from error
 
 
@@ -232,7 +232,7 @@ def _reading(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder} is not a readable checkpoint ({error}); remove it and resume again") from error
 
 

@@ -51,8 +51,8 @@ def goes_on_exactly(
         return False
     if then == now and before != processes and recipe.trajectories.reuse is not None:
         logger.warning(
-            "%s: processes before: %d, now: %d. With trajectories.reuse each process makes trajectories of its own, so "
-            "the result is not that of a run that never stopped. To continue exactly, start as many processes as before",
+            "%s: processes before: %d, now: %d. With trajectories.reuse each process makes its own trajectories, so "
+            "the result is not that of a run that never stopped. To continue exactly, start as many as before",
             *(last, before, processes),
         )
         return False
