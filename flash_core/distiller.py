@@ -28,12 +28,12 @@ from .settings import (
     Rows,
     StartStates,
 )
-from .shared_batch import Random, SharedBatch, shared
 from .terms import adversarial, distribution_matching
 from .terms.draws import acting_rows, acts_on
 from .terms.drift import output_figures
 from .terms.features import feature_matching_term
 from .terms.segments import intra_segment_term
+from .terms.shared_batch import Random, SharedBatch, shared
 
 __all__ = [
     "ADVERSARIAL_TIMESTEPS",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .process import Process, broadcast
-from .shared_batch import Random, shared
+from .terms.shared_batch import Random, shared
 
 LatentLoss: TypeAlias = Literal["mse", "l1", "pseudo_huber"]
 AdversarialLoss: TypeAlias = Literal["lsgan", "hinge", "non_saturating", "wgan", "vanilla", "relativistic"]

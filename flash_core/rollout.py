@@ -14,10 +14,10 @@ from .passes.asking import asked_by
 from .passes.guidance import is_guided
 from .process import broadcast
 from .settings import PUBLISHED_PHASES, DistillerSettings, Phase
-from .shared_batch import Random, SharedBatch, generator_of, shared
 from .solvers import solve
 from .terms.backward_simulation import draw_paths, simulate
 from .terms.draws import normal, uniform
+from .terms.shared_batch import Random, SharedBatch, generator_of, shared
 
 # Indices of the teacher's grid less likely than this are not kept when a trajectory is recorded.
 RECORDED_PROBABILITY = 1e-3

@@ -16,8 +16,8 @@ from ..denoiser import Conditioning, Denoiser
 from ..discriminator import Discriminator
 from ..rollout import Rollout
 from ..settings import DistillerSettings
-from ..shared_batch import Random
 from .features import draw_renoising, renoised_features
+from .shared_batch import Random
 
 
 @dataclass(frozen=True)

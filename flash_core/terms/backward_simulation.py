@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..process import Process, broadcast
-from ..shared_batch import Random, shared
 from .draws import integers, normal
+from .shared_batch import Random, shared
 
 NEAR = 1 / 16  # of the schedule: a start this near to a timestep of a run is reached by that run
 

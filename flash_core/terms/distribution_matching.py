@@ -17,9 +17,9 @@ from ..passes.guidance import guided_rows
 from ..process import NUM_TIMESTEPS, broadcast
 from ..rollout import Rollout
 from ..settings import DistillerSettings
-from ..shared_batch import Random
 from .draws import integers, normal, uniform
 from .segments import diffused_from_segment_end
+from .shared_batch import Random
 
 PLAIN_TIMESTEPS = (0, NUM_TIMESTEPS - 1)
 INNER_TIMESTEPS = (20, 979)  # DMD2's range, the outer 2 % left out (arXiv 2405.14867, appendix)

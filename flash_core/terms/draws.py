@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..process import Process
 from ..settings import Rows
-from ..shared_batch import Random, shared
+from .shared_batch import Random, shared
 
 FIRST_STEP_FRACTION = 0.9  # of the schedule: samples above it start at pure noise or beside it (t >= 900 of 999)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..denoiser import Conditioning, Denoiser
 from ..rollout import Rollout
 from ..settings import DistillerSettings
-from ..shared_batch import Random, shared
 from .draws import choices, normal
+from .shared_batch import Random, shared
 
 VARIANCE_FLOOR = 1e-8
 

@@ -18,8 +18,8 @@ from ..passes.guidance import guided_rows
 from ..process import NUM_TIMESTEPS, Process, broadcast
 from ..rollout import Rollout, RolloutSource
 from ..settings import DistillerSettings
-from ..shared_batch import Random
 from .draws import normal, uniform
+from .shared_batch import Random
 
 MARGIN = 20 / NUM_TIMESTEPS  # of a point inside a segment from both ends, where the segment is longer than two of them
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flash_diffusion.flash_core.shared_batch import SharedBatch, even_shares, shared
 from flash_diffusion.flash_core.terms.draws import choices, integers, normal, uniform
+from flash_diffusion.flash_core.terms.shared_batch import SharedBatch, even_shares, shared
 
 
 def seeded(seed: int) -> torch.Generator:

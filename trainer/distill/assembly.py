@@ -34,7 +34,7 @@ from ..teachers.denoiser import DiffusersDenoiser
 from ..teachers.layout import order_channels_last
 from ..teachers.lora_layers import start_adapter
 from .checkpoint import Trained
-from .sharding import shard_base
+from .several.sharding import shard_base
 
 logger = logging.getLogger(__name__)
 

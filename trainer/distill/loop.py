@@ -31,11 +31,11 @@ from ..seeds import seed_of
 from . import checkpoint
 from .assembly import Assembly, assemble
 from .passes import passes_of_an_image
-from .peers import watched
 from .preview import Preview, preview_path, preview_rows, save_preview
 from .processes import device_errors_explained, in_main_process, only_run_in, start_accelerator
-from .resuming import goes_on_exactly, shared_again
 from .schedule import RunClock, learning_rate_factor, now, phase_at
+from .several.peers import watched
+from .several.resuming import goes_on_exactly, shared_again
 from .time_left import TimeLeft, phase_stages, recording_stage
 from .training_log import TrainingLog
 from .update import Updater

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from ..config import Recipe
 from ..errors import UserError
 from ..files import write_text_whole, writing
-from .peers import Peers, go_on
+from .several.peers import Peers, go_on
 
 LOCK = ".lock"
 OWNER = ".lock-owner.json"  # beside the lock: some systems let nobody read a locked file

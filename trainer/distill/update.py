@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.passes.asking import asked_by
 from ...flash_core.rollout import Rollout
-from ...flash_core.shared_batch import Random
 from ...flash_core.terms.adversarial import Seen
 from ...flash_core.terms.draws import acts_on
+from ...flash_core.terms.shared_batch import Random
 from ..config import PhaseSection, Recipe
 from ..data.batches.memory import OutputMemory
 from ..data.batches.rollouts import Rollouts
@@ -251,7 +251,7 @@ class Updater:
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
     """Replace the gradients by their mean over the processes, in one message.
 
-    All processes have gradients or none has, see :class:`~...flash_core.shared_batch.SharedBatch`.
+    All processes have gradients or none has, see :class:`~...flash_core.terms.shared_batch.SharedBatch`.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if accelerator.num_processes == 1 or not gradients:

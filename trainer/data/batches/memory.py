@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ....flash_core.denoiser import Conditioning
-from ....flash_core.shared_batch import Random, generator_of
 from ....flash_core.terms.draws import integers
+from ....flash_core.terms.shared_batch import Random, generator_of
 
 LATENTS = "z"
 RESIDUALS = "residuals"

@@ -13,7 +13,7 @@ import torch
 
 from ....flash_core.denoiser import Conditioning
 from ....flash_core.distiller import Distiller, Rollout
-from ....flash_core.shared_batch import Random, SharedBatch, even_shares, strided_shares
+from ....flash_core.terms.shared_batch import Random, SharedBatch, even_shares, strided_shares
 from ...config import PhaseSection, Recipe
 from ...errors import UserError
 from ...interrupts import StopRequest

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..files import remove_folder
-from ..interrupts import Interrupted
-from .checkpoint import checkpoints
+from ...files import remove_folder
+from ...interrupts import Interrupted
+from ..checkpoint import checkpoints
 
 FOLDER = ".processes"
 INTERVAL = 2.0  # seconds between two beats

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ..config import Recipe
-from ..export.training_state import TrainingState
+from ...config import Recipe
+from ...export.training_state import TrainingState
 
 
 def batch_samples(recipe: Recipe, state: TrainingState, before: int) -> int:

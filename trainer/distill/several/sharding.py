@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..errors import UserError
+from ...errors import UserError
 
 logger = logging.getLogger(__name__)
 
