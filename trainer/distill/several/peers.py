@@ -82,7 +82,9 @@ class Peers:
             name = f"process {rank} of {self.ranks} (pid {peer.pid} on {peer.host})"
             if peer.error:
                 found.append(f"{name} has stopped: {peer.error}")
-            elif peer.host == self.host and not _lives(peer.pid):
+            elif peer.host == self.host and _lives(peer.pid):
+                continue  # however long a library keeps it from writing
+            elif peer.host == self.host:
                 found.append(f"{name} has ended without a word; it was killed, perhaps because the memory was full")
             elif time.monotonic() - peer.seen > SILENT:
                 found.append(f"{name} has given no sign of life for {SILENT:.0f} seconds")
