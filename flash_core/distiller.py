@@ -244,7 +244,7 @@ class Distiller(RolloutSource):
         if kind != "uniform":
             weight = losses.timestep_weight(kind, process, rollout.t)
         if factor != 1:
-            index = acting_rows("first_step", process, rollout.t)
+            index = acting_rows("first_step", process, rollout.starts)
             assert index is not None
             weight[index] *= factor
         return weight
@@ -277,14 +277,14 @@ class Distiller(RolloutSource):
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _acting(self, rows: Rows, rollout: Rollout, batch: SharedBatch) -> tuple[Tensor | None, SharedBatch]:
-        """Return the indices (b,) of the samples on which a term acts, None for all, and their part of the batch.
+        """Return the indices (b,) of the samples on which a term acts, on the CPU, None for all, and their part of the batch.
 
         The indices are empty where the term acts on no sample of any process.
         """
         if rows == "all":
             return None, batch
         index, part = batch.part(acts_on(rows, self.denoiser.process, rollout.all_starts()))
-        return torch.tensor(index, dtype=torch.long, device=rollout.t.device), part
+        return torch.tensor(index, dtype=torch.long), part
 
     def _require_discriminator(self) -> Discriminator:
         if self.discriminator is None:

@@ -33,7 +33,8 @@ class Rollout:
         z_teacher: (B, C, H, W) the teacher's solution; zeros in a phase that does not read it.
         z0: (B, C, H, W) data latents.
         guidance: (B,) the teacher's guidance scale.
-        starts: the timesteps of the starts of all samples that processes share; empty for those of ``t``.
+        known: the B timesteps as numbers, which are drawn on the CPU; None where ``t`` alone has them.
+        shared_starts: the timesteps of the starts of all samples that processes share; empty for these B.
     """
 
     z_t: Tensor
@@ -43,14 +44,20 @@ class Rollout:
     guidance: Tensor
     conditioning: Conditioning
     unconditional: Conditioning
-    starts: tuple[float, ...] = ()
+    known: tuple[float, ...] | None = None
+    shared_starts: tuple[float, ...] = ()
+
+    @property
+    def starts(self) -> list[float]:
+        """The B timesteps as numbers. Waits for the device where they are not ``known``."""
+        return self.t.tolist() if self.known is None else list(self.known)
 
     def all_starts(self) -> Sequence[float]:
         """Return the timesteps of the starts of all samples that processes share."""
-        return self.starts or self.t.tolist()
+        return self.shared_starts or self.starts
 
     def rows(self, index: Tensor) -> Rollout:
-        """Return the samples at ``index`` (b,)."""
+        """Return the samples at ``index`` (b,), which is on the CPU, so that nothing waits for the device."""
         return Rollout(
             self.z_t[index],
             self.t[index],
@@ -59,6 +66,7 @@ class Rollout:
             self.guidance[index],
             self.conditioning.rows(index),
             self.unconditional.rows(index),
+            None if self.known is None else tuple(self.known[row] for row in index.tolist()),
         )
 
 
@@ -123,9 +131,11 @@ class RolloutSource:
             generator: the only source of randomness.
         """
         generator = shared(generator, len(z0))
-        every = self._draw_indices(phase, self._starts(), len(z0), generator)
+        every = self.draw_indices(phase, self._starts(), len(z0), generator)
         start = [every[position] for position in generator.own]
-        t = torch.tensor([self.timesteps[index] for index in start], device=z0.device)
+        starts = self._starts_at(every)
+        known = tuple(starts[position] for position in generator.own)
+        t = torch.tensor(known).to(z0.device)
         noise = normal(z0, generator)
         pure = torch.tensor([index == 0 for index in start], device=z0.device)
         z_t = torch.where(broadcast(pure, z0), noise, self.denoiser.process.add_noise(z0, noise, t))
@@ -134,11 +144,10 @@ class RolloutSource:
         on_path = {row for row, position in enumerate(generator.own) if position in everyone_on_path}
         begin = [0 if row in on_path else index for row, index in enumerate(start)]
         first = min(0 if p in everyone_on_path else index for p, index in enumerate(every))
-        starts = self._starts_at(every)
         if on_path:
             rows = torch.tensor(sorted(on_path), device=z0.device)
             z_t[rows] = noise[rows]
-        z_t = self._at_own_states(z_t, noise, t, conditioning, starts, own, generator)
+        z_t = self._at_own_states(z_t, noise, conditioning, starts, own, generator)
         path = z_t.clone()
 
         def keep(index: int, z: Tensor) -> None:
@@ -147,18 +156,17 @@ class RolloutSource:
                     path[row] = z[row]
 
         if not (everyone_on_path or self.settings.reads_solution(phase)):
-            return Rollout(z_t, t, torch.zeros_like(z_t), z0, guidance, conditioning, unconditional, starts)
+            return Rollout(z_t, t, torch.zeros_like(z_t), z0, guidance, conditioning, unconditional, known, starts)
         waits = min(begin) - first if generator.lockstep else 0
         observe = keep if on_path else None
         with asked_by("solutions"):
             z_teacher = self.teacher_solution(z_t, conditioning, unconditional, guidance, begin, observe, waits)
-        return Rollout(path, t, z_teacher, z0, guidance, conditioning, unconditional, starts)
+        return Rollout(path, t, z_teacher, z0, guidance, conditioning, unconditional, known, starts)
 
     def _at_own_states(
         self,
         z_t: Tensor,
         noise: Tensor,
-        t: Tensor,
         conditioning: Conditioning,
         starts: Sequence[float],
         own: set[int],
@@ -168,31 +176,26 @@ class RolloutSource:
         rows, part = batch.part([position in own for position in range(batch.total)])
         if not rows:
             return z_t
-        index = torch.tensor(rows, device=z_t.device)
+        index = torch.tensor(rows)
         theirs = [value for position, value in enumerate(starts) if position in own]
-        states = self.student_states(noise[index], t[index], conditioning.rows(index), part, theirs)
-        return z_t.index_copy(0, index, states) if part.weight else z_t
+        states = self.student_states(noise[index], theirs, conditioning.rows(index), part)
+        return z_t.index_copy(0, index.to(z_t.device), states) if part.weight else z_t
 
     @torch.no_grad()
     def student_states(
-        self,
-        noise: Tensor,
-        t: Tensor,
-        conditioning: Conditioning,
-        generator: Random,
-        starts: Sequence[float] | None = None,
+        self, noise: Tensor, starts: Sequence[float], conditioning: Conditioning, generator: Random
     ) -> Tensor:
-        """Return the student's own states at ``t`` (B,): its first steps from ``noise``.
+        """Return the student's own states: its first steps from ``noise`` (B, C, H, W).
 
         Args:
-            starts: timesteps of all samples that processes share; default: ``t``.
+            starts: where the states are wanted, timesteps of all samples that processes share.
         """
 
         def predict(z: Tensor, at: Tensor, rows: Tensor) -> Tensor:
             return self.student_z0(z, at, conditioning.rows(rows))
 
         process, states = self.denoiser.process, self.settings.states
-        paths = draw_paths(process, t.tolist() if starts is None else starts, states.steps, generator_of(generator))
+        paths = draw_paths(process, starts, states.steps, generator_of(generator))
         with asked_by("own states"), self.denoiser.role("student"):
             return simulate(predict, process, noise, paths, states.stochasticity, generator)
 
@@ -265,30 +268,30 @@ class RolloutSource:
         """
         batch = len(trajectory.z_teacher)
         generator = shared(generator, batch)
-        every = self._draw_indices(phase, trajectory.indices, batch, generator)
+        every = self.draw_indices(phase, trajectory.indices, batch, generator)
         drawn = [every[position] for position in generator.own]
         starts = self._starts_at(every)
+        known = tuple(starts[position] for position in generator.own)
         position = torch.tensor([trajectory.indices.index(index) for index in drawn], device=trajectory.states.device)
         rollout = Rollout(
             trajectory.states[position, torch.arange(batch, device=position.device)],
-            torch.tensor([self.timesteps[index] for index in drawn], device=position.device),
+            torch.tensor(known).to(position.device),
             trajectory.z_teacher,
             trajectory.z0,
             trajectory.guidance,
             trajectory.conditioning,
             trajectory.unconditional,
+            known,
             starts,
         )
         _, own = self._draw_states(every, generator)
-        z_t = self._at_own_states(
-            rollout.z_t, trajectory.states[0], rollout.t, rollout.conditioning, starts, own, generator
-        )
+        z_t = self._at_own_states(rollout.z_t, trajectory.states[0], rollout.conditioning, starts, own, generator)
         rows = [row for row, position in enumerate(generator.own) if position in own]
         if not rows:
             return rollout
         if not self.settings.reads_solution(phase):
             return replace(rollout, z_t=z_t)
-        index = torch.tensor(rows, device=position.device)
+        index = torch.tensor(rows)
         part, z_teacher = rollout.rows(index), rollout.z_teacher.clone()
         begin = [drawn[row] for row in rows]
         with asked_by("solutions"):
@@ -323,8 +326,8 @@ class RolloutSource:
         """Return the grid's timesteps at ``indices``, rounded as a batch's ``t`` is."""
         return tuple(torch.tensor([self.timesteps[index] for index in indices]).tolist())
 
-    def _draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: Random) -> list[int]:
-        """Return the starts of all samples that processes share."""
+    def draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: Random) -> list[int]:
+        """Return where each sample that processes share starts: indices of the teacher's grid, out of ``allowed``."""
         probability = timestep_mixture(self.settings.teacher_steps, phase.modes)[list(allowed)]
         source, total = generator_of(generator), shared(generator, batch).total
         drawn = torch.multinomial(probability.to(source.device), total, replacement=True, generator=source).tolist()
@@ -337,7 +340,7 @@ class RolloutSource:
         """
         source = generator_of(generator)
         before = source.get_state()
-        starts = self._draw_indices(phase, self._starts(), shared(generator, 1).total, generator)
+        starts = self.draw_indices(phase, self._starts(), shared(generator, 1).total, generator)
         source.set_state(before)
         return [self.settings.teacher_steps - start for start in starts]
 

@@ -7,6 +7,8 @@ student's distribution. ``plain`` is arXiv 2311.18828 as arXiv 2406.02347 uses i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,7 +85,7 @@ def _decoupled(
 ) -> Tensor:
     """Return R(z_DM, c) + (w - 1) (R(z_CA, c) - R(z_CA, empty)), the three predictions in one batch."""
     process = denoiser.process
-    t = process.uniform_timestep(cleaner_times(denoiser, rollout.t, low, generator).to(z_student.device))
+    t = process.uniform_timestep(cleaner_times(denoiser, rollout.starts, low, generator).to(z_student.device))
     z_t = process.add_noise(z_student, normal(z_student, generator), t)
     with of_them_unconditional(len(z_t)):
         predicted = predict_z0(
@@ -96,10 +98,10 @@ def _decoupled(
     return real + broadcast(scale - 1, real) * (with_condition - without)
 
 
-def cleaner_times(denoiser: Denoiser, start: Tensor, low: int, generator: Random) -> Tensor:
+def cleaner_times(denoiser: Denoiser, starts: Sequence[float], low: int, generator: Random) -> Tensor:
     """Return uniform times (B,), uniform in ``low`` to just below each sample's start; ``low`` where none is."""
-    share = uniform(len(start), generator)
-    fractions = [denoiser.process.fraction(value) for value in start.tolist()]
+    share = uniform(len(starts), generator)
+    fractions = [denoiser.process.fraction(value) for value in starts]
     room = torch.tensor([max(round(NUM_TIMESTEPS * value) - 1 - low, 1) for value in fractions], device=share.device)
     return low + (room * share).long()
 

@@ -43,17 +43,17 @@ def choices(values: Sequence[int], count: int, generator: Random) -> Tensor:
     return torch.tensor(values, device=drawn.device)[drawn]
 
 
-def acting_rows(rows: Rows, process: Process, t: Tensor) -> Tensor | None:
-    """Return the indices (b,) of the samples on which a term acts, None for all of them.
+def acting_rows(rows: Rows, process: Process, starts: Sequence[float]) -> Tensor | None:
+    """Return the indices (b,) of the samples on which a term acts, on the CPU; None for all of them.
 
     Args:
         rows: ``all``, or ``first_step``: the samples that start in the noisiest tenth of the schedule.
-        t: (B,) timesteps of the starts.
+        starts: the B timesteps at which the samples start.
     """
     if rows == "all":
         return None
-    acting = [row for row, acts in enumerate(acts_on(rows, process, t.tolist())) if acts]
-    return torch.tensor(acting, dtype=torch.long, device=t.device)
+    acting = [row for row, acts in enumerate(acts_on(rows, process, starts)) if acts]
+    return torch.tensor(acting, dtype=torch.long)
 
 
 def acts_on(rows: Rows, process: Process, starts: Sequence[float]) -> list[bool]:

@@ -24,9 +24,9 @@ from .shared_batch import Random
 MARGIN = 20 / NUM_TIMESTEPS  # of a point inside a segment from both ends, where the segment is longer than two of them
 
 
-def segment_ends(process: Process, t: Tensor, steps: int) -> list[float]:
-    """Return the fractions of the schedule at which the segments of a run of ``steps`` end that begin at ``t`` (B,)."""
-    ends = [process.fraction(value) - 1 / steps for value in t.tolist()]
+def segment_ends(process: Process, starts: Sequence[float], steps: int) -> list[float]:
+    """Return the fractions of the schedule at which segments end, of a run of ``steps``, that begin at ``starts``."""
+    ends = [process.fraction(value) - 1 / steps for value in starts]
     return [end if end > 1e-4 else 0.0 for end in ends]
 
 
@@ -60,7 +60,7 @@ def diffused_from_segment_end(
     ``x_tau = a x' + sqrt(sigma_tau^2 - a^2 sigma'^2) eps`` with ``a = alpha_tau / alpha'`` and x' at the segment's end;
     tau is uniform between that level and ``bounds[1]``, but not below ``bounds[0]``, in uniform time 0..999.
     """
-    ends = segment_ends(process, rollout.t, steps)
+    ends = segment_ends(process, rollout.starts, steps)
     _, alpha, sigma = levels_at(process, ends, z_student)
     state = step_to(process, rollout.z_t, rollout.t, z_student, alpha, sigma)
     lowest = [max(bounds[0], math.ceil(NUM_TIMESTEPS * end)) for end in ends]
@@ -82,8 +82,8 @@ def intra_segment_term(
     segment's end. Pseudo-Huber, as published.
     """
     process, denoiser = source.denoiser.process, source.denoiser
-    begins = [process.fraction(value) for value in rollout.t.tolist()]
-    ends = segment_ends(process, rollout.t, steps)
+    begins = [process.fraction(value) for value in rollout.starts]
+    ends = segment_ends(process, rollout.starts, steps)
     share = uniform(len(ends), generator).tolist()
     inside = [inner_point(*point) for point in zip(begins, ends, share, strict=True)]
     _, alpha, sigma = levels_at(process, ends, z_student)

@@ -65,7 +65,7 @@ def constants(process: Process, student: float = 0.0, critic: float = 0.0) -> Sc
 @each_process
 def test_segments_lead_from_each_timestep_to_the_next(process: Process) -> None:
     rollout = run_rollout(process)
-    ends = segment_ends(process, rollout.t, 4)
+    ends = segment_ends(process, rollout.starts, 4)
     assert ends == pytest.approx([0.75, 0.5, 0.25, 0], abs=1e-6)
     t, alpha, sigma = levels_at(process, ends, rollout.z_t)
     assert t[:3].tolist() == pytest.approx(rollout.t[1:].tolist(), abs=1e-3)
@@ -91,7 +91,7 @@ def test_states_are_diffused_on_from_the_end_of_the_segment(process: Process) ->
         noise = (z_tau - alpha * student) / sigma
         assert noise.flatten(1).std(1).tolist() == pytest.approx([1.0] * 4, abs=0.04)
         # Its share of the noise that the state had: a sigma' / sigma_tau.
-        ends = levels_at(process, segment_ends(process, rollout.t, 4), student)
+        ends = levels_at(process, segment_ends(process, rollout.starts, 4), student)
         kept = (alpha / ends[1] * ends[2] / sigma).flatten()
         correlation = (noise * own).flatten(1).mean(1)
         assert correlation.tolist() == pytest.approx(kept.tolist(), abs=0.04)
@@ -154,7 +154,7 @@ def test_intra_segment_guidance_by_hand(process: Process) -> None:
     source = Distiller(denoiser, DistillerSettings(8))
     term = intra_segment_term(source, z, rollout, 4, seeded(0))
     (call,) = denoiser.called("predict", "student")
-    _, alpha_end, sigma_end = levels_at(process, segment_ends(process, rollout.t, 4), z)
+    _, alpha_end, sigma_end = levels_at(process, segment_ends(process, rollout.starts, 4), z)
     alpha, sigma = (broadcast(value, z) for value in process.alpha_sigma(rollout.t))
     alpha_mid, sigma_mid = (broadcast(value, z) for value in process.alpha_sigma(call.t))
     assert bool((call.t < rollout.t).all())

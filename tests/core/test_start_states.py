@@ -98,7 +98,7 @@ def test_each_start_has_the_teachers_solution_from_there(process: Process, share
     plain = make_distiller(process).rollout(data, condition, empty, EVERYWHERE, seeded(1))
     assert torch.equal(rollout.t, plain.t)  # the draws of the paper's rollout come first
     generator = seeded(1)
-    start = distiller._draw_indices(EVERYWHERE, range(8), count, generator)
+    start = distiller.draw_indices(EVERYWHERE, range(8), count, generator)
     noise = torch.randn(data.shape, generator=generator)
     assert start == indices(distiller, rollout.t)
     if "trajectory" in share:
@@ -112,7 +112,9 @@ def test_each_start_has_the_teachers_solution_from_there(process: Process, share
         if "student" in share:
             rows = torch.tensor([row for row, index in enumerate(start) if index])
             expected = noise.clone()
-            expected[rows] = distiller.student_states(noise[rows], rollout.t[rows], condition.rows(rows), seeded(9))
+            expected[rows] = distiller.student_states(
+                noise[rows], rollout.t[rows].tolist(), condition.rows(rows), seeded(9)
+            )
         solution = distiller.teacher_solution(expected, condition, empty, rollout.guidance, start)
     same = (rollout.z_t - expected).abs().flatten(1).amax(1) < 1e-4
     half = rollout.t == process.timestep(0.5)  # reached by runs of 2 and of 4 steps, of which one is drawn
