@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.discriminator import Discriminator
@@ -150,10 +151,24 @@ def assemble(
     discriminator = None
     if needs_discriminator(recipe):
         _, conditioning = examples.batch(torch.zeros(1, dtype=torch.long), accelerator.device)
-        discriminator = _discriminator(teacher, conditioning, recipe, accelerator)
+        discriminator = discriminator_of(teacher, conditioning, recipe, accelerator)
     perceptual = lpips(accelerator.device) if recipe.method.distillation == "lpips" else None
+    return join(recipe, teacher, task, examples, discriminator, perceptual)
+
+
+def join(
+    recipe: Recipe,
+    teacher: Teacher,
+    task: Task,
+    examples: Any,
+    discriminator: Discriminator | None,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+    distiller_class: type[Distiller] = Distiller,
+) -> Assembly:
+    """Return the parts of a run around a teacher whose adapters are added: distiller, optimisers, moving average."""
+    denoiser = teacher.denoiser
     counted = CountedDenoiser(denoiser)
-    distiller = Distiller(
+    distiller = distiller_class(
         counted,
         recipe.method.settings(recipe.sampler.stochasticity),
         discriminator=discriminator,
@@ -198,7 +213,8 @@ def _examples(
 def _adamw(
     parameters: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], section: OptimizerSection
 ) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters.values(), lr, betas, weight_decay=section.weight_decay, fused=True)
+    fused = not any(value.is_meta for value in parameters.values())  # a rehearsal's device has no kernels
+    return torch.optim.AdamW(parameters.values(), lr, betas, weight_decay=section.weight_decay, fused=fused)
 
 
 def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
@@ -210,7 +226,7 @@ def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
 
 
 @torch.no_grad()
-def _discriminator(
+def discriminator_of(
     teacher: Teacher, conditioning: Conditioning, recipe: Recipe, accelerator: Accelerator
 ) -> Discriminator:
     """Return heads for the teacher's feature maps, whose channels one call of the teacher tells, and for latents."""

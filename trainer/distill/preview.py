@@ -62,7 +62,14 @@ class Preview:
         self.teacher_pictures: Tensor | None = None
 
     def draw(self) -> Drawing:
-        """Return the grid with the present student."""
+        """Return the grid with the present student, and what its pictures say of the run's health."""
+        columns = self.columns()
+        teacher, student = list(columns.values())[:2]  # the student with the most steps comes first
+        figures = drift(student, teacher)
+        return Drawing(titled_grid(columns), {f"{PICTURE}{name}": value for name, value in figures.items()})
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return the pictures of the teacher and of the present student by title, (rows, 3, H, W) in [0, 1] each."""
         method, section = self.recipe.method, self.recipe.preview
         if self.teacher_pictures is None:
             guidance = sum(method.guidance) / 2 if section.guidance is None else section.guidance
@@ -70,9 +77,7 @@ class Preview:
         columns = {f"teacher {method.teacher_steps}": self.teacher_pictures}
         for steps in sorted(section.steps, reverse=True):
             columns[f"student {steps}"] = self._pictures(SamplingSetting("student", steps))
-        student = columns[f"student {max(section.steps)}"]
-        figures = drift(student, self.teacher_pictures)
-        return Drawing(titled_grid(columns), {f"{PICTURE}{name}": value for name, value in figures.items()})
+        return columns
 
     def _pictures(self, run: SamplingSetting) -> Tensor:
         """Return the pictures of all rows.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning, unconditional_branch
 from ..config import Section
+from ..teachers.base import full_precision
 from .figures import Figure, Scene
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Task(ABC):
 
         In low precision edges are lost and colours are rounded, unlike the pictures that users give a model.
         """
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             return self.encode(self.draw(images, companions or {}, generator), teacher)
 
     def unconditional(self, conditioning: Conditioning, empty: Conditioning) -> Conditioning:

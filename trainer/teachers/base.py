@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any, ClassVar, Protocol
@@ -251,7 +252,11 @@ class Teacher(ABC):
     @classmethod
     def outline(cls, model: ModelSection, resolution: int | None) -> Outline:
         """Read the configuration files only."""
-        source = cls.locate(model)
+        return cls.outline_of(cls.locate(model), model, resolution)
+
+    @classmethod
+    def outline_of(cls, source: Source, model: ModelSection, resolution: int | None) -> Outline:
+        """Read the configuration files at ``source``."""
         network_config = source.part_config(cls.network_part)
         cls.check_network(network_config, cls.title(source))
         sizes = Sizes.of(cls.title(source), cls.network_class, network_config, source.part_config("vae"))
@@ -419,9 +424,16 @@ class Teacher(ABC):
                 logger.warning("%s", cut_warning(prompt, max(self.prompt_lengths().values())))
                 return
 
-    def _full_precision(self) -> torch.autocast:
+    def _full_precision(self) -> AbstractContextManager[Any]:
         """Turn autocast off: VAEs overflow or blur in low precision, and prompts are encoded only once."""
-        return torch.autocast(self.device.type, enabled=False)
+        return full_precision(self.device)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Turn autocast off on a device; a device without autocast has none to turn off."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def process_from_scheduler(config: Mapping[str, Any]) -> Process:

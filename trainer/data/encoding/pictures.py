@@ -18,6 +18,7 @@ from ....flash_core.denoiser import Conditioning
 from ....flash_core.distiller import Distiller
 from ...progress import Progress
 from ...seeds import stream
+from ...teachers.base import full_precision
 from ..cache.manifest import content_key, usable
 from ..cache.store import Keys, Store
 from ..framing import to_mask, to_tensor
@@ -244,7 +245,7 @@ def drawn_conditions(
     """
     images = images.to(teacher.device)
     beside = {name: value.to(teacher.device) for name, value in beside.items()}
-    with torch.autocast(teacher.device.type, enabled=False):
+    with full_precision(teacher.device):
         drawn = [
             task.draw(images[row : row + 1], {name: value[row : row + 1] for name, value in beside.items()}, own)
             for row, own in enumerate(streams)

@@ -52,8 +52,8 @@ class Source:
         Raises:
             UserError: the configuration can't be read, or the part is quantised.
         """
-        # Each of diffusers' configured classes reads its own file name; the scheduler's and the pipeline's differ.
-        name = {"scheduler": "scheduler_config.json", "": INDEX}.get(part, "config.json")
+        # Each of diffusers' configured classes reads its own file name; schedulers' and the pipeline's differ.
+        name = "scheduler_config.json" if part.endswith("scheduler") else {"": INDEX}.get(part, "config.json")
         reader: Any = type("Reader", (ConfigMixin,), {"config_name": name})
         try:
             loaded: dict[str, Any] = reader.load_config(
