@@ -13,6 +13,7 @@ from typing import NoReturn
 from ..config import Recipe
 from ..interrupts import Interrupted, StopRequest
 from ..recipes import preset_names, read_recipe, shipped_recipes
+from ..rehearse.gpus import DEFAULT_GPU, GPUS, UTILISATION, gpu_of
 from ..tasks import TASKS
 from ..teachers import FAMILIES
 
@@ -61,6 +62,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue from the last intact checkpoint; begin where there is none"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop; loads no weights")
+    rehearsal = parser.add_argument_group(
+        "rehearsal", "run one update of each phase at true size without weights, data or GPU, and print what it needs"
+    )
+    rehearsal.add_argument(
+        "--rehearse", action="store_true", help="print memory by moment, work, time and what fits, and stop; minutes"
+    )
+    rehearsal.add_argument(
+        "--gpu", metavar="CARD", default=DEFAULT_GPU, help=f"{', '.join(GPUS)} (default: {DEFAULT_GPU})"
+    )
+    rehearsal.add_argument("--price", type=positive, metavar="DOLLARS", help="of an hour of the card: prints the cost")
+    rehearsal.add_argument(
+        "--utilisation",
+        type=share,
+        default=UTILISATION,
+        metavar="SHARE",
+        help=f"share of the card's peak that training is assumed to reach, in (0, 1] (default: {UTILISATION})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +90,14 @@ def run(args: argparse.Namespace) -> int:
         from .plan import print_plan
 
         print_plan(recipe, Console(), reasons)
+        return 0
+    if args.rehearse:
+        from rich.console import Console
+
+        from ..rehearse.report import print_rehearsal
+
+        gpu = gpu_of(args.gpu)
+        print_rehearsal(recipe, gpu, Console(), utilisation=args.utilisation, price=args.price)
         return 0
     output = args.output or Path("out") / Path(args.recipe).stem
     resume = resume_command(args, output)
@@ -97,6 +123,22 @@ def _distil(recipe: Recipe, output: Path, resume: bool, stop: StopRequest) -> No
     # the whole process, so it is made here and not in the loop, which others may call.
     torch.set_flush_denormal(True)
     distil(recipe, output, resume=resume, stop=stop)
+
+
+def positive(text: str) -> float:
+    """Read a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """Read a number above 0 and at most 1."""
+    value = positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text}")
+    return value
 
 
 def resume_command(args: argparse.Namespace, output: Path) -> str:

@@ -1,0 +1,294 @@
+"""A rehearsal counts what a real update needs, and finds tensors on another device and waits for the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flash_diffusion.flash_core.denoiser import Conditioning
+from flash_diffusion.flash_core.distiller import Distiller
+from flash_diffusion.flash_core.families import FAMILIES as CORE_FAMILIES
+from flash_diffusion.trainer.cli import main
+from flash_diffusion.trainer.config import Recipe, parse_recipe
+from flash_diffusion.trainer.distill.loop import Run
+from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.recipes import load_recipe
+from flash_diffusion.trainer.rehearse.cost import Way, cost_of, fits, ways_to_fit
+from flash_diffusion.trainer.rehearse.gpus import GPUS, gpu_of
+from flash_diffusion.trainer.rehearse.meter import Meter
+from flash_diffusion.trainer.rehearse.pretend.fakes import PRETEND_DEVICE
+from flash_diffusion.trainer.rehearse.pretend.published import PUBLISHED, published_source
+from flash_diffusion.trainer.rehearse.samples import PretendExamples
+from flash_diffusion.trainer.rehearse.walk import Rehearsal, rehearse
+from flash_diffusion.trainer.teachers import family, load_teacher
+from flash_diffusion.trainer.teachers.base import count_parameters
+
+from ..families.adapters import tiny_controlnet, tiny_unet
+from ..families.networks import tiny_network
+from ..families.pipelines import save_pipeline
+from .models import tiny_recipe
+
+FAMILIES = ("sd15", "sd21", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "sd35")
+NOISE = [1, 0, 0, 0]
+
+
+def small(folder: Path, name: str = "sd15", **fields: Any) -> Recipe:
+    """A recipe with every term, of a tiny model; its data are not there."""
+    method = {"teacher_steps": 4, "guidance": [1.5, 3.0], "fake_score": "critic"}
+    if name.startswith("sd3"):
+        method["solver"] = "euler"
+    content = tiny_recipe(folder, Path("nowhere"))
+    content |= {"model": {"family": name, "path": str(folder)}, "method": method}
+    content["phases"] = [{"name": "all", "updates": 3, "modes": NOISE, "adversarial": 0.3, "dmd": 0.7}]
+    for section, values in fields.items():
+        content[section] = {**content.get(section, {}), **values} if isinstance(values, dict) else values
+    return parse_recipe(content)
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tiny_model: Path) -> Rehearsal:
+    """The tiny Stable Diffusion 1.5, rehearsed once."""
+    return rehearse(small(tiny_model, batch_size=4))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run with real weights and data, after one update."""
+    recipe = small(tiny_model, batch_size=4, data={"path": str(pictures)})
+    run = Run(recipe, tmp_path_factory.mktemp("run"), Accelerator(), None)
+    run.updater.update(run.state, recipe.phases[0], 1.0)
+    return run
+
+
+def allocated(work: Callable[[], object], folder: Path) -> int:
+    """Return by how many bytes the CPU's allocator has grown at most, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    trace = folder / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        total += event["args"]["Bytes"]
+        most = max(most, total)
+    return most
+
+
+def test_peak_is_the_allocators(rehearsed: Rehearsal, run: Run, tmp_path: Path) -> None:
+    """What an update takes beyond the parts that stay, against torch's profiler on real tensors."""
+    phase = rehearsed.phases[0]
+    growth = max(moment.peak for moment in phase.moments.values()) - sum(rehearsed.parts.values())
+    real = allocated(lambda: run.updater.update(run.state, run.recipe.phases[0], 1.0), tmp_path)
+    assert growth == pytest.approx(real, rel=0.1)
+
+
+def test_parts_that_stay_are_the_real_ones(rehearsed: Rehearsal, run: Run) -> None:
+    def size(tensors: Any) -> int:
+        return sum(value.untyped_storage().nbytes() for value in tensors if isinstance(value, Tensor))
+
+    trained = run.parts.trained
+    states = [
+        value for part in trained.optimizers.values() for state in part.state.values() for value in state.values()
+    ]
+    frozen = [value for name, value in run.parts.teacher.denoiser.network.named_parameters() if ".lora_" not in name]
+    real = {
+        "base": size(frozen),
+        "LoRA": size(trained.parameters["student"].values()),
+        "critic": size(trained.parameters["critic"].values()),
+        "discriminator": size(trained.parameters["discriminator"].values()),
+        "optimisers": size(states),
+        "moving average": size(trained.average.values()),
+        "VAE": size(run.parts.teacher.vae.parameters()),
+    }
+    assert {name: rehearsed.parts[name] for name in real} == real
+    assert "text encoders" not in rehearsed.parts
+
+
+def test_work_is_what_torch_counts(rehearsed: Rehearsal, run: Run) -> None:
+    """The student's and the critic's steps, by torch's counter on real tensors."""
+    recipe = run.recipe
+    rollout = run.rollouts.batch(0, recipe.phases[0])
+    generator = run.rollouts.generator
+    moments = rehearsed.phases[0].moments
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as student:
+        step = run.parts.distiller.student_step(rollout, recipe.phases[0].phase(), generator)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as critic:
+        run.parts.distiller.critic_step(step.z_student, rollout.conditioning, generator)
+    assert moments["student"].flops == pytest.approx(student.get_total_flops(), rel=0.02)
+    assert moments["critic"].flops == pytest.approx(critic.get_total_flops(), rel=0.02)
+    with FlopCounterMode(display=False) as solution, sdpa_kernel(SDPBackend.MATH):
+        run.rollouts.batch(0, recipe.phases[0])
+    share = solution.get_total_flops() / (rehearsed.pass_flops * 4 * 2)  # passes: of 4 samples, 2 branches
+    assert 3 <= share <= 4.1  # of a grid of 4 steps, from its first or second
+
+
+def test_adapters_stay_float32_on_a_bfloat16_base(tiny_model: Path) -> None:
+    model = {"model": {"dtype": "bfloat16"}, "precision": "bf16", "gradient_checkpointing": True}
+    made = rehearse(small(tiny_model, **model))
+    teacher = load_teacher(small(tiny_model).model)
+    base = count_parameters(teacher.denoiser.network)
+    teacher.denoiser.add_adapter("student", 4, 8, teacher.default_targets)
+    lora = sum(value.numel() for value in teacher.denoiser.adapter_parameters("student").values())
+    assert (made.parts["base"], made.parts["LoRA"], made.parts["moving average"]) == (2 * base, 4 * lora, 4 * lora)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_walks_without_a_forgotten_device_and_without_waits(tmp_path: Path, name: str) -> None:
+    """Rollout, student, discriminator, critic, average and preview on a device in name only."""
+    model = save_pipeline(name, tmp_path / name)
+    made = rehearse(small(model, name), PRETEND_DEVICE)
+    assert set(made.moments) == {
+        "encoding", "rollout", "student", "discriminator", "critic", "optimiser", "preview",
+    }  # fmt: skip
+    assert made.waits == {}
+    assert not made.published
+
+
+def test_every_kind_of_start_and_term_walks_without_waits(tiny_model: Path) -> None:
+    method = {
+        "states": {"student": 0.5, "trajectory": 0.5},
+        "discriminator": {"latents": True, "updates": 2},
+        "dmd": {"rows": "first_step"},
+        "adversarial": "relativistic",
+        "adversarial_rows": "first_step",
+        "critic": {"updates": 2, "memory": 4, "ida": 0.1},
+    }
+    recipe = small(tiny_model, method=method)
+    terms = {"feature_matching": 0.1, "intra_segment": 0.2, "first_step_distillation": 0.5}
+    phase = recipe.phases[0].model_copy(update={"modes": (0.5, 0.0, 0.0, 0.5), **terms})
+    made = rehearse(recipe.model_copy(update={"phases": [phase]}), PRETEND_DEVICE)
+    assert made.waits == {}
+
+
+TASKS = {
+    "inpainting": (9, {}),
+    "super-resolution": (8, {"scale": 4, "reads": "latent"}),
+    "face-swap": (13, {"identity": "channels"}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_walks_without_a_forgotten_device(tmp_path: Path, task: str) -> None:
+    channels, options = TASKS[task]
+    config = {key: value for key, value in tiny_network("sd15").config.items() if not key.startswith("_")}
+    unet = UNet2DConditionModel(**config | {"in_channels": channels})
+    model = save_pipeline("sd15", tmp_path / "model", unet=unet)
+    made = rehearse(small(model, task={"name": task, "options": options}), PRETEND_DEVICE)
+    assert made.waits == {}
+    assert made.moments["student"].peak > 0
+
+
+def test_a_control_walks_without_a_forgotten_device(tmp_path: Path) -> None:
+    model = save_pipeline("sd15", tmp_path / "model")
+    tiny_controlnet(tiny_unet("sd15")).save_pretrained(tmp_path / "control")
+    recipe = small(model, task={"name": "control"}, model={"control": {"path": str(tmp_path / "control")}})
+    made = rehearse(recipe, PRETEND_DEVICE)
+    assert made.waits == {}
+    assert made.parts["control"] == sum(value.numel() * 4 for value in tiny_controlnet(tiny_unet("sd15")).parameters())
+
+
+def test_replayed_trajectories_are_rehearsed(tiny_model: Path) -> None:
+    made = rehearse(small(tiny_model, trajectories={"count": 8, "batch": 3}), PRETEND_DEVICE)
+    assert made.moments["recording"].flops > 0
+    assert made.moments["rollout"].flops == 0  # its solutions are replayed
+    assert made.waits == {}
+
+
+def test_a_condition_left_on_the_cpu_is_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = PretendExamples.batch
+
+    def forgetful(self: PretendExamples, *args: Any, **kwargs: Any) -> tuple[Tensor, Conditioning]:
+        z0, conditioning = batch(self, *args, **kwargs)
+        return z0, conditioning.map(lambda value: torch.zeros(value.shape))
+
+    monkeypatch.setattr(PretendExamples, "batch", forgetful)
+    with pytest.raises(UserError, match=r"tensors of two devices, cpu and meta.* at \w+/.*\.py:\d+") as error:
+        rehearse(small(tiny_model), PRETEND_DEVICE)
+    assert "move" in str(error.value)
+
+
+def test_a_wait_is_counted_with_its_place(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    critic_samples = Distiller.critic_samples
+
+    def curious(self: Distiller, rollout: Any, z_student: Tensor) -> Any:
+        if z_student.mean().item() > 9:
+            raise AssertionError("values of tensors without values are made up as 1")
+        return critic_samples(self, rollout, z_student)
+
+    monkeypatch.setattr(Distiller, "critic_samples", curious)
+    made = rehearse(small(tiny_model, gradient_accumulation=3), PRETEND_DEVICE)
+    ((place, count),) = made.waits.items()
+    assert place.startswith("tests/trainer/test_rehearse.py:")
+    assert count == 3
+
+
+def test_the_meter_sees_what_lives_and_what_dies() -> None:
+    meter = Meter()
+    with meter, meter.moment("one"):
+        first = torch.zeros(1000)
+        second = first.reshape(10, 100)  # shares its memory
+        third = second + 1
+        del first, second
+        fourth = torch.zeros(500)
+    assert meter.moments["one"].peak == 8000  # the first is gone when the fourth comes
+    assert meter.total == third.nbytes + fourth.nbytes
+    del third, fourth
+    assert meter.total == 0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_the_published_parameters(name: str) -> None:
+    """The table of families has the counts from elsewhere: its sources name them in words."""
+    recipe = load_recipe(PUBLISHED[name].recipe)
+    source = published_source(recipe.model)
+    assert source is not None
+    outline = family(name).outline_of(source, recipe.model, recipe.data.resolution)
+    known = next(one.parameters for one in CORE_FAMILIES if one.recipe == name)
+    assert outline.parameters == pytest.approx(known, rel=0.01)
+
+
+def test_cost_is_work_over_speed(rehearsed: Rehearsal) -> None:
+    gpu = GPUS["4090"]
+    cost = cost_of(rehearsed, gpu, 0.5)
+    flops = 3 * rehearsed.phases[0].flops
+    assert cost.flops == pytest.approx(flops)
+    moved = 3 * rehearsed.phases[0].moved
+    assert cost.hours == pytest.approx(max(flops / (gpu.fp32 * 1e12 * 0.5), moved / 1008e9) / 3600)
+    with pytest.raises(UserError, match="there is no card 'voodoo' in the table; expected one of 3060"):
+        gpu_of("voodoo")
+    assert gpu_of("RTX 4090") == gpu
+
+
+def test_ways_to_fit_save_memory_in_order(rehearsed: Rehearsal) -> None:
+    needed = max(moment.peak for moment in rehearsed.moments.values())
+    assert fits(2**30, 2.0)
+    assert not fits(2**30 + 1, 2.0)
+    ways: list[Way] = list(ways_to_fit(rehearsed, 1.0))  # nothing fits: 1 GiB is kept free
+    assert [way.rehearsed for way in ways] == [True] * (len(ways) - 2) + [False] * 2
+    assert "gradient_checkpointing=true" in ways[-1].words
+    assert "batch_size=1, gradient_accumulation=4" in ways[-1].words
+    assert needed > ways[0].training >= ways[-3].training > ways[-2].training > ways[-1].training
+
+
+def test_the_command_prints_a_rehearsal(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(small(tiny_model).to_yaml())
+    assert main(["distill", str(path), "--rehearse", "--gpu", "4070", "--price", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "Fits in 12 GB: yes" in text
+    assert "On one GeForce RTX 4070" in text
+    assert "dollars at 2 an hour" in text
+    assert "Rehearsed on fake tensors, not measured" in text
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        main(["distill", str(path), "--rehearse", "--utilisation", "1.5"])

@@ -1,0 +1,138 @@
+"""What a rehearsed run costs on a card, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..config import Recipe
+from ..distill.passes import recorded_trajectories, trajectory_passes, update_passes, warmup_passes
+from .gpus import GIB, GIGA, RESERVED, UTILISATION, Gpu
+from .walk import Rehearsal, rehearse
+
+# Bytes of a value of a quantised base: int8 with a float16 scale for each 64 values; NF4 with a float32 scale for each
+# 64 (QLoRA, arXiv 2305.14314, without double quantisation).
+QUANTISED = {"8-bit": 1 + 2 / 64, "4-bit": 0.5 + 4 / 64}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work and time of a whole run in one process.
+
+    Attributes:
+        flops: of all updates, of recorded trajectories and of warm-ups.
+        hours: at the stated utilisation, or as long as the bytes need where that is longer.
+        bound: ``arithmetic`` or ``memory``: which of the two decides.
+    """
+
+    flops: float
+    hours: float
+    bound: str
+
+
+def cost_of(rehearsal: Rehearsal, gpu: Gpu, utilisation: float = UTILISATION) -> Cost:
+    """Return what a run costs on a card.
+
+    Args:
+        utilisation: share of the card's peak FLOP/s that training reaches, in (0, 1].
+    """
+    recipe = rehearsal.recipe
+    flops = moved = 0.0
+    for phase in rehearsal.phases:
+        flops += phase.updates * phase.flops
+        moved += phase.updates * phase.moved
+    flops += rehearsal.pass_flops * _passes_beside(recipe)
+    arithmetic = flops / (gpu.flops(recipe.precision) * utilisation)
+    memory = moved / (gpu.bandwidth * GIGA)
+    return Cost(flops, max(arithmetic, memory) / 3600, "arithmetic" if arithmetic >= memory else "memory")
+
+
+def _passes_beside(recipe: Recipe) -> float:
+    """Return the passes before updates: recorded trajectories, and discriminator and critic alone.
+
+    Trajectories that are recorded while training are among the passes of an update.
+    """
+    recorded = 0 if recipe.trajectories.reuse else recorded_trajectories(recipe)
+    passes = float(recorded * trajectory_passes(recipe.method))
+    learnt: set[str] = set()
+    for phase in recipe.phases:
+        learners = ({"critic"} & set(update_passes(recipe, phase))) | (
+            {"discriminator"} if phase.adversarial else set()
+        )
+        if learners - learnt:
+            passes += warmup_passes(recipe, phase)
+        learnt |= learners
+    return passes
+
+
+def fits(bytes_needed: float, gib: float) -> bool:
+    """Return True where a peak and what is reserved are at most ``gib`` GiB."""
+    return bytes_needed / GIB + RESERVED <= gib
+
+
+@dataclass(frozen=True)
+class Way:
+    """A change of the recipe and the peak that it leads to.
+
+    Attributes:
+        words: what to set.
+        training, encoding: peaks in bytes.
+        rehearsed: True where the changed recipe was rehearsed, False where bytes were counted.
+    """
+
+    words: str
+    training: float
+    encoding: float
+    rehearsed: bool
+
+    def fits(self, gib: float) -> bool:
+        """Return True where both peaks fit."""
+        return fits(max(self.training, self.encoding), gib)
+
+
+def peaks(rehearsal: Rehearsal) -> tuple[int, int]:
+    """Return the highest peak of training with its previews, and that of the encoding before it."""
+    moments = rehearsal.moments
+    return max(one.peak for name, one in moments.items() if name != "encoding"), moments["encoding"].peak
+
+
+def ways_to_fit(rehearsal: Rehearsal, gib: float) -> Iterator[Way]:
+    """Yield changes in the order of their price until one fits; every one stands on the one before.
+
+    Settings are rehearsed anew. A quantised base is counted: its bytes in place of those of the base.
+    """
+    recipe, done = rehearsal.recipe, rehearsal
+    training, encoding = peaks(rehearsal)
+    words: list[str] = []
+    for name, change in _settings(recipe, fits(training, gib), fits(encoding, gib)):
+        recipe = recipe.model_copy(update=change)
+        words.append(name)
+        done = rehearse(recipe)
+        training, encoding = peaks(done)
+        way = Way(", ".join(words), training, encoding, True)
+        yield way
+        if way.fits(gib):
+            return
+    base = done.parts["base"]
+    for name, size in QUANTISED.items():
+        saved = base - done.base_values * size
+        way = Way(", ".join([*words, f"{name} base"]), training - saved, encoding - saved, False)
+        yield way
+        if way.fits(gib):
+            return
+
+
+def _settings(recipe: Recipe, trains: bool, encodes: bool) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield settings that save memory, where they are not set and would help."""
+    if not encodes:
+        if recipe.data.encode_batch > 1:
+            yield "data.encode_batch=1", {"data": recipe.data.model_copy(update={"encode_batch": 1})}
+        if recipe.model.family in ("sd3", "sd35") and recipe.model.t5:
+            yield "model.t5=false", {"model": recipe.model.model_copy(update={"t5": False})}
+    if not trains:
+        if not recipe.gradient_checkpointing:
+            yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
+        if recipe.batch_size > 1:
+            samples = recipe.batch_size * recipe.gradient_accumulation
+            change: dict[str, object] = {"batch_size": 1, "gradient_accumulation": samples}
+            yield f"batch_size=1, gradient_accumulation={samples}", change

@@ -1,0 +1,129 @@
+"""Print a rehearsal in plain words: memory, work, time, and what would make the run fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..config import Recipe
+from .cost import Way, cost_of, fits, peaks, ways_to_fit
+from .gpus import GIB, RESERVED, Gpu
+from .meter import ACTIVATIONS
+from .walk import Rehearsal, rehearse
+
+PETA, TERA, GIGABYTE = 1e15, 1e12, 1e9
+ORDER = ("encoding", "recording", "rollout", "student", "discriminator", "critic", "optimiser", "preview")
+
+
+def print_rehearsal(
+    recipe: Recipe, gpu: Gpu, console: Console, *, utilisation: float, price: float | None = None
+) -> None:
+    """Rehearse a recipe and print what it needs on a card.
+
+    Args:
+        utilisation: share of the card's peak that training is assumed to reach.
+        price: of an hour of the card, in dollars; None for no cost.
+
+    Raises:
+        UserError: the recipe does not fit the model.
+    """
+
+    def say(text: str = "") -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say("Rehearsing on tensors without values: no weights are read, nothing is trained. This takes some minutes.")
+    rehearsal = rehearse(recipe)
+    say()
+    say(
+        f"{rehearsal.model} ({recipe.model.family}), batch {recipe.batch_size} x {recipe.gradient_accumulation}"
+        f"{', gradient checkpointing' if recipe.gradient_checkpointing else ''}, base in {recipe.model.dtype}"
+    )
+    if rehearsal.published:
+        say(f"  {recipe.model.path} can't be read here: the published sizes of its family stand in for it")
+    say("encoding comes before training; rollout: the teacher solves; optimiser: with the moving average")
+    say()
+    console.print(memory_table(rehearsal))
+    console.print(work_table(rehearsal))
+    cost = cost_of(rehearsal, gpu, utilisation)
+    say(f"The whole run: {cost.flops / PETA:,.3g} PFLOP")
+    money = "" if price is None else f", {cost.hours * price:,.2f} dollars at {price:g} an hour"
+    limit = f"{utilisation:.0%} of its {gpu.flops(recipe.precision) / TERA:g} TFLOP/s, an assumption"
+    if cost.bound == "memory":
+        limit = f"its {gpu.bandwidth:g} GB/s, which decide here"
+    say(f"On one {gpu.name}: about {_hours(cost.hours)}{money} ({limit})")
+    for place, count in rehearsal.waits.items():
+        say(f"An update waits for the GPU {count} times at {place}")
+    say()
+    _say_fit(rehearsal, gpu, say)
+    say()
+    say(
+        "Rehearsed on fake tensors, not measured; without cuDNN's workspaces and fragmentation, for which "
+        f"{RESERVED:g} GiB are kept free."
+    )
+
+
+def memory_table(rehearsal: Rehearsal) -> Table:
+    """Return the peak of every moment in a column, with its parts in rows."""
+    moments = rehearsal.moments
+    columns = [moments[name] for name in ORDER if name in moments]
+    parts = dict.fromkeys(name for moment in columns for name, size in moment.parts.items() if size)
+    table = Table(title="Memory in GiB, at the peak of each moment", box=box.SIMPLE, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ORDER:
+        if name in moments:
+            table.add_column(name, justify="right", no_wrap=True)
+    for part in [*(name for name in parts if name != ACTIVATIONS), ACTIVATIONS]:
+        table.add_row(part, *(_gib(moment.parts.get(part, 0)) for moment in columns))
+    table.add_row("together", *(_gib(moment.peak) for moment in columns), style="bold")
+    return table
+
+
+def work_table(rehearsal: Rehearsal) -> Table:
+    """Return the work of an update of each phase."""
+    table = Table(
+        title="Work of an update, expected over the starts of its samples", box=box.SIMPLE, title_justify="left"
+    )
+    for heading in ("phase", "updates", "passes", "TFLOP", "GB moved, at least"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    for phase in rehearsal.phases:
+        table.add_row(
+            phase.name,
+            f"{phase.updates:,}",
+            f"{phase.passes:.0f}",
+            f"{phase.flops / TERA:,.3g}",
+            f"{phase.moved / GIGABYTE:,.3g}",
+        )
+    return table
+
+
+def _say_fit(rehearsal: Rehearsal, gpu: Gpu, say: Callable[[str], None]) -> None:
+    training, encoding = peaks(rehearsal)
+    most = max(training, encoding)
+    if fits(most, gpu.memory):
+        say(f"Fits in {gpu.memory:g} GB: yes ({_gib(most)} GiB at the peak)")
+        return
+    why = f"training {_gib(training)} GiB, encoding {_gib(encoding)} GiB"
+    say(f"Fits in {gpu.memory:g} GB: no ({why}). What would make it fit:")
+    fitted = False
+    for way in ways_to_fit(rehearsal, gpu.memory):
+        say(f"  {_way(way, gpu)}")
+        fitted = fitted or way.fits(gpu.memory)
+    if not fitted:
+        say("  nothing of this: a lower data.resolution or lora.rank, or a larger card")
+
+
+def _way(way: Way, gpu: Gpu) -> str:
+    verdict = "fits" if way.fits(gpu.memory) else "does not fit"
+    how = "rehearsed" if way.rehearsed else "counted; this version trains on float bases only"
+    return f"{way.words}: training {_gib(way.training)}, encoding {_gib(way.encoding)} GiB: {verdict} ({how})"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size else "-"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.3g} hours" if hours < 48 else f"{hours:,.0f} hours ({hours / 24:.1f} days)"
