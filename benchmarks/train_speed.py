@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -33,6 +32,7 @@ from flash_diffusion.trainer.config import Recipe
 from flash_diffusion.trainer.distill.assembly import add_adapters
 from flash_diffusion.trainer.distill.plan import AVERAGE_BYTES, BYTES, TRAINED_BYTES
 from flash_diffusion.trainer.recipes import load_recipe
+from flash_diffusion.trainer.rehearse.pretend.published import PUBLISHED
 from flash_diffusion.trainer.teachers import family as family_class
 from flash_diffusion.trainer.teachers.base import count_parameters, process_from_scheduler
 from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser
@@ -40,63 +40,7 @@ from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Size:
-    """A published model, by what its configuration files say.
-
-    Attributes:
-        recipe: the shipped recipe.
-        network: fields of the network's configuration that differ from its class's defaults.
-        tokens: of the text that it reads.
-        latents: channels of its VAE.
-        scheduler: what its scheduler's configuration says of noise.
-    """
-
-    recipe: str
-    network: dict[str, Any]
-    tokens: int
-    latents: int
-    scheduler: dict[str, Any]
-
-
-VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PIXART_VP = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
-FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-PIXART = {
-    "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "num_layers": 28,
-    "in_channels": 4, "out_channels": 8, "caption_channels": 4096, "sample_size": 128, "patch_size": 2,
-}  # fmt: skip
-MMDIT = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-    "num_attention_heads": 24, "attention_head_dim": 64, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-}  # fmt: skip
-SDXL = {
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-SD21 = {
-    "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-}  # fmt: skip
-SIZES = {
-    "sd15": Size("sd15", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, 77, 4, VP),
-    "sd21": Size("sd21", SD21, 77, 4, VP | {"prediction_type": "v_prediction"}),
-    "sdxl": Size("sdxl", SDXL, 77, 4, VP),
-    "pixart_alpha": Size("pixart", PIXART | {"use_additional_conditions": True}, 120, 4, PIXART_VP),
-    "pixart_sigma": Size("pixart_sigma", PIXART | {"use_additional_conditions": False}, 300, 4, PIXART_VP),
-    "sd3": Size("sd3", MMDIT | {"pos_embed_max_size": 192}, 77 + 256, 16, FLOW),
-    "sd35": Size(
-        "sd35",
-        MMDIT | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
-        77 + 256,
-        16,
-        FLOW,
-    ),
-}
+FAMILIES = [name for name in PUBLISHED if name != "sd_x4"]  # the upscaler reads a noise level and a picture too
 
 
 @dataclass(frozen=True)
@@ -116,19 +60,15 @@ def build_network(family: str, tiny: bool) -> nn.Module:
         from tests.families.networks import tiny_network
 
         return tiny_network(family)
-    return family_class(family).network_class(**SIZES[family].network)
+    return family_class(family).network_class(**PUBLISHED[family].network)
 
 
 def build_decoder(family: str, tiny: bool) -> nn.Module:
     """The VAE's decoding half."""
-    levels = 4
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(32,) * levels if tiny else (128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=SIZES[family].latents,
-    )
+    config = {**PUBLISHED[family].vae}
+    if tiny:
+        config["block_out_channels"] = (32,) * len(config["block_out_channels"])
+    vae = AutoencoderKL(**config)
     vae.encoder = vae.quant_conv = None
     return vae
 
@@ -157,7 +97,7 @@ class Bench:
     """One family's networks on the device, as training has them there."""
 
     def __init__(self, family: str, device: str, tiny: bool) -> None:
-        self.size = SIZES[family]
+        self.size = PUBLISHED[family]
         self.recipe: Recipe = load_recipe(self.size.recipe, ["method.teacher_steps=4"] if tiny else [])
         self.device = device
         teacher = family_class(family)
@@ -242,12 +182,12 @@ def estimate(family: str, tiny: bool) -> list[str]:
 
     Counted on the ``meta`` device.
     """
-    recipe = load_recipe(SIZES[family].recipe)
+    recipe = load_recipe(PUBLISHED[family].recipe)
     teacher = family_class(family)
     with init_empty_weights():
         network, decoder = build_network(family, tiny), build_decoder(family, tiny)
     base, decoding = count_parameters(network), count_parameters(decoder)
-    denoiser = teacher.denoiser_class(network, process_from_scheduler(SIZES[family].scheduler))
+    denoiser = teacher.denoiser_class(network, process_from_scheduler(PUBLISHED[family].scheduler))
     add_adapters(denoiser, recipe, teacher.default_targets)
     lora = sum(value.numel() for value in denoiser.adapter_parameters("student").values())
     parts = {
@@ -290,7 +230,7 @@ def device_name(device: str) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=SIZES, default="sdxl")
+    parser.add_argument("--family", choices=FAMILIES, default="sdxl")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4], help="batch sizes (default: 1 2 4)")
     parser.add_argument("--checkpointing", choices=["on", "off", "both"], default="both")
     parser.add_argument("--updates", type=int, default=8, help="on the clock, after one that is not (default: 8)")
