@@ -277,9 +277,10 @@ class Distiller(RolloutSource):
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _acting(self, rows: Rows, rollout: Rollout, batch: SharedBatch) -> tuple[Tensor | None, SharedBatch]:
-        """Return the indices (b,) of the samples on which a term acts, on the CPU, None for all, and their part of the batch.
+        """Return the indices (b,) of the samples on which a term acts, None for all, and their part of the batch.
 
-        The indices are empty where the term acts on no sample of any process.
+        The indices are on the CPU, so that nothing waits for the device. They are empty where the term acts on no
+        sample of any process.
         """
         if rows == "all":
             return None, batch

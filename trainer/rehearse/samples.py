@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...flash_core.denoiser import Conditioning
 from ...flash_core.distiller import Distiller, Phase, Rollout, Trajectory
+from ...flash_core.terms.shared_batch import Random
 from ..config import PhaseSection, Recipe
 from ..tasks.base import Task
 from ..teachers.base import Teacher, full_precision
@@ -70,7 +71,8 @@ class PretendRollouts:
     """Batches of the pretended samples, solved or replayed as a run's are.
 
     Attributes:
-        generator: the run's random stream, on the CPU and with real values.
+        generator, draws: the run's random stream, on the CPU and with real values.
+        shares: of the one process, the positions of its samples in a batch: all.
     """
 
     def __init__(
@@ -88,7 +90,8 @@ class PretendRollouts:
         self.examples = examples
         self.distiller = distiller
         self.accelerator = accelerator
-        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.generator = self.draws = torch.Generator().manual_seed(recipe.seed)
+        self.shares = [tuple(range(recipe.batch_size))]
 
     def batch(self, position: int, section: PhaseSection) -> Rollout:
         """Return the rollout of a batch; ``position`` is not read, since all samples are equal."""
@@ -141,7 +144,7 @@ class RehearsedDistiller(Distiller):
     start = 0
     meter: Meter
 
-    def draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
+    def draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: Random) -> list[int]:
         """Return the start that was set for every sample, or the nearest one that is allowed."""
         return [min(allowed, key=lambda index: abs(index - self.start))] * batch
 
