@@ -15,7 +15,16 @@ from .meter import ACTIVATIONS
 from .walk import Rehearsal, rehearse
 
 PETA, TERA, GIGABYTE = 1e15, 1e12, 1e9
-ORDER = ("encoding", "recording", "rollout", "student", "discriminator", "critic", "optimiser", "preview")
+HEADINGS = {  # of the moments, in their order; short, since a terminal of 80 columns shows them all
+    "encoding": "encode",
+    "recording": "record",
+    "rollout": "rollout",
+    "student": "student",
+    "discriminator": "heads",
+    "critic": "critic",
+    "optimiser": "step",
+    "preview": "preview",
+}
 
 
 def print_rehearsal(
@@ -43,7 +52,7 @@ def print_rehearsal(
     )
     if rehearsal.published:
         say(f"  {recipe.model.path} can't be read here: the published sizes of its family stand in for it")
-    say("encoding comes before training; rollout: the teacher solves; optimiser: with the moving average")
+    say("encode: before training; rollout: the teacher solves; heads: of the discriminator; step: of the optimisers")
     say()
     console.print(memory_table(rehearsal))
     console.print(work_table(rehearsal))
@@ -68,13 +77,19 @@ def print_rehearsal(
 def memory_table(rehearsal: Rehearsal) -> Table:
     """Return the peak of every moment in a column, with its parts in rows."""
     moments = rehearsal.moments
-    columns = [moments[name] for name in ORDER if name in moments]
+    columns = [moments[name] for name in HEADINGS if name in moments]
     parts = dict.fromkeys(name for moment in columns for name, size in moment.parts.items() if size)
-    table = Table(title="Memory in GiB, at the peak of each moment", box=box.SIMPLE, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for name in ORDER:
+    table = Table(
+        title="Memory in GiB, at the peak of each moment",
+        box=box.SIMPLE,
+        title_justify="left",
+        padding=(0, 0, 0, 1),
+        show_edge=False,
+    )
+    table.add_column("")
+    for name, heading in HEADINGS.items():
         if name in moments:
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(heading, justify="right", no_wrap=True)
     for part in [*(name for name in parts if name != ACTIVATIONS), ACTIVATIONS]:
         table.add_row(part, *(_gib(moment.parts.get(part, 0)) for moment in columns))
     table.add_row("together", *(_gib(moment.peak) for moment in columns), style="bold")
