@@ -43,6 +43,7 @@ from flash_diffusion.flash_core.grid import trailing_timesteps
 from flash_diffusion.flash_core.process import VPProcess
 from flash_diffusion.flash_core.rollout import Trajectory
 from flash_diffusion.flash_core.solvers import Solver, solve
+from flash_diffusion.flash_core.terms.shared_batch import Random
 from flash_diffusion.trainer.teachers.families.stable_diffusion import UNetDenoiser
 
 PHASE = PUBLISHED_PHASES[-1]
@@ -179,7 +180,7 @@ class FixedStarts(Distiller):
         super().__init__(*arguments, **options)
         self.starts = cycle(int(share * self.settings.teacher_steps) for share in STARTS)
 
-    def _draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
+    def draw_indices(self, phase: Phase, allowed: Sequence[int], batch: int, generator: Random) -> list[int]:
         return [next(self.starts) for _ in range(batch)]
 
 

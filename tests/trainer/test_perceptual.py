@@ -123,5 +123,5 @@ def test_recipe_distils_with_lpips(
     assert path.is_file()
     assert [shape for shape, _ in seen] == [(2, 3, 32, 32)] * 2  # 4 latent pixels are 32
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    logged = [line["distillation"] for line in lines if "update" in line]
+    logged = [line["distillation"] for line in lines if "distillation" in line]
     assert logged == pytest.approx([value for _, value in seen], rel=1e-4)

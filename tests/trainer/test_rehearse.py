@@ -220,10 +220,10 @@ def test_a_condition_left_on_the_cpu_is_named(tiny_model: Path, monkeypatch: pyt
 def test_a_wait_is_counted_with_its_place(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     critic_samples = Distiller.critic_samples
 
-    def curious(self: Distiller, rollout: Any, z_student: Tensor) -> Any:
+    def curious(self: Distiller, rollout: Any, z_student: Tensor, generator: Any) -> Any:
         if z_student.mean().item() > 9:
             raise AssertionError("values of tensors without values are made up as 1")
-        return critic_samples(self, rollout, z_student)
+        return critic_samples(self, rollout, z_student, generator)
 
     monkeypatch.setattr(Distiller, "critic_samples", curious)
     made = rehearse(small(tiny_model, gradient_accumulation=3), PRETEND_DEVICE)

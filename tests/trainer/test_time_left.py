@@ -181,7 +181,7 @@ def test_the_plan_counts_what_a_run_asks_the_network_for(
     phase = {**recipe_content["phases"][1], "updates": 16, "feature_matching": 0.1, "intra_segment": 0.2}
     recipe = parse_recipe({**recipe_content, "phases": [phase], "log_every": 16, **COUNTED[name]})
     distil(recipe, tmp_path)
-    (line,) = [json.loads(text) for text in (tmp_path / "log.jsonl").open()]
+    line, _ = [json.loads(text) for text in (tmp_path / "log.jsonl").open()]  # the second is the last preview's
     planned = {term: value / recipe.batch_size for term, value in update_passes(recipe, recipe.phases[0]).items()}
     counted = line["passes"]
     if recipe.trajectories.reuse:  # the rounds begin small: 4, 8, 8, 8, 8 samples, each with 4 new trajectories
