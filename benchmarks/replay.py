@@ -5,7 +5,8 @@
 
 A run with few uses spends its passes on new trajectories, a run with many uses on updates. The row "first" records all
 trajectories before training, and replaces none; it uses each as often as ``FIRST_USES`` says. A finished run is not
-made again, so a stopped benchmark goes on where it stopped. CPU seconds are those of training, in one thread.
+made again, so a stopped benchmark goes on where it stopped. CPU seconds are those of training in one thread, of the
+session that ended it.
 """
 
 from __future__ import annotations
