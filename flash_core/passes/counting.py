@@ -21,12 +21,14 @@ class CountedDenoiser:
     Attributes:
         counts: term -> passes, all branches of guidance; see ``asking.py``. Several threads may ask at once.
         unconditional: term -> passes for guidance's unconditional branch; they are in ``counts`` too.
+        images: training images that the counted passes were for; whoever makes the updates adds them.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
         self.counts: Counter[str] = Counter()
         self.unconditional: Counter[str] = Counter()
+        self.images = 0
         self._role: Role = "teacher"
         self._lock = Lock()
 
@@ -63,7 +65,9 @@ class CountedDenoiser:
             self.unconditional[term] += unconditional
 
     def forget(self, term: str | None = None) -> None:
-        """Begin to count anew, all terms or one of them."""
+        """Begin to count anew: the passes of one term, or all passes and images."""
+        if term is None:
+            self.images = 0
         for counts in (self.counts, self.unconditional):
             for name in list(counts) if term is None else [term]:
                 counts.pop(name, None)

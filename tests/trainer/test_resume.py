@@ -35,6 +35,15 @@ def assert_same_file(one: Path, other: Path) -> None:
         assert first.metadata() == second.metadata()
 
 
+def logged(run: Path, after: int = 0) -> list[dict[str, Any]]:
+    """Return the lines of a run's log that come after an update, without what the clock decides."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    clock = ("seconds", "images_per_second")
+    return [
+        {name: value for name, value in line.items() if name not in clock} for line in lines if line["update"] > after
+    ]
+
+
 # Every option that keeps something from one update to the next, or draws random numbers.
 ALL_TERMS = {
     "method": {
@@ -76,7 +85,7 @@ def test_resuming_at_any_checkpoint_gives_the_same_lora(
     recipe_content: dict[str, Any], tmp_path: Path, changes: dict[str, Any], positions: tuple[int, ...]
 ) -> None:
     """Without a kill, but from every single position; with all terms before and after their warm-up."""
-    recipe_content |= {"checkpoint": {"every": 1, "keep": 10}, **changes}
+    recipe_content |= {"checkpoint": {"every": 1, "keep": 10}, "log_every": 2, **changes}
     recipe = parse_recipe(recipe_content)
     distil(recipe, tmp_path / "whole")
     for kept in positions:
@@ -85,6 +94,7 @@ def test_resuming_at_any_checkpoint_gives_the_same_lora(
         shutil.copytree(source, checkpoint.checkpoint_path(output, kept))
         distil(recipe, output, resume=True)
         assert_same_file(output / "lora.safetensors", tmp_path / "whole" / "lora.safetensors")
+        assert logged(output) == logged(tmp_path / "whole", after=kept)
 
 
 def test_a_half_written_checkpoint_is_ignored(recipe: Recipe, tmp_path: Path) -> None:

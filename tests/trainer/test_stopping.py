@@ -21,7 +21,7 @@ from flash_diffusion.trainer.distill import checkpoint
 from flash_diffusion.trainer.distill.loop import distil
 
 from .conftest import ROOT, trainer_process
-from .test_resume import assert_same_file
+from .test_resume import assert_same_file, logged
 
 SAFE = "stopping at the next safe point"
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to one process")
@@ -143,12 +143,6 @@ def test_a_killed_run_resumes_exactly(recipe_content: dict[str, Any], tmp_path: 
     assert_same_file(killed / "lora.safetensors", whole / "lora.safetensors")
     assert [path.name for path in checkpoint.checkpoints(killed)] == ["00000015", "00000016"]
     assert len(list((killed / "checkpoints").iterdir())) == 2
-    logged, wanted = (
-        [
-            {name: value for name, value in json.loads(line).items() if name not in ("seconds", "images_per_second")}
-            for line in (run / "log.jsonl").read_text().splitlines()
-        ]
-        for run in (killed, whole)
-    )
-    assert logged == wanted
-    assert [line["update"] for line in logged if "total" in line] == list(range(2, 17, 2))
+    lines = logged(killed)
+    assert lines == logged(whole)
+    assert [line["update"] for line in lines if "total" in line] == list(range(2, 17, 2))

@@ -272,9 +272,7 @@ class Run:
         figures = health_figures(terms)
         images = recipe.batch_size * recipe.gradient_accumulation * self.accelerator.num_processes
         speed = updates * images / seconds
-        passes, unconditional = passes_of_an_image(
-            self.parts.counted, updates * images // self.accelerator.num_processes
-        )
+        passes, unconditional = passes_of_an_image(self.parts.counted)
         facts = {
             "update": self.state.update,
             "phase": phase.name,

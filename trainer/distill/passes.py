@@ -110,10 +110,10 @@ def recorded_trajectories(recipe: Recipe, processes: int = 1) -> int:
     return rounds.made(batches - 1) * processes
 
 
-def passes_of_an_image(counted: CountedDenoiser, images: int) -> tuple[dict[str, float], float]:
+def passes_of_an_image(counted: CountedDenoiser) -> tuple[dict[str, float], float]:
     """Return the passes of an image by term, and those for unconditional branches, since the last call."""
-    passes = {term: round(count / images, 3) for term, count in sorted(counted.counts.items())}
-    unconditional = round(sum(counted.unconditional.values()) / images, 3)
+    passes = {term: round(count / counted.images, 3) for term, count in sorted(counted.counts.items())}
+    unconditional = round(sum(counted.unconditional.values()) / counted.images, 3)
     counted.forget()
     return passes, unconditional
 

@@ -90,6 +90,7 @@ class Updater:
             for number in range(self.updates[learner]):
                 self._teach(learner, batches, factor, again=number > 0)
         self.parts.average.update(state.update)
+        self.parts.counted.images += self.recipe.batch_size * len(batches)
         state.update += 1
 
     def warm_up(self, state: TrainingState, phase: PhaseSection) -> Iterator[tuple[int, int]]:
@@ -130,6 +131,7 @@ class Updater:
             for kind, counts in (("all", counted.counts), ("unconditional", counted.unconditional))
             for term, count in counts.items()
         }
+        passes["passes/images/"] = torch.tensor(counted.images)
         return means | memory | passes
 
     def restore_own(self, state: Mapping[str, Tensor]) -> None:
@@ -140,9 +142,11 @@ class Updater:
             parts[part][rest] = value
         self.means.restore(parts["means"], self.accelerator.device)
         self.memory.restore(parts["memory"], self.accelerator.device)
+        counted = self.parts.counted
+        counted.images = int(parts["passes"].pop("images/", 0))
         for name, count in parts["passes"].items():
             kind, _, term = name.partition("/")
-            counts = self.parts.counted.counts if kind == "all" else self.parts.counted.unconditional
+            counts = counted.counts if kind == "all" else counted.unconditional
             counts[term] = int(count)
 
     @property
