@@ -37,6 +37,7 @@ from ..flash_core.lora import (
     with_diffusers_names,
     write_lora,
 )
+from ..flash_core.presets import recognise
 from .errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,8 +100,14 @@ def run(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Run ``info``."""
-    report = report_on(read_lora(args.file))
-    return {"file": str(args.file), **report.as_json()}, report.text()
+    file = read_lora(args.file)
+    report, recognised = report_on(file), None
+    if file.metadata is None:
+        recognised = recognise(str(args.file.resolve()), file.header, base_of(file))
+    if recognised is not None:
+        report = replace(report, sampling=recognised.advice())
+    preset = None if recognised is None else {"name": recognised.name, "how": recognised.how}
+    return {"file": str(args.file), **report.as_json(), "preset": preset}, report.text()
 
 
 def convert_file(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from .preset import Preset
+from .preset import Preset, in_words
 from .table import PRESETS
 
 # Names that many downloads share: the folder's name counts then.
@@ -47,6 +47,34 @@ class Recognised:
         if self.steps is None:
             return self.preset.title
         return f"{self.preset.title}, {self.steps} step{'' if self.steps == 1 else 's'}"
+
+    def advice(self, strength: float | None = None) -> tuple[str, ...]:
+        """Return a report's lines: what the LoRA was taken for, how Flash Sampler samples it, what to set, the source.
+
+        Args:
+            strength: of the LoRA, if it is known; another one than the preset's is said.
+        """
+        preset = self.preset
+        steps = self.steps or (4 if 4 in preset.steps else preset.steps[0])
+        lines = [
+            f"preset: taken for {self.name}, {self.how}",
+            f"Flash Sampler's 'auto' samples it so: {preset.noise_in_words}; another preset can be chosen there",
+            f"set there: steps {steps}, guidance {in_words(preset.guidance_for(steps))}",
+        ]
+        if preset.distilled_guidance is not None:
+            lines.append(f"set in FluxGuidance: guidance {preset.distilled_guidance:g}")
+        lines += self.strength_note(preset.strength if strength is None else strength)
+        if preset.note:
+            lines.append(f"note: {preset.note}")
+        return (*lines, f"source: {preset.source}")
+
+    def strength_note(self, strength: float) -> list[str]:
+        """Return a line where ``strength`` is not the preset's; else nothing."""
+        if strength == self.preset.strength:
+            return []
+        return [
+            f"note: {self.preset.title} is made for strength {self.preset.strength:g}; here strength is {strength:g}"
+        ]
 
 
 def plain_name(text: str) -> str:

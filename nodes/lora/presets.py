@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 
 from ...flash_core.lora import LoraFile, base_of
-from ...flash_core.presets import Recognised, in_words, recognise, usual_layout
+from ...flash_core.presets import Recognised, recognise, usual_layout
 from ..shared.model_facts import METADATA_KEY, PRESET_KEY, model_base
 
 
@@ -36,19 +36,7 @@ def sampling_lines(
         if present is not None:
             return (f"no few-step LoRA by its header and name: Flash Sampler's 'auto' goes on to follow {present}",)
         return (_unknown(file),)
-    preset = recognised.preset
-    steps = recognised.steps or (4 if 4 in preset.steps else preset.steps[0])
-    lines = [
-        f"preset: taken for {recognised.name}, {recognised.how}",
-        f"Flash Sampler's 'auto' samples it so: {preset.noise_in_words}; another preset can be chosen there",
-        f"set there: steps {steps}, guidance {in_words(preset.guidance_for(steps))}",
-    ]
-    if preset.distilled_guidance is not None:
-        lines.append(f"set in FluxGuidance: guidance {preset.distilled_guidance:g}")
-    lines += _strength_note(recognised, strength)
-    if preset.note:
-        lines.append(f"note: {preset.note}")
-    return (*lines, f"source: {preset.source}")
+    return recognised.advice(strength)
 
 
 def few_step_name(model: ModelPatcher) -> str | None:
@@ -61,14 +49,7 @@ def few_step_name(model: ModelPatcher) -> str | None:
 
 def face(recognised: Recognised, strength: float) -> str:
     """Return the lines for the loader's face."""
-    return "\n".join([f"{recognised.name} ({recognised.how})", *_strength_note(recognised, strength)])
-
-
-def _strength_note(recognised: Recognised, strength: float) -> list[str]:
-    preset = recognised.preset
-    if strength == preset.strength:
-        return []
-    return [f"note: {preset.title} is made for strength {preset.strength:g}; here strength is {strength:g}"]
+    return "\n".join([f"{recognised.name} ({recognised.how})", *recognised.strength_note(strength)])
 
 
 def _unknown(file: LoraFile) -> str:

@@ -95,6 +95,20 @@ def test_info(capsys: pytest.CaptureFixture[str], lora: Path) -> None:
     assert "license: mit" in text
 
 
+def test_info_names_the_preset_of_a_published_few_step_lora(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"  # of SD 1.5, by its 768 channels
+    weights = {f"{layer}.lora_down.weight": torch.ones(4, 768), f"{layer}.lora_up.weight": torch.ones(320, 4)}
+    file = tmp_path / "Hyper-SD15-4steps-lora.safetensors"
+    save_file(weights, file)
+    assert run(capsys, "info", file)["preset"] == {"name": "Hyper-SD, 4 steps", "how": "by its file name"}
+    assert main(["lora", "info", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "set there: steps 4, guidance 1" in text
+    assert "source: https://huggingface.co/ByteDance/Hyper-SD" in text
+    file = file.rename(tmp_path / "hyper_robots.safetensors")
+    assert run(capsys, "info", file)["preset"] is None
+
+
 def test_info_of_a_broken_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"\x80\x04 pickled")
     assert "bad.safetensors is a pickle" in complaint(capsys, "info", tmp_path / "bad.safetensors")
