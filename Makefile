@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 TEST_THREADS ?= 1
 # Processes that share the test files; each may start a ComfyUI (about 2 GB).
 TEST_PROCESSES ?= 2
-PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install runtime demo test coverage comfy lint check-registry format clean

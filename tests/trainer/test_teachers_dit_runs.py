@@ -199,7 +199,7 @@ def test_a_style_lora_is_merged_into_the_teacher(distilled: SimpleNamespace) -> 
     torch.testing.assert_close(worn, student, atol=1e-5, rtol=1e-5)
 
 
-RECIPES = {"pixart": "pixart_alpha", "pixart_sigma": "pixart_sigma", "sd3": "sd3", "sd35": "sd35"}
+RECIPES = {"pixart": "pixart_alpha", "sd3": "sd3"}
 
 
 @pytest.fixture
@@ -210,6 +210,7 @@ def _own_precision() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_own_precision")
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_shipped_recipe_runs_with_only_model_and_data_changed(name: str, pictures: Path, tmp_path: Path) -> None:

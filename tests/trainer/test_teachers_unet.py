@@ -390,7 +390,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", UNET_FAMILIES)
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_shipped_recipe_runs_with_only_model_and_data_changed(
     folders: dict[str, Path], pictures: Path, tmp_path: Path, family: str
 ) -> None:
@@ -410,7 +410,7 @@ def test_the_shipped_recipe_runs_with_only_model_and_data_changed(
     lora = read_lora(tmp_path / "run" / "lora.safetensors")
     assert lora.metadata is not None
     assert (lora.metadata.base, lora.metadata.process) == (family, "vp")
-    assert lora.metadata.prediction == ("v_prediction" if family == "sd21" else "epsilon")
+    assert lora.metadata.prediction == "epsilon"
     assert set(lora.ranks) == {recipe.lora.rank}
     assert len(list((tmp_path / "run" / "previews").iterdir())) == 1
     card = (tmp_path / "run" / "README.md").read_text()
