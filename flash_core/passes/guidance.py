@@ -19,10 +19,16 @@ def is_guided(settings: DistillerSettings, process: Process, t: float, scales: S
     """
     if (scales or settings.guidance) == NONE:
         return False
-    if settings.guidance_interval is None:
-        return True
-    low, high = settings.guidance_interval
-    return low <= round(NUM_TIMESTEPS * process.fraction(t)) - 1 <= high
+    return within(settings.guidance_interval, process.fraction(t))
+
+
+def within(interval: tuple[int, int] | None, fraction: float) -> bool:
+    """Return whether a share of the process's time, 1 is pure noise, lies in an interval of uniform times in 0..999.
+
+    Args:
+        interval: lowest and highest; None for all times.
+    """
+    return interval is None or interval[0] <= round(NUM_TIMESTEPS * fraction) - 1 <= interval[1]
 
 
 def guided_rows(

@@ -19,13 +19,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
+from flash_diffusion.flash_core.settings import DistillerSettings
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.generate import (
     SamplingSetting,
     decode_pictures,
     default_solver,
+    interval_note,
     noise_source,
     sample_latents,
     sampler_note,
@@ -165,6 +168,7 @@ def test_metrics_refuse_nan_wrong_shapes_and_single_samples() -> None:
     "run",
     [
         SamplingSetting("teacher", 8, 3.0),
+        SamplingSetting("teacher", 8, 3.0, (250, 750)),
         SamplingSetting("teacher", 4),
         SamplingSetting("student", 4),
         SamplingSetting("student", 1),
@@ -227,6 +231,23 @@ def test_teacher_solves_its_ode_with_guidance() -> None:
     assert (guided - latents)[:, 0].mean() > 0.1  # away from grey, toward more red
     assert default_solver(model.process) == "euler"
     assert default_solver(VPProcess.from_betas()) == "dpmpp_2m"
+
+
+def test_reference_is_guided_on_the_interval_of_the_training() -> None:
+    model, prompts, seeds = Paints(), ["red", "blue"], [1, 2]
+    settings = DistillerSettings(8, "euler", (3, 3), guidance_interval=(250, 750))
+    found = sample_latents(model, SamplingSetting("teacher", 8, 3.0, (250, 750)), prompts, seeds)
+    conditions = model.encode_prompts(prompts), model.unconditional(2)
+    noise = noise_source(seeds, SHAPE, "cpu")()
+    wanted = Distiller(model.denoiser, settings).teacher_solution(noise, *conditions, torch.full((2,), 3.0), [0, 0])
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(
+        found, sample_latents(model, SamplingSetting("teacher", 8, 3.0), prompts, seeds), atol=0.02
+    )
+    assert interval_note(SamplingSetting("teacher", 8, 3.0, (250, 750))) == [
+        "The teacher's 8 steps are guided at noise levels 250 to 750 of 0 to 999, as in training."
+    ]
+    assert interval_note(SamplingSetting("teacher", 8, 3.0)) == []
 
 
 def test_sampling_setting_has_a_name_and_counts_passes() -> None:

@@ -73,7 +73,9 @@ class Preview:
         method, section = self.recipe.method, self.recipe.preview
         if self.teacher_pictures is None:
             guidance = sum(method.guidance) / 2 if section.guidance is None else section.guidance
-            self.teacher_pictures = self._pictures(SamplingSetting("teacher", method.teacher_steps, guidance))
+            self.teacher_pictures = self._pictures(
+                SamplingSetting("teacher", method.teacher_steps, guidance, method.guidance_interval)
+            )
         columns = {f"teacher {method.teacher_steps}": self.teacher_pictures}
         for steps in sorted(section.steps, reverse=True):
             columns[f"student {steps}"] = self._pictures(SamplingSetting("student", steps))

@@ -327,7 +327,9 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
             clip=None if args.no_clip else args.clip,
             statistics=args.reference or args.output / f"{protocol.name}.safetensors",
         )
-    shared |= {"steps": steps, "guidance": guidance, "solver": recipe.method.solver if recipe else None}
+    shared |= {"steps": steps, "guidance": guidance}
+    if recipe is not None:
+        shared |= {"solver": recipe.method.solver, "interval": recipe.method.guidance_interval}
     if task == TEXT_TO_IMAGE:
         return TeacherComparisonRequest(
             model=model,

@@ -68,11 +68,13 @@ class SamplingSetting:
         role: who predicts.
         steps: at least 1.
         guidance: w in ``uncond + w (cond - uncond)``; 1 = no guidance.
+        interval: lowest and highest uniform time, in 0..999, at which there is guidance; None = everywhere.
     """
 
     role: Literal["teacher", "student"]
     steps: int
     guidance: float = 1.0
+    interval: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -88,8 +90,14 @@ class SamplingSetting:
 
     @property
     def nfe(self) -> int:
-        """Forward passes of the network per picture: steps, or 2 x steps with guidance."""
-        return self.steps * (1 if self.guidance == 1 else 2)
+        """Forward passes of the network per picture: one a step, or two where the step is guided."""
+        return self.steps + sum(self.guides(1 - step / self.steps) for step in range(self.steps))
+
+    def guides(self, fraction: float) -> bool:
+        """Return whether there is guidance at a share of the process's whole time: 1 is pure noise."""
+        from ...flash_core.passes.guidance import within
+
+        return self.guidance != 1 and within(self.interval, fraction)
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,14 @@ def sampler_note(maker: PictureMaker, step_counts: Sequence[int]) -> list[str]:
     return [f"Stochasticity of the student's sampler: {told} (1 = fresh noise at every step, 0 = deterministic)."]
 
 
+def interval_note(run: SamplingSetting) -> list[str]:
+    """Return a sentence on where the reference is guided, unless it is guided everywhere."""
+    if run.interval is None or run.guidance == 1:
+        return []
+    low, high = run.interval
+    return [f"The teacher's {run.steps} steps are guided at noise levels {low} to {high} of 0 to 999, as in training."]
+
+
 def default_solver(process: Process) -> Solver:
     """Return Euler for flow models, DPM-Solver++(2M) for others, as in training."""
     return "euler" if process.prediction == "flow" else "dpmpp_2m"
@@ -219,7 +235,8 @@ def sample_latents(
     unconditional = None if setting.guidance == 1 else maker.unconditional(len(prompts))
 
     def z0(z: Tensor, t: Tensor) -> Tensor:
-        if unconditional is None:
+        # All samples of a batch are at one timestep.
+        if unconditional is None or not setting.guides(process.fraction(float(t[0]))):
             return predict_z0(denoiser, z, t, conditioning)
         guidance = torch.full((len(z),), setting.guidance, device=z.device)
         return guided_z0(denoiser, z, t, conditioning, unconditional, guidance)

@@ -45,6 +45,7 @@ class Options:
         seed: of prompts and noise.
         steps: of the teacher in the reference.
         guidance: the teacher's w in ``uncond + w (cond - uncond)``.
+        interval: lowest and highest uniform time, in 0..999, at which the reference is guided; None = everywhere.
         solver: the teacher's; None = the solver of its training.
         batch_size: pictures made at once; changes no picture.
         pictures: prompts that the report shows.
@@ -57,6 +58,7 @@ class Options:
     seed: int = 0
     steps: int = 32
     guidance: float = 3.0
+    interval: tuple[int, int] | None = None
     solver: Solver | None = None
     batch_size: int = 8
     pictures: int = 8

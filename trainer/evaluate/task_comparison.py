@@ -35,6 +35,7 @@ from .generate import (
     SamplingSetting,
     decode_pictures,
     default_solver,
+    interval_note,
     sample_latents,
     sampler_facts,
     sampler_note,
@@ -138,7 +139,7 @@ class TaskComparison(Evaluator[Entry]):
         self.reference = reference
         self.is_stored = False
         self.entries = entries_of(task, options, student is not None)
-        self.many = SamplingSetting("teacher", options.steps, options.guidance)
+        self.many = SamplingSetting("teacher", options.steps, options.guidance, options.interval)
         blank = torch.ones(1, 3, *teacher.resolution)
         self.dimensions = self.look(blank).shape[1]
         self.enough = samples_needed(self.dimensions)
@@ -210,6 +211,7 @@ class TaskComparison(Evaluator[Entry]):
         """Return what limits the figures, the student's sampler, and why figures and targets were left out."""
         notes = list(self.about.notes)
         notes += sampler_note(self.teacher, FEW_STEPS) if self.student is not None else []
+        notes += interval_note(self.many)
         notes += self._too_few_samples()
         if self.is_stored:
             notes.append(
@@ -294,6 +296,7 @@ class TaskComparison(Evaluator[Entry]):
             "subjects": self.subjects.fingerprint(),
             "resolution": list(self.teacher.resolution),
             "solver": options.solver or default_solver(self.teacher.denoiser.process),
+            "interval": options.interval and list(options.interval),
             **{name: getattr(options, name) for name in ("samples", "seed", "steps", "guidance", "pictures")},
             "measures sets": self.measures_sets,
         }

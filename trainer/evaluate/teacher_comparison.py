@@ -27,6 +27,7 @@ from .generate import (
     SamplingSetting,
     decode_pictures,
     default_solver,
+    interval_note,
     sample_latents,
     sampler_facts,
     sampler_note,
@@ -202,7 +203,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         self.random = RandomFeatures()
         self.options = options
         self.references = references
-        self.many = SamplingSetting("teacher", options.steps, options.guidance)
+        self.many = SamplingSetting("teacher", options.steps, options.guidance, options.interval)
         self.teacher_runs = list(dict.fromkeys([self.many, *few_step_runs(options.guidance)]))
         self.student_runs = [SamplingSetting("student", steps) for steps in FEW_STEPS] if student is not None else []
         self.independent = draw(prompts, options.samples, options.seed, 0, options.times)
@@ -220,6 +221,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
             seed=options.seed,
             steps=options.steps,
             guidance=options.guidance,
+            interval=options.interval,
             solver=options.solver or default_solver(maker.denoiser.process),
             preference=preference.fingerprint if preference is not None else "",
         )
@@ -283,6 +285,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
             notes.append(too_few_samples(self.options.samples, self.enough, self.dimensions))
         if self.student is not None:
             notes += sampler_note(self.maker, FEW_STEPS)
+        notes += interval_note(self.many)
         return notes
 
     def facts(self, records: Sequence[Record]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
 
     The undistilled teacher runs in as many steps without guidance, and in half the steps with guidance: as many passes.
     """
-    many = SamplingSetting("teacher", options.steps, options.guidance)
+    many = SamplingSetting("teacher", options.steps, options.guidance, options.interval)
     runs = [many]
     if student:
         runs += [SamplingSetting("student", steps) for steps in FEW_STEPS]

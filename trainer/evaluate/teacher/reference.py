@@ -80,6 +80,7 @@ class Origin:
         samples: pictures in the second set and in every run.
         times: pictures in the first set per picture of the second set.
         preference: fingerprint of the preference model; empty = no scores.
+        interval: lowest and highest uniform time at which the many steps are guided; None = everywhere.
     """
 
     teacher: str
@@ -92,6 +93,12 @@ class Origin:
     guidance: float
     solver: str
     preference: str = ""
+    interval: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Take an interval that was read from JSON, a list."""
+        if self.interval is not None:
+            object.__setattr__(self, "interval", tuple(self.interval))
 
 
 @dataclass(frozen=True)
