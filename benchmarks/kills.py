@@ -2,10 +2,11 @@
 
     python -m benchmarks.kills --kills 50 --runs 10 --output out/kills
 
-Each run computes every loss term from recorded trajectories, with a moving average, previews and checkpoints, and with
-a cache of its own. Half of the kills come after a random time. The other half come just before a random operation on a
-file of the run or of its cache: opening, renaming, removing. So they hit the writing of checkpoints, trajectories,
-the cache, previews and the LoRA. Needs a clone and a system with fork; the model is a tiny random one.
+Each run computes every loss term from trajectories, with a moving average, previews and checkpoints, and with a cache
+of its own. Every other run refreshes its trajectories while it trains; the others record them first. A third of the
+kills come after a random time, a third just before a random operation on a file of the run or of its cache (opening,
+renaming, removing), and a third before the first or second operation on a file of one kind: a checkpoint, a trajectory,
+a preview, the cache, or what the export writes. Needs a clone and a system with fork; the model is a tiny random one.
 """
 
 from __future__ import annotations
@@ -33,24 +34,31 @@ from flash_diffusion.tests.trainer.test_resume import ALL_TERMS
 from flash_diffusion.trainer.config import Recipe, parse_recipe
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+PLACES = ("checkpoints", "trajectories", "previews", "-cache", "lora.safetensors", "README.md", "base.json")
 VARYING = ("seconds", "images_per_second")  # of a line of the log
 
 
 @dataclass(frozen=True)
 class Kill:
-    """When a session is killed: after so many seconds, or before its n-th operation on a file of the run."""
+    """When a session is killed: after so many seconds, or before its n-th operation on a file of the run.
+
+    Attributes:
+        place: count only operations on paths that contain this text.
+    """
 
     seconds: float | None = None
     operation: int | None = None
+    place: str = ""
 
 
-def recipe_of(root: Path, cache: Path) -> Recipe:
-    """Return the recipe of every run: all terms, on the tiny model in ``root``."""
+def recipe_of(root: Path, cache: Path, refreshed: bool) -> Recipe:
+    """Return the recipe of a run: all terms, on the tiny model in ``root``."""
     content: dict[str, Any] = tiny_recipe(root / "model", root / "pictures")
     content |= ALL_TERMS
     content |= {
         "method": {**ALL_TERMS["method"], "states": {"student": 0.5}},  # recorded trajectories are the path's states
-        "trajectories": {"count": 6, "batch": 2},
+        "trajectories": {"count": 6, "batch": 2, "reuse": 2 if refreshed else None},
+        "log_every": 2,
         "ema": 0.9,
         "preview": {"every": 2, "prompts": ["red ball"], "steps": [1]},
         "checkpoint": {"every": 1, "keep": 2},
@@ -59,8 +67,11 @@ def recipe_of(root: Path, cache: Path) -> Recipe:
     return parse_recipe(content)
 
 
-def session(root: Path, run: Path, kill: Kill | None) -> tuple[bool, float, str]:
+def session(root: Path, run: Path, refreshed: bool, kill: Kill | None) -> tuple[bool, float, str]:
     """Run or resume in a process of its own.
+
+    Args:
+        refreshed: whether the run refreshes its trajectories.
 
     Returns:
         Whether the session came to its end, how many seconds it took, and the file operation at which it was killed.
@@ -70,7 +81,7 @@ def session(root: Path, run: Path, kill: Kill | None) -> tuple[bool, float, str]
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _child(root, run, kill, writer)
+        _child(root, run, refreshed, kill, writer)
     os.close(writer)
     timer = None
     if kill is not None and kill.seconds is not None:
@@ -88,7 +99,7 @@ def session(root: Path, run: Path, kill: Kill | None) -> tuple[bool, float, str]
     return True, time.monotonic() - begin, where
 
 
-def _child(root: Path, run: Path, kill: Kill | None, writer: int) -> None:
+def _child(root: Path, run: Path, refreshed: bool, kill: Kill | None, writer: int) -> None:
     """Run a session in a forked process, and end the process."""
     code = 1
     log = os.open(run.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -102,7 +113,7 @@ def _child(root: Path, run: Path, kill: Kill | None, writer: int) -> None:
             if event not in FILE_EVENTS or not isinstance(arguments[0], str | bytes | os.PathLike):
                 return
             path = os.fsdecode(arguments[0])
-            if not path.startswith(str(run)):
+            if not path.startswith(str(run)) or (kill is not None and kill.place not in path.removeprefix(str(run))):
                 return
             operations += 1
             if kill is not None and operations == kill.operation:
@@ -112,7 +123,7 @@ def _child(root: Path, run: Path, kill: Kill | None, writer: int) -> None:
         sys.addaudithook(count)
         from flash_diffusion.trainer.distill.loop import distil
 
-        distil(recipe_of(root, run.with_name(f"{run.name}-cache")), run, resume=True)
+        distil(recipe_of(root, run.with_name(f"{run.name}-cache"), refreshed), run, resume=True)
         os.write(writer, str(operations).encode())
         code = 0
     except BaseException:
@@ -151,30 +162,32 @@ def main() -> None:
     draws = random.Random(arguments.seed)
     import flash_diffusion.trainer.distill.loop  # noqa: F401 - before the fork, so that a session begins at once
 
-    whole = root / "whole"
-    _, seconds, told = session(root, whole, None)
-    operations = int(told)
-    print(f"a whole run: {seconds:.1f} s, {operations} operations on files")  # noqa: T201
+    wholes = {False: root / "whole-recorded", True: root / "whole-refreshed"}
+    for refreshed, whole in wholes.items():
+        _, seconds, told = session(root, whole, refreshed, None)
+        operations = int(told)
+        print(f"{whole.name}: {seconds:.1f} s, {operations} operations on files")  # noqa: T201
     killed, wrong, places = 0, 0, Counter[str]()
     number = 0
     while killed < arguments.kills:
-        run, ended, here = root / f"run-{number}", False, 0
+        run, refreshed, ended, here = root / f"run-{number}", number % 2 == 1, False, 0
         share = -(-arguments.kills // arguments.runs)
         while not ended:
             kill = None
             if here < share and killed < arguments.kills:
                 # Most of a session's work stays, so a later session is shorter: aim at its first part.
-                if killed % 2:
-                    kill = Kill(operation=draws.randint(1, max(2, operations * 2 // 3)))
-                else:
-                    kill = Kill(seconds=draws.uniform(0.0, seconds * 0.6))
-            ended, _, where = session(root, run, kill)
+                kill = (
+                    Kill(seconds=draws.uniform(0.0, seconds * 0.6)),
+                    Kill(operation=draws.randint(1, max(2, operations * 2 // 3))),
+                    Kill(operation=draws.randint(1, 2), place=draws.choice(PLACES)),
+                )[killed % 3]
+            ended, _, where = session(root, run, refreshed, kill)
             if not ended:
                 killed, here = killed + 1, here + 1
                 places[
                     where.split("/")[0 if "-cache" in where else 1] if "/" in where else where or "by the clock"
                 ] += 1
-        if problems := different(run, whole):
+        if problems := different(run, wholes[refreshed]):
             wrong += 1
             print(f"{run}: differs in {', '.join(problems[:3])}")  # noqa: T201
         left = [path.relative_to(run).as_posix() for path in run.rglob(".*.partial")]
