@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from flash_diffusion.flash_core.lora import read_lora, write_lora
+from flash_diffusion.flash_core.measures.distances import frechet_distance
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, ModelSection, parse_recipe
 from flash_diffusion.trainer.demo.assets import FEATURES, LORAS
@@ -31,7 +32,6 @@ from flash_diffusion.trainer.evaluate.progress import LINE_EVERY, LineProgress, 
 from flash_diffusion.trainer.evaluate.request import ModelRequest
 from flash_diffusion.trainer.evaluate.teacher.captions import Captions, choose_captions, read_captions
 from flash_diffusion.trainer.evaluate.teacher.reference import Reference, find_reference
-from flash_diffusion.trainer.metrics.distances import frechet_distance
 from flash_diffusion.trainer.metrics.embedders import load_features, samples_needed
 from flash_diffusion.trainer.metrics.inception import load_inception
 from flash_diffusion.trainer.pictures import picture_bytes

@@ -17,18 +17,18 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from flash_diffusion.flash_core.denoiser import Conditioning
+from flash_diffusion.flash_core.measures import confidence_intervals as bootstrap
+from flash_diffusion.flash_core.measures import half_samples
+from flash_diffusion.flash_core.measures.distances import frechet_distance
+from flash_diffusion.flash_core.measures.half_samples import Halves
+from flash_diffusion.flash_core.measures.precision_recall import precision_recall
+from flash_diffusion.flash_core.measures.random_features import RandomFeatures
+from flash_diffusion.flash_core.measures.sharpness import contrast, sharpness
+from flash_diffusion.flash_core.measures.whitening import Whitening
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.metrics import confidence_intervals as bootstrap
 from flash_diffusion.trainer.metrics.clip_score import ClipScorer
-from flash_diffusion.trainer.metrics.distances import frechet_distance
 from flash_diffusion.trainer.metrics.pictures.preference import load_preference
-from flash_diffusion.trainer.metrics.pictures.random_features import RandomFeatures
-from flash_diffusion.trainer.metrics.pictures.sharpness import contrast, sharpness
 from flash_diffusion.trainer.metrics.pictures.teacher_states import TIMESTEP, TeacherStates
-from flash_diffusion.trainer.metrics.pictures.whitening import Whitening
-from flash_diffusion.trainer.metrics.sets import half_samples
-from flash_diffusion.trainer.metrics.sets.half_samples import Halves
-from flash_diffusion.trainer.metrics.sets.precision_recall import precision_recall
 from flash_diffusion.trainer.pictures import picture_from_unit
 
 from .paints import SHAPE, Paints

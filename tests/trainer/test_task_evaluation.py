@@ -19,6 +19,9 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from flash_diffusion.flash_core.lora import read_lora, write_lora
+from flash_diffusion.flash_core.measures import confidence_intervals as bootstrap
+from flash_diffusion.flash_core.measures.confidence_intervals import Estimate
+from flash_diffusion.flash_core.measures.distances import frechet_distance
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.demo.assets import LORAS
@@ -29,9 +32,6 @@ from flash_diffusion.trainer.evaluate.task.about import AboutTask, about_task
 from flash_diffusion.trainer.evaluate.task.sets import SetDistances
 from flash_diffusion.trainer.evaluate.task.targets import targets_of, verdict
 from flash_diffusion.trainer.evaluate.task_samples import Subjects, batches, read_subjects
-from flash_diffusion.trainer.metrics import confidence_intervals as bootstrap
-from flash_diffusion.trainer.metrics.confidence_intervals import Estimate
-from flash_diffusion.trainer.metrics.distances import frechet_distance
 from flash_diffusion.trainer.metrics.embedders import Features
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.tasks.figures import Scene

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from flash_diffusion.flash_core.lora import read_lora, write_lora
+from flash_diffusion.flash_core.measures.distances import frechet_distance
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import Recipe
 from flash_diffusion.trainer.distill.loop import distil
@@ -24,7 +25,6 @@ from flash_diffusion.trainer.evaluate.tuning.choice import choose
 from flash_diffusion.trainer.evaluate.tuning.stored import FILE, read_tuned
 from flash_diffusion.trainer.evaluate.tuning.sweep import sweep_text_to_image
 from flash_diffusion.trainer.evaluate.tuning.tune import in_words
-from flash_diffusion.trainer.metrics.distances import frechet_distance
 
 from .paints import COLOURS, Paints
 from .stand_ins import random_lora

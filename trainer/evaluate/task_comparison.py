@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ... import __version__
+from ...flash_core.measures import confidence_intervals as bootstrap
+from ...flash_core.measures.confidence_intervals import Estimate
+from ...flash_core.measures.random_features import RandomFeatures
 from ..files import file_hash
-from ..metrics import confidence_intervals as bootstrap
-from ..metrics.confidence_intervals import Estimate
 from ..metrics.embedders import load_features, samples_needed
-from ..metrics.pictures.random_features import RandomFeatures
 from ..metrics.pictures.teacher_states import TeacherStates
 from ..tasks.base import Task
 from ..tasks.figures import Figure, Scene

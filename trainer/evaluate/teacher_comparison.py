@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...flash_core.measures.distances import frechet_distance, paired_distance
+from ...flash_core.measures.random_features import RandomFeatures
+from ...flash_core.measures.sharpness import contrast, sharpness
 from ..files import fingerprint_texts
-from ..metrics.distances import frechet_distance, paired_distance
 from ..metrics.embedders import load_features, samples_needed
 from ..metrics.pictures.preference import Preference, load_preference
-from ..metrics.pictures.random_features import RandomFeatures
-from ..metrics.pictures.sharpness import contrast, sharpness
 from ..metrics.pictures.teacher_states import TeacherStates
 from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
 from .generate import (

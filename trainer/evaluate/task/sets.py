@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...metrics.confidence_intervals import Estimate
-from ...metrics.distances import frechet_distance
-from ...metrics.pictures.whitening import DIRECTIONS, Whitening
-from ...metrics.sets import half_samples
-from ...metrics.sets.half_samples import Halves
+from ....flash_core.measures import half_samples
+from ....flash_core.measures.confidence_intervals import Estimate
+from ....flash_core.measures.distances import frechet_distance
+from ....flash_core.measures.half_samples import Halves
+from ....flash_core.measures.whitening import DIRECTIONS, Whitening
 from .figures import FRECHET_ORIGINALS, KIND_OF
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...metrics.confidence_intervals import Estimate
+from ....flash_core.measures.confidence_intervals import Estimate
 from ..generate import SamplingSetting
 from .figures import FRECHET
 

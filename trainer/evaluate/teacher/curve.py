@@ -6,7 +6,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-from ...metrics.confidence_intervals import Estimate
+from ....flash_core.measures.confidence_intervals import Estimate
 from ..generate import SamplingSetting
 from ..request import FEW_STEPS
 from .figures import KINDS, Figures

@@ -10,19 +10,13 @@ from dataclasses import asdict, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from ...metrics import confidence_intervals as bootstrap
-from ...metrics.confidence_intervals import Estimate
-from ...metrics.distances import (
-    diversity,
-    diversity_by_prompt,
-    frechet_distance,
-    kernel_distance,
-    paired_distance,
-    prompt_accuracy,
-)
-from ...metrics.sets import half_samples
-from ...metrics.sets.half_samples import Halves
-from ...metrics.sets.precision_recall import NEIGHBOURS, precision_recall
+from ....flash_core.measures import confidence_intervals as bootstrap
+from ....flash_core.measures import half_samples
+from ....flash_core.measures.confidence_intervals import Estimate
+from ....flash_core.measures.distances import diversity, diversity_by_prompt, frechet_distance, paired_distance
+from ....flash_core.measures.half_samples import Halves
+from ....flash_core.measures.precision_recall import NEIGHBOURS, precision_recall
+from ...metrics.distances import kernel_distance, prompt_accuracy
 from .reference import FeatureSet, Reference
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ....flash_core.measures.whitening import Whitening, usable_directions
 from ...errors import UserError
 from ...files import write_whole
-from ...metrics.pictures.whitening import DIRECTIONS, Whitening
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 VERSION = 2  # of the file; 1 had the features of the feature network alone
 FEW = "few/"  # prefix of few-step runs in the file
 WHITENING = "whitening/"  # prefix of the reductions in the file
-WHITENED = ("states", "random")  # kinds of features that are reduced, see :class:`~...metrics.pictures.Whitening`
+WHITENED = (
+    "states",
+    "random",
+)  # kinds of features that are reduced, see :class:`.Whitening`
 PICTURES_A_PROMPT = 2  # in a row; diversity needs at least two pictures of one prompt
 
 
@@ -159,8 +162,8 @@ class Reference:
 
         Few samples get few directions, so that a distance in them is more than its own bias, see ``samples_needed``.
         """
-        usable = round(origin.samples / (2 * (1 + 1 / origin.times)))
-        whitenings = {name: Whitening.of(first.more[name], max(1, min(DIRECTIONS, usable))) for name in WHITENED}
+        usable = usable_directions(origin.samples, origin.times)
+        whitenings = {name: Whitening.of(first.more[name], usable) for name in WHITENED}
 
         def reduced(made: FeatureSet) -> FeatureSet:
             found = made.whitened(whitenings)

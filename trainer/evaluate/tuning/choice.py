@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...metrics.distances import frechet_distance
-from ...metrics.sets import half_samples
-from ...metrics.sets.half_samples import Halves
+from ....flash_core.measures import half_samples
+from ....flash_core.measures.distances import frechet_distance
+from ....flash_core.measures.half_samples import Halves
 
 
 @dataclass(frozen=True)

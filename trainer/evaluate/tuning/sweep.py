@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...metrics.distances import frechet_distance
+from ....flash_core.measures.distances import frechet_distance
 from ..generate import decode_pictures, sweep_latents, sweep_passes
 from ..task.runs import INDEPENDENT
 from ..task_comparison import TaskComparison

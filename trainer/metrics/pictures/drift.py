@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sharpness import contrast, luminance, sharpness
+from ....flash_core.measures.sharpness import contrast, luminance, sharpness
 
 LAYOUT = 32  # px: pictures are reduced to it before they are compared with each other, so that grain is no diversity
 FLAT = 1e-4  # a teacher with less of a property gives no ratio

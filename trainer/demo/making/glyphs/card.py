@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .....flash_core.measures.distances import frechet_distance
 from ....files import write_text_whole, write_whole
-from ....metrics.distances import frechet_distance
 from ....metrics.feature_network import FeatureNetwork
 from ....pictures import tile_grid
 from ..features import accuracy

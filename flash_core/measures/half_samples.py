@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..confidence_intervals import Estimate
+from .confidence_intervals import Estimate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class Halves:
     def kernel_distances(self, features: Tensor, reference: Tensor) -> Tensor:
         """Return KID (arXiv 1801.01401) of each half of a run and of its reference: (H,) float64.
 
-        The exact unbiased estimate; :func:`~..distances.kernel_distance` averages over parts of a larger reference.
+        The exact unbiased estimate.
         """
         import torch
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-DIRECTIONS = 64  # at most; a Fréchet distance of 64 numbers is usable from 192 pictures on (see ``samples_needed``)
+DIRECTIONS = (
+    64  # at most; a Fréchet distance of 64 numbers is usable from 192 pictures on (see :func:`usable_directions`)
+)
 LEAST_VARIANCE = 1e-4  # of the largest; smaller directions are mostly rounding
 
 
@@ -52,3 +54,15 @@ class Whitening:
     def stored(cls, tensors: Mapping[str, Tensor], prefix: str) -> Whitening:
         """Return the whitening of :meth:`tensors`."""
         return cls(tensors[f"{prefix}.mean"], tensors[f"{prefix}.axes"])
+
+
+def usable_directions(samples: int, times: float = 1) -> int:
+    """Return how many directions a Fréchet distance of few pictures may have: its bias is then 0.5 at most.
+
+    The bias grows with the directions D and falls with both sets, as ``D (1 / N + 1 / M)``.
+
+    Args:
+        samples: N, of a run.
+        times: M / N, samples of the set that runs are measured against for each sample of a run. Default: 1.
+    """
+    return max(1, min(DIRECTIONS, round(samples / (2 * (1 + 1 / times)))))

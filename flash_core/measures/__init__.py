@@ -1,0 +1,1 @@
+"""Figures of sets of pictures, from features that need no trained network: distances, diversity, looks, chance."""
