@@ -10,6 +10,7 @@ from .demo.models import SHIPPED_ADAPTERS, SHIPPED_LORAS
 from .demo.node import FlashDemoModels
 from .distil.lora_output import FlashSaveLora
 from .distil.nodes import FlashDistill
+from .evaluate.node import FlashEvaluate
 from .lora.loader import FlashLoraLoader
 from .lora.stack import FlashLoraStack
 from .picture.concat import FlashConcatConditioning
@@ -35,6 +36,7 @@ NODES: list[type[io.ComfyNode]] = [
     FlashAdapterApply,
     FlashDistill,
     FlashSaveLora,
+    FlashEvaluate,
 ]
 
 

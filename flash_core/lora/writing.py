@@ -36,6 +36,7 @@ def write_lora(
     dialect: Dialect = "portable",
     text_encoder: Mapping[str, LoraModule] | None = None,
     header: Mapping[str, str] | None = None,
+    component: str | None = None,
 ) -> None:
     """Write a LoRA file or folder, completely or not at all.
 
@@ -52,13 +53,15 @@ def write_lora(
         dtype: type of the stored halves. Default: each half's own type.
         text_encoder: text encoders' layers, in kohya's or diffusers' names.
         header: more strings for the file's header.
+        component: what ``portable`` and ``diffusers`` call the network: ``diffusion_model`` for paths that are
+            ComfyUI's own. Default: ``transformer`` or ``unet``, diffusers' names.
 
     Raises:
         LoraError: the dialect can't hold these layers.
     """
     strings = {**(header or {}), **(metadata.to_header() if metadata is not None else {})}
     text = _text_paths(text_encoder or {})
-    kohya = dialect == "kohya" or (dialect == "portable" and not transformer)
+    kohya = dialect == "kohya" or (dialect == "portable" and not transformer and component is None)
     if dialect == "kohya" and transformer:
         raise LoraError(
             "kohya's form names fused layers of transformers, which diffusers does not have; write the portable form "
@@ -88,7 +91,7 @@ def write_lora(
             tensors[f"base_model.model.{module.path}.lora_B.weight"] = _stored(module.up, dtype)
         _save_folder(tensors, path, strings, _peft_config(modules))
     else:
-        component = "transformer" if transformer else "unet"
+        component = component or ("transformer" if transformer else "unet")
         names = {f"{component}.{module.path}": module for module in modules.values()}
         for (number, inner), module in text.items():
             names[f"text_encoder{f'_{number}' if number > 1 else ''}.{inner}"] = module

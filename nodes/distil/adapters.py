@@ -1,4 +1,4 @@
-"""LoRA adapters to train on a ComfyUI MODEL, by forward bypass, under the layers' diffusers names.
+"""LoRA adapters to train on a ComfyUI MODEL, by forward bypass, under the layers' diffusers names or ComfyUI's own.
 
 An adapter adds ``scale up(down(x))`` to a layer's output and does not change its weight. So the base may have any data
 type, its patches stay, a small update is not rounded away, and removing the hooks removes the adapter. Some layers that
@@ -8,6 +8,7 @@ are separate in diffusers are fused in ComfyUI (q, k and v): an adapter of such 
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +26,16 @@ from ...flash_core.lora import LoraModule, flat_name
 from ..lora.patches import model_layers
 
 TRANSFORMER_PREFIX = "transformer."  # ComfyUI's prefix of the diffusers names of a transformer's layers
+NATIVE_PREFIX = "diffusion_model."  # of the names of layers in ComfyUI's network
+IN_A_BLOCK = re.compile(r"\.\d+\..*")  # the path of a layer in a list of blocks
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer by its diffusers name, and its place in ComfyUI's network.
+    """One layer by its name, and its place in ComfyUI's network.
 
     Attributes:
-        path: diffusers' module path, dotted.
+        path: diffusers' module path, dotted; ComfyUI's own in a family without diffusers names.
         module: ComfyUI's linear layer (or a quantised one, with the same attributes) or convolution with the layer.
         start, length: the layer's rows of the module's weight: all rows, or a slice of a fused weight.
         rows: reorders an update's rows from diffusers' order to ComfyUI's; None if the orders are equal.
@@ -51,24 +54,23 @@ class Layer:
         return (rank, self.module.in_features), (self.length, rank)
 
 
-def diffusers_layers(model: ModelPatcher) -> dict[str, Layer]:
-    """Return the layers of a MODEL that can get an adapter, by diffusers' module path.
+def adaptable_layers(model: ModelPatcher) -> tuple[dict[str, Layer], bool]:
+    """Return the layers of a MODEL that can get an adapter.
 
-    Raises:
-        ValueError: ComfyUI knows no diffusers names for this architecture.
+    Returns:
+        ``(layers, native)``: by diffusers' module path where ComfyUI knows it, so that diffusers loads the LoRA too;
+        else, with ``native`` True, by ComfyUI's own path, which ComfyUI's loader takes for every family.
     """
     base = model.model
-    names = [key.removesuffix(".weight") for key in comfy.utils.unet_to_diffusers(base.model_config.unet_config)]
-    if not names:
-        keys = comfy.lora.model_lora_keys_unet(base, {})
-        names = [key.removeprefix(TRANSFORMER_PREFIX) for key in keys if key.startswith(TRANSFORMER_PREFIX)]
-    if not names:
-        raise ValueError(
-            f"ComfyUI knows no diffusers names for the layers of {type(base).__name__}, so no program could load a "
-            "LoRA trained on this model. Use an SD 1.5, SD 2, SDXL, PixArt, SD3 or Flux model."
-        )
-    places = model_layers(model)
     modules = dict(base.named_modules())
+    names = _diffusers_names(base)
+    if not names:
+        named = {name: module for name, module in modules.items() if name.startswith(NATIVE_PREFIX)}
+        widths = {name.removeprefix(NATIVE_PREFIX): (module, _width(module)) for name, module in named.items()}
+        return {
+            path: Layer(path, module, 0, width) for path, (module, width) in sorted(widths.items()) if width is not None
+        }, True
+    places = model_layers(model)
     layers = {}
     for path in sorted(names):  # ComfyUI's sets have another order in each run, but seeded draws need a fixed order
         target = places.get(flat_name(path))
@@ -84,7 +86,16 @@ def diffusers_layers(model: ModelPatcher) -> dict[str, Layer]:
             continue
         _, start, length = piece or (0, 0, width)
         layers[path] = Layer(path, module, start, length, function)
-    return layers
+    return layers, False
+
+
+def _diffusers_names(base: Any) -> list[str]:
+    """Return diffusers' paths of the layers of ComfyUI's ``BaseModel``; none for a family that it has no names for."""
+    names = [key.removesuffix(".weight") for key in comfy.utils.unet_to_diffusers(base.model_config.unet_config)]
+    if names:
+        return names
+    keys = comfy.lora.model_lora_keys_unet(base, {})
+    return [key.removeprefix(TRANSFORMER_PREFIX) for key in keys if key.startswith(TRANSFORMER_PREFIX)]
 
 
 def _width(module: nn.Module | None) -> int | None:
@@ -135,10 +146,14 @@ class ModelAdapters:
     Args:
         model: the MODEL; its layers have hooks between :meth:`attach` and :meth:`detach`.
         device: of the adapters.
+
+    Attributes:
+        layers: that can have an adapter.
+        native: whether their names are ComfyUI's own, see :func:`adaptable_layers`.
     """
 
     def __init__(self, model: ModelPatcher, device: torch.device) -> None:
-        self.layers = diffusers_layers(model)
+        self.layers, self.native = adaptable_layers(model)
         self.role: Role = "teacher"
         self._device = device
         self._adapters: dict[Role, dict[str, LowRank]] = {}
@@ -164,13 +179,22 @@ class ModelAdapters:
         Args:
             role: ``student`` or ``critic``.
             rank, alpha: the update is scaled by ``alpha / rank``.
-            targets: the endings of the adapted layers' diffusers paths.
+            targets: the endings of the adapted layers' paths; empty for every linear layer of the network's blocks.
             seed: of the down half.
 
         Raises:
             ValueError: no layer's path ends with a target.
         """
-        chosen = {path: layer for path, layer in self.layers.items() if _is_called(path, targets)}
+        chosen = {
+            path: layer
+            for path, layer in self.layers.items()
+            if (_is_called(path, targets) if targets else _is_in_a_block(layer))
+        }
+        if not chosen:
+            raise ValueError(
+                f"This model has no layers that can get a LoRA: {len(self.layers)} were found, none in a list of "
+                "blocks. Use another model."
+            )
         for target in targets:
             if not any(_is_called(path, [target]) for path in chosen):
                 names = sorted({path.rsplit(".", 1)[-1] for path in self.layers} - {str(index) for index in range(10)})
@@ -253,3 +277,7 @@ class ModelAdapters:
 
 def _is_called(path: str, targets: Sequence[str]) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _is_in_a_block(layer: Layer) -> bool:
+    return IN_A_BLOCK.search(layer.path) is not None and not isinstance(layer.module, nn.Conv2d)

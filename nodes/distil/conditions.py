@@ -32,6 +32,9 @@ FIELDS = {
 # PixArt's two size conditions share one field: (height, width, aspect ratio).
 SIZES = {"c_size": 2, "c_ar": 1}
 
+# Lumina and Z-Image are told how many tokens the prompt has. A batch is split by this number anyway.
+TOKEN_COUNT = "num_tokens"
+
 # Entries that limit a CONDITIONING to a part of the picture or of the sampling, or that depend on the noisy latent.
 PARTIAL = ("area", "mask", "gligen", "control", "hooks", "start_percent", "end_percent", "default")
 
@@ -83,6 +86,8 @@ def _read_entry(
     )
     parts: dict[str, Tensor] = {}
     for name, condition in encoded["model_conds"].items():
+        if name == TOKEN_COUNT:
+            continue
         value = condition.process_cond(batch_size=rows, area=None).cond
         if not isinstance(value, Tensor) or name not in (*FIELDS, *SIZES):
             raise ValueError(

@@ -9,6 +9,7 @@ denoised latent have no effect.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from ...flash_core.denoiser import Conditioning, Role
 from ...flash_core.lora import LoraModule
 from ...flash_core.process import NUM_TIMESTEPS, Process, broadcast
+from ..shared.model_facts import has_frames
 from ..shared.process import process_of
 from .adapters import ModelAdapters
-from .conditions import by_token_count, model_arguments, read_conditionings
+from .conditions import TOKEN_COUNT, by_token_count, model_arguments, read_conditionings
 from .features import Tap, capture, taps
 
 # Networks without in-place operations on tensors that the backward pass needs. Other networks (Flux) and patches have
@@ -60,6 +62,8 @@ class ModelDenoiser:
         self._sampling = model.get_model_object("model_sampling")
         self._process = process_of(self._sampling, to_distil=True)
         self._adapters = ModelAdapters(model, self.device)
+        self._has_frames = has_frames(model)
+        self._counts_tokens = TOKEN_COUNT in inspect.signature(self._network.forward).parameters
         self._options: dict[str, Any] | None = None  # ComfyUI's model options, inside the context
         self._stack = ExitStack()
 
@@ -141,9 +145,23 @@ class ModelDenoiser:
     # -- ComfyUI's latents and conditionings -----------------------------------------------------------------------
 
     def latents(self, samples: Tensor) -> Tensor:
-        """Scale a LATENT's samples (B, C, h, w) for the network: float32, on the model's device."""
+        """Scale a LATENT's samples (B, C, h, w) or (B, C, 1, h, w) for the network: (B, C, h, w), float32.
+
+        Raises:
+            ValueError: a sample has several frames.
+        """
+        if self._has_frames and samples.shape[2] != 1:
+            raise ValueError(
+                f"These latents have {samples.shape[2]} frames; expected 1, a picture. Choose one with Latent Cut."
+            )
         scaled: Tensor = self.patcher.model.process_latent_in(samples)
+        scaled = scaled.squeeze(2) if self._has_frames else scaled
         return scaled.to(self.device, torch.float32, copy=True)
+
+    def comfy_latents(self, latents: Tensor) -> Tensor:
+        """Return latents (B, C, h, w) of the network as ComfyUI's VAE takes them, with a dimension of frames if any."""
+        unscaled: Tensor = self.patcher.model.process_latent_out(latents.unsqueeze(2) if self._has_frames else latents)
+        return unscaled
 
     def conditions(
         self, positive: list[Any], negative: list[Any], latent_shape: tuple[int, ...]
@@ -166,7 +184,8 @@ class ModelDenoiser:
         Args:
             role: ``student`` or ``critic``.
             rank, alpha: the update is scaled by ``alpha / rank``.
-            targets: the endings of the adapted layers' paths, in diffusers' names.
+            targets: the endings of the adapted layers' paths, in diffusers' names; empty for every linear layer of the
+                network's blocks.
             seed: of the down half. Default: 0.
 
         Raises:
@@ -197,8 +216,13 @@ class ModelDenoiser:
         return self._adapters.parameters(role)
 
     def adapter(self, role: Role) -> dict[str, LoraModule]:
-        """A role's adapter by diffusers' module path, for :func:`~..flash_core.lora.write_lora`."""
+        """A role's adapter by module path, for :func:`~..flash_core.lora.write_lora`."""
         return self._adapters.modules(role)
+
+    @property
+    def names_are_native(self) -> bool:
+        """Whether the paths of adapters are ComfyUI's own: it knows no diffusers names for this family."""
+        return self._adapters.native
 
     # -- the call --------------------------------------------------------------------------------------------------
 
@@ -229,6 +253,7 @@ class ModelDenoiser:
         comfy.model_management.throw_exception_if_processing_interrupted()
         model = self.patcher.model
         x, sigma = model_input(self._sampling, self._process, z_t, t)
+        x = x.unsqueeze(2) if self._has_frames else x
         transformer_options = {
             **options.get("transformer_options", {}),
             "cond_or_uncond": [0],  # the whole batch is one prompt to ComfyUI
@@ -237,6 +262,8 @@ class ModelDenoiser:
             "optimized_attention_override": _differentiable_attention,
         }
         arguments = {**model_arguments(conditioning), "transformer_options": transformer_options}
+        if self._counts_tokens and conditioning.cross_attention is not None:
+            arguments[TOKEN_COUNT] = conditioning.cross_attention.shape[1]
         outputs: list[Tensor] = []
         handle = self._network.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
@@ -255,7 +282,8 @@ class ModelDenoiser:
                 f"{len(places)} hidden states; expected one call and all hidden states. A patch of this MODEL calls "
                 "the network or its blocks in its own way. Remove this patch before you distil."
             )
-        return [outputs[0].float(), *states]
+        output = outputs[0].squeeze(2) if self._has_frames else outputs[0]
+        return [output.float(), *states]
 
 
 def model_input(sampling: Any, process: Process, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

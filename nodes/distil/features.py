@@ -60,7 +60,7 @@ def taps(network: nn.Module) -> list[Tap]:
     if not blocks:
         raise ValueError(
             f"The adversarial loss needs hidden states, but the layout of {type(network).__name__} is unknown; "
-            f"expected a UNet or a transformer with {', '.join(STACKS)}. Set the adversarial weight to 0."
+            f"expected a UNet or a transformer with {', '.join(STACKS)}. Turn 'adversarial' off."
         )
     return [Tap(block, _TOKENS[stack]) for stack, block in (blocks[index] for index in feature_depths(len(blocks)))]
 

@@ -14,11 +14,11 @@ from comfy_api.v0_0_2 import io
 from ..lora.loaded import LOADED_KEY, check_single_flash
 from ..lora.patches import apply_lora
 from ..shared.inputs import MAX_SEED, fixed_latent
-from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_vae, model_base, native_side
+from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_vae, model_base
 from ..shared.process import process_of
-from ..shared.prompts import check_channels, check_prompts
+from ..shared.prompts import check_channels, check_prompts, encoded
 from ..shared.schema import advanced, node_schema, show_text
-from ..shared.sizes import PIXELS, check_size
+from ..shared.sizes import latent_shape
 from .lora_output import FlashLora
 from .training.settings import PRESET_NAMES, PresetName, choose_settings, usual_for
 
@@ -250,7 +250,7 @@ class FlashDistill(io.ComfyNode):
         """Train, or go on with a run of the same inputs; see :func:`~.run.distil`."""
         from .run import Request, distil  # loads the method: not needed at ComfyUI's start
 
-        check_makes_pictures(model, "Flash Distill")
+        check_makes_pictures(model, "Flash Distill", with_frames=True)
         check_single_flash(model, model.get_attachment(LOADED_KEY) or (), ["the one that Flash Distill would make"])
         if vae is not None:
             check_vae(vae, model)
@@ -258,7 +258,7 @@ class FlashDistill(io.ComfyNode):
         positive, negative = encoded(prompts, clip, positive, negative)
         check_prompts(model, positive=positive, negative=negative)
         given = None if latents is None else fixed_latent(model, latents)
-        shape = latent_shape(model, width, height) if given is None else tuple(given.shape[1:])
+        shape = latent_shape(model, width, height) if given is None else (given.shape[1], *given.shape[-2:])
         check_channels(model, (1, *shape), positive=positive, negative=negative)
         network = model.model.diffusion_model
         usual = usual_for(model_base(model), flow=flow, transformer=not hasattr(network, "input_blocks"))
@@ -291,46 +291,3 @@ class FlashDistill(io.ComfyNode):
         patched.set_attachments(METADATA_KEY, result.file.metadata)
         lora = FlashLora.of_file(result.path, name)
         return io.NodeOutput(patched, lora, result.picture, result.text, {"loss": result.losses})
-
-
-def encoded(
-    prompts: str, clip: CLIP | None, positive: list[Any] | None, negative: list[Any] | None
-) -> tuple[list[Any], list[Any]]:
-    """Return the prompts' conditions, one entry a line, and the negative prompt's.
-
-    Raises:
-        ValueError: there is no prompt, or something must be encoded and no CLIP is connected.
-    """
-    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-    if positive is None and not lines:
-        raise ValueError("There is no prompt. Write prompts, one a line, or connect encoded prompts to 'positive'.")
-    if clip is None and (positive is None or negative is None):
-        raise ValueError(
-            "No CLIP is connected, which encodes the prompts. Connect the checkpoint's CLIP to 'clip'; or connect "
-            "encoded prompts to both 'positive' and 'negative'."
-        )
-
-    def encode(text: str) -> list[Any]:
-        assert clip is not None
-        conditioning: list[Any] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-        return conditioning
-
-    if positive is None:
-        positive = [entry for line in lines for entry in encode(line)]
-    return positive, encode("") if negative is None else negative
-
-
-def latent_shape(model: ModelPatcher, width: int, height: int) -> tuple[int, ...]:
-    """Return (C, h, w) of the latents to train on; 0 is the model's own side.
-
-    Raises:
-        ValueError: ComfyUI cannot evaluate the model at this size.
-    """
-    side = native_side(model)
-    latent_format = model.get_model_object("latent_format")
-    pixels = getattr(latent_format, "spacial_downscale_ratio", PIXELS)
-    height, width = ((given or side) // pixels for given in (height, width))
-    if min(height, width) == 0:
-        raise ValueError(f"A side is below {pixels} pixels. Choose larger sides, or 0 for the model's own.")
-    check_size(model, height, width)
-    return (int(latent_format.latent_channels), height, width)

@@ -32,6 +32,7 @@ from .training.state import RunFolder, safe_name
 PREVIEW_SIDE = 768  # pixels, at most, of the live preview
 SHOW_SECONDS = 1.0  # between two texts on the node's face
 BEST_STEPS = 4
+NATIVE_COMPONENT = "diffusion_model"  # of keys with ComfyUI's own names, which its loader takes for every family
 BEFORE = "errors before"  # the note with the figures of the model without the LoRA
 
 
@@ -112,7 +113,8 @@ def distil(request: Request, tell: Callable[[str], None]) -> Result:
             picture = report_picture(bench, face.decode, training.losses)
         metadata = metadata_of(request, denoiser, training, of_model)
         transformer = is_transformer({flat_name(path): module for path, module in modules.items()})
-        write_lora(folder.lora, modules, metadata, transformer=transformer)
+        component = NATIVE_COMPONENT if denoiser.names_are_native else None
+        write_lora(folder.lora, modules, metadata, transformer=transformer, component=component)
     text = report_text(request, training, started_at, folder, training.notes[BEFORE], after)
     return Result(read_lora(folder.lora, mapped=False), folder.lora, picture, text, training.losses)
 
@@ -273,8 +275,8 @@ def decoder(request: Request, denoiser: ModelDenoiser) -> Decode | None:
     def by_vae(latents: Tensor) -> Tensor:
         assert vae is not None
         with denoiser.other_models():
-            pictures: Tensor = vae.decode(model.process_latent_out(latents))
-        return pictures[..., :3].clone()
+            pictures: Tensor = vae.decode(denoiser.comfy_latents(latents))
+        return pictures.reshape(-1, *pictures.shape[-3:])[..., :3].clone()  # a video model's VAE keeps the frames
 
     if vae is not None:
         return by_vae

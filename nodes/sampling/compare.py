@@ -325,8 +325,13 @@ def parse_steps(text: str) -> list[int]:
     return counts
 
 
-def check_models(model: ModelPatcher, flash_model: ModelPatcher) -> None:
-    """Raise ValueError where the models cannot share a prompt and a latent, or do not make pictures."""
+def check_models(model: ModelPatcher, flash_model: ModelPatcher, node: str = "Flash Compare", **pictures: bool) -> None:
+    """Raise ValueError where the models cannot share a prompt and a latent, or do not make pictures.
+
+    Args:
+        node: name of the node that asks. Default: Flash Compare.
+        pictures: see :func:`~..shared.model_facts.check_makes_pictures`.
+    """
     families = [describe_model(one) for one in (model, flash_model)]
     channels = [one.model.model_config.unet_config.get("in_channels") for one in (model, flash_model)]
     if channels[0] != channels[1]:
@@ -336,12 +341,17 @@ def check_models(model: ModelPatcher, flash_model: ModelPatcher) -> None:
             f"The models are of different families: 'model' is {families[0]}, 'flash_model' is {families[1]}. Connect "
             "one checkpoint to 'model', and the same checkpoint through Flash LoRA Loader to 'flash_model'."
         )
-    check_makes_pictures(model, "Flash Compare")
+    check_makes_pictures(model, node, **pictures)
 
 
 def notes(model: ModelPatcher, flash_model: ModelPatcher, seed: int) -> list[str]:
     """Notes under the table on the seed and the two models."""
-    found = [f"All runs start from the same noise (seed {seed})."]
+    return [f"All runs start from the same noise (seed {seed}).", *model_notes(model, flash_model)]
+
+
+def model_notes(model: ModelPatcher, flash_model: ModelPatcher) -> list[str]:
+    """Notes on two models that are no teacher and few-step model, or on a LoRA that is made for guidance."""
+    found = []
     if model.is_clone(flash_model) and model.patches_uuid == flash_model.patches_uuid:
         found.append(
             "NOTE: 'model' and 'flash_model' are the same model, so this table compares only samplers. Put Flash LoRA "

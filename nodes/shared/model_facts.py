@@ -14,6 +14,8 @@ CONCAT_KEY = "noise_concat"
 # preset that it was taken for. A model has one of them at most.
 METADATA_KEY = "flash_metadata"
 PRESET_KEY = "flash_preset"
+# ComfyUI's classes of models that draw single pictures, in the latents of a video model's VAE.
+PICTURES_WITH_FRAMES = {"QwenImage"}
 
 CHANNELS_PER_BLOCK = 64  # of SD3's transformers: the image stream is as many times 64 channels wide as they have blocks
 
@@ -88,9 +90,21 @@ def check_vae(vae: VAE, model: ModelPatcher) -> None:
         )
 
 
-def check_makes_pictures(model: ModelPatcher, node: str) -> None:
-    """Raise ValueError where the model makes video or audio; ``node`` is the name of the node that asks."""
+def has_frames(model: ModelPatcher) -> bool:
+    """Return whether the model's latents have a dimension of frames, (B, C, frames, h, w)."""
+    return int(model.get_model_object("latent_format").latent_dimensions) == 3
+
+
+def check_makes_pictures(model: ModelPatcher, node: str, *, with_frames: bool = False) -> None:
+    """Raise ValueError where the model makes video or audio.
+
+    Args:
+        node: name of the node that asks.
+        with_frames: allow models of pictures whose latents have a dimension of frames. Default: False.
+    """
     dimensions = model.get_model_object("latent_format").latent_dimensions
+    if with_frames and type(model.model).__name__ in PICTURES_WITH_FRAMES:
+        return
     if dimensions != 2:
         raise ValueError(
             f"This model's latents have {dimensions} dimensions; expected 2, a picture's. {node} works with models "

@@ -1,4 +1,4 @@
-"""Check that prompts belong to the MODEL: the widths of their embeddings, and the input channels that they bring."""
+"""Encode a list of prompts, and check that prompts belong to the MODEL: their widths and their input channels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import comfy.model_base
 import comfy.utils
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 
 from .model_facts import CONCAT_KEY, describe_model, further_channels
 
@@ -155,3 +156,30 @@ def fills_channels(model: ModelPatcher) -> bool:
     if model.model.concat_keys or kind.concat_cond is not base.concat_cond:
         return True
     return isinstance(model.model.diffusion_model, UNetModel) and kind.extra_conds is not base.extra_conds
+
+
+def encoded(
+    prompts: str, clip: CLIP | None, positive: list[Any] | None, negative: list[Any] | None
+) -> tuple[list[Any], list[Any]]:
+    """Return the prompts' conditions, one entry a line, and the negative prompt's.
+
+    Raises:
+        ValueError: there is no prompt, or something must be encoded and no CLIP is connected.
+    """
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if positive is None and not lines:
+        raise ValueError("There is no prompt. Write prompts, one a line, or connect encoded prompts to 'positive'.")
+    if clip is None and (positive is None or negative is None):
+        raise ValueError(
+            "No CLIP is connected, which encodes the prompts. Connect the checkpoint's CLIP to 'clip'; or connect "
+            "encoded prompts to both 'positive' and 'negative'."
+        )
+
+    def encode(text: str) -> list[Any]:
+        assert clip is not None
+        conditioning: list[Any] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        return conditioning
+
+    if positive is None:
+        positive = [entry for line in lines for entry in encode(line)]
+    return positive, encode("") if negative is None else negative

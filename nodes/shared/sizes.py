@@ -8,7 +8,7 @@ from typing import Any
 import comfy.model_base
 from comfy.model_patcher import ModelPatcher
 
-from .model_facts import family_name
+from .model_facts import family_name, native_side
 
 PIXELS = 8  # for each latent position, in the families with limits
 # ComfyUI's PixArt divides by round(mean of the latent's sides / 64), which is 0 below this sum of both sides.
@@ -84,3 +84,19 @@ def check_size(model: ModelPatcher, height: int, width: int) -> None:
             f"ComfyUI needs {sizes.words()}. Choose such a size, best one near the model's own. Flash Upscale enlarges "
             "pictures to any size."
         )
+
+
+def latent_shape(model: ModelPatcher, width: int, height: int) -> tuple[int, ...]:
+    """Return (C, h, w) of the latents of a picture; 0 is the model's own side.
+
+    Raises:
+        ValueError: ComfyUI cannot evaluate the model at this size.
+    """
+    side = native_side(model)
+    latent_format = model.get_model_object("latent_format")
+    pixels = getattr(latent_format, "spacial_downscale_ratio", PIXELS)
+    height, width = ((given or side) // pixels for given in (height, width))
+    if min(height, width) == 0:
+        raise ValueError(f"A side is below {pixels} pixels. Choose larger sides, or 0 for the model's own.")
+    check_size(model, height, width)
+    return (int(latent_format.latent_channels), height, width)

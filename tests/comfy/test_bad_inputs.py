@@ -219,6 +219,16 @@ TABLE: dict[str, dict[str, Row]] = {
         "a name that is a path": ["The name is '/tmp/lora'"],
         "an empty name": ["The name is ''"],
     },
+    "FlashEvaluate": {
+        "no prompts": NO_PROMPT,
+        "no prompts: text": ["There is no prompt", "one a line"],
+        "too few pictures": ["1 prompt with 4 pictures each are 4 pictures a run; expected 8", "raise per_prompt"],
+        "wrong model family": ["of different families", "Flash LoRA Loader"],
+        "wrong model family: text": OTHER_TEXT,
+        "wrong model family: further channels": NO_CHANNELS,
+        "VAE of another model": OTHER_VAE,
+        "9 steps": ["flash_steps lists '9'", "1 to 8"],
+    },
     "FlashDemoModels": {},
 }
 # Nodes whose own test has such a table for all of its inputs.

@@ -22,6 +22,7 @@ NODES = {
     "FlashConcatConditioning",
     "FlashDemoModels",
     "FlashDistill",
+    "FlashEvaluate",
     "FlashFaceSwapPrepare",
     "FlashInpaintPrepare",
     "FlashInpaintStitch",

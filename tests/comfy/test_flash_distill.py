@@ -23,6 +23,8 @@ from .inside_comfyui import run_inside
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
 FAMILIES = ("sd15", "sdxl", "pixart_sigma", "sd3", "flux")
+# In ComfyUI's own classes: a LoRA with ComfyUI's names, with diffusers' names, and latents with a dimension of frames.
+NATIVE = ("z_image", "chroma", "qwen_image")
 POOLED = {"sdxl": POOLED_WIDTH, "sd3": SD3_POOLED_WIDTH, "flux": SD3_POOLED_WIDTH}
 PROMPTS, TOKENS = 2, 6
 # The families of text to image that the trainer has a teacher of.
@@ -54,7 +56,7 @@ def facts(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict
     """Run the script in ComfyUI's process and return its facts."""
     folder = tmp_path_factory.mktemp("flash_distill")
     write_families(folder, FAMILIES)
-    return json.loads(run_inside(runtime, "flash_distill.py", folder, "demo", *FAMILIES).splitlines()[-1])
+    return json.loads(run_inside(runtime, "flash_distill.py", folder, "demo", *FAMILIES, *NATIVE).splitlines()[-1])
 
 
 def figures(text: str) -> dict[int, tuple[float, float]]:
@@ -145,7 +147,7 @@ def test_a_damaged_state_raises_a_readable_error(facts) -> None:
 # -- every family ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *NATIVE])
 def test_the_loss_falls_and_the_model_keeps_its_bits(facts, family: str) -> None:
     losses = facts[family]["losses"]
     third = len(losses) // 3
@@ -153,7 +155,7 @@ def test_the_loss_falls_and_the_model_keeps_its_bits(facts, family: str) -> None
     assert facts[family]["unchanged"]
 
 
-@pytest.mark.parametrize("family", ["demo", *FAMILIES])
+@pytest.mark.parametrize("family", ["demo", *FAMILIES, *NATIVE])
 def test_the_saved_lora_loads_whole_everywhere(facts, family: str) -> None:
     found = facts[family]["loads"]
     assert f"matched: {found['layers']}/{found['layers']}" in found["report"]

@@ -1,4 +1,4 @@
-"""Flash Distill and Flash Save LoRA through the server: previews, an interrupt, and the same bits after it."""
+"""Flash Distill, Save LoRA and Evaluate through the server: previews, an interrupt, and the same bits after it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from . import prompts
-from .client import Client
+from .client import Client, Run
 
 pytestmark = pytest.mark.comfy
 
@@ -39,6 +39,14 @@ def workflow(name: str) -> prompts.Prompt:
             **{"seed": 1, "steps": 2, "guidance": 1.0, "denoise": 1.0},
         ),
         "latent": node("SaveLatent", samples=["sampler", 0], filename_prefix=name),
+        "evaluate": node(
+            "FlashEvaluate",
+            **{"model": ["models", 0], "flash_model": ["distil", 0], "vae": ["models", 2], "clip": ["models", 1]},
+            **{"prompts": "red apple\nunicorn\nfox\nheart", "per_prompt": 2, "flash_steps": "1, 2", "seed": 3},
+            **{"width": 64, "height": 64, "teacher_steps": 3},
+        ),
+        "grid": node("SaveImage", images=["evaluate", 0], filename_prefix=name),
+        "figures": node("PreviewAny", source=["evaluate", 1]),
     }
 
 
@@ -50,6 +58,8 @@ def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: C
     assert len(whole.previews) >= UPDATES // 2
     assert len({picture.tobytes() for picture in whole.previews}) > 1
     assert "saved as whole.safetensors" in whole.texts["save"]
+
+    check_evaluation(client, whole)
 
     stopped = client.run(workflow("stopped"), interrupt_at_step=3, of=UPDATES)
     assert stopped.interrupted
@@ -66,3 +76,26 @@ def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: C
     assert torch.equal(client.latent(whole, "latent"), client.latent(resumed, "latent"))
     listed = client.object_info()["FlashLoraLoader"]["input"]["required"]["lora_name"]
     assert "stopped.safetensors" in str(listed)
+
+
+def check_evaluation(client: Client, run: Run) -> None:
+    """Check what Flash Evaluate says of the LoRA, and that its progress has an end."""
+    (text,) = run.outputs["figures"]["text"]
+    assert "4 prompts, 2 pictures of 64 x 64 pixels of each prompt in every run" in text
+    assert "teacher: 3 steps of dpmpp_2m, simple, at guidance 3" in text  # as the LoRA was trained
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    assert [row[:4] for row in rows[2:]] == [
+        ["teacher", "3", "3", "6"],
+        ["Flash", "1", "1", "1"],
+        ["Flash", "2", "1", "2"],
+        ["model", "1", "1", "1"],
+        ["model", "2", "1", "2"],
+        ["model", "1", "3", "2"],
+    ]
+    assert "At 1 step Flash is" in run.texts["evaluate"]
+    assert "At 2 steps Flash is" in run.texts["evaluate"]
+    assert "NOTE: 8 pictures a run are few" in text
+    passes = 4 * (2 * 3 + 2 * (1 + 2) + 1)  # of 4 prompts: the teacher twice, Flash and the model, once with guidance
+    assert (passes, passes) in run.progress
+    (grid,) = client.images(run, "grid")
+    assert grid.width == 4 + 6 * (120 + 4)

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nodes.lora", "nodes.demo"),
     ("nodes.sampling",),
     ("nodes.distil.training",),
-    ("nodes.picture", "nodes.control", "nodes.distil"),
+    ("nodes.picture", "nodes.control", "nodes.distil", "nodes.evaluate"),
     ("nodes",),
     # trainer
     ("trainer.errors", "trainer.interrupts", "trainer.progress", "trainer.seeds", "trainer.pictures"),

@@ -65,7 +65,7 @@ class Usual:
     Attributes:
         guidance: the teacher's guidance scale, ``uncond + w (cond - uncond)``; 1 is off.
         teacher_steps: K, steps of the teacher from noise to picture, a multiple of 4.
-        targets: endings of the adapted layers' names.
+        targets: endings of the adapted layers' names; empty for every linear layer of the blocks.
     """
 
     guidance: float
@@ -210,10 +210,13 @@ def whole_by_size(table: Mapping[float, float], parameters: float) -> int:
 
 
 def usual_for(family: str | None, *, flow: bool, transformer: bool) -> Usual:
-    """Return what is usual for a family; for an unknown family what is usual for its kind."""
+    """Return what is usual for a family; for an unknown family what is usual for its kind.
+
+    Transformers of unknown families name their layers in many ways, so all linear layers of their blocks are adapted.
+    """
     if family in FAMILIES:
         return FAMILIES[family]
-    return Usual(4.5, 28, MMDIT_TARGETS) if flow else Usual(7, 16, PIXART_TARGETS if transformer else UNET_TARGETS)
+    return Usual(4.5 if flow else 7.0, 28 if flow else 16, () if transformer else UNET_TARGETS)
 
 
 def choose_settings(

@@ -277,6 +277,30 @@ def distil_cases(given: Given) -> dict[str, Case]:
     }
 
 
+def evaluate_cases(given: Given) -> dict[str, Case]:
+    """List the cases of Flash Evaluate."""
+    from dropped_in.nodes.evaluate.node import FlashEvaluate
+
+    def run(**changes: Any) -> Tensor:
+        values = {"model": given.teacher, "flash_model": given.model, "vae": given.vae, "prompts": "", "per_prompt": 8}
+        values |= {"positive": given.prompt, "negative": given.prompt, "flash_steps": "1", "seed": 3, **changes}
+        return FlashEvaluate.execute(**values).args[0]
+
+    evaluate = "FlashEvaluate, "
+    return {
+        f"{evaluate}no prompts": lambda: run(positive=[]),
+        f"{evaluate}no prompts: text": lambda: run(positive=None, prompts=" \n "),
+        f"{evaluate}too few pictures": lambda: run(per_prompt=4),
+        f"{evaluate}wrong model family": lambda: run(flash_model=given.other),
+        f"{evaluate}wrong model family: text": lambda: run(positive=[[torch.zeros(1, 7, 768), {}]]),
+        f"{evaluate}wrong model family: further channels": lambda: run(
+            model=given.face_swap, flash_model=given.face_swap
+        ),
+        f"{evaluate}VAE of another model": lambda: run(vae=OtherVAE()),
+        f"{evaluate}9 steps": lambda: run(flash_steps="1, 9"),
+    }
+
+
 def main(comfyui: Path, root: Path, folder: Path) -> None:
     """Run every case of every node."""
     boot(comfyui, root)
@@ -299,6 +323,7 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
             upscale_cases,
             lora_cases,
             distil_cases,
+            evaluate_cases,
         ):
             for name, case in cases(given).items():
                 call, expected = case if isinstance(case, tuple) else (case, None)

@@ -2,8 +2,9 @@
 
 python flash_distill.py COMFYUI ROOT FOLDER FAMILY...
 
-A FAMILY is "demo", or one of ``tests/families``. FOLDER holds for each of these the diffusers network,
-``FAMILY.safetensors`` and ``FAMILY.json``, and a batch of conditions, ``FAMILY.given.safetensors``.
+A FAMILY is "demo", one of ``tests/families``, or one of ``tiny_native.py``. FOLDER holds for each of ``tests/families``
+the diffusers network, ``FAMILY.safetensors`` and ``FAMILY.json``, and a batch of conditions,
+``FAMILY.given.safetensors``.
 The last line on the output is a JSON object of facts.
 """
 
@@ -201,8 +202,8 @@ def trained_without_flash(model: Any) -> Any:
     return clone
 
 
-def tiny(family: str, folder: Path) -> dict[str, Any]:
-    """Distil a tiny model of a family from CONDITIONING."""
+def given_family(family: str, folder: Path) -> tuple[Any, list, list, tuple[int, ...]]:
+    """Return a family's MODEL, positive and negative CONDITIONING, and the shape of a latent."""
     import torch
     from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
     from safetensors.torch import load_file
@@ -219,7 +220,24 @@ def tiny(family: str, folder: Path) -> dict[str, Any]:
         for row in range(len(given["tokens"]))
     ]
     negative = [[given["empty"], {name: torch.zeros_like(value[:1]) for name, value in extras.items()}]]
-    shape = tuple(given["z0"].shape[1:])
+    return model, positive, negative, tuple(given["z0"].shape[1:])
+
+
+def native_family(family: str) -> tuple[Any, list, list, tuple[int, ...]]:
+    """Return the same of a family in ComfyUI's own classes."""
+    from tiny_native import native_model, native_prompts
+
+    model = native_model(family)
+    channels, dimensions = model.model.latent_format.latent_channels, model.model.latent_format.latent_dimensions
+    return model, *native_prompts(2), (channels, *([1] * (dimensions - 2)), 8, 8)
+
+
+def tiny(family: str, folder: Path) -> dict[str, Any]:
+    """Distil a tiny model of a family from CONDITIONING."""
+    import torch
+
+    here = (folder / f"{family}.json").is_file()
+    model, positive, negative, shape = given_family(family, folder) if here else native_family(family)
     draw = lambda one: sampled(one, positive[:1], negative, shape)  # noqa: E731
     before = draw(model)
     trained, lora, picture, text, losses = distil(
@@ -227,8 +245,8 @@ def tiny(family: str, folder: Path) -> dict[str, Any]:
         name=family,
         positive=positive,
         negative=negative,
-        width=8 * shape[2],
-        height=8 * shape[1],
+        width=8 * shape[-1],
+        height=8 * shape[-2],
         rank=4,
         learning_rate=1e-2,
         updates=FALLS_IN,
