@@ -39,6 +39,7 @@ class Layer:
         module: ComfyUI's linear layer (or a quantised one, with the same attributes) or convolution with the layer.
         start, length: the layer's rows of the module's weight: all rows, or a slice of a fused weight.
         rows: reorders an update's rows from diffusers' order to ComfyUI's; None if the orders are equal.
+        alias: whether ComfyUI lists some of these rows under an earlier name too.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Layer:
     start: int
     length: int
     rows: Callable[[Tensor], Tensor] | None = None
+    alias: bool = False
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of a LoRA's halves, down and up."""
@@ -72,7 +74,8 @@ def adaptable_layers(model: ModelPatcher) -> tuple[dict[str, Layer], bool]:
         }, True
     places = model_layers(model)
     layers = {}
-    for path in sorted(names):  # ComfyUI's sets have another order in each run, but seeded draws need a fixed order
+    taken: dict[nn.Module, list[range]] = defaultdict(list)
+    for path in names:
         target = places.get(flat_name(path))
         if target is None:  # a layer that only other models of the architecture have
             continue
@@ -85,8 +88,11 @@ def adaptable_layers(model: ModelPatcher) -> tuple[dict[str, Layer], bool]:
         if piece is not None and piece[0] != 0:
             continue
         _, start, length = piece or (0, 0, width)
-        layers[path] = Layer(path, module, start, length, function)
-    return layers, False
+        rows = range(start, start + length)
+        alias = any(max(rows.start, other.start) < min(rows.stop, other.stop) for other in taken[module])
+        taken[module].append(rows)
+        layers[path] = Layer(path, module, start, length, function, alias)
+    return dict(sorted(layers.items())), False  # ComfyUI's sets have another order in each run; seeded draws need one
 
 
 def _diffusers_names(base: Any) -> list[str]:
@@ -280,4 +286,4 @@ def _is_called(path: str, targets: Sequence[str]) -> bool:
 
 
 def _is_in_a_block(layer: Layer) -> bool:
-    return IN_A_BLOCK.search(layer.path) is not None and not isinstance(layer.module, nn.Conv2d)
+    return IN_A_BLOCK.search(layer.path) is not None and not layer.alias and not isinstance(layer.module, nn.Conv2d)

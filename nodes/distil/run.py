@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...flash_core.families import name_of
 from ...flash_core.grid import MAX_FEW_STEPS, trailing_timesteps
-from ...flash_core.lora import FlashMetadata, LoraFile, flat_name, is_transformer, read_lora, write_lora
+from ...flash_core.lora import FlashMetadata, LoraFile, read_lora, write_lora
 from ..shared.model_facts import model_base
 from ..shared.schema import count
 from ..shared.sizes import PIXELS
@@ -112,7 +112,7 @@ def distil(request: Request, tell: Callable[[str], None]) -> Result:
             after = list(bench.errors().values())
             picture = report_picture(bench, face.decode, training.losses)
         metadata = metadata_of(request, denoiser, training, of_model)
-        transformer = is_transformer({flat_name(path): module for path, module in modules.items()})
+        transformer = not hasattr(request.model.model.diffusion_model, "input_blocks")  # which UNets have
         component = NATIVE_COMPONENT if denoiser.names_are_native else None
         write_lora(folder.lora, modules, metadata, transformer=transformer, component=component)
     text = report_text(request, training, started_at, folder, training.notes[BEFORE], after)
