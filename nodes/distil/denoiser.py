@@ -29,6 +29,7 @@ from ...flash_core.process import NUM_TIMESTEPS, Process, broadcast
 from ..shared.model_facts import has_frames
 from ..shared.process import process_of
 from .adapters import ModelAdapters
+from .checkpointing import checkpointed
 from .conditions import TOKEN_COUNT, by_token_count, model_arguments, read_conditionings
 from .features import Tap, capture, taps
 
@@ -42,19 +43,22 @@ class ModelDenoiser:
 
     Inside the context inference mode is off, gradients are on (ComfyUI's nodes run in inference mode), and the whole
     model is loaded. After the context, also after an exception or an interrupt, all hooks are removed, and the model's
-    outputs are bit-identical to those before. There is no gradient checkpointing.
+    outputs are bit-identical to those before.
 
     ``teacher`` is the MODEL without an adapter; ``student`` and ``critic`` are the MODEL with the adapter of this name.
     An adapter gets gradients while its role is on, so run the backward pass inside the :meth:`role` block too.
 
     Args:
         model: the MODEL.
+        checkpointing: compute activations again in the backward pass: less memory, more time, the same gradients up to
+                rounding.
+            Default: False.
 
     Raises:
         ValueError: the model's sampling or architecture cannot be distilled.
     """
 
-    def __init__(self, model: ModelPatcher) -> None:
+    def __init__(self, model: ModelPatcher, *, checkpointing: bool = False) -> None:
         if getattr(model, "is_dynamic", bool)():
             model = model.get_non_dynamic_delegate()  # newer ComfyUI moves weights in and out between calls
         self.patcher = model
@@ -62,6 +66,7 @@ class ModelDenoiser:
         self._sampling = model.get_model_object("model_sampling")
         self._process = process_of(self._sampling, to_distil=True)
         self._adapters = ModelAdapters(model, self.device)
+        self._checkpointing = checkpointing
         self._has_frames = has_frames(model)
         self._counts_tokens = TOKEN_COUNT in inspect.signature(self._network.forward).parameters
         self._options: dict[str, Any] | None = None  # ComfyUI's model options, inside the context
@@ -81,6 +86,8 @@ class ModelDenoiser:
             stack.callback(self.patcher.cleanup)
             self.patcher.pre_run()
             self._adapters.attach()
+            if self._checkpointing:
+                stack.enter_context(checkpointed(self._network))
             stack.enter_context(_training_mode())
             patched = any(options["transformer_options"].get(name) for name in ("patches", "patches_replace"))
             if patched or type(self._network).__name__ not in WRITE_NOTHING_IN_PLACE:

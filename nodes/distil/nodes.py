@@ -24,8 +24,8 @@ from .training.settings import PRESET_NAMES, PresetName, choose_settings, usual_
 
 RUNS = "flash_distill"  # the folder of all runs in ComfyUI's output folder
 OUT_OF_MEMORY = (
-    "Out of memory with {} samples at once. Set at_once to 1, lower width and height, or close other programs. The "
-    "state is kept."
+    "Out of memory with {} samples at once. Turn checkpointing on, set at_once to 1, lower width and height, or close "
+    "other programs. The state is kept."
 )
 PROMPTS = "a red apple\na smiling face\na brown dog"
 
@@ -203,6 +203,14 @@ class FlashDistill(io.ComfyNode):
                     optional=True,
                     tooltip="Updates between two previews; 0: none. It does not change the result.",
                 ),
+                advanced(
+                    io.Boolean.Input,
+                    "checkpointing",
+                    default=False,
+                    optional=True,
+                    tooltip="On: the backward pass computes activations again, block by block. Needs much less memory, "
+                    "and about a third more time. The result differs by rounding only.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -241,6 +249,7 @@ class FlashDistill(io.ComfyNode):
         teacher_steps: int = 0,
         adversarial: bool = False,
         preview_every: int = 25,
+        checkpointing: bool = False,
         clip: CLIP | None = None,
         vae: VAE | None = None,
         positive: list[Any] | None = None,
@@ -280,7 +289,9 @@ class FlashDistill(io.ComfyNode):
             teacher_steps=teacher_steps,
         )
         output = Path(folder_paths.get_output_directory()) / RUNS
-        request = Request(model, positive, negative, given, shape, vae, settings, name, output, preview_every)
+        request = Request(
+            model, positive, negative, given, shape, vae, settings, name, output, preview_every, checkpointing
+        )
         try:
             result = distil(request, lambda text: show_text(cls, text))
         except torch.cuda.OutOfMemoryError:

@@ -50,6 +50,8 @@ class Request:
         name: of the run.
         output: the folder of all runs.
         preview_every: updates between two previews; 0 for none.
+        checkpointing: whether activations are computed again in the backward pass; the result is the same up to
+            rounding.
     """
 
     model: ModelPatcher
@@ -62,6 +64,7 @@ class Request:
     name: str
     output: Path
     preview_every: int
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def distil(request: Request, tell: Callable[[str], None]) -> Result:
         InterruptProcessingException: ComfyUI's, after the state was saved.
     """
     settings = request.settings
-    with ModelDenoiser(request.model) as denoiser:
+    with ModelDenoiser(request.model, checkpointing=request.checkpointing) as denoiser:
         examples = read_examples(denoiser, request)
         of_model = fingerprint_of_model(denoiser)
         identity = Fingerprint().add((of_model, settings, examples))

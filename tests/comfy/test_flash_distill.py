@@ -135,6 +135,12 @@ def test_each_seed_prompt_guidance_and_model_has_a_run_of_its_own(facts) -> None
     assert facts["demo"]["runs"] == 5
 
 
+def test_further_runs_hold_no_more_memory(facts) -> None:
+    first, *others = facts["demo"]["bytes"]
+    assert first > 1e7  # the demo's weights
+    assert others == [first] * 3
+
+
 def test_samples_can_start_at_latents(facts) -> None:
     assert "from your latents, 1 prompt, latents of 8 x 8" in facts["demo"]["latents"]
 
@@ -153,6 +159,14 @@ def test_the_loss_falls_and_the_model_keeps_its_bits(facts, family: str) -> None
     third = len(losses) // 3
     assert sum(losses[-third:]) < 0.95 * sum(losses[:third])
     assert facts[family]["unchanged"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *NATIVE])
+def test_checkpointing_changes_losses_by_rounding_only(facts, family: str) -> None:
+    plain, checkpointed = facts[family]["checkpointed"]
+    assert plain[1] != plain[0]
+    assert checkpointed[0] == plain[0]
+    assert checkpointed[1] == pytest.approx(plain[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["demo", *FAMILIES, *NATIVE])

@@ -21,6 +21,7 @@ PROMPTS = "red apple\nunicorn\nsmiling face\ntangerine"
 SHORT = {"updates": 6, "trajectories": 8, "samples": 4, "at_once": 2, "teacher_steps": 4, "preview_every": 0}
 SHORT |= {"width": 64, "height": 64}
 LEARNS = {"updates": 20, "trajectories": 24, "samples": 8, "preview_every": 0}
+SMALL = {"trajectories": 2, "samples": 2, "teacher_steps": 4, "rank": 4, "preview_every": 0}
 FALLS_IN = 12  # updates of a tiny model
 
 
@@ -75,6 +76,21 @@ def sampled(model: Any, positive: list, negative: list, shape: tuple[int, ...]) 
 def hooks(model: Any) -> int:
     """Return how many hooks the model's modules have."""
     return sum(len(module._forward_hooks) for module in model.model.modules())
+
+
+def bytes_of_tensors() -> int:
+    """Return the memory of all tensors that Python still holds."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for value in gc.get_objects()
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
+    }
+    return sum(storages.values())
 
 
 def loads(model: Any, trained: Any, lora: Any, name: str, draw: Any) -> dict[str, Any]:
@@ -168,8 +184,10 @@ def demo(folder: Path) -> dict[str, Any]:
 
     # Another model, seed or prompt is another run; a style LoRA in the teacher is part of the teacher.
     names = set()
+    facts["bytes"] = []
     for inputs in ({}, {"seed": 1}, {"prompts": "red apple"}, {"guidance": 5.0}):
         distil(model, clip=clip, name="own", **{**SHORT, "updates": 1, "trajectories": 2, "samples": 2, **inputs})
+        facts["bytes"].append(bytes_of_tensors())
     distil(
         trained_without_flash(trained),
         clip=clip,
@@ -255,9 +273,13 @@ def tiny(family: str, folder: Path) -> dict[str, Any]:
         teacher_steps=4,
         preview_every=0,
     )
+    few = {"positive": positive, "negative": negative, "width": 8 * shape[-1], "height": 8 * shape[-2]}
+    few |= {**SMALL, "updates": 2, "learning_rate": 1e-3}
+    twice = [distil(model, name=f"{family} {on}", checkpointing=on, **few)[4]["loss"] for on in (False, True)]
     return {
         "text": text,
         "losses": losses["loss"],
+        "checkpointed": twice,
         "picture": list(picture.shape),
         "unchanged": torch.equal(draw(model), before) and hooks(model) == 0,
         "loads": loads(model, trained, lora, family, draw),
