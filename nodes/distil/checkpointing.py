@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    Tensor.__iadd__: torch.add,
+    Tensor.__imul__: torch.mul,
+    Tensor.add_: torch.add,
+    Tensor.mul_: torch.mul,
+}
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -60,12 +68,28 @@ def _again_in_backward(forward: Callable[..., Any]) -> Callable[..., Any]:
         arguments, named = _kept(arguments), _kept(named)
 
         def call() -> Any:
-            # Some networks add to their inputs in place; the second pass needs them as they were.
-            return forward(*(_own(value) for value in arguments), **{name: _own(part) for name, part in named.items()})
+            with _OutOfPlace():
+                return forward(*_kept(arguments), **_kept(named))
 
         return checkpoint(call, use_reentrant=False, preserve_rng_state=False)
 
     return run
+
+
+class _OutOfPlace(TorchFunctionMode):
+    """Give ``a += b`` and ``a *= b`` new tensors.
+
+    Flux's blocks add to their hidden states in place. A checkpoint keeps no copy of what the backward pass needs of a
+    tensor before that, so its gradients would be wrong, without an error.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operation = OUT_OF_PLACE.get(function)
+        if operation is None:
+            return function(*args, **(kwargs or {}))
+        return operation(*args, **(kwargs or {})).to(args[0].dtype)
 
 
 def _kept(value: Any) -> Any:
@@ -73,8 +97,3 @@ def _kept(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _kept(part) for name, part in value.items()}
     return tuple(_kept(part) for part in value) if type(value) is tuple else value
-
-
-def _own(value: Any) -> Any:
-    """Copy a tensor, and the containers of options."""
-    return value.clone() if isinstance(value, Tensor) else _kept(value)

@@ -162,11 +162,10 @@ def test_the_loss_falls_and_the_model_keeps_its_bits(facts, family: str) -> None
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *NATIVE])
-def test_checkpointing_changes_losses_by_rounding_only(facts, family: str) -> None:
-    plain, checkpointed = facts[family]["checkpointed"]
-    assert plain[1] != plain[0]
-    assert checkpointed[0] == plain[0]
-    assert checkpointed[1] == pytest.approx(plain[1], rel=1e-3)
+def test_checkpointing_runs_blocks_again_and_changes_gradients_by_rounding_only(facts, family: str) -> None:
+    found = facts[family]["checkpointed"]
+    assert found["calls"] == [1, 2]
+    assert found["difference"] < 1e-4
 
 
 @pytest.mark.parametrize("family", ["demo", *FAMILIES, *NATIVE])

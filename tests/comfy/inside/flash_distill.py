@@ -21,7 +21,6 @@ PROMPTS = "red apple\nunicorn\nsmiling face\ntangerine"
 SHORT = {"updates": 6, "trajectories": 8, "samples": 4, "at_once": 2, "teacher_steps": 4, "preview_every": 0}
 SHORT |= {"width": 64, "height": 64}
 LEARNS = {"updates": 20, "trajectories": 24, "samples": 8, "preview_every": 0}
-SMALL = {"trajectories": 2, "samples": 2, "teacher_steps": 4, "rank": 4, "preview_every": 0}
 FALLS_IN = 12  # updates of a tiny model
 
 
@@ -250,6 +249,31 @@ def native_family(family: str) -> tuple[Any, list, list, tuple[int, ...]]:
     return model, *native_prompts(2), (channels, *([1] * (dimensions - 2)), 8, 8)
 
 
+def gradients(
+    model: Any, positive: list, negative: list, shape: tuple[int, ...], checkpointing: bool
+) -> tuple[Any, int]:
+    """Return an adapter's gradients, and how often a layer in a block was called for them."""
+    import torch
+    from dropped_in.nodes.distil.checkpointing import blocks_of
+    from dropped_in.nodes.distil.denoiser import ModelDenoiser
+
+    with ModelDenoiser(model, checkpointing=checkpointing) as denoiser:
+        denoiser.add_adapter("student", 4, 4, ())
+        conditions, _ = denoiser.conditions(positive, negative, shape)
+        z = torch.randn(len(conditions), *shape, generator=torch.Generator().manual_seed(2))
+        calls: list[int] = []
+        block = blocks_of(model.model.diffusion_model)[-1]
+        layer = next(module for module in block.modules() if getattr(module, "out_features", None))
+        handle = layer.register_forward_hook(lambda *_: calls.append(1))
+        with denoiser.role("student"):
+            denoiser.predict(z, torch.full((len(z),), 500.0), conditions).square().mean().backward()
+        handle.remove()
+        found = [
+            value.grad.flatten() for value in denoiser.adapter_parameters("student").values() if value.grad is not None
+        ]
+        return torch.cat(found).clone(), len(calls)
+
+
 def tiny(family: str, folder: Path) -> dict[str, Any]:
     """Distil a tiny model of a family from CONDITIONING."""
     import torch
@@ -273,13 +297,15 @@ def tiny(family: str, folder: Path) -> dict[str, Any]:
         teacher_steps=4,
         preview_every=0,
     )
-    few = {"positive": positive, "negative": negative, "width": 8 * shape[-1], "height": 8 * shape[-2]}
-    few |= {**SMALL, "updates": 2, "learning_rate": 1e-3}
-    twice = [distil(model, name=f"{family} {on}", checkpointing=on, **few)[4]["loss"] for on in (False, True)]
+    small = (shape[0], *shape[-2:])
+    plain, again = (gradients(model, positive, negative, small, on) for on in (False, True))
     return {
         "text": text,
         "losses": losses["loss"],
-        "checkpointed": twice,
+        "checkpointed": {
+            "calls": [plain[1], again[1]],
+            "difference": float((again[0] - plain[0]).norm() / plain[0].norm()),
+        },
         "picture": list(picture.shape),
         "unchanged": torch.equal(draw(model), before) and hooks(model) == 0,
         "loads": loads(model, trained, lora, family, draw),
