@@ -1,4 +1,4 @@
-"""``python -m trainer`` in a clone: load the root package under its name, then run the command line.
+"""``python -m trainer`` in a clone, or this file by its path: load the root package, then run the command line.
 
 The tree is one package whose root is this file's parent folder. In a clone nothing is installed under that name, so it
 is loaded here from its file; an installed copy (wheel or editable) never reaches this path.
@@ -27,5 +27,8 @@ def load_package(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    load_package(Path(__file__).resolve().parent.parent)
+    here = Path(__file__).resolve().parent
+    if sys.path and Path(sys.path[0]).resolve() == here:
+        del sys.path[0]  # started by its path: this folder's files must not pass for libraries of their names
+    load_package(here.parent)
     sys.exit(importlib.import_module(f"{PACKAGE}.trainer.cli").main())

@@ -58,6 +58,7 @@ COMMANDS = {
     "cache": Command("list, check and prune the encoded data on disk", ".data.cache.command"),
     "lora": Command("inspect, convert, merge and shrink LoRA files", ".lora_command"),
     "data": Command("look at training data", commands=DATA_COMMANDS),
+    "needs": Command("say which of the trainer's packages are missing", ".needs"),
     "demo": Command("make the files of the embedded demo again", commands=DEMO_COMMANDS),
 }
 RENAMED = {
@@ -74,13 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="Distil a conditional diffusion model into a LoRA that draws in 1 to 4 steps."
     )
-    _add_commands(parser, COMMANDS, arguments)
-    args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for library in CHATTY_LIBRARIES:
-        logging.getLogger(library).setLevel(logging.WARNING)
     try:
+        _add_commands(parser, COMMANDS, arguments)  # imports the command's module
+        args = parser.parse_args(arguments)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for library in CHATTY_LIBRARIES:
+            logging.getLogger(library).setLevel(logging.WARNING)
         return int(import_module(args.module, __package__).run(args))
+    except ModuleNotFoundError as error:
+        from .needs import NEEDS, missing_packages
+
+        if (sentence := missing_packages()) and (error.name or "").split(".")[0] in NEEDS:
+            return complain(UserError(sentence))
+        raise
     except (UserError, FileNotFoundError) as error:
         return complain(error)
     except ValueError as error:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SIGNALS = ("SIGINT", "SIGTERM")  # by name: a system may lack one
+SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")  # by name: a system may lack one; Windows alone has SIGBREAK
 
 
 class Interrupted(Exception):
@@ -55,7 +55,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self, notice: Callable[[], object]) -> Iterator[None]:
-        """Take Ctrl-C and SIGTERM as requests inside the ``with`` block. For the main thread only.
+        """Take Ctrl-C, SIGTERM and Ctrl-Break as requests inside the ``with`` block. For the main thread only.
 
         The first signal is a request. A second Ctrl-C raises KeyboardInterrupt at once; a second SIGTERM changes
         nothing, because schedulers repeat the signal.

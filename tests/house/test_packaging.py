@@ -17,6 +17,7 @@ from packaging.version import Version
 from PIL import Image
 
 import flash_diffusion
+from flash_diffusion.trainer.needs import NEEDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -137,6 +138,7 @@ def read_toml() -> dict[str, Any]:
 def test_the_oldest_versions_are_the_lower_bounds() -> None:
     project = read_toml()["project"]
     oldest: dict[str, Version] = {}
+    assert sorted(NEEDS.values()) == sorted(project["optional-dependencies"]["trainer"])
     for line in project["dependencies"] + project["optional-dependencies"]["trainer"]:
         requirement = Requirement(line)
         (bound,) = (Version(one.version) for one in requirement.specifier if one.operator == ">=")

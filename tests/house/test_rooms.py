@@ -20,6 +20,7 @@ MOST_FILES = 8  # of a room, beside __init__.py
 LARGER_ROOMS = {
     "flash_core": 12,  # the method: one file for each part that papers name
     "flash_core.lora": 14,  # LoRA files: one file for each step from bytes to weights
+    "trainer": 9,  # the command line, and what every room may use
     "trainer.tasks": 10,  # one file for each task, and their pictures, masks and scores
     "trainer.distill": 13,  # one file for each part of a training run
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,19 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out + captured.err
+
+
+def test_missing_packages_are_told_with_pips_command(tmp_path: Path) -> None:
+    venv.create(tmp_path / "empty")
+    python = tmp_path / "empty" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    for command in ("needs", "distill"):
+        done = subprocess.run(
+            [python, "-I", ROOT / "trainer" / "__main__.py", command], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("flash-diffusion: The trainer needs more packages than ComfyUI")
+        assert f'"{python}" -m pip install "torch>=2.4"' in done.stderr
+        assert '"peft>=0.17,<1"' in done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "commands"), [([], COMMANDS), (["demo"], DEMO_COMMANDS)])

@@ -66,6 +66,10 @@ def test_run_writes_all_its_files(recipe: Recipe, tmp_path: Path) -> None:
     assert {path.name for path in output.iterdir()} >= {
         "lora.safetensors", "README.md", "config.yaml", "log.jsonl", "previews", "tensorboard", "checkpoints",
     }  # fmt: skip
+    progress = json.loads((output / "progress.json").read_text(encoding="utf-8"))
+    assert progress["share"] == 1
+    assert progress["left"] == 0
+    assert progress["note"].startswith("5 updates")
     *lines, last = whole_log(output)
     assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
     assert (last["update"], last["phase"]) == (5, "all")

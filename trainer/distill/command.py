@@ -28,6 +28,7 @@ The run's folder holds:
   README.md          its model card
   config.yaml        every setting of the run
   log.jsonl          losses, health, learning rate and speed
+  progress.json      how far the run is, for programs that follow it
   previews/          sample grids, teacher beside student
   tensorboard/       the same curves and grids
   checkpoints/       for --resume and `flash-diffusion export`

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ..files import write_text_whole, writing
+from ..files import partial_path, write_text_whole, writing
 from ..health.lines import read_lines
 from ..progress import in_words
 
 logger = logging.getLogger(__name__)
 
+PROGRESS = "progress.json"  # where the run is now, for programs that follow it
+TOLD_INTERVAL = 0.5  # seconds between two versions of it
 QUIET_INTERVAL = 20.0  # seconds between lines where the output is no terminal and a bar can't be drawn
 
 
@@ -88,7 +92,7 @@ class TrainingLog:
         self.console = Console(stderr=True)
         self.path = output / "log.jsonl"
         self.kept: list[dict[str, Any]] = []
-        self._shown = time.monotonic()
+        self._shown = self._told = time.monotonic()
         self.curves = output / "tensorboard"
         if active:
             self.kept = self._cut(update)
@@ -154,7 +158,7 @@ class TrainingLog:
                 self.board.flush()
 
     def show(self, share: float, left: float | None, note: str) -> None:
-        """Move the bar; where the output is no terminal, print a line every few seconds instead.
+        """Move the bar and write ``progress.json``; where the output is no terminal, print a line now and then.
 
         Args:
             share: of the whole run, in 0..1.
@@ -163,9 +167,19 @@ class TrainingLog:
         """
         self.progress.update(self._bar, completed=share, left=in_words(left), note=note)
         now = time.monotonic()
+        if self.active and (share >= 1 or now - self._told > TOLD_INTERVAL):
+            self._told = now
+            self._tell({"share": round(share, 4), "left": left, "note": note})
         if self.active and not self.console.is_terminal and now - self._shown > QUIET_INTERVAL:
             self._shown = now
             self.console.print(f"{share:.0%}, {in_words(left)} left: {note}", highlight=False, soft_wrap=True)
+
+    def _tell(self, progress: Mapping[str, Any]) -> None:
+        """Replace ``progress.json``. A failure is no harm: a full disk is found by those who write what lasts."""
+        path = self.path.with_name(PROGRESS)
+        with suppress(OSError):
+            partial_path(path).write_text(json.dumps(progress), encoding="utf-8")
+            os.replace(partial_path(path), path)
 
     def close(self) -> None:
         """Finish TensorBoard's file."""
