@@ -11,6 +11,7 @@ from .demo.node import FlashDemoModels
 from .distil.lora_output import FlashSaveLora
 from .distil.nodes import FlashDistill
 from .evaluate.node import FlashEvaluate
+from .headless.nodes import FlashDistillHeadless, FlashDistillRuns
 from .lora.loader import FlashLoraLoader
 from .lora.stack import FlashLoraStack
 from .picture.concat import FlashConcatConditioning
@@ -37,6 +38,8 @@ NODES: list[type[io.ComfyNode]] = [
     FlashDistill,
     FlashSaveLora,
     FlashEvaluate,
+    FlashDistillHeadless,
+    FlashDistillRuns,
 ]
 
 

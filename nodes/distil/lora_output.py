@@ -37,14 +37,8 @@ class FlashLora(dict[str, Tensor]):
         return cls(*read_safetensors(path), name)
 
 
-def save_to_loras(lora: FlashLora, name: str) -> str:
-    """Write a LoRA into ComfyUI's first folder of LoRAs; a file of that name gets a neighbour with a number.
-
-    Args:
-        name: without ending; may have sub-folders ("mine/fast").
-
-    Returns:
-        The file's name as loaders list it.
+def lora_path(name: str) -> PurePosixPath:
+    """Return the path of a LoRA's file below ComfyUI's first folder of LoRAs, without ending.
 
     Raises:
         ValueError: the name is empty or leads out of the folder.
@@ -57,13 +51,29 @@ def save_to_loras(lora: FlashLora, name: str) -> str:
             f'The name is {name!r}; expected a file name without <>:"|?* that stays in models/loras, such as '
             "my_flash or mine/my_flash. Correct the name."
         )
-    target = root.joinpath(*parts[:-1])
-    if not target.resolve().is_relative_to(root.resolve()):
+    if not (root / relative.parent).resolve().is_relative_to(root.resolve()):
         raise ValueError(f"The name {name!r} leads out of {root} through a link. Choose another folder.")
-    path, number = target / f"{parts[-1]}{SUFFIX}", 0
+    return relative
+
+
+def save_to_loras(lora: FlashLora, name: str) -> str:
+    """Write a LoRA into ComfyUI's first folder of LoRAs; a file of that name gets a neighbour with a number.
+
+    Args:
+        name: without ending; may have sub-folders ("mine/fast").
+
+    Returns:
+        The file's name as loaders list it.
+
+    Raises:
+        ValueError: the name is empty or leads out of the folder.
+    """
+    root, relative = Path(folder_paths.get_folder_paths("loras")[0]), lora_path(name)
+    target = root / relative.parent
+    path, number = target / f"{relative.name}{SUFFIX}", 0
     while path.exists():
         number += 1
-        path = target / f"{parts[-1]}_{number:05}_{SUFFIX}"  # the spelling of core's Save nodes
+        path = target / f"{relative.name}_{number:05}_{SUFFIX}"  # the spelling of core's Save nodes
     save_whole({key: value.clone() for key, value in lora.items()}, path, lora.header)
     folder_paths.filename_list_cache.pop("loras", None)
     return path.relative_to(root).as_posix()

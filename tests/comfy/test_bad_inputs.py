@@ -230,9 +230,10 @@ TABLE: dict[str, dict[str, Row]] = {
         "9 steps": ["flash_steps lists '9'", "1 to 8"],
     },
     "FlashDemoModels": {},
+    "FlashDistillRuns": {},
 }
 # Nodes whose own test has such a table for all of its inputs.
-OWN_TABLE = {"FlashFaceSwapPrepare": "test_face_swap.py"}
+OWN_TABLE = {"FlashFaceSwapPrepare": "test_face_swap.py", "FlashDistillHeadless": "test_headless_inputs.py"}
 HERE = [(node, kind) for node, rows in TABLE.items() for kind, row in rows.items() if isinstance(row, list)]
 
 

@@ -22,6 +22,8 @@ NODES = {
     "FlashConcatConditioning",
     "FlashDemoModels",
     "FlashDistill",
+    "FlashDistillHeadless",
+    "FlashDistillRuns",
     "FlashEvaluate",
     "FlashFaceSwapPrepare",
     "FlashInpaintPrepare",

@@ -36,9 +36,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nodes.sampling",),
     ("nodes.distil.training",),
     ("nodes.picture", "nodes.control", "nodes.distil", "nodes.evaluate"),
+    ("nodes.headless",),
     ("nodes",),
     # trainer
     ("trainer.errors", "trainer.interrupts", "trainer.progress", "trainer.seeds", "trainer.pictures"),
+    ("trainer.needs",),
     ("trainer.files",),
     ("trainer.config",),
     ("trainer.recipes", "trainer.demo"),

@@ -1,0 +1,1 @@
+"""Distil in a process of the trainer that ComfyUI starts, follows and stops."""

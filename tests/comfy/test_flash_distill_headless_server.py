@@ -1,0 +1,84 @@
+"""Flash Distill Headless through the server: a run outlives its ComfyUI, is followed, stopped and resumed exactly."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from . import prompts
+from .client import Client
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+
+WAIT, BACKGROUND = "run and wait", "run in the background"
+PARTS = 1000  # of the node's progress bar
+UPDATES = 30
+
+
+def workflow(name: str, action: str) -> prompts.Prompt:
+    """Return a short headless distillation of the demo."""
+    node = prompts.node
+    return {
+        "distil": node(
+            "FlashDistillHeadless",
+            **{"model": "Flash demo", "prompts": "red apple\nunicorn", "name": name, "preset": "quick try"},
+            **{"resolution": 64, "guidance": 0.0, "seed": 0, "action": action, "updates": UPDATES, "trajectories": 4},
+            **{"at_once": 2, "preview_every": 10},
+        ),
+        "text": node("PreviewAny", source=["distil", 2]),
+        "picture": node("PreviewImage", images=["distil", 1]),
+    }
+
+
+def test_a_run_outlives_its_comfyui_and_resumes_to_the_bits_of_a_run_without_a_stop(
+    runtime: ModuleType, server, client: Client
+) -> None:
+    with runtime.serve(server.base) as first, Client(first) as connected:
+        started = connected.run(workflow("stopped", BACKGROUND))
+        assert started.succeeded, started.error
+        assert "picture" not in started.outputs  # there is no preview yet
+    # The ComfyUI that started it has ended, and this one has never seen it.
+    queued = client.run(workflow("whole", BACKGROUND))
+    assert queued.succeeded, queued.error
+    (text,) = queued.outputs["text"]["text"]
+    assert "whole: waiting: 1 run before it" in text
+
+    client.run(workflow("unwanted", BACKGROUND))
+    unwanted = client.run(workflow("unwanted", "stop"))
+    assert "unwanted: stopped: it was taken out of the queue" in unwanted.outputs["text"]["text"][0]
+
+    stopped = client.run(workflow("stopped", WAIT), interrupt_at_step=1, of=PARTS)
+    assert stopped.interrupted
+    assert "saves a checkpoint" in stopped.texts["distil"]
+
+    resumed = client.run(workflow("stopped", WAIT))
+    assert resumed.succeeded, resumed.error
+    assert len({picture.tobytes() for picture in resumed.previews}) > 1
+    assert (PARTS, PARTS) in resumed.progress
+    (text,) = resumed.outputs["text"]["text"]
+    assert "stopped: done: models/loras/stopped.safetensors" in text
+    runs = server.base / "output" / "flash_distill_headless"
+    (folder,) = runs.glob("stopped-*")
+    (picture,) = client.images(resumed, "picture")
+    with Image.open(max((folder / "previews").iterdir())) as drawn:
+        assert picture.convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
+    assert "the last checkpoint is" in (folder / "trainer.log").read_text(encoding="utf-8")
+
+    whole = client.run(workflow("whole", WAIT))  # it ran while the other one waited
+    assert whole.succeeded, whole.error
+    loras = server.base / "models" / "loras"
+    before, after = (load_file(loras / f"{name}.safetensors") for name in ("whole", "stopped"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert "stopped.safetensors" in str(client.object_info()["FlashLoraLoader"]["input"]["required"]["lora_name"])
+
+    listed = client.run(
+        {"runs": prompts.node("FlashDistillRuns"), "text": prompts.node("PreviewAny", source=["runs", 0])}
+    )
+    lines = listed.outputs["text"]["text"][0].splitlines()
+    assert [line.split("-")[0] for line in lines] == ["whole", "unwanted", "stopped"]
+    assert ["done: models/loras/" in line for line in lines] == [True, False, True]
