@@ -35,7 +35,8 @@ from flash_diffusion.trainer.config import Recipe, parse_recipe
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 PLACES = ("checkpoints", "trajectories", "previews", "-cache", "lora.safetensors", "README.md", "base.json")
-VARYING = ("seconds", "images_per_second")  # of a line of the log
+# Of a line of the log: what the clock decides, and passes for trajectories, which a killed session may have made already.
+VARYING = ("seconds", "images_per_second", "unconditional")
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,15 @@ def different(one: Path, other: Path) -> list[str]:
     ]
     with safe_open(one / "lora.safetensors", "pt") as first, safe_open(other / "lora.safetensors", "pt") as second:
         found += [] if first.metadata() == second.metadata() else ["the LoRA's header"]
-    lines = ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, other))
-    logs = [[{name: value for name, value in line.items() if name not in VARYING} for line in log] for log in lines]
-    return found + ([] if logs[0] == logs[1] else ["the log"])
+    return found + ([] if logged(one) == logged(other) else ["the log"])
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log without what varies."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.get("passes", {}).pop("trajectories", None)
+    return [{name: value for name, value in line.items() if name not in VARYING} for line in lines]
 
 
 def main() -> None:
