@@ -35,7 +35,7 @@ from flash_diffusion.trainer.config import Recipe, parse_recipe
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 PLACES = ("checkpoints", "trajectories", "previews", "-cache", "lora.safetensors", "README.md", "base.json")
-# Of a line of the log: what the clock decides, and passes for trajectories, which a killed session may have made already.
+# Of a line of the log: what the clock decides, and passes for trajectories, which a killed session may have made.
 VARYING = ("seconds", "images_per_second", "unconditional")
 
 
