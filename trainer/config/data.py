@@ -103,7 +103,10 @@ class DataSection(Section):
     pictures_per_prompt: Count = Field(
         1, description="for source prompts: pictures that the teacher draws of each prompt, before training"
     )
-    encode_batch: Count = Field(8, description="images that the VAE encodes at once, before training")
+    encode_batch: Count = Field(
+        8,
+        description="images that are encoded together, before training; large ones reach the VAE in smaller batches",
+    )
     workers: Annotated[int, Field(ge=0)] = Field(
         4,
         description="threads that read and decode pictures while others are encoded; 0 decodes between the batches; "

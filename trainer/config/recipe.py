@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from .data import DATA_FIELDS_OF_0_1, DATA_FIELDS_WITHOUT_EFFECT, DataSection
 from .method import METHOD_FIELDS_OF_0_1, MethodSection
+from .resources import MemorySection, SpeedSection
 from .section import Count, FilePath, Location, Section, Weight
 
 if TYPE_CHECKING:  # flash_core brings torch, too heavy for a help text
@@ -92,6 +93,12 @@ class ModelSection(Section):
     image_adapter: ImageAdapterSection | None = Field(
         None,
         description="an IP-Adapter for a UNet, for tasks that condition on a picture (face-swap with identity: tokens)",
+    )
+    storage: Literal["float8", "int8"] | None = Field(
+        None,
+        description="keep the weights of the base's blocks in 8 bits, and cast each layer's to dtype when it is asked: "
+        "float8 (e4m3fn, as ComfyUI's fp8_e4m3fn) or int8 (a factor for each output channel; closer to the weights); "
+        "the LoRA is then for such a base (default: all weights in dtype)",
     )
     t5: bool = Field(True, description="SD3 only: encode prompts with T5 too; false saves memory")
     style_lora: list[StyleLora] = Field(
@@ -211,6 +218,9 @@ class OptimizerSection(Section):
     decay_from: float = Field(
         0.0, ge=0, lt=1, description="share of the run, 0 to 1, at which cosine starts to fall; flat before"
     )
+    bits: Literal[8, 32] = Field(
+        32, description="of AdamW's two moments; 8 saves 6 of 8 bytes a parameter, and needs bitsandbytes"
+    )
 
 
 class TrajectorySection(Section):
@@ -300,14 +310,6 @@ class CheckpointSection(Section):
     keep: Count = Field(2, description="checkpoints that are kept, the last ones")
 
 
-class SpeedSection(Section):
-    """Switches for speed; the result is the same but for rounding."""
-
-    channels_last: bool = Field(
-        False, description="keep a UNet's weights in the order that GPUs' convolutions prefer (half precision)"
-    )
-
-
 class LimitsSection(Section):
     """Limits of time."""
 
@@ -361,6 +363,7 @@ class Recipe(Section):
     )
     limits: LimitsSection = LimitsSection()
     speed: SpeedSection = SpeedSection()
+    memory: MemorySection = MemorySection()
 
     @model_validator(mode="after")
     def _half_precision_keeps_gradients(self) -> Recipe:
@@ -385,6 +388,19 @@ class Recipe(Section):
             raise ValueError(
                 "sharding: processes that share the base's weights must call it together, but each records "
                 "trajectories of its own; set trajectories.count to 0, or sharding to none"
+            )
+        if self.sharding != "none" and (self.model.storage is not None or self.memory.offload):
+            raise ValueError(
+                "sharding: weights that processes share are neither stored in 8 bits nor moved off the device; leave "
+                "out model.storage and memory.offload, or set sharding to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_waits_elsewhere_is_not_asked(self) -> Recipe:
+        if self.memory.offload and self.asks_vae:
+            raise ValueError(
+                f"memory.offload moves the VAE off the device, and {self.asks_vae}; set memory.offload to false"
             )
         return self
 
@@ -414,6 +430,18 @@ class Recipe(Section):
         return self.method.real == "data" or (not recorded and self.method.states.read_data)
 
     @property
+    def asks_vae(self) -> str:
+        """Why an update asks the VAE, in words; empty if it does not."""
+        if self.data.stream:
+            return "data.stream encodes every batch"
+        return "method.distillation lpips decodes every batch" if self.method.distillation == "lpips" else ""
+
+    @property
+    def encodes_in_stages(self) -> bool:
+        """True where text encoders, VAE and network are on the device one after the other before training."""
+        return not self.data.stream and self.sharding == "none"
+
+    @property
     def updates(self) -> int:
         """The updates of all phases."""
         return sum(phase.updates for phase in self.phases)
@@ -426,11 +454,15 @@ class Recipe(Section):
         """Return a hash of all fields.
 
         Fields of later versions are left out at their defaults, so that recipes of version 0.1 keep their hash. Fields
-        that do not change the result (where the cache is, threads, sharding) are left out.
+        that do not change the result (where the cache is, threads, sharding, memory) are left out.
         """
-        content = self.model_dump(mode="json", exclude={"sharding"})
+        content = self.model_dump(mode="json", exclude={"sharding", "memory"})
         if self.speed == SpeedSection():
             del content["speed"]
+        if self.model.storage is None:
+            del content["model"]["storage"]
+        if self.optimizer.bits == OptimizerSection.model_fields["bits"].default:
+            del content["optimizer"]["bits"]
         if self.sampler == SamplerSection():
             del content["sampler"]
         for phase in content["phases"]:

@@ -17,7 +17,7 @@ from ...flash_core.discriminator import Discriminator
 from ...flash_core.distiller import Distiller
 from ...flash_core.passes.counting import CountedDenoiser
 from ...flash_core.runs.schedule import WeightAverage
-from ..config import OptimizerSection, Recipe
+from ..config import Recipe
 from ..data.encoding.examples import CachedExamples
 from ..data.encoding.prepare import prepare_examples
 from ..data.streaming.examples import StreamExamples
@@ -34,7 +34,9 @@ from ..teachers.base import Teacher
 from ..teachers.denoiser import DiffusersDenoiser
 from ..teachers.layout import order_channels_last
 from ..teachers.lora_layers import start_adapter
+from ..teachers.stages import NETWORK
 from .checkpoint import Trained
+from .optimizers import adamw
 from .several.sharding import shard_base
 
 logger = logging.getLogger(__name__)
@@ -131,12 +133,15 @@ def assemble(
     start = None if resumed else start_file(recipe)
     task = build_task(recipe.task)
     check_control(task, recipe.model)
-    teacher = load_teacher(recipe.model, str(accelerator.device), recipe.data.resolution)
+    teacher = load_teacher(
+        recipe.model, str(accelerator.device), recipe.data.resolution, staged=recipe.encodes_in_stages
+    )
     _check_solver(recipe, teacher)
     check_channels(task, teacher)
     if recipe.speed.channels_last:
         order_channels_last(teacher.denoiser.network)
     examples = _examples(recipe, teacher, task, accelerator, stop)
+    teacher.stages.enter(NETWORK)
     denoiser = teacher.denoiser
     teacher.stochasticity = stochasticity_of(recipe)
     add_adapters(denoiser, recipe, teacher.default_targets)
@@ -164,6 +169,7 @@ def join(
     discriminator: Discriminator | None,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None,
     distiller_class: type[Distiller] = Distiller,
+    make_optimizer: Callable[..., torch.optim.Optimizer] = adamw,
 ) -> Assembly:
     """Return the parts of a run around a teacher whose adapters are added: distiller, optimisers, moving average."""
     denoiser = teacher.denoiser
@@ -177,15 +183,15 @@ def join(
     )
     section = recipe.optimizer
     parameters: dict[str, Mapping[str, nn.Parameter]] = {"student": denoiser.adapter_parameters("student")}
-    optimizers = {"student": _adamw(parameters["student"], section.lr, section.betas, section)}
+    optimizers = {"student": make_optimizer(parameters["student"], section.lr, section.betas, section)}
     if discriminator is not None:
         parameters["discriminator"] = dict(discriminator.named_parameters())
-        optimizers["discriminator"] = _adamw(
+        optimizers["discriminator"] = make_optimizer(
             parameters["discriminator"], section.discriminator_lr, section.discriminator_betas, section
         )
     if needs_critic(recipe):
         parameters["critic"] = denoiser.adapter_parameters("critic")
-        optimizers["critic"] = _adamw(parameters["critic"], section.critic_lr, section.betas, section)
+        optimizers["critic"] = make_optimizer(parameters["critic"], section.critic_lr, section.betas, section)
     average = WeightAverage(parameters["student"], recipe.ema)
     return Assembly(
         teacher, task, examples, distiller, Trained(parameters, optimizers, average.tensors), average, counted
@@ -208,13 +214,6 @@ def _examples(
         accelerator=accelerator,
         stop=stop,
     )
-
-
-def _adamw(
-    parameters: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], section: OptimizerSection
-) -> torch.optim.AdamW:
-    fused = not any(value.is_meta for value in parameters.values())  # a rehearsal's device has no kernels
-    return torch.optim.AdamW(parameters.values(), lr, betas, weight_decay=section.weight_decay, fused=fused)
 
 
 def _check_solver(recipe: Recipe, teacher: Teacher) -> None:

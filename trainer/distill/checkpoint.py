@@ -144,9 +144,20 @@ def collect(trained: Trained) -> dict[str, Tensor]:
 
 def write_shared(partial: Path, trained: Trained, state: TrainingState, digest: str) -> None:
     """Write the tensors and facts that all processes share into the folder ``partial``."""
-    tensors = {name: value.cpu().contiguous() for name, value in collect(trained).items()}
+    tensors = _apart({name: value.cpu().contiguous() for name, value in collect(trained).items()})
     save_file(tensors, partial / TENSORS)
     (partial / FACTS).write_text(json.dumps({**asdict(state), "recipe": digest}, indent=2) + "\n", encoding="utf-8")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of which no two share memory, which safetensors refuses; 8-bit moments share a table."""
+    seen: set[int] = set()
+    apart = {}
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return apart
 
 
 def write_own(partial: Path, rank: int, generators: Mapping[str, torch.Generator], own: Mapping[str, Tensor]) -> None:

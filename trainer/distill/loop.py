@@ -28,6 +28,7 @@ from ..health.monitor import HealthMonitor
 from ..interrupts import Interrupted, StopRequest
 from ..recipes import LORA_FILE
 from ..seeds import seed_of
+from ..teachers.stages import NETWORK
 from . import checkpoint
 from .assembly import Assembly, assemble
 from .passes import passes_of_an_image
@@ -122,6 +123,10 @@ class Run:
         self._identify(teacher.weights_hash(), examples.fingerprint)
         if not recipe.data.stream:
             teacher.release_encoders()
+        if recipe.memory.offload:
+            teacher.stages.enter(NETWORK)
+        else:
+            teacher.stages.end()
         if last is not None:
             self._restore(last)
         self.state.processes, self.state.samples = accelerator.num_processes, self.rollouts.samples

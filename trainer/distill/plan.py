@@ -22,8 +22,8 @@ from .assembly import add_adapters, needs_critic, needs_discriminator, start_fil
 from .passes import recorded_trajectories, trajectory_passes, update_passes, warmup_passes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# A trained parameter, its gradient and AdamW's two moments, each float32.
-TRAINED_BYTES = 16
+# A trained parameter and its gradient in float32, beside AdamW's two moments in 8 or 32 bits.
+TRAINED_BYTES = {8: 10, 32: 16}
 AVERAGE_BYTES = 4
 MILLION = 1e6
 
@@ -84,12 +84,13 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
         f"on a frozen base of {outline.parameters / MILLION:.1f} M"
     )
     adapters = student * (2 if critic else 1)
-    frozen = (outline.parameters + beside) * BYTES[recipe.model.dtype]
-    memory = frozen + adapters * TRAINED_BYTES + student * AVERAGE_BYTES
+    rounded = sum(value.numel() for value in outline.denoiser.network.parameters() if not value.is_floating_point())
+    frozen = (outline.parameters + beside - rounded) * BYTES[recipe.model.dtype] + rounded
+    memory = frozen + adapters * TRAINED_BYTES[recipe.optimizer.bits] + student * AVERAGE_BYTES
     base = "the base" if outline.control is None else "the base and its control"
     recomputed = " (recomputed to save memory)" if recipe.gradient_checkpointing else ""
     say(
-        f"memory: {memory / 2**30:.2f} GiB for {base} in {recipe.model.dtype}, the LoRA and its optimiser; "
+        f"memory: {memory / 2**30:.2f} GiB for {base} in {recipe.model.storage or recipe.model.dtype}, the LoRA and its optimiser; "
         f"activations come on top{recomputed}"
     )
     channels, height, width = outline.latent_shape

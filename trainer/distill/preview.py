@@ -18,6 +18,7 @@ from ..health.figures import PICTURE
 from ..metrics.pictures.drift import drift
 from ..pictures import titled_grid
 from ..seeds import seed_of
+from ..teachers.stages import NETWORK
 
 if TYPE_CHECKING:
     from .assembly import Assembly
@@ -85,15 +86,18 @@ class Preview:
         """Return the pictures of all rows.
 
         Batches are as large as in training, and pictures are decoded one by one, so that a grid needs no more memory
-        than training.
+        than training. With ``memory.offload`` the network has left the device when the VAE decodes.
         """
         solver = self.recipe.method.solver if run.role == "teacher" else None
         size = self.recipe.batch_size
-        pictures: list[Tensor] = []
+        stages = self.encoded.teacher.stages
+        stages.enter(NETWORK)
+        latents: list[Tensor] = []
         for first in range(0, len(self.seeds), size):
             rows = self.encoded.part(first, size)
-            latents = sample_latents(rows, run, rows.prompts, self.seeds[first : first + size], solver)
-            pictures += [decode_pictures(rows, latent[None]) for latent in latents]
+            latents += sample_latents(rows, run, rows.prompts, self.seeds[first : first + size], solver)
+        pictures = [decode_pictures(self.encoded, latent[None]) for latent in latents]
+        stages.enter(NETWORK)
         return torch.cat(pictures)
 
 

@@ -55,6 +55,7 @@ def export_run(run: Path, recipe: Recipe, average: Mapping[str, Tensor], state: 
             "trainer": f"flash-diffusion {__version__}",
         }
         | ({"start": Path(recipe.lora.start).name} if recipe.lora.start is not None else {})
+        | ({"base_weights": recipe.model.storage} if recipe.model.storage is not None else {})
         | ({"style_lora": recipe.model.styles} if recipe.model.style_lora else {})
         | ({"control": facts.control.title} if facts.control is not None else {})
         | ({"image_adapter": recipe.model.image_adapter.title} if recipe.model.image_adapter is not None else {}),

@@ -170,6 +170,11 @@ def _together(recipe: Recipe, metadata: FlashMetadata) -> str:
     words = []
     if recipe.model.style_lora:
         words.append(f"Use it together with its teacher's style LoRAs: {recipe.model.styles}.")
+    if stored := metadata.training.get("base_weights"):
+        words.append(
+            f"It was trained on a base whose weights are kept as {stored} (`model.storage: {stored}`): use it with "
+            "such a base."
+        )
     if control := metadata.training.get("control"):
         words.append(f"Use it with a ControlNet or T2I-adapter and a hint; it was trained with {control}.")
     if adapter := metadata.training.get("image_adapter"):

@@ -10,10 +10,6 @@ from ..distill.passes import recorded_trajectories, trajectory_passes, update_pa
 from .gpus import GIB, GIGA, RESERVED, UTILISATION, Gpu
 from .walk import Rehearsal, rehearse
 
-# Bytes of a value of a quantised base: int8 with a float16 scale for each 64 values; NF4 with a float32 scale for each
-# 64 (QLoRA, arXiv 2305.14314, without double quantisation).
-QUANTISED = {"8-bit": 1 + 2 / 64, "4-bit": 0.5 + 4 / 64}
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -77,13 +73,11 @@ class Way:
     Attributes:
         words: what to set.
         training, encoding: peaks in bytes.
-        rehearsed: True where the changed recipe was rehearsed, False where bytes were counted.
     """
 
     words: str
     training: float
     encoding: float
-    rehearsed: bool
 
     def fits(self, gib: float) -> bool:
         """Return True where both peaks fit."""
@@ -97,42 +91,47 @@ def peaks(rehearsal: Rehearsal) -> tuple[int, int]:
 
 
 def ways_to_fit(rehearsal: Rehearsal, gib: float) -> Iterator[Way]:
-    """Yield changes in the order of their price until one fits; every one stands on the one before.
-
-    Settings are rehearsed anew. A quantised base is counted: its bytes in place of those of the base.
-    """
-    recipe, done = rehearsal.recipe, rehearsal
+    """Rehearse changes in the order of their price until one fits; every one stands on the one before."""
+    recipe = rehearsal.recipe
     training, encoding = peaks(rehearsal)
     words: list[str] = []
-    for name, change in _settings(recipe, fits(training, gib), fits(encoding, gib)):
-        recipe = recipe.model_copy(update=change)
-        words.append(name)
-        done = rehearse(recipe)
-        training, encoding = peaks(done)
-        way = Way(", ".join(words), training, encoding, True)
-        yield way
-        if way.fits(gib):
-            return
-    base = done.parts["base"]
-    for name, size in QUANTISED.items():
-        saved = base - done.base_values * size
-        way = Way(", ".join([*words, f"{name} base"]), training - saved, encoding - saved, False)
+    for changes in _settings(recipe, fits(training, gib), fits(encoding, gib)):
+        words += [f"{name}={_yaml(value)}" for name, value in changes.items()]
+        for name, value in changes.items():
+            recipe = _changed(recipe, name, value)
+        way = Way(", ".join(words), *peaks(rehearse(recipe)))
         yield way
         if way.fits(gib):
             return
 
 
-def _settings(recipe: Recipe, trains: bool, encodes: bool) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield settings that save memory, where they are not set and would help."""
+def _settings(recipe: Recipe, trains: bool, encodes: bool) -> Iterator[dict[str, object]]:
+    """Yield fields that save memory with their values, where they are not set and would help."""
     if not encodes:
         if recipe.data.encode_batch > 1:
-            yield "data.encode_batch=1", {"data": recipe.data.model_copy(update={"encode_batch": 1})}
+            yield {"data.encode_batch": 1}
         if recipe.model.family in ("sd3", "sd35") and recipe.model.t5:
-            yield "model.t5=false", {"model": recipe.model.model_copy(update={"t5": False})}
+            yield {"model.t5": False}
     if not trains:
         if not recipe.gradient_checkpointing:
-            yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
+            yield {"gradient_checkpointing": True}
         if recipe.batch_size > 1:
-            samples = recipe.batch_size * recipe.gradient_accumulation
-            change: dict[str, object] = {"batch_size": 1, "gradient_accumulation": samples}
-            yield f"batch_size=1, gradient_accumulation={samples}", change
+            yield {"batch_size": 1, "gradient_accumulation": recipe.batch_size * recipe.gradient_accumulation}
+        free: dict[str, object] = {} if recipe.optimizer.bits == 8 else {"optimizer.bits": 8}
+        if not (recipe.memory.offload or recipe.asks_vae or recipe.sharding != "none"):
+            free["memory.offload"] = True
+        if free:
+            yield free
+        if recipe.model.storage is None and recipe.sharding == "none":
+            yield {"model.storage": "int8"}
+
+
+def _changed(recipe: Recipe, name: str, value: object) -> Recipe:
+    section, _, field = name.rpartition(".")
+    if not section:
+        return recipe.model_copy(update={field: value})
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={field: value})})
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -82,6 +82,7 @@ class Meter(TorchDispatchMode):
         self._seen: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
         self._finalizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._weights: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._away: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def moment(self, name: str) -> Iterator[Moment]:
@@ -111,6 +112,22 @@ class Meter(TorchDispatchMode):
                 self._weights.add(storage)
         self._look()
         return size
+
+    def leave(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors no longer: they wait in the computer's memory."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage in self._seen:
+                self._away[storage] = self._seen[storage][0]
+                self._forget(storage)
+
+    def come_back(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that have left again, for the parts that they belong to."""
+        for tensor in tensors:
+            part = self._away.pop(tensor.untyped_storage(), None)
+            if part is not None:
+                self._note(tensor.untyped_storage(), part)
+        self._look()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -48,7 +48,8 @@ def print_rehearsal(
     say()
     say(
         f"{rehearsal.model} ({recipe.model.family}), batch {recipe.batch_size} x {recipe.gradient_accumulation}"
-        f"{', gradient checkpointing' if recipe.gradient_checkpointing else ''}, base in {recipe.model.dtype}"
+        f"{', gradient checkpointing' if recipe.gradient_checkpointing else ''}, "
+        f"base in {recipe.model.storage or recipe.model.dtype}"
     )
     if rehearsal.published:
         say(f"  {recipe.model.path} can't be read here: the published sizes of its family stand in for it")
@@ -132,8 +133,7 @@ def _say_fit(rehearsal: Rehearsal, gpu: Gpu, say: Callable[[str], None]) -> None
 
 def _way(way: Way, gpu: Gpu) -> str:
     verdict = "fits" if way.fits(gpu.memory) else "does not fit"
-    how = "rehearsed" if way.rehearsed else "counted; this version trains on float bases only"
-    return f"{way.words}: training {_gib(way.training)}, encoding {_gib(way.encoding)} GiB: {verdict} ({how})"
+    return f"{way.words}: training {_gib(way.training)}, encoding {_gib(way.encoding)} GiB: {verdict}"
 
 
 def _gib(size: float) -> str:

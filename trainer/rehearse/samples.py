@@ -16,6 +16,7 @@ from ...flash_core.terms.shared_batch import Random
 from ..config import PhaseSection, Recipe
 from ..tasks.base import Task
 from ..teachers.base import Teacher, full_precision
+from ..teachers.stages import PICTURES
 from .meter import Meter
 from .pretend.fakes import PretendAccelerator
 from .pretend.teacher import pictures
@@ -57,6 +58,7 @@ class PretendExamples:
 @torch.no_grad()
 def conditions_of(task: Task, teacher: Teacher, shown: Tensor) -> Conditioning:
     """Return the task's conditions of pictures on the CPU, where they are drawn: edges and masks need real values."""
+    teacher.stages.enter(PICTURES)
     with full_precision(teacher.device):
         drawn = task.draw(shown, {}, torch.Generator().manual_seed(0))
         return task.encode({name: value.to(teacher.device) for name, value in drawn.items()}, teacher)

@@ -23,8 +23,11 @@ from ..metrics.lpips import Lpips
 from ..tasks import build_task
 from ..tasks.requirements import check_channels, check_control
 from ..teachers import family
+from ..teachers.stages import NETWORK, PICTURES
 from .meter import ACTIVATIONS, Meter, Moment
 from .pretend.fakes import Fakes, PretendAccelerator, checkpoint_on_cuda, quiet
+from .pretend.optimizer import pretend_adamw
+from .pretend.stages import PretendStages
 from .pretend.teacher import in_dtype_of_base, outlined, pictures, pretend_teacher
 from .samples import CAPTION, PretendExamples, PretendRollouts, RehearsedDistiller, conditions_of
 
@@ -165,11 +168,19 @@ class _Walk:
         recipe, meter = self.recipe, self.meter
         beside: dict[str, Moment] = {}
         self._own_frozen()
+        meter.leave(self._trained())
+        stages = self.teacher.stages
+        if recipe.encodes_in_stages:
+            stages.begin()
         with meter, meter.moment("encoding") as beside["encoding"]:
             self._encode()
             preview = Preview(recipe, preview_rows(self.parts, recipe.preview.prompts))
         if not recipe.data.stream:
             self.teacher.release_encoders()
+        if recipe.memory.offload:
+            stages.enter(NETWORK)
+        else:
+            stages.end()
         self._own_trained()
         with meter, meter.moment("one pass") as one:
             self._one_pass()
@@ -202,14 +213,19 @@ class _Walk:
             perceptual = Lpips()
             self.fakes.module(perceptual)
             self.meter.own("LPIPS", perceptual.parameters(), weights=True)
-        parts = join(recipe, self.teacher, self.task, self.examples, discriminator, perceptual, RehearsedDistiller)
+        parts = join(
+            *(recipe, self.teacher, self.task, self.examples, discriminator, perceptual),
+            distiller_class=RehearsedDistiller,
+            make_optimizer=pretend_adamw,
+        )
         self.distiller = cast(RehearsedDistiller, parts.distiller)
         self.distiller.meter = self.meter
         return parts
 
     def _own_frozen(self) -> None:
-        """Tell the meter what is in memory before training."""
+        """Tell the meter what is loaded before training, and which parts are moved together."""
         own, teacher = self.meter.own, self.teacher
+        teacher.stages = PretendStages(teacher.device, teacher.stages.groups, self.meter)
         network = teacher.denoiser.network
         trained = {id(value) for value in self._trained()}
         frozen = (value for value in network.parameters() if id(value) not in trained)
@@ -220,6 +236,7 @@ class _Walk:
         adapter: Any = teacher.image_adapter  # a stand-in without values
         if adapter is not None:
             own("image encoder", adapter.encoder.parameters(), weights=True)
+            teacher.stages.groups[PICTURES] += (adapter.encoder,)
         for name, part in teacher.pipeline.components.items():
             if name.startswith("text_encoder") and part is not None:
                 own("text encoders", [*part.parameters(), *part.buffers()], weights=True)
@@ -250,12 +267,12 @@ class _Walk:
         """Encode as many pictures and captions as the recipe takes at once."""
         count = self.recipe.data.encode_batch
         with torch.no_grad():
+            self.teacher.encode_prompts([CAPTION] * count)
             shown = pictures(self.teacher, count)
             if self.recipe.reads_pictures:
                 self.teacher.encode(shown.to(self.teacher.device))
             if self.task.has_conditions:
                 conditions_of(self.task, self.teacher, shown)
-            self.teacher.encode_prompts([CAPTION] * count)
 
     @torch.no_grad()
     def _one_pass(self) -> None:

@@ -42,18 +42,21 @@ def family(name: str) -> type[Teacher]:
     return teacher
 
 
-def load_teacher(model: ModelSection, device: str = "cpu", resolution: int | None = None) -> Teacher:
+def load_teacher(
+    model: ModelSection, device: str = "cpu", resolution: int | None = None, *, staged: bool = False
+) -> Teacher:
     """Load a teacher's weights.
 
     Args:
         model: the recipe's section.
         device: where its networks run.
         resolution: width and height in pixels (default: the model's own).
+        staged: text encoders, VAE and network are on the device one after the other, until ``stages.end()``.
 
     Raises:
         UserError: no such family or folder, or a part of the model is missing.
     """
-    return family(model.family).load(model, device, resolution)
+    return family(model.family).load(model, device, resolution, staged=staged)
 
 
 def outline_teacher(model: ModelSection, resolution: int | None = None) -> Outline:

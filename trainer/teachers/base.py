@@ -25,6 +25,7 @@ from ...flash_core.families import family_of
 from ...flash_core.process import FlowProcess, Process, VPProcess
 from ..config import ModelSection
 from ..errors import UserError
+from .compact import store_compactly
 from .conditions.control import Control, find_control
 from .conditions.image_tokens import ImageAdapter, load_image_adapter, outline_image_adapter
 from .conditions.task_adapters import find_task_adapter, widened
@@ -35,8 +36,11 @@ from .loading.source import Source, locate
 from .lora_layers import merge_style
 from .prompts import cut, cut_warning, silent_libraries
 from .sizes import Sizes
+from .stages import NETWORK, PICTURES, TEXT, Stages
 
 logger = logging.getLogger(__name__)
+
+ENCODED_AT_ONCE = 1 << 20  # pixels: a GPU is busy with so many, and more only take memory
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Teacher(ABC):
         pipeline: the diffusers pipeline; None after :meth:`release_encoders`.
         denoiser: the backbone, switched between roles.
         latent_shape: (C, h, w).
+        stages: moves its parts on and off the device, where a run asks for it.
         image_adapter: the encoder of an IP-Adapter in the network; None without one.
         low_resolution_process: the process of the noise in a low-resolution input; None if the model reads no noise
             level.
@@ -128,10 +133,16 @@ class Teacher(ABC):
         denoiser: DiffusersDenoiser,
         latent_shape: tuple[int, int, int],
         name: str,
+        device: torch.device | None = None,
+        *,
+        staged: bool = False,
     ) -> None:
         self.pipeline: Any = pipeline
         self.denoiser = denoiser
         self.vae: AutoencoderKL = pipeline.vae
+        self.stages = Stages(device or next(denoiser.network.parameters()).device, self._groups())
+        if staged:
+            self.stages.begin()
         self.latent_shape = latent_shape
         self.stochasticity: Mapping[int, float] = {}
         self.sizes = Sizes.of(name, type(denoiser.network), denoiser.network.config, self.vae.config)
@@ -205,12 +216,14 @@ class Teacher(ABC):
         return source.name
 
     @classmethod
-    def load(cls, model: ModelSection, device: str, resolution: int | None) -> Teacher:
+    def load(cls, model: ModelSection, device: str, resolution: int | None, *, staged: bool = False) -> Teacher:
         """Load the weights from a diffusers folder, a Hub repository or a single file; only safetensors.
 
         Args:
             device: where its networks run.
             resolution: width and height in pixels (default: the model's own).
+            staged: text encoders, VAE and network are on the device one after the other (:class:`.stages.Stages`),
+                until ``stages.end()``.
 
         Raises:
             UserError: no such model, a part is missing, or the model belongs to another family.
@@ -227,9 +240,11 @@ class Teacher(ABC):
         pipeline = load_pipeline(
             cls.pipeline_class, source, getattr(torch, model.dtype), cls.absent_parts(model), **cls.pipeline_options
         )
+        # What changes weights or computes on them while loading does so on the device, whose bits hashes know.
+        together = not staged or bool(model.style_lora) or model.image_adapter is not None
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
-                part.to(device).requires_grad_(False).eval()
+                part.to(device if together else "cpu").requires_grad_(False).eval()
         for style in model.style_lora:
             merge_style(pipeline, cls.network_part, style)
         network = getattr(pipeline, cls.network_part)
@@ -243,7 +258,9 @@ class Teacher(ABC):
             control = find_control(model.control).build(network, cls.title(source))
             control.check_size(shape)
             denoiser.control = control
-        teacher = cls(pipeline, denoiser, shape, cls.title(source))
+        if model.storage is not None:
+            store_compactly(network, model.storage)
+        teacher = cls(pipeline, denoiser, shape, cls.title(source), torch.device(device), staged=staged)
         teacher.image_adapter = image_adapter
         if warning := sizes.warning(*teacher.resolution):
             logger.warning("%s", warning)
@@ -271,6 +288,9 @@ class Teacher(ABC):
                 control.check_size(shape)
         if model.image_adapter is not None:
             outline_image_adapter(cls.pipeline_class, network, model.image_adapter, cls.title(source))
+        if model.storage is not None:
+            nn.Module.to(network, getattr(torch, model.dtype))
+            store_compactly(network, model.storage)
         return Outline(
             cls.denoiser_class(network, process_from_scheduler(source.scheduler_config())),
             shape,
@@ -282,8 +302,8 @@ class Teacher(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the denoiser."""
-        return next(self.denoiser.network.parameters()).device
+        """The device on which its parts run."""
+        return self.stages.device
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -292,16 +312,23 @@ class Teacher(ABC):
         return height * self.scale_factor, width * self.scale_factor
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32: the posterior's mode, scaled."""
+        """Encode images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32: the posterior's mode, scaled.
+
+        Large pictures are encoded in smaller batches: one of 1024 x 1024 takes about 3 GiB.
+        """
         if self.vae.encoder is None:
             raise RuntimeError("the image encoder was released; encode images before release_encoders()")
+        self.stages.enter(PICTURES)
         with self._full_precision():
-            mode = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+            size = max(1, ENCODED_AT_ONCE // images[0, 0].numel()) if len(images) else 1
+            parts = images.to(self.vae.device, self.vae.dtype).split(size)
+            mode = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
             latents: Tensor = (mode - (self.vae.config["shift_factor"] or 0.0)) * self.vae.config["scaling_factor"]
             return latents.float()
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], float32; differentiable."""
+        self.stages.enter(PICTURES)
         with self._full_precision():
             latents = z.float() / self.vae.config["scaling_factor"] + (self.vae.config["shift_factor"] or 0.0)
             images: Tensor = self.vae.decode(latents.to(self.vae.dtype)).sample
@@ -313,6 +340,7 @@ class Teacher(ABC):
         if self.pipeline is None:
             raise RuntimeError("the text encoders were released; encode prompts before release_encoders()")
         self._warn_once(prompts)
+        self.stages.enter(TEXT)
         with self._full_precision(), silent_libraries(self.pipeline):
             return self.text_conditions(prompts)
 
@@ -335,6 +363,7 @@ class Teacher(ABC):
     def release_encoders(self) -> None:
         """Free the memory of text and image encoders; :meth:`unconditional` and :meth:`decode` still work."""
         self.pipeline = None
+        self.stages.groups = self._groups()
         if self.image_adapter is not None:
             self.image_adapter.release()
         self.vae.register_module("encoder", None)
@@ -413,6 +442,15 @@ class Teacher(ABC):
             parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
             self._hashes["text"] = text_encoder_hash(parts, self.prompt_lengths(), self.base)
         return self._hashes["text"]
+
+    def _groups(self) -> dict[str, tuple[nn.Module, ...]]:
+        """Return the modules of each stage; without the encoders once they are released."""
+        parts: Mapping[str, Any] = {} if self.pipeline is None else self.pipeline.components
+        encoders = [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
+        beside = [parts["image_encoder"]] if isinstance(parts.get("image_encoder"), nn.Module) else []
+        control = self.denoiser.control
+        networks: list[nn.Module] = [self.denoiser.network, *([] if control is None else [control.network])]
+        return {TEXT: tuple(encoders), PICTURES: (self.vae, *beside), NETWORK: tuple(networks)}
 
     def _warn_once(self, prompts: Sequence[str]) -> None:
         """Warn about the first prompt that is cut, and not about later ones."""

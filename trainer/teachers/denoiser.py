@@ -63,7 +63,11 @@ class DiffusersDenoiser(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the base's weights, and of its computation without autocast."""
-        return next(value.dtype for name, value in self.network.named_parameters() if ".lora_" not in name)
+        return next(
+            value.dtype
+            for name, value in self.network.named_parameters()
+            if ".lora_" not in name and value.is_floating_point() and not name.endswith(".weight_scale")
+        )
 
     # -- what a family says ----------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from ....flash_core.distiller import Distiller
 from ...progress import Progress
 from ...seeds import stream
 from ...teachers.base import full_precision
+from ...teachers.stages import PICTURES
 from ..cache.manifest import content_key, usable
 from ..cache.store import Keys, Store
 from ..framing import to_mask, to_tensor
@@ -243,6 +244,7 @@ def drawn_conditions(
     Returns:
         :func:`packed` conditions.
     """
+    teacher.stages.enter(PICTURES)
     images = images.to(teacher.device)
     beside = {name: value.to(teacher.device) for name, value in beside.items()}
     with full_precision(teacher.device):

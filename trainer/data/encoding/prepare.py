@@ -22,6 +22,7 @@ from ...config import DataSection, MethodSection
 from ...errors import UserError
 from ...interrupts import StopRequest
 from ...progress import size_in_words
+from ...teachers.stages import NETWORK
 from ..cache.manifest import Manifest, Manifests
 from ..cache.store import sortable
 from ..cache.stores import (
@@ -130,6 +131,7 @@ class Preparation:
             elif table.has_pictures:
                 encoder.encode(part, missing, encoder.latents)
             else:
+                work.teacher.stages.enter(NETWORK)
                 with work.teacher.denoiser.role("teacher"):  # once for all threads: the role belongs to the network
                     encoder.encode(part, missing, partial(encoder.solutions, passes[0].store))
             self._meet()
