@@ -44,8 +44,9 @@ def rows(names: Sequence[str], overrides: Sequence[str], console: Console) -> It
         verdicts = ["yes" if fits(max(training, encoding), gib) else
                     "training" if fits(training, gib) else "no" for gib in MEMORIES]  # fmt: skip
         hours = [cost_of(rehearsal, GPUS[card], UTILISATION).hours for card in CARDS]
+        title = " ".join([name, *(f"`{one}`" for one in overrides)])
         yield (
-            f"| {' '.join([name, *(f'`{one}`' for one in overrides)])} | {recipe.batch_size} x {recipe.gradient_accumulation} | "
+            f"| {title} | {recipe.batch_size} x {recipe.gradient_accumulation} | "
             f"{'on' if recipe.gradient_checkpointing else 'off'} | {sum(rehearsal.parts.values()) / GIB:.2f} | "
             f"{training / GIB:.2f} | {encoding / GIB:.2f} | {flops / TERA:,.3g} | {recipe.updates:,} | "
             f"{' / '.join(verdicts)} | {' / '.join(f'{one:,.3g}' for one in hours)} |"

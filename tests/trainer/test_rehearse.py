@@ -23,22 +23,22 @@ from flash_diffusion.trainer.config import Recipe, parse_recipe
 from flash_diffusion.trainer.distill.loop import Run
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.recipes import load_recipe
+from flash_diffusion.trainer.rehearse import cost, report
 from flash_diffusion.trainer.rehearse.cost import Way, cost_of, fits, ways_to_fit
 from flash_diffusion.trainer.rehearse.gpus import GPUS, gpu_of
-from flash_diffusion.trainer.rehearse.meter import Meter
+from flash_diffusion.trainer.rehearse.meter import ACTIVATIONS, Meter
 from flash_diffusion.trainer.rehearse.pretend.fakes import PRETEND_DEVICE
 from flash_diffusion.trainer.rehearse.pretend.published import PUBLISHED, published_source
 from flash_diffusion.trainer.rehearse.samples import PretendExamples
 from flash_diffusion.trainer.rehearse.walk import Rehearsal, rehearse
 from flash_diffusion.trainer.teachers import family, load_teacher
-from flash_diffusion.trainer.teachers.base import count_parameters
 
 from ..families.adapters import tiny_controlnet, tiny_unet
 from ..families.networks import tiny_network
 from ..families.pipelines import save_pipeline
 from .models import tiny_recipe
 
-FAMILIES = ("sd15", "sd21", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "sd35")
+MOMENTS = {"encoding", "rollout", "student", "discriminator", "critic", "optimiser", "preview"}
 NOISE = [1, 0, 0, 0]
 
 
@@ -132,29 +132,47 @@ def test_work_is_what_torch_counts(rehearsed: Rehearsal, run: Run) -> None:
     assert 3 <= share <= 4.1  # of a grid of 4 steps, from its first or second
 
 
-def test_adapters_stay_float32_on_a_bfloat16_base(tiny_model: Path) -> None:
-    model = {"model": {"dtype": "bfloat16"}, "precision": "bf16", "gradient_checkpointing": True}
-    made = rehearse(small(tiny_model, **model))
-    teacher = load_teacher(small(tiny_model).model)
-    base = count_parameters(teacher.denoiser.network)
-    teacher.denoiser.add_adapter("student", 4, 8, teacher.default_targets)
-    lora = sum(value.numel() for value in teacher.denoiser.adapter_parameters("student").values())
-    assert (made.parts["base"], made.parts["LoRA"], made.parts["moving average"]) == (2 * base, 4 * lora, 4 * lora)
+def test_parts_in_half_precision_and_in_8_bits(rehearsed: Rehearsal, tiny_model: Path) -> None:
+    """Adapters stay float32 on any base; what is stored, offloaded or recomputed is told by its own part."""
+    fields: dict[str, Any] = {"model": {"dtype": "bfloat16", "storage": "int8"}, "precision": "bf16"}
+    fields |= {"optimizer": {"bits": 8}, "memory": {"offload": True}, "gradient_checkpointing": True}
+    recipe = small(tiny_model, **fields, batch_size=4)
+    made = rehearse(recipe)
+    loaded = load_teacher(recipe.model).denoiser.network
+    assert made.parts["base"] == sum(value.nbytes for value in [*loaded.parameters(), *loaded.buffers()])
+    assert made.parts["base"] < rehearsed.parts["base"] / 2
+    assert [made.parts[name] for name in ("LoRA", "moving average")] == [
+        rehearsed.parts[name] for name in ("LoRA", "moving average")
+    ]
+    assert made.parts["optimisers"] < rehearsed.parts["optimisers"]
+    assert "VAE" not in made.moments["student"].parts
+    assert "VAE" in made.moments["preview"].parts
+    assert made.moments["student"].parts[ACTIVATIONS] < rehearsed.moments["student"].parts[ACTIVATIONS] / 2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_encoding_holds_one_group_of_parts_at_a_time(rehearsed: Rehearsal) -> None:
+    parts = {name: size for name, size in rehearsed.moments["encoding"].parts.items() if size}
+    assert set(parts) in ({"text encoders", ACTIVATIONS}, {"VAE", ACTIVATIONS})
+
+
+# One family of each kind of network beside Stable Diffusion 1.5, which the walks of tasks take.
+@pytest.mark.parametrize("name", ["sdxl", "pixart_alpha", "sd35"])
 def test_every_family_walks_without_a_forgotten_device_and_without_waits(tmp_path: Path, name: str) -> None:
     """Rollout, student, discriminator, critic, average and preview on a device in name only."""
-    model = save_pipeline(name, tmp_path / name)
-    made = rehearse(small(model, name), PRETEND_DEVICE)
-    assert set(made.moments) == {
-        "encoding", "rollout", "student", "discriminator", "critic", "optimiser", "preview",
-    }  # fmt: skip
+    made = rehearse(small(save_pipeline(name, tmp_path / name), name), PRETEND_DEVICE)
+    assert set(made.moments) == MOMENTS
     assert made.waits == {}
     assert not made.published
 
 
-def test_every_kind_of_start_and_term_walks_without_waits(tiny_model: Path) -> None:
+def inpainting_model(folder: Path, channels: int) -> Path:
+    """Save a tiny Stable Diffusion 1.5 whose UNet reads so many channels."""
+    config = {key: value for key, value in tiny_network("sd15").config.items() if not key.startswith("_")}
+    return save_pipeline("sd15", folder, unet=UNet2DConditionModel(**config | {"in_channels": channels}))
+
+
+def test_every_kind_of_start_and_term_walks_without_waits(tmp_path: Path) -> None:
+    """With the conditions of super-resolution."""
     method = {
         "states": {"student": 0.5, "trajectory": 0.5},
         "discriminator": {"latents": True, "updates": 2},
@@ -163,29 +181,24 @@ def test_every_kind_of_start_and_term_walks_without_waits(tiny_model: Path) -> N
         "adversarial_rows": "first_step",
         "critic": {"updates": 2, "memory": 4, "ida": 0.1},
     }
-    recipe = small(tiny_model, method=method)
+    task = {"name": "super-resolution", "options": {"scale": 4, "reads": "latent"}}
+    recipe = small(inpainting_model(tmp_path, 8), method=method, task=task)
     terms = {"feature_matching": 0.1, "intra_segment": 0.2, "first_step_distillation": 0.5}
     phase = recipe.phases[0].model_copy(update={"modes": (0.5, 0.0, 0.0, 0.5), **terms})
     made = rehearse(recipe.model_copy(update={"phases": [phase]}), PRETEND_DEVICE)
+    assert set(made.moments) == MOMENTS
     assert made.waits == {}
 
 
-TASKS = {
-    "inpainting": (9, {}),
-    "super-resolution": (8, {"scale": 4, "reads": "latent"}),
-    "face-swap": (13, {"identity": "channels"}),
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_walks_without_a_forgotten_device(tmp_path: Path, task: str) -> None:
-    channels, options = TASKS[task]
-    config = {key: value for key, value in tiny_network("sd15").config.items() if not key.startswith("_")}
-    unet = UNet2DConditionModel(**config | {"in_channels": channels})
-    model = save_pipeline("sd15", tmp_path / "model", unet=unet)
-    made = rehearse(small(model, task={"name": task, "options": options}), PRETEND_DEVICE)
+def test_replayed_trajectories_are_rehearsed(tmp_path: Path) -> None:
+    """With the conditions of face-swap, on a base in 8 bits that waits elsewhere while previews are decoded."""
+    fields: dict[str, Any] = {"model": {"storage": "float8"}, "memory": {"offload": True}}
+    task = {"name": "face-swap", "options": {"identity": "channels"}}
+    recipe = small(inpainting_model(tmp_path, 13), task=task, trajectories={"count": 8, "batch": 3}, **fields)
+    made = rehearse(recipe, PRETEND_DEVICE)
+    assert made.moments["recording"].flops > 0
+    assert made.moments["rollout"].flops == 0  # its solutions are replayed
     assert made.waits == {}
-    assert made.moments["student"].peak > 0
 
 
 def test_a_control_walks_without_a_forgotten_device(tmp_path: Path) -> None:
@@ -195,13 +208,6 @@ def test_a_control_walks_without_a_forgotten_device(tmp_path: Path) -> None:
     made = rehearse(recipe, PRETEND_DEVICE)
     assert made.waits == {}
     assert made.parts["control"] == sum(value.numel() * 4 for value in tiny_controlnet(tiny_unet("sd15")).parameters())
-
-
-def test_replayed_trajectories_are_rehearsed(tiny_model: Path) -> None:
-    made = rehearse(small(tiny_model, trajectories={"count": 8, "batch": 3}), PRETEND_DEVICE)
-    assert made.moments["recording"].flops > 0
-    assert made.moments["rollout"].flops == 0  # its solutions are replayed
-    assert made.waits == {}
 
 
 def test_a_condition_left_on_the_cpu_is_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +223,8 @@ def test_a_condition_left_on_the_cpu_is_named(tiny_model: Path, monkeypatch: pyt
     assert "move" in str(error.value)
 
 
-def test_a_wait_is_counted_with_its_place(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_is_counted_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the conditions of inpainting."""
     critic_samples = Distiller.critic_samples
 
     def curious(self: Distiller, rollout: Any, z_student: Tensor, generator: Any) -> Any:
@@ -226,7 +233,8 @@ def test_a_wait_is_counted_with_its_place(tiny_model: Path, monkeypatch: pytest.
         return critic_samples(self, rollout, z_student, generator)
 
     monkeypatch.setattr(Distiller, "critic_samples", curious)
-    made = rehearse(small(tiny_model, gradient_accumulation=3), PRETEND_DEVICE)
+    recipe = small(inpainting_model(tmp_path, 9), task={"name": "inpainting"}, gradient_accumulation=3)
+    made = rehearse(recipe, PRETEND_DEVICE)
     ((place, count),) = made.waits.items()
     assert place.startswith("tests/trainer/test_rehearse.py:")
     assert count == 3
@@ -259,31 +267,60 @@ def test_published_sizes_have_the_published_parameters(name: str) -> None:
 
 def test_cost_is_work_over_speed(rehearsed: Rehearsal) -> None:
     gpu = GPUS["4090"]
-    cost = cost_of(rehearsed, gpu, 0.5)
+    whole = cost_of(rehearsed, gpu, 0.5)
     flops = 3 * rehearsed.phases[0].flops
-    assert cost.flops == pytest.approx(flops)
+    assert whole.flops == pytest.approx(flops)
     moved = 3 * rehearsed.phases[0].moved
-    assert cost.hours == pytest.approx(max(flops / (gpu.fp32 * 1e12 * 0.5), moved / 1008e9) / 3600)
+    assert whole.hours == pytest.approx(max(flops / (gpu.fp32 * 1e12 * 0.5), moved / 1008e9) / 3600)
     with pytest.raises(UserError, match="there is no card 'voodoo' in the table; expected one of 3060"):
         gpu_of("voodoo")
     assert gpu_of("RTX 4090") == gpu
 
 
-def test_ways_to_fit_save_memory_in_order(rehearsed: Rehearsal) -> None:
-    needed = max(moment.peak for moment in rehearsed.moments.values())
+def test_ways_to_fit_stand_on_each_other(
+    rehearsed: Rehearsal, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each setting saves: see the parts above."""
     assert fits(2**30, 2.0)
     assert not fits(2**30 + 1, 2.0)
+    tried: list[Recipe] = []
+    monkeypatch.setattr(cost, "rehearse", lambda recipe: tried.append(recipe) or rehearsed)
     ways: list[Way] = list(ways_to_fit(rehearsed, 1.0))  # nothing fits: 1 GiB is kept free
-    assert [way.rehearsed for way in ways] == [True] * (len(ways) - 2) + [False] * 2
-    assert "gradient_checkpointing=true" in ways[-1].words
-    assert "batch_size=1, gradient_accumulation=4" in ways[-1].words
-    assert needed >= ways[0].training > ways[-3].training > ways[-2].training > ways[-1].training
+    steps = (
+        "data.encode_batch=1",
+        "gradient_checkpointing=true",
+        "batch_size=1, gradient_accumulation=4",
+        "optimizer.bits=8, memory.offload=true",
+        "model.storage=int8",
+    )
+    assert [way.words for way in ways] == [", ".join(steps[: count + 1]) for count in range(len(steps))]
+    wanted = small(
+        tiny_model,
+        data={"encode_batch": 1},
+        gradient_checkpointing=True,
+        batch_size=1,
+        gradient_accumulation=4,
+        optimizer={"bits": 8},
+        memory={"offload": True},
+        model={"storage": "int8"},
+    )
+    assert tried[-1] == wanted
+    assert all(not way.fits(1.0) for way in ways)
 
 
-def test_the_command_prints_a_rehearsal(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(small(tiny_model).to_yaml())
+def test_the_command_prints_a_rehearsal(
+    rehearsed: Rehearsal,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Recipe] = []
+    monkeypatch.setattr(report, "rehearse", lambda recipe: asked.append(recipe) or rehearsed)
+    recipe, path = small(tiny_model, batch_size=4), tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
     assert main(["distill", str(path), "--rehearse", "--gpu", "4070", "--price", "2"]) == 0
+    assert asked == [recipe]
     text = capsys.readouterr().out
     assert "Fits in 12 GB: yes" in text
     assert "On one GeForce RTX 4070" in text

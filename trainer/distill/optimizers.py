@@ -38,7 +38,10 @@ def _eight_bits(
         ) from error
 
     class Resumable(AdamW8bit):  # type: ignore[misc]  # without types
-        """Takes the state of a checkpoint, where the count of steps is a tensor; the library counts in integers."""
+        """Gives a checkpoint flat tensors, where the library nests them; counts steps in integers again."""
+
+        def state_dict(self) -> dict[str, Any]:
+            return torch.optim.Optimizer.state_dict(self)
 
         def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
             super().load_state_dict(state_dict, move_to_device)

@@ -90,8 +90,8 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
     base = "the base" if outline.control is None else "the base and its control"
     recomputed = " (recomputed to save memory)" if recipe.gradient_checkpointing else ""
     say(
-        f"memory: {memory / 2**30:.2f} GiB for {base} in {recipe.model.storage or recipe.model.dtype}, the LoRA and its optimiser; "
-        f"activations come on top{recomputed}"
+        f"memory: {memory / 2**30:.2f} GiB for {base} in {recipe.model.storage or recipe.model.dtype}, the LoRA and "
+        f"its optimiser; activations come on top{recomputed}"
     )
     channels, height, width = outline.latent_shape
     kilobytes = channels * height * width * BYTES[recipe.data.cache_dtype] / 1000
