@@ -40,8 +40,10 @@ def test_parts_of_a_stage_are_on_its_device_and_others_are_not() -> None:
         module[0] = nn.Linear(2, 2)
     stages = Stages(torch.device("meta"), groups)
     stages.begin()
-    stages.enter("network")
+    with torch.inference_mode():
+        stages.enter("network")
     assert here() == {"network"}
+    assert not groups["network"][0].weight.is_inference()
     stages.enter("network")
     stages.end()
     assert here() == {"text", "pictures", "network"}

@@ -64,4 +64,6 @@ class Stages:
             torch.cuda.empty_cache()
 
     def _place(self, module: nn.Module, *, away: bool) -> None:
-        nn.Module.to(module, torch.device("cpu") if away else self.device)
+        # Previews are drawn in inference mode, and weights that were moved in it could not be trained on.
+        with torch.inference_mode(False):
+            nn.Module.to(module, torch.device("cpu") if away else self.device)
