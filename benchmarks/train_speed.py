@@ -34,8 +34,9 @@ from flash_diffusion.trainer.distill.plan import AVERAGE_BYTES, BYTES, TRAINED_B
 from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.rehearse.pretend.published import PUBLISHED
 from flash_diffusion.trainer.teachers import family as family_class
-from flash_diffusion.trainer.teachers.base import count_parameters, process_from_scheduler
+from flash_diffusion.trainer.teachers.base import count_parameters
 from flash_diffusion.trainer.teachers.denoiser import DiffusersDenoiser
+from flash_diffusion.trainer.teachers.schedulers import process_from_scheduler
 
 GIB = 2**30
 

@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer.recipes", "trainer.demo"),
     ("trainer.metrics", "trainer.health"),
     ("trainer.teachers.loading",),
-    ("trainer.teachers.conditions",),
+    ("trainer.teachers.conditions", "trainer.teachers.in_memory"),
     ("trainer.teachers",),
     ("trainer.teachers.families", "trainer.tasks"),
     ("trainer.data", "trainer.data.remote"),

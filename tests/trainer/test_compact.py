@@ -18,7 +18,7 @@ from flash_diffusion.trainer.distill.assembly import assemble
 from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.teachers import load_teacher
-from flash_diffusion.trainer.teachers.compact import SCHEMES, store_compactly
+from flash_diffusion.trainer.teachers.in_memory.compact import SCHEMES, store_compactly
 
 
 class Network(nn.Module):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flash_diffusion.trainer.config import parse_recipe
+from flash_diffusion.trainer.distill.assembly import adamw
 from flash_diffusion.trainer.distill.checkpoint import last_intact, remove_folder
 from flash_diffusion.trainer.distill.loop import distil
-from flash_diffusion.trainer.distill.optimizers import adamw
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.rehearse.pretend.optimizer import PretendAdamW8bit
 

@@ -20,7 +20,7 @@ from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.teachers import load_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
-from flash_diffusion.trainer.teachers.stages import Stages
+from flash_diffusion.trainer.teachers.in_memory.stages import Stages
 
 
 def test_parts_of_a_stage_are_on_its_device_and_others_are_not() -> None:

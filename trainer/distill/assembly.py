@@ -17,7 +17,7 @@ from ...flash_core.discriminator import Discriminator
 from ...flash_core.distiller import Distiller
 from ...flash_core.passes.counting import CountedDenoiser
 from ...flash_core.runs.schedule import WeightAverage
-from ..config import Recipe
+from ..config import OptimizerSection, Recipe
 from ..data.encoding.examples import CachedExamples
 from ..data.encoding.prepare import prepare_examples
 from ..data.streaming.examples import StreamExamples
@@ -32,11 +32,10 @@ from ..tasks.requirements import check_channels, check_control
 from ..teachers import load_teacher
 from ..teachers.base import Teacher
 from ..teachers.denoiser import DiffusersDenoiser
-from ..teachers.layout import order_channels_last
+from ..teachers.in_memory.layout import order_channels_last
+from ..teachers.in_memory.stages import NETWORK
 from ..teachers.lora_layers import start_adapter
-from ..teachers.stages import NETWORK
 from .checkpoint import Trained
-from .optimizers import adamw
 from .several.sharding import shard_base
 
 logger = logging.getLogger(__name__)
@@ -159,6 +158,46 @@ def assemble(
         discriminator = discriminator_of(teacher, conditioning, recipe, accelerator)
     perceptual = lpips(accelerator.device) if recipe.method.distillation == "lpips" else None
     return join(recipe, teacher, task, examples, discriminator, perceptual)
+
+
+def adamw(
+    parameters: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], section: OptimizerSection
+) -> torch.optim.Optimizer:
+    """Return AdamW with ``section``'s weight decay and bits.
+
+    Raises:
+        UserError: 8 bits, and bitsandbytes is not installed.
+    """
+    if section.bits == 8:
+        return _eight_bits(parameters, lr, betas, section)
+    fused = not any(value.is_meta for value in parameters.values())  # a rehearsal's device has no kernels
+    return torch.optim.AdamW(parameters.values(), lr, betas, weight_decay=section.weight_decay, fused=fused)
+
+
+def _eight_bits(
+    parameters: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], section: OptimizerSection
+) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            f"optimizer.bits: 8 needs bitsandbytes, which can't be imported here ({error}); install it with "
+            "`pip install 'flash-diffusion[memory]'`, or set optimizer.bits to 32"
+        ) from error
+
+    class Resumable(AdamW8bit):  # type: ignore[misc]  # without types
+        """Gives a checkpoint flat tensors, where the library nests them; counts steps in integers again."""
+
+        def state_dict(self) -> dict[str, Any]:
+            return torch.optim.Optimizer.state_dict(self)
+
+        def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+            super().load_state_dict(state_dict, move_to_device)
+            for state in self.state.values():
+                state["step"] = int(state["step"])
+
+    made: torch.optim.Optimizer = Resumable(parameters.values(), lr, betas, weight_decay=section.weight_decay)
+    return made
 
 
 def join(

@@ -28,7 +28,7 @@ from ..health.monitor import HealthMonitor
 from ..interrupts import Interrupted, StopRequest
 from ..recipes import LORA_FILE
 from ..seeds import seed_of
-from ..teachers.stages import NETWORK
+from ..teachers.in_memory.stages import NETWORK
 from . import checkpoint
 from .assembly import Assembly, assemble
 from .passes import passes_of_an_image

@@ -18,7 +18,7 @@ from ..health.figures import PICTURE
 from ..metrics.pictures.drift import drift
 from ..pictures import titled_grid
 from ..seeds import seed_of
-from ..teachers.stages import NETWORK
+from ..teachers.in_memory.stages import NETWORK
 
 if TYPE_CHECKING:
     from .assembly import Assembly

@@ -16,7 +16,7 @@ from ...flash_core.terms.shared_batch import Random
 from ..config import PhaseSection, Recipe
 from ..tasks.base import Task
 from ..teachers.base import Teacher, full_precision
-from ..teachers.stages import PICTURES
+from ..teachers.in_memory.stages import PICTURES
 from .meter import Meter
 from .pretend.fakes import PretendAccelerator
 from .pretend.teacher import pictures

@@ -23,13 +23,13 @@ from ..metrics.lpips import Lpips
 from ..tasks import build_task
 from ..tasks.requirements import check_channels, check_control
 from ..teachers import family
-from ..teachers.stages import NETWORK, PICTURES
+from ..teachers.in_memory.stages import NETWORK, PICTURES
 from .meter import ACTIVATIONS, Meter, Moment
 from .pretend.fakes import Fakes, PretendAccelerator, checkpoint_on_cuda, quiet
 from .pretend.optimizer import pretend_adamw
-from .pretend.stages import PretendStages
 from .pretend.teacher import in_dtype_of_base, outlined, pictures, pretend_teacher
 from .samples import CAPTION, PretendExamples, PretendRollouts, RehearsedDistiller, conditions_of
+from .stages import PretendStages
 
 ROLLOUT, OPTIMISER = "rollout", "optimiser"
 

@@ -19,7 +19,7 @@ from ....flash_core.distiller import Distiller
 from ...progress import Progress
 from ...seeds import stream
 from ...teachers.base import full_precision
-from ...teachers.stages import PICTURES
+from ...teachers.in_memory.stages import PICTURES
 from ..cache.manifest import content_key, usable
 from ..cache.store import Keys, Store
 from ..framing import to_mask, to_tensor

@@ -22,7 +22,7 @@ from ...config import DataSection, MethodSection
 from ...errors import UserError
 from ...interrupts import StopRequest
 from ...progress import size_in_words
-from ...teachers.stages import NETWORK
+from ...teachers.in_memory.stages import NETWORK
 from ..cache.manifest import Manifest, Manifests
 from ..cache.store import sortable
 from ..cache.stores import (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...config import OptimizerSection
-from ...distill.optimizers import adamw
+from ...distill.assembly import adamw
 
 # bitsandbytes (optim.optimizer): values that share a factor, and the least size of a tensor that is kept in 8 bits.
 BLOCK, LEAST = 256, 4096

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from diffusers import StableDiffusionUpscalePipeline
 
 from ...errors import UserError
-from ..base import process_from_scheduler
+from ..schedulers import process_from_scheduler
 from .stable_diffusion import StableDiffusion
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ...teachers.stages import Stages
-from ..meter import Meter
+from ..teachers.in_memory.stages import Stages
+from .meter import Meter
 
 
 class PretendStages(Stages):

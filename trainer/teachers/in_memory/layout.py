@@ -6,7 +6,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from ..errors import UserError
+from ...errors import UserError
 
 
 def order_channels_last(network: ModelMixin) -> None:

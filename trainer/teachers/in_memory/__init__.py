@@ -1,0 +1,1 @@
+"""How a teacher's weights lie in memory: where, in how many bits, in which order."""
