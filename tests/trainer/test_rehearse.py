@@ -145,9 +145,9 @@ def test_parts_in_half_precision_and_in_8_bits(rehearsed: Rehearsal, tiny_model:
         rehearsed.parts[name] for name in ("LoRA", "moving average")
     ]
     assert made.parts["optimisers"] < rehearsed.parts["optimisers"]
-    assert "VAE" not in made.moments["student"].parts
-    assert "VAE" in made.moments["preview"].parts
-    assert made.moments["student"].parts[ACTIVATIONS] < rehearsed.moments["student"].parts[ACTIVATIONS] / 2
+    step, plain = (one.moments["student"].parts for one in (made, rehearsed))
+    assert step["VAE"] == 0 < plain["VAE"]
+    assert step[ACTIVATIONS] < plain[ACTIVATIONS]
 
 
 def test_encoding_holds_one_group_of_parts_at_a_time(rehearsed: Rehearsal) -> None:

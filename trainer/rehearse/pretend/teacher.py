@@ -85,8 +85,9 @@ def outlined(model: ModelSection, task: Task, resolution: int | None) -> tuple[O
 
 
 def in_dtype_of_base(model: ModelSection, outline: Outline) -> None:
-    """Give the outline's networks the dtype of the recipe's base."""
-    networks = [outline.denoiser.network] + ([outline.control.network] if outline.control is not None else [])
+    """Give the outline's networks the dtype of the recipe's base; a base in 8 bits has its dtypes already."""
+    networks: list[nn.Module] = [] if model.storage is not None else [outline.denoiser.network]
+    networks += [outline.control.network] if outline.control is not None else []
     for network in networks:
         nn.Module.to(network, getattr(torch, model.dtype))  # diffusers' own warns of modules to keep in float32
 
