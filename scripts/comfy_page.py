@@ -55,7 +55,9 @@ def open_page(server: Any, profile: Path, width: int = 1600, height: int = 900) 
             headless=True,
             args=ARGUMENTS,
             viewport={"width": width, "height": height},
+            timeout=WAIT,
         )
+        context.set_default_timeout(WAIT)
         page = context.new_page()
         load(page, server)
         yield page
@@ -64,7 +66,7 @@ def open_page(server: Any, profile: Path, width: int = 1600, height: int = 900) 
 
 def load(page: Page, server: Any) -> None:
     """Load the page and wait until it is ready."""
-    page.goto(server.address)
+    page.goto(server.address, timeout=WAIT, wait_until="domcontentloaded")
     page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=WAIT)
 
 
