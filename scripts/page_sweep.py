@@ -1,6 +1,6 @@
 """Go through ComfyUI's page as a user would, in both renderers, with a screenshot of each step.
 
-    python scripts/page_sweep.py [--output out/page] [--only WORD]
+    python scripts/page_sweep.py [--output out/page] [--only PATTERN]
     COMFYUI_PATH=/path/to/another/ComfyUI python scripts/page_sweep.py
 
 Opens every template from the dialog, runs those of the demo, opens help, drops and runs every blueprint, changes the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 import tempfile
 import time
@@ -138,7 +139,7 @@ def sweep(server: Any, renderer: str, output: Path, only: str) -> int:
         page_proofs.collect_errors(page) as errors,
     ):
         for name, work in steps(page, server):
-            if only not in name:
+            if not re.search(only, name):
                 continue
             begin = time.monotonic()
             try:
@@ -163,7 +164,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     parser = argparse.ArgumentParser(description="Go through ComfyUI's page as a user would.")
     parser.add_argument("--output", type=Path, default=comfy_runtime.ROOT / "out" / "page", help="for screenshots")
-    parser.add_argument("--only", default="", help="only steps whose name has this word (default: all)")
+    parser.add_argument("--only", default="", help="only steps whose name has this regular expression")
     parser.add_argument("--renderer", choices=RENDERERS, help="only this renderer (default: both)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
