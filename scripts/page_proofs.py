@@ -60,7 +60,6 @@ def open_template(page: Page, name: str, nodes: int) -> None:
 
 def run(page: Page, kind: str = "SaveImage") -> None:
     """Queue the open workflow and wait until its nodes of this kind show a picture."""
-    page.evaluate("window.app.graph.nodes.forEach(node => { if (node.imgs) node.imgs = undefined })")
     page.evaluate("window.flashDone = new Set(); window.flashFailed = null")
     page.evaluate(
         """() => {
@@ -126,15 +125,19 @@ def connect_blueprint(page: Page, title: str, task: str = "text-to-image", lora:
     page.evaluate(
         """([title, task, lora]) => {
             const graph = window.app.graph;
+            const blueprint = graph.nodes.find(node => node.title === title);
+            const [left, top] = blueprint.pos;
+            let row = 0;
             const add = (kind, values) => {
                 const node = window.LiteGraph.createNode(kind);
+                const right = left + blueprint.size[0] + 80;
+                node.pos = kind === 'SaveImage' ? [right, top] : [left - 340, top + 180 * row++];
                 graph.add(node);
                 for (const [name, value] of Object.entries(values)) {
                     node.widgets.find(widget => widget.name === name).value = value;
                 }
                 return node;
             };
-            const blueprint = graph.nodes.find(node => node.title === title);
             if (lora) blueprint.widgets.find(widget => widget.name === 'lora_name').value = lora;
             const models = add('FlashDemoModels', { task });
             const link = (from, slot, name) => from.connect(slot, blueprint, blueprint.inputs.findIndex(
@@ -175,9 +178,7 @@ def open_help(page: Page, kind: str, words: str) -> None:
         }""",
         kind,
     )
-    page.get_by_test_id("info-button").or_(
-        page.locator(".selection-toolbox .pi-info-circle, .pi-question-circle")
-    ).first.click(timeout=WAIT)
+    page.get_by_test_id("info-button").first.click(timeout=WAIT)
     page.get_by_text(words).first.wait_for(timeout=WAIT)
 
 
@@ -190,6 +191,8 @@ def has_app_mode(page: Page) -> bool:
 
 def run_in_app_mode(page: Page, inputs: int) -> None:
     """Enter app mode, count the shown inputs, run, and wait for the picture. Leave app mode."""
+    # A first visit is welcomed by a dialog that covers the page.
+    page.add_locator_handler(page.get_by_role("button", name="Skip", exact=True), lambda skip: skip.click())
     page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
     widgets = page.get_by_test_id("app-mode-widget-item")
     page.wait_for_function(
@@ -198,7 +201,7 @@ def run_in_app_mode(page: Page, inputs: int) -> None:
         timeout=WAIT,
     )
     assert widgets.count() == inputs
-    page.get_by_test_id("linear-run-button").or_(page.get_by_role("button", name="Run")).first.click(timeout=WAIT)
+    page.get_by_test_id("linear-run-button-icon").first.click(timeout=WAIT)
     page.get_by_test_id("linear-image-output").first.wait_for(timeout=10 * WAIT)
 
 
