@@ -77,7 +77,7 @@ def run(page: Page, kind: str = "SaveImage") -> None:
         """kind => window.flashFailed || window.app.graph.nodes.filter(node => node.type === kind).every(
             node => window.flashDone.has(String(node.id)))""",
         arg=kind,
-        timeout=10 * WAIT,
+        timeout=4 * WAIT,
     )
     failed = page.evaluate("window.flashFailed")
     assert failed is None, failed
@@ -97,7 +97,7 @@ def wait_for_picture(page: Page) -> None:
 def panel_text(page: Page, name: str) -> str:
     """Return the text of our panel of this name (``flash_card``, ``flash_losses``), once there is one."""
     panel = page.locator(f".flash-diffusion-panel[data-panel={name}]").first
-    panel.wait_for(state="attached", timeout=10 * WAIT)
+    panel.wait_for(state="attached", timeout=4 * WAIT)
     return panel.inner_text()
 
 
@@ -202,7 +202,7 @@ def run_in_app_mode(page: Page, inputs: int) -> None:
     )
     assert widgets.count() == inputs
     page.get_by_test_id("linear-run-button-icon").first.click(timeout=WAIT)
-    page.get_by_test_id("linear-image-output").first.wait_for(timeout=10 * WAIT)
+    page.get_by_test_id("linear-image-output").first.wait_for(timeout=4 * WAIT)
 
 
 def leave_app_mode(page: Page) -> None:
@@ -234,10 +234,10 @@ def interrupt_and_resume(page: Page, settings: dict[str, Any]) -> None:
     )
     set_values(page, "FlashDistill", settings)
     page.evaluate("window.app.queuePrompt(0)")
-    page.wait_for_function("new Set(window.flashPreviews).size >= 2", timeout=10 * WAIT)
+    page.wait_for_function("new Set(window.flashPreviews).size >= 2", timeout=4 * WAIT)
     assert "loss" in panel_text(page, "flash_losses")
     page.evaluate("window.comfyAPI.api.api.interrupt(null)")
-    page.wait_for_function("window.flashInterrupted", timeout=10 * WAIT)
+    page.wait_for_function("window.flashInterrupted", timeout=4 * WAIT)
     before = page.evaluate("Math.max(...window.flashUpdates)")
     assert before < settings["updates"], "it ended before it was interrupted; raise updates"
     page.evaluate("window.flashUpdates = []")

@@ -160,6 +160,16 @@ def test_blueprint_is_dropped_and_runs(page: Page, errors: list[str]) -> None:
     assert not [error for error in errors if is_ours(error)], errors
 
 
+def test_template_runs_in_app_mode(page: Page, errors: list[str]) -> None:
+    if not page_proofs.has_app_mode(page):
+        pytest.skip("this ComfyUI has no app mode: it came after 0.3.75")
+    workflow = workflow_file(NAME)
+    comfy_page.open_workflow(page, workflow)
+    page_proofs.run_in_app_mode(page, len(workflow["extra"]["linearData"]["inputs"]))
+    page_proofs.leave_app_mode(page)
+    assert not [error for error in errors if is_ours(error)], errors
+
+
 @pytest.mark.slow
 def test_distillation_is_watched_interrupted_and_resumed(page: Page, errors: list[str]) -> None:
     comfy_page.open_workflow(page, workflow_file("flash_distill_demo"))
