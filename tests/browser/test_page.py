@@ -110,33 +110,30 @@ def test_loader_shows_its_card_and_saves_none_of_it(page: Page, errors: list[str
     assert not [error for error in errors if is_ours(error)], errors
 
 
-def test_texts_of_files_are_shown_as_text(page: Page) -> None:
-    """A LoRA's header may hold anything: the card must not make HTML of it."""
+ODD_OUTPUTS = (
+    "undefined",
+    "null",
+    "{}",
+    "{ flash_card: 7 }",
+    "{ flash_card: [7] }",
+    "{ flash_losses: [] }",
+    "{ flash_losses: ['x', null] }",
+)
+
+
+def test_odd_outputs_are_no_error_and_texts_no_html(page: Page, errors: list[str]) -> None:
+    """A later server may send what this page does not know, and a LoRA's header may hold anything."""
     comfy_page.open_workflow(page, workflow_file(NAME))
+    ours = "window.app.graph.nodes.filter(node => /^Flash/.test(node.type))"
+    for output in ODD_OUTPUTS:
+        page.evaluate(f"{ours}.forEach(node => node.onExecuted({output}))")
     page.evaluate(
-        """() => window.app.graph.nodes.find(node => node.type === 'FlashLoraLoader').onExecuted(
-            { flash_card: [['<b>made</b> for', '<img src=x onerror="window.broken = true">']] })"""
+        f"""{ours}.find(node => node.type === 'FlashLoraLoader').onExecuted(
+            {{ flash_card: [['<b>made</b> for', '<img src=x onerror="window.broken = true">']] }})"""
     )
     assert '<img src=x onerror="window.broken = true">' in page_proofs.panel_text(page, "flash_card")
     assert page.evaluate("window.broken") is None
-
-
-@pytest.mark.parametrize(
-    "output",
-    [
-        "undefined",
-        "null",
-        "{}",
-        "{ flash_card: 7 }",
-        "{ flash_card: [7] }",
-        "{ flash_losses: [] }",
-        "{ flash_losses: ['x'] }",
-    ],
-)
-def test_unknown_output_is_no_error(page: Page, errors: list[str], output: str) -> None:
-    comfy_page.open_workflow(page, workflow_file(NAME))
-    page.evaluate(f"window.app.graph.nodes.filter(node => node.onExecuted).forEach(node => node.onExecuted({output}))")
-    assert not errors
+    assert not [error for error in errors if is_ours(error)], errors
 
 
 def test_blueprint_is_dropped_and_runs(page: Page, errors: list[str]) -> None:
