@@ -30,6 +30,7 @@ SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Workflow.Persist": False,
+    "Comfy.Window.UnloadConfirmation": False,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 WAIT = 300_000  # milliseconds; a busy machine takes minutes for what takes seconds elsewhere

@@ -48,10 +48,12 @@ def chromium(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture
-def page(chromium: Page, server: Any) -> Page:
-    """Load the page anew, without what the last test left open."""
-    comfy_page.load(chromium, server)
-    return chromium
+def page(chromium: Page, server: Any) -> Iterator[Page]:
+    """Open a new tab, without what the last test left open: leaving a changed workflow may ask for a confirmation."""
+    opened = chromium.context.new_page()
+    comfy_page.load(opened, server)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
