@@ -30,9 +30,10 @@ SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Workflow.Persist": False,
+    "Comfy.Window.UnloadConfirmation": False,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
-WAIT = 120_000  # milliseconds; CI's machines are slow
+WAIT = 300_000  # milliseconds; a busy machine takes minutes for what takes seconds elsewhere
 SETTLE = 1500  # milliseconds in which the page draws what changed
 TITLE = 30  # pixels that a node's title bar takes above its position
 INSET = 200  # pixels of the page's left and top edges that its bars may cover
@@ -55,7 +56,9 @@ def open_page(server: Any, profile: Path, width: int = 1600, height: int = 900) 
             headless=True,
             args=ARGUMENTS,
             viewport={"width": width, "height": height},
+            timeout=WAIT,
         )
+        context.set_default_timeout(WAIT)
         page = context.new_page()
         load(page, server)
         yield page
@@ -64,7 +67,7 @@ def open_page(server: Any, profile: Path, width: int = 1600, height: int = 900) 
 
 def load(page: Page, server: Any) -> None:
     """Load the page and wait until it is ready."""
-    page.goto(server.address)
+    page.goto(server.address, timeout=WAIT, wait_until="domcontentloaded")
     page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=WAIT)
 
 

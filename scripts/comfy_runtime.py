@@ -83,6 +83,7 @@ FLAGS = (
 # A busy machine takes minutes for what takes seconds elsewhere: these only end a process that hangs.
 START_SECONDS = 1800.0
 WORKFLOW_SECONDS = 3600.0
+ANSWER_SECONDS = 300.0
 SAY_SECONDS = 30.0  # between lines that say what is waited for
 STOP_SECONDS = 15.0
 
@@ -262,7 +263,7 @@ class Server:
     log: Path
     process: subprocess.Popen[bytes]
 
-    def get(self, path: str, timeout: float = 30.0) -> bytes:
+    def get(self, path: str, timeout: float = ANSWER_SECONDS) -> bytes:
         """Return the body of ``GET path``."""
         with urllib.request.urlopen(self.address + path, timeout=timeout) as answer:
             return answer.read()
@@ -273,7 +274,7 @@ class Server:
             self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=30.0) as answer:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise RuntimeProblem(f"POST {path} answered {error.code}: {error.read().decode()}") from error

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from .crops import Box, blend_into, context_box, crop, pad_picture, resize, same_shape, shape_within, working_size
+from .crops import (
+    Box,
+    blend_into,
+    context_box,
+    crop,
+    pad_picture,
+    resize,
+    same_shape,
+    shape_within,
+    without_drift,
+    working_size,
+)
 from .masks import dilate, feather, mask_box
 from .tiles import Tiling, plan_tiles
 
@@ -20,5 +31,6 @@ __all__ = [
     "resize",
     "same_shape",
     "shape_within",
+    "without_drift",
     "working_size",
 ]

@@ -118,6 +118,23 @@ def blend_into(picture: Tensor, part: Tensor, mask: Tensor, box: Box) -> Tensor:
     return result
 
 
+def without_drift(part: Tensor, picture: Tensor, kept: Tensor) -> Tensor:
+    """Shift the colours of a part that a model has drawn, so that its kept pixels have the picture's mean colours.
+
+    A VAE and a few sampling steps change colours a little everywhere, also where nothing was to change. There the
+    change is known, and the same shift is taken off the whole part.
+
+    Args:
+        part: (B, h, w, C).
+        picture: (B, h, w, C), the same place in the picture.
+        kept: (B or 1, h, w), above 0 where the picture stays. Where nothing is kept the part is returned as it is.
+    """
+    weight = kept[..., None].expand(*part.shape[:3], 1)
+    total = weight.sum((1, 2), keepdim=True)
+    drift = ((part - picture) * weight).sum((1, 2), keepdim=True) / total.clamp(min=1e-6)
+    return torch.where(total > 0, (part - drift).clamp(0, 1), part)
+
+
 def _centred(start: int, length: int, wanted: int, limit: int) -> int:
     """Return the start of a window of ``wanted`` centred on ``start .. start + length`` and inside ``0 .. limit``."""
     return min(max(start - (wanted - length) // 2, 0), limit - wanted)

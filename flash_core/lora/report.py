@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..families import name_of
 from .matching import MatchReport, base_of, describe_base
 from .metadata import FlashMetadata
 from .weights import AlphaSource, Difference, LoraFile
@@ -137,6 +138,27 @@ class LoraReport:
             if metadata.license:
                 lines.append(f"license: {metadata.license}")
         return "\n".join(lines)
+
+    def rows(self, strength: float) -> list[tuple[str, str]]:
+        """Return the facts that fit on a node, as label and value.
+
+        Args:
+            strength: the user's factor on the LoRA.
+        """
+        scale = "1 (alpha is unknown)" if self.alpha_source == "unknown" else _numbers(self.scales)
+        times = "" if strength == 1 else f", strength {strength:g}"
+        matched = "" if self.matched is None else f"{self.matched} of "
+        rows = [
+            ("made for", self.made_for if self.base is None else name_of(self.base)),
+            ("LoRA", f"rank {_numbers(self.ranks)}, scale {scale}{times}"),
+            ("layers", f"{matched}{self.layers}"),
+        ]
+        rows += [("left out", f"{item.count} {item.what}") for item in self.left_out]
+        if self.metadata is not None:
+            counts = sorted(self.metadata.timesteps)
+            steps = f"{counts[0]} to {counts[-1]}" if len(counts) > 2 else ", ".join(str(count) for count in counts)
+            rows.append(("steps", f"{steps}, best {self.metadata.steps}"))
+        return rows
 
     def _scale(self) -> str:
         ranks = _numbers(self.ranks)

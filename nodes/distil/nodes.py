@@ -15,6 +15,7 @@ from ..lora.loaded import LOADED_KEY, check_single_flash
 from ..lora.patches import apply_lora
 from ..shared.inputs import MAX_SEED, fixed_latent
 from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_vae, model_base
+from ..shared.page import chart, send_losses
 from ..shared.process import process_of
 from ..shared.prompts import check_channels, check_prompts, encoded
 from ..shared.schema import advanced, node_schema, show_text
@@ -227,6 +228,7 @@ class FlashDistill(io.ComfyNode):
                 io.LossMap.Output(display_name="loss_map", tooltip="The losses, for Plot Loss Graph."),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -293,7 +295,11 @@ class FlashDistill(io.ComfyNode):
             model, positive, negative, given, shape, vae, settings, name, output, preview_every, checkpointing
         )
         try:
-            result = distil(request, lambda text: show_text(cls, text))
+            result = distil(
+                request,
+                lambda text: show_text(cls, text),
+                lambda losses, total: send_losses(cls, losses, total),
+            )
         except torch.cuda.OutOfMemoryError:
             show_text(cls, OUT_OF_MEMORY.format(settings.at_once))
             raise  # ComfyUI unloads all models
@@ -301,4 +307,5 @@ class FlashDistill(io.ComfyNode):
         patched, _ = apply_lora(result.file, model, 1.0)
         patched.set_attachments(METADATA_KEY, result.file.metadata)
         lora = FlashLora.of_file(result.path, name)
-        return io.NodeOutput(patched, lora, result.picture, result.text, {"loss": result.losses})
+        losses = {"loss": result.losses}
+        return io.NodeOutput(patched, lora, result.picture, result.text, losses, ui=chart(result.losses))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,15 @@ class Result:
     losses: list[float]
 
 
-def distil(request: Request, tell: Callable[[str], None]) -> Result:
+def distil(
+    request: Request, tell: Callable[[str], None], plot: Callable[[Sequence[float], int], None] = lambda *_: None
+) -> Result:
     """Distil a MODEL, from the start or from where its folder says that the run is.
 
     Args:
         tell: shows a text on the node's face.
+        plot: shows the losses of all updates so far there, and takes the number of updates of the whole run. Default:
+            do nothing.
 
     Raises:
         ValueError: the model or the conditions cannot be distilled, a state is damaged, or training diverged.
@@ -102,7 +106,7 @@ def distil(request: Request, tell: Callable[[str], None]) -> Result:
         of_model = fingerprint_of_model(denoiser)
         identity = Fingerprint().add((of_model, settings, examples))
         folder = RunFolder(request.output / f"{safe_name(request.name)}-{identity.text()}")
-        face = Face(request, denoiser, tell)
+        face = Face(request, denoiser, tell, plot)
         training = Training(denoiser, settings, examples, folder, face.observe)
         started_at = training.update
         bench = Bench(training.distiller, examples, settings.guidance, settings.seed, settings.at_once)
@@ -226,9 +230,16 @@ class Face:
         decode: latents to pictures; None where there is no VAE and ComfyUI knows no colours of the latents.
     """
 
-    def __init__(self, request: Request, denoiser: ModelDenoiser, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        denoiser: ModelDenoiser,
+        tell: Callable[[str], None],
+        plot: Callable[[Sequence[float], int], None],
+    ) -> None:
         self.request = request
         self.tell = tell
+        self.plot = plot
         self.bar = comfy.utils.ProgressBar(1)
         self.decode = decoder(request, denoiser)
         self.drawn: tuple[Training, Bench] | None = None
@@ -249,6 +260,8 @@ class Face:
         if progress.done == progress.total or now - self._told > SHOW_SECONDS:
             self._told = now
             self.tell(self._text(progress))
+            if progress.doing == "updates" and self.drawn is not None:
+                self.plot(self.drawn[0].losses, progress.total)
 
     def _picture(self) -> tuple[str, Any, int] | None:
         if self.drawn is None:

@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..shared.inputs import allow_partial_input, files_fingerprint, strength_input
+from ..shared.page import card
 from ..shared.schema import node_schema, show_text
 from .loaded import LOADED_KEY, check_single_flash
 from .patches import apply_lora, read_chosen
@@ -61,6 +62,7 @@ class FlashLoraLoader(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -84,4 +86,7 @@ class FlashLoraLoader(io.ComfyNode):
         report = replace(report, sampling=sampling_lines(recognised, file, strength, model))
         if recognised is not None:
             show_text(cls, face(recognised, strength))
-        return io.NodeOutput(patched, "\n".join([report.text(), *warned]))
+        rows = report.rows(strength)
+        if recognised is not None:
+            rows.append(("preset", f"{recognised.name}, {recognised.how}"))
+        return io.NodeOutput(patched, "\n".join([report.text(), *warned]), ui=card(rows))

@@ -19,6 +19,7 @@ from ...flash_core.lora import LoraError, LoraFile, LoraModule, flat_name, merge
 from ...flash_core.lora.matching import same_weight
 from ...flash_core.lora.overlap import SIZE_LIMIT, Overlap, common_names, cosine, norm, overlap, suggested_strength
 from ..shared.inputs import NONE, allow_partial_input, files_fingerprint, strength_input
+from ..shared.page import text_card
 from ..shared.schema import count, node_schema, show_text
 from .loaded import LOADED_KEY, Loaded, check_single_flash
 from .patches import LoraMismatch, Target, apply_lora, fit, layer_shape, lora_patch, read_chosen, whole_patches
@@ -88,6 +89,7 @@ class FlashLoraStack(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -142,8 +144,10 @@ class FlashLoraStack(io.ComfyNode):
         model.set_attachments(LOADED_KEY, tuple(loaded))
         meeting = describe_meeting(loaded, model)
         warnings = [line for line in meeting if line.startswith("WARNING")]
-        show_text(cls, "\n".join(warnings) or f"{count(len(loaded), 'LoRA')}, no conflict")
-        return io.NodeOutput(model, clip, "\n\n".join([*paragraphs, "\n".join(meeting)]).strip())
+        summary = "\n".join(warnings) or f"{count(len(loaded), 'LoRA')}, no conflict"
+        show_text(cls, summary)
+        report = "\n\n".join([*paragraphs, "\n".join(meeting)]).strip()
+        return io.NodeOutput(model, clip, report, ui=text_card(summary))
 
 
 def is_flash(file: LoraFile, few_step_slot: bool) -> bool:

@@ -26,6 +26,7 @@ from ...flash_core.image import (
     resize,
     same_shape,
     shape_within,
+    without_drift,
     working_size,
 )
 from ..shared.inputs import check_batch, check_numbers, check_picture
@@ -291,6 +292,23 @@ def plan_crop(
     return StitchPlan(image, box, crop(weight, box), place, framed), pixels, crop_mask
 
 
+def stitch_weight(stitch: StitchPlan, mask: Tensor) -> Tensor:
+    """Return a mask of the whole picture as the weight of a crop: (1 or B, box.height, box.width).
+
+    Raises:
+        ValueError: the mask is black over the crop, or it belongs to another picture.
+    """
+    box = stitch.box
+    weight = crop(fitted_mask(mask, stitch.picture, padded=True), box)
+    if not bool((weight > 0).any()):
+        raise ValueError(
+            f"The mask is black over the whole crop (columns {box.left} to {box.right - 1}, rows {box.top} to "
+            f"{box.bottom - 1}), so nothing would be pasted. Paint it white within the crop, or disconnect 'mask' to "
+            "paste where the prepared mask was."
+        )
+    return weight
+
+
 class FlashInpaintStitch(io.ComfyNode):
     """Paste an inpainted crop back into its picture."""
 
@@ -304,15 +322,32 @@ class FlashInpaintStitch(io.ComfyNode):
             inputs=[
                 Stitch.Input("stitch", tooltip="From Flash Inpaint Prepare or Flash Face Swap Prepare."),
                 io.Image.Input("image", tooltip="The inpainted crop from VAE Decode, in any size; one or several."),
+                io.Boolean.Input(
+                    "match_colors",
+                    default=False,
+                    optional=True,
+                    tooltip="On: takes off the crop the shift of colours that its unmasked pixels show. Use it if the "
+                    "pasted part is a little lighter, darker or tinted.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Paste only where it is white, instead of where the prepared mask was; black keeps every "
+                    "bit. As large as the output picture, or of its shape.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The whole picture with its padding.")],
         )
 
     @classmethod
-    def execute(cls, stitch: StitchPlan, image: Tensor) -> io.NodeOutput:
+    def execute(
+        cls, stitch: StitchPlan, image: Tensor, match_colors: bool = False, mask: Tensor | None = None
+    ) -> io.NodeOutput:
         """Resize the crop to its box and blend it in; several crops of one picture give several pictures."""
         check_picture("image", image)
         check_numbers("image", image)
+        if mask is not None:
+            check_numbers("mask", mask)
         picture = stitch.picture
         if len(image) % len(picture):
             raise ValueError(
@@ -321,8 +356,15 @@ class FlashInpaintStitch(io.ComfyNode):
             )
         times = len(image) // len(picture)
         picture = picture.repeat(times, 1, 1, 1)
-        weight = stitch.weight if len(stitch.weight) == 1 else stitch.weight.repeat(times, 1, 1)
+        weight = stitch.weight if mask is None else stitch_weight(stitch, mask)
+        drawn = stitch.weight
+        if len(weight) > 1:
+            weight = weight.repeat(times, 1, 1)
+        if len(drawn) > 1:
+            drawn = drawn.repeat(times, 1, 1)
         part = crop(resize(image[..., :3].to(picture), *stitch.framed), stitch.place)
+        if match_colors:
+            part = without_drift(part, crop(picture, stitch.box)[..., :3], (drawn == 0).to(part))
         if picture.shape[-1] > 3:
             part = torch.cat([part, crop(picture, stitch.box)[..., 3:]], dim=-1)
         return io.NodeOutput(blend_into(picture, part, weight, stitch.box))

@@ -26,6 +26,7 @@ from ..shared.inputs import (
     steps_input,
     stochasticity_input,
 )
+from ..shared.page import text_card
 from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import node_schema, show_text
 from .few_step import flash_grid, flash_sampler, grid_transitions, text_on_node
@@ -76,6 +77,7 @@ class FlashSampler(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The finished latent. Connect VAE Decode.")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -107,7 +109,8 @@ class FlashSampler(io.ComfyNode):
         chosen = flash_grid(model, steps, denoise, grid, timesteps, preset)
         fresh = grid_transitions(model, chosen, given)
         warned = guidance_warnings(chosen.preset, steps, guidance, positive)
-        show_text(cls, text_on_node(chosen.text, fresh, warned))
+        text = text_on_node(chosen.text, fresh, warned)
+        show_text(cls, text)
         guider = comfy.samplers.CFGGuider(model)
         conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
         guider.inner_set_conds(conds)
@@ -123,7 +126,8 @@ class FlashSampler(io.ComfyNode):
             seed=seed,
         )
         kept = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio_")}
-        return io.NodeOutput({**kept, "samples": sampled.to(comfy.model_management.intermediate_device())})
+        latent = {**kept, "samples": sampled.to(comfy.model_management.intermediate_device())}
+        return io.NodeOutput(latent, ui=text_card(text))
 
 
 class FlashScheduler(io.ComfyNode):
@@ -149,6 +153,7 @@ class FlashScheduler(io.ComfyNode):
                 )
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -164,7 +169,7 @@ class FlashScheduler(io.ComfyNode):
         """Return the noise levels of :func:`~.few_step.flash_grid`."""
         chosen = flash_grid(model, steps, denoise, grid, timesteps, preset)
         show_text(cls, chosen.text)
-        return io.NodeOutput(chosen.sigmas)
+        return io.NodeOutput(chosen.sigmas, ui=text_card(chosen.text))
 
 
 class FlashSamplerSelect(io.ComfyNode):

@@ -12,7 +12,9 @@ from comfy_api.v0_0_2 import io
 CATEGORY = "Flash Diffusion"
 
 SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
-NEWER_SCHEMA_FIELDS = {"search_aliases"}  # since ComfyUI 0.11
+# search_aliases: since ComfyUI 0.11. has_intermediate_output: a newer one sends a cached node's card again, to a page
+# that was opened later.
+NEWER_SCHEMA_FIELDS = {"search_aliases", "has_intermediate_output"}
 
 
 def node_schema(**fields: Any) -> io.Schema:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import ConsoleMessage, Page, expect
+from playwright.sync_api import Page, expect
 
 from ..comfy.runtime import ROOT, load_runtime, load_script
 
@@ -20,7 +20,9 @@ PRIMITIVE = "PrimitiveNode"  # of the page alone: the server never sees it
 ARTIFACTS = ROOT / "out" / "test-artifacts"
 
 comfy_page = load_script("comfy_page")
+page_proofs = load_script("page_proofs")
 WAIT = comfy_page.WAIT
+is_ours = page_proofs.is_ours
 
 pytestmark = [
     pytest.mark.comfy,
@@ -38,25 +40,27 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield running
 
 
-@pytest.fixture
-def page(server: Any, tmp_path: Any) -> Iterator[Page]:
-    """Open the page in a new Chromium."""
-    with comfy_page.open_page(server, tmp_path / "profile") as opened:
+@pytest.fixture(scope="module")
+def chromium(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """Start one Chromium for all tests."""
+    with comfy_page.open_page(server, tmp_path_factory.mktemp("chromium") / "profile") as opened:
         yield opened
 
 
 @pytest.fixture
-def errors(page: Page) -> list[str]:
+def page(chromium: Page, server: Any) -> Iterator[Page]:
+    """Open a new tab, without what the last test left open: leaving a changed workflow may ask for a confirmation."""
+    opened = chromium.context.new_page()
+    comfy_page.load(opened, server)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def errors(page: Page) -> Iterator[list[str]]:
     """Collect the page's errors."""
-    seen: list[str] = []
-
-    def note(message: ConsoleMessage) -> None:
-        if message.type == "error":
-            seen.append(f"{message.text} ({message.location.get('url', '')})")
-
-    page.on("console", note)
-    page.on("pageerror", lambda error: seen.append(str(error)))
-    return seen
+    with page_proofs.collect_errors(page) as seen:
+        yield seen
 
 
 def workflow_file(name: str) -> dict[str, Any]:
@@ -75,25 +79,8 @@ def assert_page_queues_api_twin(page: Page, name: str) -> None:
     }
 
 
-def is_ours(message: str) -> bool:
-    """Return True if an error concerns this extension.
-
-    The page also reports missing files of its own, and that it cannot ask the registry or the models' pages.
-    """
-    elsewhere = ("https://api.comfy.org/", "https://huggingface.co/")
-    return "flash" in message.lower() and not any(address in message for address in elsewhere)
-
-
 def test_demo_template_opens_and_runs(page: Page, errors: list[str]) -> None:
-    page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    page.get_by_text("flash-diffusion", exact=True).first.click(timeout=WAIT)
-    card = page.get_by_text(NAME).first
-    card.wait_for(timeout=WAIT)
-    ARTIFACTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=str(ARTIFACTS / "templates.png"))
-    card.click()
-
-    page.wait_for_function("window.app.graph.nodes.some(node => node.type === 'FlashSampler')", timeout=WAIT)
+    page_proofs.open_template(page, NAME, len(workflow_file(NAME)["nodes"]))
     types = page.evaluate("window.app.graph.nodes.map(node => node.type)")
     assert sorted(types) == sorted(node["type"] for node in workflow_file(NAME)["nodes"])
     assert_page_queues_api_twin(page, NAME)
@@ -104,7 +91,89 @@ def test_demo_template_opens_and_runs(page: Page, errors: list[str]) -> None:
     )
     page.evaluate("window.app.canvas.ds.reset?.(); window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(1500)
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=str(ARTIFACTS / "workflow.png"))
+    assert not [error for error in errors if is_ours(error)], errors
+
+
+def test_loader_shows_its_card_and_saves_none_of_it(page: Page, errors: list[str]) -> None:
+    workflow = workflow_file(NAME)
+    comfy_page.open_workflow(page, workflow)
+    page_proofs.set_values(page, "FlashLoraLoader", {"strength": 0.95})  # else it may be cached, and tells nothing
+    page_proofs.run(page)
+    card = page_proofs.panel_text(page, "flash_card")
+    assert "rank 8, scale 1, strength 0.95" in card
+    assert "124 of 124" in card
+    saved = page.evaluate("window.app.graph.serialize().nodes.find(node => node.type === 'FlashLoraLoader')")
+    assert saved["widgets_values"] == ["flash_demo.safetensors", 0.95, False]
+    queued = page.evaluate("window.app.graphToPrompt().then(prompt => prompt.output)")
+    loader = next(node for node in queued.values() if node["class_type"] == "FlashLoraLoader")
+    assert set(loader["inputs"]) == {"model", "lora_name", "strength", "allow_partial"}
+    assert not [error for error in errors if is_ours(error)], errors
+
+
+ODD_OUTPUTS = (
+    "undefined",
+    "null",
+    "{}",
+    "{ flash_card: 7 }",
+    "{ flash_card: [7] }",
+    "{ flash_losses: [] }",
+    "{ flash_losses: ['x', null] }",
+)
+
+
+def test_odd_outputs_are_no_error_and_texts_no_html(page: Page, errors: list[str]) -> None:
+    """A later server may send what this page does not know, and a LoRA's header may hold anything."""
+    comfy_page.open_workflow(page, workflow_file(NAME))
+    ours = "window.app.graph.nodes.filter(node => /^Flash/.test(node.type))"
+    for output in ODD_OUTPUTS:
+        page.evaluate(f"{ours}.forEach(node => node.onExecuted({output}))")
+    page.evaluate(
+        f"""{ours}.find(node => node.type === 'FlashLoraLoader').onExecuted(
+            {{ flash_card: [['<b>made</b> for', '<img src=x onerror="window.broken = true">']] }})"""
+    )
+    assert '<img src=x onerror="window.broken = true">' in page_proofs.panel_text(page, "flash_card")
+    assert page.evaluate("window.broken") is None
+    assert not [error for error in errors if is_ours(error)], errors
+
+
+def test_blueprint_is_dropped_and_runs(page: Page, errors: list[str]) -> None:
+    page.evaluate("window.app.graph.clear()")
+    page_proofs.drop_blueprint(page, "Flash Text to Image")
+    page_proofs.connect_blueprint(page, "Flash Text to Image")
+    queued = page.evaluate("window.app.graphToPrompt().then(prompt => prompt.output)")
+    twin = json.loads((ROOT / "tests" / "comfy" / "workflows" / f"{NAME}.json").read_text())
+
+    def values(prompt: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return each node's widget values."""
+        return {
+            node["class_type"]: {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+            for node in prompt.values()
+            if node["class_type"] != "SaveImage"
+        }
+
+    assert values(queued) == values(twin)
+    page_proofs.run(page)
+    page_proofs.wait_for_picture(page)
+    assert not [error for error in errors if is_ours(error)], errors
+
+
+def test_template_runs_in_app_mode(page: Page, errors: list[str]) -> None:
+    if not page_proofs.has_app_mode(page):
+        pytest.skip("this ComfyUI has no app mode: it came after 0.3.75")
+    workflow = workflow_file(NAME)
+    comfy_page.open_workflow(page, workflow)
+    page_proofs.run_in_app_mode(page, len(workflow["extra"]["linearData"]["inputs"]))
+    page_proofs.leave_app_mode(page)
+    assert not [error for error in errors if is_ours(error)], errors
+
+
+@pytest.mark.slow
+def test_distillation_is_watched_interrupted_and_resumed(page: Page, errors: list[str]) -> None:
+    comfy_page.open_workflow(page, workflow_file("flash_distill_demo"))
+    page_proofs.interrupt_and_resume(page, {"updates": 8, "trajectories": 4, "samples": 2, "preview_every": 2})
+    page.screenshot(path=str(ARTIFACTS / "flash_distill.png"))
     assert not [error for error in errors if is_ours(error)], errors
 
 

@@ -144,6 +144,9 @@ TABLE: dict[str, dict[str, Row]] = {
         "one channel": NO_RGB,
     },
     "FlashInpaintStitch": {
+        "mask of another size": ["The mask is", "the shapes differ"],
+        "empty mask": Elsewhere("test_inpaint.py::test_another_mask_at_the_stitch"),
+        "NaN: mask": NO_NUMBERS,
         "batch mismatch": Elsewhere("test_inpaint.py::test_wrong_input_raises_a_readable_error"),
         "RGBA": RIGHT,
         "one pixel": RIGHT,

@@ -55,6 +55,9 @@ def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: C
     assert whole.succeeded, whole.error
     assert "stochasticity 0.5: the LoRA's metadata for 2 steps" in whole.texts["sampler"]
     assert (UPDATES, UPDATES) in whole.progress
+    losses = whole.outputs["distil"]["flash_losses"]  # what the page draws as a curve
+    assert len(losses) == UPDATES
+    assert all(loss > 0 for loss in losses)
     assert len(whole.previews) >= UPDATES // 2
     assert len({picture.tobytes() for picture in whole.previews}) > 1
     assert "saved as whole.safetensors" in whole.texts["save"]

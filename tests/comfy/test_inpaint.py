@@ -116,6 +116,77 @@ def test_an_alpha_channel_is_kept(client: Client, server) -> None:
     assert len(np.unique(after[..., 3])) == 1
 
 
+def test_another_mask_at_the_stitch(client: Client, server) -> None:
+    """Only its white pixels change, and they are those that the prepared mask would have pasted."""
+    prompt = graph(save(server, "stitch_mask.png", picture(), MASK))
+    (whole,) = arrays(client, client.run(prompt), "after")
+    prompt["black"] = prompts.node("SolidMask", value=0.0, width=WIDTH, height=HEIGHT)
+    prompt["white"] = prompts.node("SolidMask", value=1.0, width=20, height=12)
+    prompt["own"] = prompts.node(
+        "MaskComposite", destination=["black", 0], source=["white", 0], x=70, y=60, operation="add"
+    )
+    prompt["stitch"]["inputs"]["mask"] = ["own", 0]
+    run = client.run(prompt)
+    (after,) = arrays(client, run, "after")
+    before = (picture() * 255).round().astype(int)
+    inside = np.zeros((HEIGHT, WIDTH), bool)
+    inside[60:72, 70:90] = True
+    assert np.array_equal(after[~inside], before[~inside])
+    assert np.array_equal(after[inside], whole[inside])  # within the painted mask, whose weight is 1
+
+    prompt["stitch"]["inputs"]["mask"] = ["black", 0]
+    error = client.run(prompt).error
+    assert error is not None
+    assert "nothing would be pasted" in error["exception_message"]
+
+
+def test_shifted_colours_of_a_crop_are_mended(client: Client, server) -> None:
+    """The crop itself comes back 5 % darker: with match_colors its kept surroundings say so."""
+    prompt = graph(save(server, "drift.png", picture() * 0.5 + 0.25, MASK))
+    prompt["shade"] = prompts.node("EmptyImage", width=8, height=8, batch_size=1, color=0)
+    prompt["whole"] = prompts.node("SolidMask", value=1.0, width=WIDTH, height=HEIGHT)
+    prompt["dark"] = prompts.node(
+        "ImageBlend", image1=["prepare", 4], image2=["shade", 0], blend_factor=0.05, blend_mode="normal"
+    )
+    prompt["stitch"]["inputs"] |= {"image": ["dark", 0], "mask": ["whole", 0]}
+    distances = []
+    for match in (False, True):
+        prompt["stitch"]["inputs"]["match_colors"] = match
+        prompt["before"]["inputs"]["filename_prefix"] = f"before_{match}"  # else it is cached, and shows nothing
+        run = client.run(prompt)
+        (before,), (after,) = arrays(client, run, "before"), arrays(client, run, "after")
+        distances.append(abs(after - before)[changed(before, after)].mean())
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_frames_of_a_video_share_one_crop_and_keep_what_is_not_masked(client: Client, server) -> None:
+    """The mask moves from frame to frame; the crop holds all of it, and every frame changes only within its mask."""
+    prompt = graph(save(server, "frames.png", picture()))
+    prompt["frames"] = prompts.node("RepeatImageBatch", image=["load", 0], amount=3)
+    prompt["black"] = prompts.node("SolidMask", value=0.0, width=WIDTH, height=HEIGHT)
+    prompt["white"] = prompts.node("SolidMask", value=1.0, width=30, height=30)
+    places = (40, 60, 80)
+    for number, x in enumerate(places):
+        prompt[f"mask_{number}"] = prompts.node(
+            "MaskComposite", destination=["black", 0], source=["white", 0], x=x, y=60, operation="add"
+        )
+        prompt[f"picture_{number}"] = prompts.node("MaskToImage", mask=[f"mask_{number}", 0])
+    prompt["two"] = prompts.node("ImageBatch", image1=["picture_0", 0], image2=["picture_1", 0])
+    prompt["three"] = prompts.node("ImageBatch", image1=["two", 0], image2=["picture_2", 0])
+    prompt["masks"] = prompts.node("ImageToMask", image=["three", 0], channel="red")
+    prompt["prepare"]["inputs"] |= {"image": ["frames", 0], "mask": ["masks", 0]}
+    run = client.run(prompt)
+    frames = arrays(client, run, "after")
+    (before,) = arrays(client, run, "before")
+    assert len({crop.shape for crop in arrays(client, run, "crop")}) == 1
+    reach = GROW + FEATHER
+    for x, frame in zip(places, frames, strict=True):
+        outside = np.ones((HEIGHT, WIDTH), bool)
+        outside[60 - reach : 90 + reach, x - reach : x + 30 + reach] = False
+        assert np.array_equal(frame[outside], before[outside])
+        assert changed(before, frame)[60:90, x : x + 30].mean() > 0.9
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 700), (128, 128), (129, 131)])
 def test_every_picture_size_works(client: Client, server, size: tuple[int, int]) -> None:
     width, height = size

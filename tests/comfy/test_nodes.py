@@ -256,3 +256,18 @@ def test_a_lora_for_another_model_raises_an_error_with_names(client: Client, ser
     assert "SD 1.5 (attn2 reads 768 channels)" in message
     assert "the Flash demo (attn2 reads 128 channels)" in message
     assert "of its 3 layers fit" in message
+
+
+def test_loader_and_sampler_tell_the_page_what_they_know(client: Client) -> None:
+    prompt = prompts.shipped()
+    prompt[prompts.LORA]["inputs"]["strength"] = 0.97  # else it may be cached, and tells nothing
+    run = client.run(prompt)
+    assert run.succeeded, run.error
+    assert run.outputs[prompts.LORA]["flash_card"] == [
+        ["made for", "the Flash demo"],
+        ["LoRA", "rank 8, scale 1, strength 0.97"],
+        ["layers", "124 of 124"],
+        ["steps", "1 to 8, best 4"],
+    ]
+    lines = [value for label, value in run.outputs[prompts.SAMPLER]["flash_card"] if not label]
+    assert lines == run.texts[prompts.SAMPLER].splitlines()

@@ -20,6 +20,7 @@ from flash_diffusion.flash_core.image import (
     pad_picture,
     resize,
     shape_within,
+    without_drift,
     working_size,
 )
 
@@ -161,3 +162,16 @@ def test_resizing_to_the_same_size_is_the_picture_itself() -> None:
 def test_a_crop_is_a_part() -> None:
     picture = torch.arange(24.0).reshape(1, 4, 6, 1)
     assert crop(picture, Box(1, 2, 2, 3))[0, :, :, 0].tolist() == [[8, 9, 10], [14, 15, 16]]
+
+
+def test_drift_of_colours_is_taken_off_by_what_the_kept_pixels_show() -> None:
+    picture = torch.rand(2, 12, 10, 3, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
+    drift = torch.tensor([0.05, -0.04, 0.1])
+    drawn = picture + drift
+    drawn[:, 4:8, 3:7] = 0.5  # new content, whose colours say nothing of the drift
+    kept = torch.ones(1, 12, 10)
+    kept[:, 4:8, 3:7] = 0
+    mended = without_drift(drawn, picture, kept)
+    assert torch.allclose(mended[:, :4], picture[:, :4], atol=1e-6)
+    assert torch.allclose(mended[:, 4:8, 3:7], (0.5 - drift).expand(2, 4, 4, 3), atol=1e-6)
+    assert torch.equal(without_drift(drawn, picture, torch.zeros(1, 12, 10)), drawn)

@@ -147,8 +147,8 @@ def inpaint_cases(given: Given) -> dict[str, Case]:
         values |= {f"pad_{side}": 0 for side in ("left", "top", "right", "bottom")}
         return FlashInpaintPrepare.execute(**{**values, **changes}).args
 
-    def stitch(image: Tensor) -> Tensor:
-        return FlashInpaintStitch.execute(run()[3], image).args[0]
+    def stitch(image: Tensor, mask: Tensor | None = None) -> Tensor:
+        return FlashInpaintStitch.execute(run()[3], image, mask=mask).args[0]
 
     spot = torch.zeros(1, 24 * SIDE, 24 * SIDE)
     spot[:, 1000:1100, 2000:2100] = 1
@@ -169,6 +169,8 @@ def inpaint_cases(given: Given) -> dict[str, Case]:
         ),
         f"{stitched}huge": lambda: stitch(given.large()),
         f"{stitched}NaN": lambda: stitch(given.image * NAN),
+        f"{stitched}NaN: mask": lambda: stitch(given.image, given.mask * NAN),
+        f"{stitched}mask of another size": lambda: stitch(given.image, torch.ones(1, SIDE, 2 * SIDE)),
     }
 
 

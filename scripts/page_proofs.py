@@ -1,0 +1,249 @@
+"""What a user does in ComfyUI's page with this extension, as functions that raise where it does not work.
+
+The tests of the page call some of them, ``page_sweep.py`` all. Each waits for an event and not for a time, because a
+busy machine takes minutes for what takes seconds elsewhere. A problem is an ``AssertionError`` or playwright's
+``TimeoutError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy_page
+from comfy_page import WAIT
+from playwright.sync_api import ConsoleMessage, Page
+
+PACK = "flash-diffusion"  # the extension's folder, by which the page lists its templates
+# The page asks these, which a test machine cannot reach.
+ELSEWHERE = ("https://api.comfy.org/", "https://huggingface.co/")
+
+
+@contextmanager
+def collect_errors(page: Page) -> Iterator[list[str]]:
+    """Give a list that gets each error of the page within the block."""
+    seen: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            seen.append(f"{message.text} ({message.location.get('url', '')})")
+
+    def raised(error: object) -> None:
+        seen.append(str(error))
+
+    page.on("console", note)
+    page.on("pageerror", raised)
+    yield seen
+    page.remove_listener("console", note)
+    page.remove_listener("pageerror", raised)
+
+
+def is_ours(message: str) -> bool:
+    """Return True if an error concerns this extension.
+
+    The page also reports missing files of its own, and that it cannot ask the registry or the models' pages.
+    """
+    return "flash" in message.lower() and not any(address in message for address in ELSEWHERE)
+
+
+def open_template(page: Page, name: str, nodes: int) -> None:
+    """Open a template from the page's dialog, and wait until its nodes are there."""
+    page.evaluate("window.app.graph.clear()")
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text(PACK, exact=True).first.click(timeout=WAIT)
+    card = page.get_by_text(name, exact=True).first
+    card.scroll_into_view_if_needed(timeout=WAIT)
+    card.click(timeout=WAIT)
+    page.wait_for_function("count => window.app.graph.nodes.length === count", arg=nodes, timeout=WAIT)
+
+
+def run(page: Page, kind: str = "SaveImage") -> None:
+    """Queue the open workflow and wait until its nodes of this kind show a picture."""
+    page.evaluate("window.flashDone = new Set(); window.flashFailed = null")
+    page.evaluate(
+        """() => {
+            const api = window.comfyAPI.api.api;
+            if (window.flashListens) return;
+            window.flashListens = true;
+            api.addEventListener('executed', ({ detail }) => {
+                if (detail.output?.images?.length) window.flashDone.add(String(detail.node));
+            });
+            api.addEventListener('execution_error', ({ detail }) => { window.flashFailed = detail.exception_message });
+        }"""
+    )
+    page.evaluate("window.app.queuePrompt(0)")
+    page.wait_for_function(
+        """kind => window.flashFailed || window.app.graph.nodes.filter(node => node.type === kind).every(
+            node => window.flashDone.has(String(node.id)))""",
+        arg=kind,
+        timeout=4 * WAIT,
+    )
+    failed = page.evaluate("window.flashFailed")
+    assert failed is None, failed
+
+
+def wait_for_picture(page: Page) -> None:
+    """Wait until a Save Image node shows its picture, in whichever renderer."""
+    page.wait_for_function(
+        """() => window.app.graph.nodes.some(
+                node => node.type === 'SaveImage' && node.imgs?.some(one => one.naturalWidth))
+            || [...document.querySelectorAll('img')].some(
+                one => one.naturalWidth >= 64 && /\\/view\\?/.test(one.src) && /type=output/.test(one.src))""",
+        timeout=WAIT,
+    )
+
+
+def panel_text(page: Page, name: str) -> str:
+    """Return the text of our panel of this name (``flash_card``, ``flash_losses``), once there is one."""
+    panel = page.locator(f".flash-diffusion-panel[data-panel={name}]").first
+    panel.wait_for(state="attached", timeout=4 * WAIT)
+    return panel.inner_text()
+
+
+def drop_blueprint(page: Page, title: str) -> None:
+    """Put a blueprint into the graph by the page's search for nodes."""
+    before = page.evaluate("window.app.graph.nodes.length")
+    page.evaluate("window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.wait_for_selector("input:focus", timeout=WAIT)
+    page.keyboard.type(title)
+    page.get_by_text(title, exact=True).first.wait_for(timeout=WAIT)
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(comfy_page.SETTLE)
+    page.mouse.click(500, 500)  # newer pages hold the node at the pointer until a click
+    page.wait_for_function("count => window.app.graph.nodes.length > count", arg=before, timeout=WAIT)
+    page.keyboard.press("Escape")
+
+
+def connect_blueprint(page: Page, title: str, task: str = "text-to-image", lora: str | None = None) -> None:
+    """Connect a blueprint with the demo's models and a Save Image node; feed pictures and masks to what takes some.
+
+    Args:
+        task: of Flash Demo Models.
+        lora: to choose in the blueprint. Default: its own.
+    """
+    page.evaluate(
+        """([title, task, lora]) => {
+            const graph = window.app.graph;
+            const blueprint = graph.nodes.find(node => node.title === title);
+            const [left, top] = blueprint.pos;
+            let row = 0;
+            const add = (kind, values) => {
+                const node = window.LiteGraph.createNode(kind);
+                const right = left + blueprint.size[0] + 80;
+                node.pos = kind === 'SaveImage' ? [right, top] : [left - 340, top + 180 * row++];
+                graph.add(node);
+                for (const [name, value] of Object.entries(values)) {
+                    node.widgets.find(widget => widget.name === name).value = value;
+                }
+                return node;
+            };
+            if (lora) blueprint.widgets.find(widget => widget.name === 'lora_name').value = lora;
+            const models = add('FlashDemoModels', { task });
+            const link = (from, slot, name) => from.connect(slot, blueprint, blueprint.inputs.findIndex(
+                input => input.name === name));
+            ['model', 'clip', 'vae'].forEach((name, slot) => link(models, slot, name));
+            for (const input of blueprint.inputs) {
+                if (input.widget) continue;
+                if (input.type === 'IMAGE') {
+                    link(add('EmptyImage', { width: 128, height: 128, color: 0xc08040 }), 0, input.name);
+                }
+                if (input.type === 'MASK') link(add('SolidMask', { value: 1, width: 128, height: 128 }), 0, input.name);
+            }
+            const save = add('SaveImage', { filename_prefix: 'blueprint' });
+            blueprint.connect(blueprint.outputs.findIndex(output => output.type === 'IMAGE'), save, 0);
+        }""",
+        [title, task, lora],
+    )
+
+
+def set_values(page: Page, kind: str, values: dict[str, Any]) -> None:
+    """Set widgets of all nodes of a kind."""
+    page.evaluate(
+        """([kind, values]) => window.app.graph.nodes.filter(node => node.type === kind).forEach(node => {
+            for (const [name, value] of Object.entries(values)) {
+                node.widgets.find(widget => widget.name === name).value = value;
+            }
+        })""",
+        [kind, values],
+    )
+
+
+def open_help(page: Page, kind: str, words: str) -> None:
+    """Open a node's help page and wait for words of it."""
+    page.evaluate(
+        """kind => {
+            const node = window.app.graph.nodes.find(node => node.type === kind);
+            window.app.canvas.selectNode?.(node) ?? window.app.canvas.select(node);
+        }""",
+        kind,
+    )
+    page.get_by_test_id("info-button").first.click(timeout=WAIT)
+    page.get_by_text(words).first.wait_for(timeout=WAIT)
+
+
+def has_app_mode(page: Page) -> bool:
+    """Return whether this page has an app mode."""
+    return bool(
+        page.evaluate("window.app.extensionManager.command.commands.some(one => one.id === 'Comfy.ToggleLinear')")
+    )
+
+
+def run_in_app_mode(page: Page, inputs: int) -> None:
+    """Enter app mode, count the shown inputs, run, and wait for the picture. Leave app mode."""
+    # A first visit is welcomed by a dialog that covers the page.
+    page.add_locator_handler(page.get_by_role("button", name="Skip", exact=True), lambda skip: skip.click())
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    widgets = page.get_by_test_id("app-mode-widget-item")
+    page.wait_for_function(
+        "count => document.querySelectorAll('[data-testid=app-mode-widget-item]').length === count",
+        arg=inputs,
+        timeout=WAIT,
+    )
+    assert widgets.count() == inputs
+    page.get_by_test_id("linear-run-button-icon").first.click(timeout=WAIT)
+    page.get_by_test_id("linear-image-output").first.wait_for(timeout=4 * WAIT)
+
+
+def leave_app_mode(page: Page) -> None:
+    """Go back to the graph."""
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    page.get_by_test_id("app-mode-widget-item").first.wait_for(state="detached", timeout=WAIT)
+
+
+def interrupt_and_resume(page: Page, settings: dict[str, Any]) -> None:
+    """Distil with Flash Distill: see the preview change, interrupt, queue again, and see the updates go on.
+
+    Args:
+        settings: values of Flash Distill; with ``updates`` and ``preview_every``, and a seed that no run had before.
+    """
+    page.evaluate(
+        """() => {
+            const api = window.comfyAPI.api.api;
+            window.flashPreviews = [];
+            window.flashUpdates = [];
+            window.flashInterrupted = false;
+            const keep = async blob => {
+                const bytes = new Uint8Array(await crypto.subtle.digest('SHA-1', await blob.arrayBuffer()));
+                window.flashPreviews.push(Array.from(bytes).join());
+            };
+            api.addEventListener('b_preview', ({ detail }) => keep(detail));
+            api.addEventListener('flash_diffusion.losses', ({ detail }) => window.flashUpdates.push(detail.done));
+            api.addEventListener('execution_interrupted', () => { window.flashInterrupted = true; });
+        }"""
+    )
+    set_values(page, "FlashDistill", settings)
+    page.evaluate("window.app.queuePrompt(0)")
+    page.wait_for_function("new Set(window.flashPreviews).size >= 2", timeout=4 * WAIT)
+    assert "loss" in panel_text(page, "flash_losses")
+    page.evaluate("window.comfyAPI.api.api.interrupt(null)")
+    page.wait_for_function("window.flashInterrupted", timeout=4 * WAIT)
+    before = page.evaluate("Math.max(...window.flashUpdates)")
+    assert before < settings["updates"], "it ended before it was interrupted; raise updates"
+    page.evaluate("window.flashUpdates = []")
+    run(page)
+    updates = page.evaluate("window.flashUpdates")
+    assert updates, "no losses were seen after the interrupt"
+    assert min(updates) > before, f"interrupted after update {before}, but it went on with update {min(updates)}"
+    assert max(updates) == settings["updates"]
+    wait_for_picture(page)
