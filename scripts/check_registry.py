@@ -3,7 +3,7 @@
 python scripts/check_registry.py
 
 comfy node validate   the registry's own check of pyproject.toml and of dangerous code (comfy-cli)
-comfy node pack       the same tool's archive: must hold the help pages and no tests
+comfy node pack       the same tool's archive: must hold help pages and translations, and no tests
 comfy-test lint       no text that a Windows console cannot print
 comfy-lint --strict   the demo's workflows against the nodes of a running ComfyUI
 """
@@ -25,7 +25,13 @@ CHECKERS = comfy_runtime.RUNTIME / "checkers"
 PROGRAMS = "Scripts" if os.name == "nt" else "bin"
 TOOLS = ("comfy-cli==1.23.0", "comfy-lint==0.1.0")
 WORKFLOWS = ROOT / "tests" / "comfy" / "workflows"
-IN_PACKAGE = ("pyproject.toml", "nodes/__init__.py", "web/docs/FlashSampler.md", "workflows/flash_demo_compare.json")
+IN_PACKAGE = (
+    "pyproject.toml",
+    "nodes/__init__.py",
+    "locales/zh/nodeDefs.json",
+    "web/docs/FlashSampler.md",
+    "workflows/flash_demo_compare.json",
+)
 NOT_IN_PACKAGE = ("tests/", "benchmarks/", "scripts/", ".github/", "docs/")
 
 

@@ -53,8 +53,9 @@ def read_lora(path: str | os.PathLike[str], *, mapped: bool = True) -> LoraFile:
     if not grouped:
         example = next(iter(container.shapes), "nothing at all")
         raise LoraError(
-            f"{path.name} holds no LoRA layers ({len(container.shapes)} tensors, e.g. {example[:80]!r}); "
-            "expected pairs such as '<layer>.lora_down.weight' and '<layer>.lora_up.weight'"
+            f"{path.name} holds no LoRA layers, but {len(container.shapes)} other tensors, e.g. {example[:80]!r}; "
+            "expected pairs such as '<layer>.lora_down.weight' and '<layer>.lora_up.weight'. It may be a checkpoint, a "
+            "VAE or an embedding. Choose a LoRA file"
         )
     settings = find_settings(path, container.header)
     try:

@@ -19,6 +19,7 @@ from ..shared.inputs import (
     AUTO,
     NONE,
     GridName,
+    chosen_file,
     denoise_input,
     files_fingerprint,
     grid_inputs,
@@ -145,6 +146,7 @@ class FlashAdapterApply(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="conditioning",
             node_id="FlashAdapterApply",
             display_name="Flash Adapter Apply",
             search_aliases=["controlnet", "apply controlnet", "t2i-adapter", "canny", "depth", "flash diffusion"],
@@ -252,7 +254,7 @@ class FlashAdapterApply(io.ComfyNode):
         chosen = flash_grid(model, steps, denoise, grid, timesteps, preset)
         window = step_window(model, chosen, start_step, end_step)
         if control_net is None:
-            control = load_adapter(folder_paths.get_full_path_or_raise("controlnet", adapter_name), model)
+            control = load_adapter(chosen_file("controlnet", adapter_name, "adapter"), model)
             name = adapter_name
         else:
             control, name = control_net, "The adapter at control_net"

@@ -15,6 +15,7 @@ class FlashDemoModels(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="loaders",
             node_id="FlashDemoModels",
             display_name="Flash Demo Models",
             search_aliases=["demo checkpoint", "emoji", "load checkpoint", "tiny model", "flash diffusion"],

@@ -42,6 +42,7 @@ def lora_path(name: str) -> PurePosixPath:
 
     Raises:
         ValueError: the name is empty or leads out of the folder.
+        OSError: the file cannot be written.
     """
     root = Path(folder_paths.get_folder_paths("loras")[0])
     relative = PurePosixPath(name.strip().replace("\\", "/").removesuffix(SUFFIX))
@@ -74,7 +75,13 @@ def save_to_loras(lora: FlashLora, name: str) -> str:
     while path.exists():
         number += 1
         path = target / f"{relative.name}_{number:05}_{SUFFIX}"  # the spelling of core's Save nodes
-    save_whole({key: value.clone() for key, value in lora.items()}, path, lora.header)
+    try:
+        save_whole({key: value.clone() for key, value in lora.items()}, path, lora.header)
+    except OSError as error:
+        raise OSError(
+            f"The LoRA cannot be saved as {path}: {error.strerror or error}. Make the folder writable, free some disk "
+            "space, or choose another name. Then queue again: the distillation is kept and is not repeated."
+        ) from error
     folder_paths.filename_list_cache.pop("loras", None)
     return path.relative_to(root).as_posix()
 
@@ -85,6 +92,7 @@ class FlashSaveLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="training",
             node_id="FlashSaveLora",
             display_name="Flash Save LoRA",
             search_aliases=["save lora", "export lora", "safetensors", "flash diffusion"],

@@ -37,9 +37,19 @@ class FlashDistill(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="training",
             node_id="FlashDistill",
             display_name="Flash Distill",
-            search_aliases=["train lora", "distill", "distillation", "few-step", "make turbo", "lcm", "speed up model"],
+            search_aliases=[
+                "train lora",
+                "distill",
+                "distillation",
+                "few-step",
+                "make turbo",
+                "lcm",
+                "speed up model",
+                "flash diffusion",
+            ],
             description="Train a few-step LoRA for the model that you connect, with everything that is patched into "
             "it. Interrupt at any time: queue again to go on.",
             inputs=[

@@ -27,11 +27,15 @@ from .training.fingerprint import Fingerprint
 from .training.loop import Progress, Training
 from .training.pictures import BAND, SAMPLES, STEPS, Bench, Decode, as_image, report_picture
 from .training.settings import DistilSettings
-from .training.state import RunFolder, safe_name
+from .training.state import RunFolder, safe_name, unfinished
 
 PREVIEW_SIDE = 768  # pixels, at most, of the live preview
 SHOW_SECONDS = 1.0  # between two texts on the node's face
 BEST_STEPS = 4
+OTHER_INPUTS = (
+    "NOTE: an unfinished run of this name lies in {}. It had other inputs, so this run began anew. Give it the same "
+    "inputs to go on with it, or delete the folder."
+)
 NATIVE_COMPONENT = "diffusion_model"  # of keys with ComfyUI's own names, which its loader takes for every family
 BEFORE = "errors before"  # the note with the figures of the model without the LoRA
 
@@ -109,6 +113,7 @@ def distil(
         face = Face(request, denoiser, tell, plot)
         training = Training(denoiser, settings, examples, folder, face.observe)
         started_at = training.update
+        others = [] if started_at else unfinished(request.output, request.name, folder.path)
         bench = Bench(training.distiller, examples, settings.guidance, settings.seed, settings.at_once)
         face.start(training, bench)
         if BEFORE not in training.notes:
@@ -123,6 +128,7 @@ def distil(
         component = NATIVE_COMPONENT if denoiser.names_are_native else None
         write_lora(folder.lora, modules, metadata, transformer=transformer, component=component)
     text = report_text(request, training, started_at, folder, training.notes[BEFORE], after)
+    text += "".join(f"\n\n{OTHER_INPUTS.format(other)}" for other in others)
     return Result(read_lora(folder.lora, mapped=False), folder.lora, picture, text, training.losses)
 
 

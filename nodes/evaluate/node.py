@@ -31,6 +31,7 @@ class FlashEvaluate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="training",
             node_id="FlashEvaluate",
             display_name="Flash Evaluate",
             search_aliases=["evaluate lora", "fid", "quality", "benchmark", "lora test", "metrics", "flash diffusion"],

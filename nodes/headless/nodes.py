@@ -53,6 +53,7 @@ class FlashDistillHeadless(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="training",
             node_id="FlashDistillHeadless",
             display_name="Flash Distill Headless",
             search_aliases=["train lora", "distill", "headless", "background training", "trainer", "few-step", "queue"],
@@ -280,6 +281,7 @@ class FlashDistillRuns(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="training",
             node_id="FlashDistillRuns",
             display_name="Flash Distill Runs",
             search_aliases=["training queue", "list runs", "headless", "distill", "progress"],

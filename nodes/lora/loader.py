@@ -22,6 +22,7 @@ class FlashLoraLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="loaders",
             node_id="FlashLoraLoader",
             display_name="Flash LoRA Loader",
             search_aliases=[

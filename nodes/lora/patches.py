@@ -12,7 +12,6 @@ from typing import Any
 
 import comfy.lora
 import comfy.utils
-import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 
@@ -29,6 +28,7 @@ from ...flash_core.lora import (
     read_lora,
     report_on,
 )
+from ..shared.inputs import chosen_file
 from ..shared.model_facts import describe_model, model_base
 
 # The prefixes of layers' names in ComfyUI.
@@ -46,8 +46,13 @@ class LoraMismatch(ValueError):
 
 
 def read_chosen(name: str) -> LoraFile:
-    """Read a file of ComfyUI's folders for LoRAs; ComfyUI's option ``--disable-mmap`` holds here too."""
-    path = folder_paths.get_full_path_or_raise("loras", name)
+    """Read a file of ComfyUI's folders for LoRAs; ComfyUI's option ``--disable-mmap`` holds here too.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no LoRA.
+    """
+    path = chosen_file("loras", name, "LoRA")
     return read_lora(path, mapped=not getattr(comfy.utils, "DISABLE_MMAP", False))
 
 

@@ -55,6 +55,7 @@ class FlashLoraStack(io.ComfyNode):
                 ),
             ]
         return node_schema(
+            branch="loaders",
             node_id="FlashLoraStack",
             display_name="Flash LoRA Stack",
             search_aliases=["lora stack", "multi lora", "style lora", "load lora", "lcm lora", "flash diffusion"],

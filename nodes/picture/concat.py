@@ -68,9 +68,17 @@ class FlashConcatConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="conditioning",
             node_id="FlashConcatConditioning",
             display_name="Flash Concat Conditioning",
-            search_aliases=["concat", "input channels", "instruct pix2pix", "super resolution", "c_concat"],
+            search_aliases=[
+                "concat",
+                "input channels",
+                "instruct pix2pix",
+                "super resolution",
+                "c_concat",
+                "flash diffusion",
+            ],
             description="Give a concat model its further input channels, in any order, and check their number.",
             inputs=[
                 io.Model.Input(

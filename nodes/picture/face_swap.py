@@ -47,9 +47,10 @@ class FlashFaceSwapPrepare(io.ComfyNode):
             )
 
         return node_schema(
+            branch="image",
             node_id="FlashFaceSwapPrepare",
             display_name="Flash Face Swap Prepare",
-            search_aliases=["face swap", "reactor", "identity", "deepfake", "flash diffusion"],
+            search_aliases=["face swap", "faceswap", "reactor", "identity", "deepfake", "flash diffusion"],
             description="Hide the target's face and show the model another face. Only for pictures that you have the "
             "right to change.",
             inputs=[

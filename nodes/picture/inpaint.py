@@ -154,9 +154,17 @@ class FlashInpaintPrepare(io.ComfyNode):
             )
         ]
         return node_schema(
+            branch="image",
             node_id="FlashInpaintPrepare",
             display_name="Flash Inpaint Prepare",
-            search_aliases=["inpaint crop", "crop and stitch", "outpaint", "mask crop", "flash diffusion"],
+            search_aliases=[
+                "inpainting",
+                "inpaint crop",
+                "crop and stitch",
+                "outpainting",
+                "mask crop",
+                "flash diffusion",
+            ],
             description="Crop around the mask, with context, at the size the model was trained on; ready to sample.",
             inputs=[
                 io.Model.Input(
@@ -315,6 +323,7 @@ class FlashInpaintStitch(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="image",
             node_id="FlashInpaintStitch",
             display_name="Flash Inpaint Stitch",
             search_aliases=["inpaint stitch", "uncrop", "paste crop", "crop and stitch", "flash diffusion"],

@@ -57,9 +57,18 @@ class FlashUpscale(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="image",
             node_id="FlashUpscale",
             display_name="Flash Upscale",
-            search_aliases=["tiled upscale", "ultimate sd upscale", "super-resolution", "hires fix", "flash diffusion"],
+            search_aliases=[
+                "upscaler",
+                "tiled upscale",
+                "ultimate sd upscale",
+                "enlarge",
+                "super-resolution",
+                "hires fix",
+                "flash diffusion",
+            ],
             description="Enlarge pictures of any size in few steps: in tiles that are blended at every step, without "
             "seams.",
             inputs=[

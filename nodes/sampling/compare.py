@@ -38,6 +38,7 @@ class FlashCompare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="sampling",
             node_id="FlashCompare",
             display_name="Flash Compare",
             search_aliases=["compare models", "xy plot", "grid", "benchmark", "nfe", "flash diffusion"],

@@ -167,6 +167,8 @@ def flash_grid(
         facts.append(f"predicts {in_words(process.prediction)}")
     if trained and steps not in trained:
         facts.append(f"the LoRA was trained for {', '.join(map(str, sorted(trained)))} steps")
+        if steps > max(trained):
+            warned.append(f"WARNING: {count(steps, 'step')}; the LoRA was trained for at most {max(trained)}")
     if grid == "custom":
         chosen = custom_timesteps(process, timesteps, denoise)
     elif grid == "reference":

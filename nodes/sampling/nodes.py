@@ -30,7 +30,7 @@ from ..shared.page import text_card
 from ..shared.prompts import check_channels, check_prompts
 from ..shared.schema import node_schema, show_text
 from .few_step import flash_grid, flash_sampler, grid_transitions, text_on_node
-from .presets import guidance_warnings
+from .presets import guidance_warnings, lora_warnings
 
 
 class FlashSampler(io.ComfyNode):
@@ -39,10 +39,13 @@ class FlashSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="sampling",
             node_id="FlashSampler",
             display_name="Flash Sampler",
             search_aliases=[
                 "few-step sampler",
+                "fast sampler",
+                "4 steps",
                 "ksampler",
                 "lcm",
                 "turbo",
@@ -109,6 +112,7 @@ class FlashSampler(io.ComfyNode):
         chosen = flash_grid(model, steps, denoise, grid, timesteps, preset)
         fresh = grid_transitions(model, chosen, given)
         warned = guidance_warnings(chosen.preset, steps, guidance, positive)
+        warned += lora_warnings(chosen.preset, model, guidance)
         text = text_on_node(chosen.text, fresh, warned)
         show_text(cls, text)
         guider = comfy.samplers.CFGGuider(model)
@@ -136,9 +140,10 @@ class FlashScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="sampling",
             node_id="FlashScheduler",
             display_name="Flash Scheduler",
-            search_aliases=["few-step sigmas", "trailing timesteps", "lcm scheduler", "sgm_uniform"],
+            search_aliases=["few-step sigmas", "trailing timesteps", "lcm scheduler", "sgm_uniform", "flash diffusion"],
             description="Give the trained noise levels of a few-step (Flash) model to SamplerCustomAdvanced.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with its Flash LoRA. Its own noise schedule is used."),
@@ -178,9 +183,16 @@ class FlashSamplerSelect(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
+            branch="sampling",
             node_id="FlashSamplerSelect",
             display_name="Flash Sampler Select",
-            search_aliases=["few-step sampler", "lcm sampler", "ksampler select", "stochastic sampler"],
+            search_aliases=[
+                "few-step sampler",
+                "lcm sampler",
+                "ksampler select",
+                "stochastic sampler",
+                "flash diffusion",
+            ],
             description="Give the few-step sampler to SamplerCustomAdvanced: predict the picture, add fresh noise, "
             "repeat.",
             inputs=[stochasticity_input(), preset_input()],

@@ -11,10 +11,11 @@ from ...flash_core.families import name_of
 from ...flash_core.presets import PRESETS, Recognised, in_words, preset_of
 from ...flash_core.process import Process
 from ..shared.inputs import AUTO
-from ..shared.model_facts import PRESET_KEY, family_name, model_bases
+from ..shared.model_facts import METADATA_KEY, PRESET_KEY, family_name, model_bases
 from ..shared.schema import count
 
 CHOSEN = "your choice"
+MOST_GUIDANCE = 2.0  # with a Flash LoRA; a little above 1 is used on purpose, 7 is left over from KSampler
 FLUX_GUIDANCE = 3.5  # what ComfyUI gives a Flux model without FluxGuidance
 
 
@@ -81,6 +82,20 @@ def guidance_warnings(chosen: Recognised | None, steps: int, guidance: float, po
         if wanted is not None and one != wanted
     ]
     return found
+
+
+def lora_warnings(chosen: Recognised | None, model: ModelPatcher, guidance: float) -> list[str]:
+    """Return lines for a run without a preset: no known few-step LoRA, or guidance that a Flash LoRA has built in."""
+    if chosen is not None:
+        return []
+    if model.get_attachment(METADATA_KEY) is None:
+        return [
+            "NOTE: no few-step LoRA is known in this model. Load it with Flash LoRA Loader, or choose its preset. A "
+            "few-step checkpoint needs neither."
+        ]
+    if guidance > MOST_GUIDANCE:
+        return [f"WARNING: guidance {guidance:g}; the Flash LoRA has guidance built in. Set guidance to 1."]
+    return []
 
 
 def preset_text(chosen: Recognised, steps: int) -> str:

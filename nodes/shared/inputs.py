@@ -260,6 +260,26 @@ def allow_partial_input() -> io.Input:
     )
 
 
+def chosen_file(folder: str, name: str, noun: str) -> str:
+    """Return the path of a file that a widget lists.
+
+    Args:
+        folder: ComfyUI's name of the folder, such as ``loras``.
+        name: the file's name in the list.
+        noun: what the file is, for the error: "LoRA".
+
+    Raises:
+        FileNotFoundError: no such file, as in a workflow of another computer.
+    """
+    path: str | None = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise FileNotFoundError(
+            f"There is no {noun} {name!r} in models/{folder}. Put the file there and press R to read the list again, "
+            f"or choose another {noun}."
+        )
+    return path
+
+
 def files_fingerprint(folder: str, names: Iterable[str | None]) -> str:
     """Return the paths and times of the chosen files: ComfyUI runs the node again after a file was replaced.
 

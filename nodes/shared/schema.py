@@ -1,15 +1,17 @@
-"""Schemas that run on every ComfyUI from 0.3.75 on, and text on a node."""
+"""Schemas that run on every ComfyUI from 0.3.75 on, the branches of our menu, and text on a node."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from comfy_api.v0_0_2 import io
 
 CATEGORY = "Flash Diffusion"
+# The branches have names of ComfyUI's own categories: it translates them.
+Branch = Literal["", "loaders", "sampling", "image", "conditioning", "training"]
 
 SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 # search_aliases: since ComfyUI 0.11. has_intermediate_output: a newer one sends a cached node's card again, to a page
@@ -17,17 +19,28 @@ SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 NEWER_SCHEMA_FIELDS = {"search_aliases", "has_intermediate_output"}
 
 
-def node_schema(**fields: Any) -> io.Schema:
-    """Make an ``io.Schema`` in our menu category, without newer fields that the running ComfyUI does not know."""
+def node_schema(branch: Branch = "", **fields: Any) -> io.Schema:
+    """Make an ``io.Schema`` in our menu, without newer fields that the running ComfyUI does not know.
+
+    No node has an ``essentials_category``: it would hide the node among ComfyUI's own (docs/adr/0020-menu.md).
+
+    Args:
+        branch: of the menu "Flash Diffusion". Default: its root.
+    """
     known = {name: value for name, value in fields.items() if name in SCHEMA_FIELDS or name not in NEWER_SCHEMA_FIELDS}
-    return io.Schema(category=CATEGORY, **known)
+    return io.Schema(category=f"{CATEGORY}/{branch}" if branch else CATEGORY, **known)
 
 
 def advanced(widget: type[io.WidgetInput], *arguments: Any, **fields: Any) -> io.Input:
-    """Make a widget that ComfyUI folds under "advanced" (since 0.10); in older ComfyUI an ordinary widget."""
+    """Make a widget that the page's new renderer folds under "advanced"; the classic one shows it as any other.
+
+    The schema knows the mark since ComfyUI 0.10. An older server passes it on all the same: its page may be newer.
+    """
     if "advanced" in inspect.signature(widget).parameters:
-        fields["advanced"] = True
-    return widget(*arguments, **fields)
+        return widget(*arguments, advanced=True, **fields)
+    made = widget(*arguments, **fields)
+    made.extra_dict["advanced"] = True
+    return made
 
 
 def show_text(node: type[io.ComfyNode], text: str) -> None:

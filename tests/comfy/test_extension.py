@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
 from .client import Client
 from .inside_comfyui import SCRIPTS
@@ -36,6 +39,10 @@ NODES = {
     "FlashScheduler",
     "FlashUpscale",
 }
+BRANCHES = {"loaders", "sampling", "image", "conditioning", "training"}  # names of ComfyUI's own: it translates them
+MOST_IN_A_BRANCH = 5
+WITHOUT_PICTURE = {"FlashDistillHeadless", "FlashDistillRuns"}  # nodes that draw nothing
+LARGEST_PICTURE = 80_000  # bytes: ComfyUI's registry and every user download it
 MOST_MODULES = 90  # of ours; 83 in November 2026
 # Parts of the project that no node needs: ComfyUI must not import them at start.
 NOT_AT_START = (
@@ -58,11 +65,24 @@ def visible_inputs(info: dict) -> dict[str, list]:
     }
 
 
-def test_every_node_is_in_our_category(client: Client) -> None:
+def test_every_node_is_in_a_branch_of_our_menu(client: Client) -> None:
     nodes = flash_nodes(client)
     assert set(nodes) == NODES
-    assert {info["category"] for info in nodes.values()} == {"Flash Diffusion"}
+    branches = Counter(info["category"] for info in nodes.values())
+    assert set(branches) == {f"Flash Diffusion/{name}" for name in BRANCHES}
+    assert max(branches.values()) <= MOST_IN_A_BRANCH
     assert all(info["description"] for info in nodes.values())
+
+
+def test_the_face_of_flash_sampler_shows_only_what_most_need(client: Client) -> None:
+    widgets = {
+        name: field[1]
+        for name, field in visible_inputs(flash_nodes(client)["FlashSampler"]).items()
+        if "default" in field[1]
+    }
+    shown = [name for name, options in widgets.items() if not options.get("advanced")]
+    assert shown == ["seed", "steps", "guidance", "denoise", "preset"]
+    assert set(widgets) - set(shown) == {"grid", "timesteps", "stochasticity"}
 
 
 def test_every_input_and_output_has_a_tooltip(client: Client) -> None:
@@ -84,6 +104,15 @@ def test_every_node_has_a_help_page_with_its_inputs_and_outputs(client: Client, 
         assert explained == list(visible_inputs(info)), f"the help of {name} lists other inputs than the node"
         for output_name in info["output_name"]:
             assert f"`{output_name}`" in page, f"the help of {name} does not explain its output {output_name}"
+
+
+def test_every_help_page_shows_a_small_picture(client: Client, server) -> None:
+    for name in sorted(set(flash_nodes(client)) - WITHOUT_PICTURE):
+        page = server.get(f"/extensions/flash-diffusion/docs/{name}.md").decode()
+        assert re.search(rf"!\[[^]]+\]\({name}\.webp\)", page), f"the help of {name} shows no picture"
+        content = server.get(f"/extensions/flash-diffusion/docs/{name}.webp")
+        assert len(content) <= LARGEST_PICTURE
+        assert Image.open(io.BytesIO(content)).width >= 280
 
 
 def test_loading_imports_only_our_modules_and_few_of_them(runtime: ModuleType, root: Path, tmp_path: Path) -> None:

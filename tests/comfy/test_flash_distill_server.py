@@ -51,8 +51,14 @@ def workflow(name: str) -> prompts.Prompt:
 
 
 def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: Client, server) -> None:
+    other = workflow("whole")
+    other["distil"]["inputs"]["seed"] = 9
+    assert client.run(other, interrupt_at_step=1, of=UPDATES).interrupted
     whole = client.run(workflow("whole"))
     assert whole.succeeded, whole.error
+    (text,) = whole.outputs["text"]["text"]
+    assert "NOTE: an unfinished run of this name lies in" in text
+    assert "It had other inputs, so this run began anew." in text
     assert "stochasticity 0.5: the LoRA's metadata for 2 steps" in whole.texts["sampler"]
     assert (UPDATES, UPDATES) in whole.progress
     losses = whole.outputs["distil"]["flash_losses"]  # what the page draws as a curve
@@ -72,6 +78,7 @@ def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: C
     assert resumed.succeeded, resumed.error
     (text,) = resumed.outputs["text"]["text"]
     assert re.search(r"resumed at update [3-7]\n", text)
+    assert "unfinished run" not in text
     loras = server.base / "models" / "loras"
     before, after = (load_file(loras / f"{name}.safetensors") for name in ("whole", "stopped"))
     assert before.keys() == after.keys()
@@ -79,6 +86,15 @@ def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: C
     assert torch.equal(client.latent(whole, "latent"), client.latent(resumed, "latent"))
     listed = client.object_info()["FlashLoraLoader"]["input"]["required"]["lora_name"]
     assert "stopped.safetensors" in str(listed)
+
+    (loras / "taken").write_text("a file where the folder would be")
+    blocked = workflow("stopped")
+    blocked["save"]["inputs"]["name"] = "taken/my_flash"
+    error = client.run(blocked).error
+    assert error is not None
+    message = error["exception_message"]
+    assert f"The LoRA cannot be saved as {loras / 'taken' / 'my_flash.safetensors'}: File exists." in message
+    assert "choose another name. Then queue again: the distillation is kept" in message
 
 
 def check_evaluation(client: Client, run: Run) -> None:

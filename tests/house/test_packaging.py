@@ -88,7 +88,7 @@ def test_the_wheel_runs_without_the_clone(wheel: Path, tmp_path: Path) -> None:
 
 def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    rooms = ("flash_core", "nodes", "trainer", "workflows", "subgraphs", "web")
+    rooms = ("flash_core", "nodes", "trainer", "workflows", "subgraphs", "web", "locales")
     wanted = [
         path.relative_to(ROOT)
         for room in rooms
@@ -110,9 +110,19 @@ def registry_files() -> set[str]:
 def test_the_registry_package_holds_the_rooms_and_nothing_else() -> None:
     files = registry_files()
     top = {name.split("/")[0] for name in files}
-    assert {"nodes", "flash_core", "trainer", "workflows", "web", "__init__.py", "pyproject.toml", "LICENSE"} <= top
+    assert {
+        "nodes",
+        "flash_core",
+        "trainer",
+        "workflows",
+        "web",
+        "locales",
+        "__init__.py",
+        "pyproject.toml",
+        "LICENSE",
+    } <= top
     assert not top & {"tests", "benchmarks", "scripts", "docs", ".github", ".ci", "Makefile"}
-    rooms = ("flash_core", "nodes", "trainer", "workflows", "subgraphs", "web")
+    rooms = ("flash_core", "nodes", "trainer", "workflows", "subgraphs", "web", "locales")
     for room in rooms:
         inside = {path.relative_to(ROOT).as_posix() for path in (ROOT / room).rglob("*") if path.is_file()}
         assert not {name for name in inside - files if "__pycache__" not in name}

@@ -25,6 +25,12 @@ def safe_name(name: str) -> str:
     return SAFE_NAME.sub("-", name).strip("-.") or "flash"
 
 
+def unfinished(output: Path, name: str, current: Path) -> list[Path]:
+    """Return the folders of other runs of this name that have a state but no LoRA: they had other inputs."""
+    folders = sorted(output.glob(f"{safe_name(name)}-*"))
+    return [path for path in folders if path != current and (path / STATE).is_file() and not (path / LORA).is_file()]
+
+
 class RunFolder:
     """The folder of one run.
 
