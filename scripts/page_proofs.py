@@ -184,9 +184,8 @@ def open_help(page: Page, kind: str, words: str) -> None:
 
 def has_app_mode(page: Page) -> bool:
     """Return whether this page has an app mode."""
-    return bool(
-        page.evaluate("window.app.extensionManager.command.commands.some(one => one.id === 'Comfy.ToggleLinear')")
-    )
+    # The command to switch came first, in 0.3.75's page; app mode's own settings came with what it shows.
+    return bool(page.evaluate("'Comfy.AppBuilder.VueNodeSwitchDismissed' in window.app.ui.settings.settingsLookup"))
 
 
 def run_in_app_mode(page: Page, inputs: int) -> None:
