@@ -182,7 +182,7 @@ def _eight_bits(
     except ImportError as error:
         raise UserError(
             f"optimizer.bits: 8 needs bitsandbytes, which can't be imported here ({error}); install it with "
-            "`pip install 'flash-diffusion[memory]'`, or set optimizer.bits to 32"
+            '`pip install "bitsandbytes>=0.45,<1"`, or set optimizer.bits to 32'
         ) from error
 
     class Resumable(AdamW8bit):  # type: ignore[misc]  # without types
