@@ -194,7 +194,7 @@ def estimate(family: str, tiny: bool) -> list[str]:
     parts = {
         f"base, {base / 1e6:,.1f} M parameters in {recipe.model.dtype}": base * BYTES[recipe.model.dtype],
         f"LoRA of rank {recipe.lora.rank}, {lora / 1e6:,.1f} M: itself, gradients, two moments, average": lora
-        * (TRAINED_BYTES + AVERAGE_BYTES),
+        * (TRAINED_BYTES[recipe.optimizer.bits] + AVERAGE_BYTES),
         f"VAE's decoder, {decoding / 1e6:,.1f} M in float32": decoding * BYTES["float32"],
     }
     lines = [f"{name}: {size / GIB:.2f} GiB" for name, size in parts.items()]

@@ -37,48 +37,51 @@ def workflow(name: str, action: str) -> prompts.Prompt:
 def test_a_run_outlives_its_comfyui_and_resumes_to_the_bits_of_a_run_without_a_stop(
     runtime: ModuleType, server, client: Client
 ) -> None:
-    with runtime.serve(server.base) as first, Client(first) as connected:
-        started = connected.run(workflow("stopped", BACKGROUND))
-        assert started.succeeded, started.error
-        assert "picture" not in started.outputs  # there is no preview yet
+    with runtime.serve(server.base) as first:
+        with Client(first) as connected:
+            started = connected.run(workflow("paused", BACKGROUND))
+            assert started.succeeded, started.error
+            assert "picture" not in started.outputs  # there is no preview yet
+        first.process.kill()  # at once: the run is still at its beginning
+        first.process.wait()
     # The ComfyUI that started it has ended, and this one has never seen it.
-    queued = client.run(workflow("whole", BACKGROUND))
+    queued = client.run(workflow("unpaused", BACKGROUND))
     assert queued.succeeded, queued.error
     (text,) = queued.outputs["text"]["text"]
-    assert "whole: waiting: 1 run before it" in text
+    assert "unpaused: waiting: 1 run before it" in text
 
     client.run(workflow("unwanted", BACKGROUND))
     unwanted = client.run(workflow("unwanted", "stop"))
     assert "unwanted: stopped: it was taken out of the queue" in unwanted.outputs["text"]["text"][0]
 
-    stopped = client.run(workflow("stopped", WAIT), interrupt_at_step=1, of=PARTS)
+    stopped = client.run(workflow("paused", WAIT), interrupt_at_step=1, of=PARTS)
     assert stopped.interrupted
     assert "saves a checkpoint" in stopped.texts["distil"]
 
-    resumed = client.run(workflow("stopped", WAIT))
+    resumed = client.run(workflow("paused", WAIT))
     assert resumed.succeeded, resumed.error
     assert len({picture.tobytes() for picture in resumed.previews}) > 1
     assert (PARTS, PARTS) in resumed.progress
     (text,) = resumed.outputs["text"]["text"]
-    assert "stopped: done: models/loras/stopped.safetensors" in text
+    assert "paused: done: models/loras/paused.safetensors" in text
     runs = server.base / "output" / "flash_distill_headless"
-    (folder,) = runs.glob("stopped-*")
+    (folder,) = runs.glob("paused-*")
     (picture,) = client.images(resumed, "picture")
     with Image.open(max((folder / "previews").iterdir())) as drawn:
         assert picture.convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
     assert "the last checkpoint is" in (folder / "trainer.log").read_text(encoding="utf-8")
 
-    whole = client.run(workflow("whole", WAIT))  # it ran while the other one waited
+    whole = client.run(workflow("unpaused", WAIT))  # it ran while the other one waited
     assert whole.succeeded, whole.error
     loras = server.base / "models" / "loras"
-    before, after = (load_file(loras / f"{name}.safetensors") for name in ("whole", "stopped"))
+    before, after = (load_file(loras / f"{name}.safetensors") for name in ("unpaused", "paused"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert "stopped.safetensors" in str(client.object_info()["FlashLoraLoader"]["input"]["required"]["lora_name"])
+    assert "paused.safetensors" in str(client.object_info()["FlashLoraLoader"]["input"]["required"]["lora_name"])
 
     listed = client.run(
         {"runs": prompts.node("FlashDistillRuns"), "text": prompts.node("PreviewAny", source=["runs", 0])}
     )
     lines = listed.outputs["text"]["text"][0].splitlines()
-    assert [line.split("-")[0] for line in lines] == ["whole", "unwanted", "stopped"]
+    assert [line.split("-")[0] for line in lines] == ["unpaused", "unwanted", "paused"]
     assert ["done: models/loras/" in line for line in lines] == [True, False, True]

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flash_diffusion.flash_core.distiller import Distiller
+from flash_diffusion.flash_core.measures import distances as measures
 from flash_diffusion.flash_core.process import FlowProcess, VPProcess
 from flash_diffusion.flash_core.settings import DistillerSettings
 from flash_diffusion.trainer.cli import main
@@ -75,7 +76,7 @@ def test_frechet_distance_is_scipys_formula() -> None:
     covariances = np.cov(left, rowvar=False), np.cov(right, rowvar=False)
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = ((left.mean(0) - right.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
-    value = metrics.frechet_distance(torch.from_numpy(left), torch.from_numpy(right))
+    value = measures.frechet_distance(torch.from_numpy(left), torch.from_numpy(right))
     assert value == pytest.approx(expected, rel=1e-9)
     moments = [metrics.Moments.of(torch.from_numpy(features)) for features in (left, right)]
     assert moments[0].distance(moments[1]) == pytest.approx(value, rel=1e-9)  # torchmetrics' own way
@@ -84,21 +85,21 @@ def test_frechet_distance_is_scipys_formula() -> None:
 def test_frechet_distance_in_one_dimension_by_hand() -> None:
     # Means 1 and 5, variances 2 and 8 (N - 1): (1 - 5)^2 + (sqrt 2 - sqrt 8)^2 = 16 + 2.
     left, right = torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [7.0]])
-    assert metrics.frechet_distance(left, right) == pytest.approx(18.0)
+    assert measures.frechet_distance(left, right) == pytest.approx(18.0)
 
 
 def test_frechet_distance_of_fewer_samples_than_dimensions() -> None:
     features = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
-    assert metrics.frechet_distance(features, features) == pytest.approx(0, abs=1e-4)
-    assert metrics.frechet_distance(features + 0.5, features) == pytest.approx(64 * 0.25, rel=1e-4)
+    assert measures.frechet_distance(features, features) == pytest.approx(0, abs=1e-4)
+    assert measures.frechet_distance(features + 0.5, features) == pytest.approx(64 * 0.25, rel=1e-4)
 
 
 @given(st.integers(0, 2**31), st.floats(-3, 3))
 def test_frechet_distance_of_a_shifted_set_is_the_shift_squared(seed: int, shift: float) -> None:
     features = torch.randn(12, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     moved = features + shift
-    assert metrics.frechet_distance(moved, features) == pytest.approx(3 * shift**2, abs=1e-6)
-    assert metrics.frechet_distance(moved, features) == pytest.approx(metrics.frechet_distance(features, moved))
+    assert measures.frechet_distance(moved, features) == pytest.approx(3 * shift**2, abs=1e-6)
+    assert measures.frechet_distance(moved, features) == pytest.approx(measures.frechet_distance(features, moved))
 
 
 def test_kernel_distance_is_the_unbiased_estimate() -> None:
@@ -132,9 +133,9 @@ def test_kernel_distance_leaves_the_global_generator_alone() -> None:
 
 def test_paired_distance_by_hand() -> None:
     left, right = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[3.0, 4.0], [1.0, 2.0]])
-    assert metrics.paired_distance(left, right) == pytest.approx(3.0)  # (5 + 1) / 2
+    assert measures.paired_distance(left, right) == pytest.approx(3.0)  # (5 + 1) / 2
     with pytest.raises(ValueError, match="same prompts and seeds"):
-        metrics.paired_distance(left, right.repeat(2, 1))
+        measures.paired_distance(left, right.repeat(2, 1))
 
 
 def test_prompt_accuracy_counts_known_prompts_only() -> None:
@@ -145,19 +146,19 @@ def test_prompt_accuracy_counts_known_prompts_only() -> None:
 def test_diversity_by_hand() -> None:
     # "a": distances 3, 4, 5, mean 4. "b": 2. "c" has one picture and says nothing. Prompts count alike: (4 + 2) / 2.
     features = torch.tensor([[0.0, 0], [3, 0], [0, 4], [9, 9], [9, 11], [5, 5]])
-    assert metrics.diversity(features, ["a", "a", "a", "b", "b", "c"]) == pytest.approx(3.0)
-    assert metrics.diversity(features[3:], ["a", "b", "c"]) is None
-    assert metrics.diversity(torch.ones(4, 2), ["a"] * 4) == 0
+    assert measures.diversity(features, ["a", "a", "a", "b", "b", "c"]) == pytest.approx(3.0)
+    assert measures.diversity(features[3:], ["a", "b", "c"]) is None
+    assert measures.diversity(torch.ones(4, 2), ["a"] * 4) == 0
 
 
 def test_metrics_refuse_nan_wrong_shapes_and_single_samples() -> None:
     good = torch.randn(4, 3)
     with pytest.raises(ValueError, match="one feature network"):
-        metrics.frechet_distance(good, torch.randn(4, 2))
+        measures.frechet_distance(good, torch.randn(4, 2))
     with pytest.raises(ValueError, match="diverged"):
         metrics.kernel_distance(good * float("nan"), good)
     with pytest.raises(ValueError, match="at least 2"):
-        metrics.frechet_distance(good[:1], good)
+        measures.frechet_distance(good[:1], good)
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def test_reference_survives_its_file_and_names_a_mismatch(tmp_path: Path) -> Non
     assert len(smaller.first.features) == 20
     torch.testing.assert_close(smaller.first.features[10:], reference.first.features[24:34])
     assert len(reference.head(10).few["teacher 1 step"].features) == 10
-    floor = metrics.frechet_distance(reference.second.features, reference.first.features)
+    floor = measures.frechet_distance(reference.second.features, reference.first.features)
     assert report["floor"]["fd"] == pytest.approx(floor)
     other = tmp_path / "other.safetensors"
     for header, was in (({}, "is no reference file"), ({"flash.reference": '{"version": 1}'}, "is of version 1")):
@@ -553,7 +554,7 @@ def test_gap_closed_is_told_only_where_there_is_a_gap(undistilled: float, closed
 def test_diversity_averages_all_pairs() -> None:
     features = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pairs = [float((features[i] - features[j]).norm()) for i, j in combinations(range(5), 2)]
-    assert metrics.diversity(features, ["a"] * 5) == pytest.approx(sum(pairs) / len(pairs))
+    assert measures.diversity(features, ["a"] * 5) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_origin_has_every_input() -> None:
