@@ -327,15 +327,16 @@ class TestTraining:
         command.add_arguments(parser)
         common = ["--output", str(tmp_path / "teacher"), "--batch-size", "2"]
         checkpoint = tmp_path / "checkpoint.safetensors"
-        assert command.run(parser.parse_args([*common, "--steps", "2", "--checkpoint", str(checkpoint)])) == 0
+        assert command.run(parser.parse_args([*common, "--updates", "2", "--checkpoint", str(checkpoint)])) == 0
         assert json.loads((tmp_path / "teacher" / "training.json").read_text())["updates"] == 2
         assert (
-            command.run(parser.parse_args([*common, "--steps", "3", "--checkpoint", str(checkpoint), "--resume"])) == 0
+            command.run(parser.parse_args([*common, "--updates", "3", "--checkpoint", str(checkpoint), "--resume"]))
+            == 0
         )
         assert json.loads((tmp_path / "teacher" / "training.json").read_text())["updates"] == 3
         # Without a checkpoint it goes on from the exported weights.
         elsewhere = str(tmp_path / "other.safetensors")
-        assert command.run(parser.parse_args([*common, "--steps", "1", "--checkpoint", elsewhere, "--resume"])) == 0
+        assert command.run(parser.parse_args([*common, "--updates", "1", "--checkpoint", elsewhere, "--resume"])) == 0
         assert json.loads((tmp_path / "teacher" / "training.json").read_text())["updates"] == 4
         assert str(tmp_path) not in (tmp_path / "teacher" / "unet" / "config.json").read_text()
         assert (tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors").is_file()

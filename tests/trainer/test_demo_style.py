@@ -18,7 +18,7 @@ from flash_diffusion.trainer.teachers import load_teacher
 
 def test_style_command_writes_an_ordinary_lora(tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
-    options = ["--minutes", "0.02", "--rank", "2", "--batch-size", "2", "--limit", "3", "--output", str(path)]
+    options = ["--updates", "3", "--rank", "2", "--batch-size", "2", "--limit", "3", "--output", str(path)]
     assert main(["demo", "style", "noto", *options]) == 0
     lora = read_lora(path)
     assert lora.metadata is None  # no Flash LoRA

@@ -108,13 +108,13 @@ class TestMaking:
             parser = ArgumentParser()
             command.add_arguments(parser)
             places = ["--packages", str(packages), "--output", str(tmp_path), "--checkpoint", str(tmp_path / "last")]
-            short = ["--minutes=0.01", "--features-minutes=0.01", "--autoencoder-minutes", "0.01", "0.01"]
+            short = ["--updates=2", "--features-updates=2", "--autoencoder-updates", "2", "2"]
             command.run(parser.parse_args([*places, *short, *options]))
 
         make("--stages", "features", "autoencoder", "teacher")
         training = json.loads((tmp_path / "teacher" / "training.json").read_text())
-        make("--stages", "teacher", "--resume")
-        assert json.loads((tmp_path / "teacher" / "training.json").read_text())["updates"] > training["updates"]
+        make("--stages", "teacher", "--resume", "--updates=4")
+        assert json.loads((tmp_path / "teacher" / "training.json").read_text())["updates"] == 4 > training["updates"]
         pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher", torch_dtype=torch.float32)
         assert pipeline.scheduler.config.prediction_type == "epsilon"
         pictures = pipeline(["digit 7", ""], num_inference_steps=2, guidance_scale=2.0, output_type="pt").images

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from copy import deepcopy
 from dataclasses import astuple
 from pathlib import Path
@@ -145,16 +144,16 @@ class AutoencoderTraining:
         images: Tensor = (self.network.decode(latents).sample + 1) / 2
         return images
 
-    def train(self, stage: str, minutes: float, learning_rate: float = 1e-3) -> None:
-        """Train one stage for `minutes`, with a cosine learning rate."""
+    def train(self, stage: str, updates: int, learning_rate: float = 1e-3) -> None:
+        """Train one stage with a cosine learning rate."""
         parts: dict[str, list[nn.Module | None]] = {
             "decoder": [self.network.decoder, self.network.post_quant_conv],
             "encoder": [self.network.encoder, self.network.quant_conv],
         }
         parameters = [parameter for part in parts[stage] if part is not None for parameter in part.parameters()]
         optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), fused=True)
-        start, step = time.monotonic(), 0
-        while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+        for step in range(updates):
+            progress = step / updates
             _, size, count = next(entry for entry in self.CROPS if progress < entry[0])
             loss = self.loss(stage, self.batch(size, count))
             loss.backward()
@@ -163,10 +162,9 @@ class AutoencoderTraining:
                 group["lr"] = learning_rate * warmup_cosine(step, progress, warmup=50, final=0.02)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step += 1
-            if step % 500 == 0:
-                logger.info("%s %d  loss %.4f  %3.0f %%", stage, step, loss.item(), 100 * progress)
-        logger.info("%s: %d updates; %s", stage, step, self.measure())
+            if (step + 1) % 500 == 0:
+                logger.info("%s: update %d of %d  loss %.4f", stage, step + 1, updates, loss.item())
+        logger.info("%s: %d updates; %s", stage, updates, self.measure())
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -216,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stages to train, in order (default: %(default)s)",
     )
     parser.add_argument(
-        "--minutes", nargs="+", type=float, default=[15.0, 6.0], help="minutes of each stage (default: 15 6)"
+        "--updates", nargs="+", type=int, default=[2000, 1000], help="updates of each stage (default: 2000 1000)"
     )
     parser.add_argument("--resume", action="store_true", help="start from the weights in --output")
     parser.add_argument(
@@ -229,8 +227,8 @@ def run(args: argparse.Namespace) -> int:
     """Fit the latents' code where it is missing, train the stages, and write the autoencoder after each stage."""
     from diffusers import AutoencoderKL
 
-    if len(args.minutes) != len(args.stages):
-        raise UserError(f"--minutes has {len(args.minutes)} values for {len(args.stages)} stages; give one per stage")
+    if len(args.updates) != len(args.stages):
+        raise UserError(f"--updates has {len(args.updates)} values for {len(args.stages)} stages; give one per stage")
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     pictures = [load_pictures(style) for style in (TEACHER_STYLE, "noto")]
@@ -239,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.output / "vae"
     network = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32) if args.resume else build_autoencoder()
     training = AutoencoderTraining.of_styles(network, pictures, args.device)
-    for stage, minutes in zip(args.stages, args.minutes, strict=True):
-        training.train(stage, minutes)
+    for stage, updates in zip(args.stages, args.updates, strict=True):
+        training.train(stage, updates)
         export(network, folder)
     return 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,10 +59,8 @@ def latent_noise(images: Tensor, generator: torch.Generator, level: float = 0.4)
     return code.decode(latents + amount * noise).clamp(0, 1).to(images.device)
 
 
-def train(
-    network: FeatureNetwork, pictures: list[Pictures], minutes: float, device: str = "cpu", seed: int = 0
-) -> None:
-    """Train the network to classify augmented pictures of all styles, for `minutes`, with a cosine learning rate."""
+def train(network: FeatureNetwork, pictures: list[Pictures], updates: int, device: str = "cpu", seed: int = 0) -> None:
+    """Train the network to classify augmented pictures of all styles, with a cosine learning rate."""
     images = torch.cat([style.images for style in pictures]).to(device)
     subjects = {name: i for i, name in enumerate(network.classes)}
     labels = torch.tensor([subjects[caption.name] for style in pictures for caption in style.captions], device=device)
@@ -76,13 +73,13 @@ def train(
             batch = latent_noise(batch, generator)
         return augment(batch, generator), labels[index]
 
-    fit(network.to(device), draw, minutes, learning_rate=3e-3)
+    fit(network.to(device), draw, updates, learning_rate=3e-3)
 
 
 def fit(
-    network: FeatureNetwork, draw: Callable[[int], tuple[Tensor, Tensor]], minutes: float, learning_rate: float
+    network: FeatureNetwork, draw: Callable[[int], tuple[Tensor, Tensor]], updates: int, learning_rate: float
 ) -> None:
-    """Train a classifier for `minutes`, with a cosine learning rate.
+    """Train a classifier with a cosine learning rate.
 
     Args:
         draw: ``step -> (pictures (B, 3, H, W) in [0, 1], classes (B,))``.
@@ -90,20 +87,18 @@ def fit(
     """
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.05)
-    start, step = time.monotonic(), 0
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+    for step in range(updates):
         pictures, classes = draw(step)
         _, logits = network(pictures)
         loss = F.cross_entropy(logits, classes, label_smoothing=0.1)
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warmup_cosine(step, progress, warmup=50, final=0.01)
+            group["lr"] = learning_rate * warmup_cosine(step, step / updates, warmup=50, final=0.01)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 100 == 0:
+        if (step + 1) % 100 == 0:
             right = (logits.argmax(1) == classes).float().mean()
-            logger.info("features %d  loss %.3f  right %.2f  %3.0f %%", step, loss.item(), right, 100 * progress)
+            logger.info("features: update %d of %d  loss %.3f  right %.2f", step + 1, updates, loss.item(), right)
     network.eval()
 
 
@@ -142,7 +137,7 @@ def report(network: FeatureNetwork, pictures: Pictures, packages: Path | None) -
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `flash-diffusion demo features`."""
-    parser.add_argument("--minutes", type=float, default=8.0, help="minutes of training (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=1500, help="updates of 64 pictures (default: %(default)s)")
     parser.add_argument("--packages", type=Path, help="folder with the npm tarballs, to measure on an unseen style too")
     parser.add_argument("--output", type=Path, default=FEATURES, help="folder to write (default: the demo's own)")
     parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, mps (default: %(default)s)")
@@ -154,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = [load_pictures(style) for style in (TEACHER_STYLE, "noto")]
     captions = pictures[0].captions
     network = FeatureNetwork([caption.name for caption in captions], [caption.general for caption in captions])
-    train(network, pictures, args.minutes, args.device)
+    train(network, pictures, args.updates, args.device)
     figures = report(network, pictures[0], args.packages)
     logger.info("accuracy on %d subjects: %s", len(captions), figures)
     network.save_pretrained(args.output, accuracy=figures)

@@ -205,7 +205,7 @@ def measure(teacher: Teacher, count: int, seed: int) -> tuple[float, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion demo control``."""
     parser.add_argument("kind", choices=KINDS, help="the network to train")
-    add_training_arguments(parser, minutes=15.0, batch_size=32, learning_rate=1e-3)
+    add_training_arguments(parser, updates=1000, batch_size=32, learning_rate=1e-3)
     parser.add_argument("--variants", type=int, default=12, help="moved copies of each picture (default: %(default)s)")
     parser.add_argument("--measure", type=int, default=32, help="unseen pictures to measure on (default: %(default)s)")
 
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
     examples = moved_examples(teacher, task, load_pictures(TEACHER_STYLE), args.variants, args.seed)
     logger.info("%d moved pictures with their edges", len(examples))
     training = KINDS[args.kind](teacher, examples, task, args.batch_size, args.learning_rate, args.seed)
-    train(training, args.minutes)
+    train(training, args.updates)
     path = args.output or CONTROLS / f"{training.file}.safetensors"
     facts = {
         "kind": args.kind,

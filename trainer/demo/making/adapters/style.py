@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "style", nargs="?", choices=STYLES, default="noto", help="the style to learn (default: %(default)s)"
     )
     parser.add_argument("--rank", type=int, default=6, help="rank of the LoRA (default: %(default)s)")
-    add_training_arguments(parser, minutes=10.0, batch_size=16, learning_rate=2e-3)
+    add_training_arguments(parser, updates=1500, batch_size=16, learning_rate=2e-3)
     parser.add_argument("--limit", type=int, help="use only this many pictures, the first ones")
 
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     teacher_hash = teacher.weights_hash()
     training = AdapterTraining(teacher, examples, task, args.rank, args.batch_size, args.learning_rate, args.seed)
     teacher.release_encoders()
-    train(training, args.minutes)
+    train(training, args.updates)
     path = args.output or LORAS / f"flash_demo_style_{args.style}.safetensors"
     header = {
         "modelspec.sai_model_spec": "1.0.0",

@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants", type=int, default=16, help="random conditions of each picture (default: %(default)s)"
     )
     parser.add_argument("--rank", type=int, default=12, help="rank of the LoRA (default: %(default)s)")
-    add_training_arguments(parser, minutes=12.0, batch_size=32, learning_rate=2e-3)
+    add_training_arguments(parser, updates=1000, batch_size=32, learning_rate=2e-3)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     teacher_hash = teacher.weights_hash()  # of the base, before the training changes its layers
     training = TaskTraining(teacher, examples, task, args.rank, args.batch_size, args.learning_rate, args.seed)
     teacher.release_encoders()
-    train(training, args.minutes)
+    train(training, args.updates)
     facts: dict[str, Any] = {"updates": training.step, "batch_size": args.batch_size, "teacher_hash": teacher_hash}
     path = args.output or TASK_ADAPTERS / f"{args.task}.safetensors"
     adapter = training.adapter(section, {f"flash.training.{name}": str(value) for name, value in facts.items()})

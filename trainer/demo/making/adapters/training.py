@@ -129,26 +129,26 @@ def demo_teacher(device: str) -> Teacher:
     return load_teacher(ModelSection(family="demo"), device)
 
 
-def train(training: DiffusionTraining, minutes: float) -> None:
-    """Make updates for ``minutes``."""
+def train(training: DiffusionTraining, updates: int) -> None:
+    """Make ``updates`` updates."""
     start, losses = time.monotonic(), []
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
-        losses.append(training.update(progress))
+    while training.step < updates:
+        losses.append(training.update(training.step / updates))
         if training.step % LOG_EVERY == 0:
             mean = float(torch.stack(losses).mean())
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} at update {training.step}; use a lower --learning-rate")
             speed = training.step * training.batch_size / (time.monotonic() - start)
-            logger.info("update %d  loss %.4f  %.1f images/s  %3.0f %%", training.step, mean, speed, 100 * progress)
+            logger.info("update %d of %d  loss %.4f  %.1f images/s", training.step, updates, mean, speed)
             losses.clear()
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, *, minutes: float, batch_size: int, learning_rate: float
+    parser: argparse.ArgumentParser, *, updates: int, batch_size: int, learning_rate: float
 ) -> None:
     """Add the options that these trainings share, with their defaults."""
     shown = "(default: %(default)s)"
-    parser.add_argument("--minutes", type=float, default=minutes, help=f"minutes of training {shown}")
+    parser.add_argument("--updates", type=int, default=updates, help=f"updates of the weights {shown}")
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"pictures of an update {shown}")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help=f"largest learning rate {shown}")
     parser.add_argument("--seed", type=int, default=0, help=f"seed of weights, conditions and noise {shown}")

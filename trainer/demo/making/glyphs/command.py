@@ -42,10 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(STAGES),
         help="what to make, in this order (default: %(default)s)",
     )
-    parser.add_argument("--minutes", type=float, default=60.0, help="minutes of the teacher (default: %(default)s)")
-    parser.add_argument("--features-minutes", type=float, default=4.0, help="of the network that measures (default: 4)")
     parser.add_argument(
-        "--autoencoder-minutes", nargs=2, type=float, default=[8.0, 4.0], help="of decoder and encoder (default: 8 4)"
+        "--updates", type=int, default=16500, help="of the teacher, those of its checkpoint included (default: 16500)"
+    )
+    parser.add_argument(
+        "--features-updates", type=int, default=1100, help="of the network that measures (default: 1100)"
+    )
+    parser.add_argument(
+        "--autoencoder-updates",
+        nargs=2,
+        type=int,
+        default=[2000, 1250],
+        help="of decoder and encoder (default: 2000 1250)",
     )
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="of the teacher (default: %(default)s)")
     parser.add_argument(
@@ -80,14 +88,14 @@ def run(args: argparse.Namespace) -> int:
     write_captions(args.output)
     if "features" in args.stages:
         network = features.build_features()
-        features.train(network, pictures_seen, code, args.features_minutes)
+        features.train(network, pictures_seen, code, args.features_updates)
         figures = features.report(network, held_out, code)
         network.save_pretrained(args.output / "features", title="the glyphs’ feature network", accuracy=figures)
         logger.info("features: %s", figures)
     if "autoencoder" in args.stages:
         training = GlyphAutoencoderTraining.of_glyphs(pictures_seen, held_out, code)
-        for stage, minutes in zip(("decoder", "encoder"), args.autoencoder_minutes, strict=True):
-            training.train(stage, minutes)
+        for stage, updates in zip(("decoder", "encoder"), args.autoencoder_updates, strict=True):
+            training.train(stage, updates)
             export_autoencoder(training.network, teacher / "vae")
     if "teacher" in args.stages:
         if args.resume:
@@ -102,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
             trainer.load(args.checkpoint)
         elif args.resume:
             trainer.count_from(teacher)
-        train(trainer, args.checkpoint, minutes=args.minutes)
+        train(trainer, args.checkpoint, args.updates)
         trainer.save(args.checkpoint)
         export(trainer, teacher, build_scheduler())
     if "card" in args.stages:

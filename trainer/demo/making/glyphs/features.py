@@ -43,8 +43,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images + uniform(0, 0.08, 1, 1, 1) * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
-def train(network: FeatureNetwork, pictures: GlyphSet, code: PatchPCA, minutes: float, seed: int = 0) -> None:
-    """Train the network to classify augmented pictures for `minutes`, with a cosine learning rate."""
+def train(network: FeatureNetwork, pictures: GlyphSet, code: PatchPCA, updates: int, seed: int = 0) -> None:
+    """Train the network to classify augmented pictures, with a cosine learning rate."""
     labels = torch.tensor([GLYPHS.index(glyph.character) for glyph in pictures.glyphs])
     generator = torch.Generator().manual_seed(seed)
 
@@ -57,7 +57,7 @@ def train(network: FeatureNetwork, pictures: GlyphSet, code: PatchPCA, minutes: 
             batch = code.decode(latents + amount * torch.randn(latents.shape, generator=generator)).clamp(0, 1)
         return augment(batch, generator), labels[index]
 
-    fit(network, draw, minutes, LEARNING_RATE)
+    fit(network, draw, updates, LEARNING_RATE)
 
 
 def report(network: FeatureNetwork, held_out: GlyphSet, code: PatchPCA) -> dict[str, float]:

@@ -102,9 +102,12 @@ def fresh(pictures: Pictures, folder: Path, seed: int) -> Start:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `flash-diffusion demo teacher`."""
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=90.0, help="minutes of training (default: 90; 0 only exports)")
-    length.add_argument("--steps", type=int, help="total updates, those of earlier runs included, instead of minutes")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=7500,
+        help="updates in all, those of the checkpoint included (default: %(default)s; 0 only exports)",
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -151,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         trainer.count_from(args.output)
     millions = sum(value.numel() for value in trainer.parameters.values()) / 1e6
     logger.info("%d pictures, %.2f M parameters, from update %d", len(pictures), millions, trainer.step)
-    train(trainer, args.checkpoint, minutes=args.minutes, steps=args.steps)
+    train(trainer, args.checkpoint, args.updates)
     trainer.save(args.checkpoint)
     export(trainer, args.output)
     return 0

@@ -175,17 +175,12 @@ def schedule(step: int, progress: float) -> float:
     return warmup_cosine(step, progress, warmup=WARM_UP, flat=FLAT_SHARE, final=FINAL_SHARE)
 
 
-def train(trainer: Trainer, checkpoint: Path, *, minutes: float, steps: int | None = None) -> None:
-    """Make updates for `minutes`, or until there are `steps` updates in all."""
+def train(trainer: Trainer, checkpoint: Path, updates: int) -> None:
+    """Make updates until there are `updates` in all, those of the checkpoint that it goes on from included."""
     start, first_step, earlier = time.monotonic(), trainer.step, trainer.seconds
     saved, loss_average = start, math.nan
-    while True:
-        elapsed = time.monotonic() - start
-        done, total = (trainer.step, steps) if steps is not None else (elapsed, 60 * minutes)
-        if done >= total:
-            return
-        progress = done / total
-        loss = trainer.update(progress)
+    while trainer.step < updates:
+        loss = trainer.update(trainer.step / updates)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at update {trainer.step}; the last good checkpoint is {checkpoint}: "
@@ -197,8 +192,8 @@ def train(trainer: Trainer, checkpoint: Path, *, minutes: float, steps: int | No
             speed = (trainer.step - first_step) * trainer.batch_size / (time.monotonic() - start)
             epochs = (trainer.earlier_steps + trainer.step) * trainer.batch_size / len(trainer.data.latents)
             logger.info(
-                "update %d  epoch %.0f  loss %.4f  %.1f images/s  %3.0f %%",
-                trainer.step, epochs, loss_average, speed, 100 * progress,
+                "update %d of %d  epoch %.0f  loss %.4f  %.1f images/s",
+                trainer.step, updates, epochs, loss_average, speed,
             )  # fmt: skip
         if time.monotonic() - saved > CHECKPOINT_EVERY:
             trainer.save(checkpoint)
