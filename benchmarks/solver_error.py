@@ -24,7 +24,7 @@ from flash_diffusion.trainer.evaluate.teacher.captions import read_captions
 from flash_diffusion.trainer.teachers import load_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
 
-SOLVERS: tuple[Solver, ...] = ("ddim", "dpmpp_2m", "dpmpp_3m")
+SOLVERS: tuple[Solver, ...] = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc")
 STEPS = (4, 8, 12, 16, 20, 32)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .process import Process, broadcast
 
-Solver: TypeAlias = Literal["dpmpp_2m", "dpmpp_3m", "ddim", "euler"]
+Solver: TypeAlias = Literal["dpmpp_2m", "dpmpp_3m", "unipc", "ddim", "euler"]
 
-ORDERS: dict[Solver, int] = {"dpmpp_2m": 2, "dpmpp_3m": 3}  # the others are of first order
+ORDERS: dict[Solver, int] = {"dpmpp_2m": 2, "dpmpp_3m": 3, "unipc": 2}  # the others are of first order
 FEW_STEPS = 15  # below, the third order ends with one step of second order, as diffusers' does
 
 PredictZ0: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,9 +43,11 @@ def solve(
             device.
         solver: ``dpmpp_2m`` is DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), first order at a sample's own first
             step and at the last; ``dpmpp_3m`` is its third order (the same paper's appendix B), second order at a
-            sample's second step; ``ddim`` (arXiv 2010.02502, eta = 0) and ``euler`` are one formula, since Euler on a
-            flow's straight path and DDIM both keep the noise implied by z0.
-        observe: ``(index, z)`` before each evaluation, z the (B, ...) latents at that grid point; copy what you keep.
+            sample's second step; ``unipc`` is UniPC (arXiv 2302.04867, B2, order 2): ``dpmpp_2m``, but each evaluation
+            also corrects the step that led to it; ``ddim`` (arXiv 2010.02502, eta = 0) and ``euler`` are one formula,
+            since Euler on a flow's straight path and DDIM both keep the noise implied by z0.
+        observe: ``(index, z)`` before each evaluation, z the (B, ...) latents at that grid point (of ``unipc`` not yet
+            corrected); copy what you keep.
 
     Returns:
         (B, ...) latents at t = 0.
@@ -59,6 +61,7 @@ def solve(
     alphas, sigmas = levels(process, timesteps)
     z = z.clone()
     previous, before = torch.zeros_like(z), torch.zeros_like(z)
+    left = torch.zeros_like(z)  # the latents that each sample's last step began with
     for index in range(min(begin), steps):
         rows = torch.tensor([row for row, first in enumerate(begin) if first <= index], device=z.device)
         if observe is not None:
@@ -66,8 +69,10 @@ def solve(
         everyone = len(rows) == len(z)
         current = z if everyone else z[rows]
         z0 = predict_z0(current, torch.full((len(current),), timesteps[index], device=z.device), rows)
-        ratio = sigmas[index + 1] / sigmas[index]
-        decay = ratio * alphas[index] / alphas[index + 1]  # exp(-h), h the step in log(alpha/sigma)
+        if solver == "unipc":
+            lengths = [index - first for first in begin if first <= index]
+            past = (left, previous, before) if everyone else (left[rows], previous[rows], before[rows])
+            current = _corrected(current, z0, past, lengths, alphas, sigmas, index)
         weights = [
             _history_weights(alphas, sigmas, index, min(_highest_order(solver, index, steps), 1 + index - first))
             for first in begin
@@ -79,13 +84,63 @@ def solve(
             data = z0 + _column(weights, 0, z0) * (z0 - last)
             if any(weight for _, weight in weights):
                 data = data + _column(weights, 1, z0) * (last - (before if everyone else before[rows]))
-        current = ratio * current + alphas[index + 1] * (1 - decay) * data
+        reached = _step(current, data, alphas, sigmas, index)
         if everyone:
-            z, previous, before = current, z0, previous
+            z, left, previous, before = reached, current, z0, previous
         else:
             before[rows] = previous[rows]
-            z[rows], previous[rows] = current, z0
+            z[rows], left[rows], previous[rows] = reached, current, z0
     return z
+
+
+def _step(z: Tensor, data: Tensor, alphas: Sequence[float], sigmas: Sequence[float], index: int) -> Tensor:
+    """Step from grid point ``index`` to the next, with a constant prediction of the data on the way."""
+    ratio = sigmas[index + 1] / sigmas[index]
+    decay = ratio * alphas[index] / alphas[index + 1]  # exp(-h), h the step in log(alpha/sigma)
+    return ratio * z + alphas[index + 1] * (1 - decay) * data
+
+
+def _corrected(
+    z: Tensor,
+    z0: Tensor,
+    past: tuple[Tensor, Tensor, Tensor],
+    lengths: Sequence[int],
+    alphas: Sequence[float],
+    sigmas: Sequence[float],
+    index: int,
+) -> Tensor:
+    """Make the step to grid point ``index`` again, now that the prediction there is known.
+
+    Args:
+        z: (b, ...) where the step led; samples without an earlier step keep it.
+        z0: (b, ...) the prediction there.
+        past: (b, ...) the latents that the step began with, the prediction there, and the one before.
+        lengths: steps that each sample has made.
+    """
+    begun, last, before = past
+    weights = [_corrector_weights(alphas, sigmas, index - 1, min(2, made)) if made else (0.0, 0.0) for made in lengths]
+    if not any(new for new, _ in weights):
+        return z
+    data = last + _column(weights, 0, z0) * (z0 - last) + _column(weights, 1, z0) * (last - before)
+    again = broadcast(torch.tensor([new != 0 for new, _ in weights], device=z.device), z)
+    return torch.where(again, _step(begun, data, alphas, sigmas, index - 1), z)
+
+
+def _corrector_weights(alphas: Sequence[float], sigmas: Sequence[float], index: int, order: int) -> tuple[float, float]:
+    """Return the weights ``c, a`` of ``z0' + c (z0 - z0') + a (z0' - z0'')`` for the step from ``index``.
+
+    z0 is the prediction after the step, z0' before it, and z0'' one step earlier. A step from alpha = 0, which is
+    infinitely long in log(alpha/sigma), is not corrected: (0, 0).
+    """
+    if alphas[index] == 0:
+        return 0.0, 0.0
+    if order == 1 or alphas[index - 1] == 0:
+        return 0.5, 0.0
+    h = _log_snr_step(alphas, sigmas, index)
+    r0 = _log_snr_step(alphas, sigmas, index - 1) / h
+    first, second = _derivative_integrals(h)
+    share = (first - 2 * second) / (1 + r0)
+    return first - share, share / r0
 
 
 def _highest_order(solver: Solver, index: int, steps: int) -> int:
@@ -109,12 +164,15 @@ def _history_weights(alphas: Sequence[float], sigmas: Sequence[float], index: in
     if known == 2:
         return 0.5 / r0, 0.0
     r1 = _log_snr_step(alphas, sigmas, index - 2) / h
-    # The integrals of exp(-h) times the first and the second derivative of z0 in log(alpha/sigma), over that of z0.
-    decay = math.exp(-h)
-    first = ((decay - 1) / h + 1) / (1 - decay)
-    second = (0.5 - (decay - 1 + h) / h**2) / (1 - decay)
+    first, second = _derivative_integrals(h)
     share, curve = r0 / (r0 + r1), second / (r0 + r1)
     return (first * (1 + share) + curve) / r0, -(first * share + curve) / r1
+
+
+def _derivative_integrals(h: float) -> tuple[float, float]:
+    """Return the integrals of exp(-h) times the first and second derivative of z0 in log(alpha/sigma), over z0's."""
+    decay = math.exp(-h)
+    return ((decay - 1) / h + 1) / (1 - decay), (0.5 - (decay - 1 + h) / h**2) / (1 - decay)
 
 
 def _column(weights: Sequence[tuple[float, float]], which: int, like: Tensor) -> Tensor:

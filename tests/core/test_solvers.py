@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -50,6 +55,15 @@ def ddim(prediction: str, **options: Any) -> DDIMScheduler:
     return DDIMScheduler(**BETAS, prediction_type=prediction, timestep_spacing="trailing", clip_sample=False, **options)
 
 
+def multistep(prediction: str, solver: Solver) -> Any:
+    return unipc(prediction) if solver == "unipc" else dpm(prediction, int(solver[-2]))
+
+
+def unipc(prediction: str) -> UniPCMultistepScheduler:
+    options = {"timestep_spacing": "trailing", "solver_type": "bh2", "final_sigmas_type": "zero"}
+    return UniPCMultistepScheduler(**BETAS, prediction_type=prediction, solver_order=2, **options)
+
+
 def dpm(prediction: str, order: int = 2, **options: Any) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(
         **BETAS,
@@ -75,10 +89,10 @@ def test_ddim_equals_diffusers(prediction: str, steps: int) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 14, 15, 16, 32])
-@pytest.mark.parametrize(("solver", "order"), [("dpmpp_2m", 2), ("dpmpp_3m", 3)])
-def test_dpm_solver_equals_diffusers(prediction: str, steps: int, solver: Solver, order: int) -> None:
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m", "unipc"])
+def test_multistep_solvers_equal_diffusers(prediction: str, steps: int, solver: Solver) -> None:
     process, network, z = VPProcess.from_betas(prediction=prediction), random_network(steps), noise(2)
-    expected = theirs(dpm(prediction, order), network, z, num_inference_steps=steps)
+    expected = theirs(multistep(prediction, solver), network, z, num_inference_steps=steps)
     assert torch.allclose(ours(process, network, z, steps, solver), expected, **TOLERANCE)
 
 
@@ -117,7 +131,7 @@ def test_dpm_solver_takes_no_history_from_a_point_without_signal() -> None:
     grid = trailing_timesteps(process, 8)
     states: list[Tensor] = []
     solve(z0_of(process, network), process, z, grid, None, "ddim", lambda index, z: states.append(z.clone()))
-    for solver in ("dpmpp_2m", "dpmpp_3m"):
+    for solver in ("dpmpp_2m", "dpmpp_3m", "unipc"):
         afresh = ours(process, network, states[1], 8, solver, [1, 1])
         assert torch.allclose(ours(process, network, z, 8, solver), afresh, atol=1e-6)
 
@@ -132,6 +146,9 @@ SOLVERS_AND_PROCESSES = [
     ("dpmpp_2m", FlowProcess(3.0)),
     ("dpmpp_3m", VPProcess.from_betas()),
     ("dpmpp_3m", VPProcess.from_betas(prediction="v_prediction", zero_terminal_snr=True)),
+    ("unipc", VPProcess.from_betas()),
+    ("unipc", VPProcess.from_betas(prediction="v_prediction", zero_terminal_snr=True)),
+    ("unipc", FlowProcess(3.0)),
 ]
 
 
@@ -146,14 +163,14 @@ def test_samples_in_one_batch_run_as_if_alone(solver: Solver, process: Process, 
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("solver", "order"), [("dpmpp_2m", 2), ("dpmpp_3m", 3)])
-def test_late_starts_equal_diffusers(prediction: str, solver: Solver, order: int) -> None:
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m", "unipc"])
+def test_late_starts_equal_diffusers(prediction: str, solver: Solver) -> None:
     # First order at each sample's OWN first step: the neighbours' history must not leak in.
     process, network = VPProcess.from_betas(prediction=prediction), random_network(1)
     start, z = [0, 5, 17, 30, 31], noise(5)
     together = ours(process, network, z, 32, solver, start)
     for row, first in enumerate(start):
-        expected = theirs(dpm(prediction, order), network, z[[row]], first, num_inference_steps=32)
+        expected = theirs(multistep(prediction, solver), network, z[[row]], first, num_inference_steps=32)
         assert torch.allclose(together[[row]], expected, **TOLERANCE)
 
 
@@ -263,5 +280,5 @@ def test_wrong_starts_and_solvers_are_named() -> None:
     for wrong in ([0], [0, 4], [0, -1]):
         with pytest.raises(ValueError, match=r"start must hold 2 indices in 0\.\.3"):
             solve(z0_of(process, network), process, z, grid, wrong)
-    with pytest.raises(ValueError, match="unknown solver 'heun'.*dpmpp_2m, dpmpp_3m, ddim, euler"):
+    with pytest.raises(ValueError, match="unknown solver 'heun'.*dpmpp_2m, dpmpp_3m, unipc, ddim, euler"):
         solve(z0_of(process, network), process, z, grid, None, "heun")

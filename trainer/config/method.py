@@ -136,7 +136,7 @@ class MethodSection(Section):
     """The constants of the method; defaults are the paper's for SD 1.5 (arXiv 2406.02347)."""
 
     teacher_steps: Count = Field(32, description="K, steps of the teacher; a multiple of 4")
-    solver: Literal["dpmpp_2m", "dpmpp_3m", "ddim", "euler"] = Field(
+    solver: Literal["dpmpp_2m", "dpmpp_3m", "unipc", "ddim", "euler"] = Field(
         "dpmpp_2m", description="the teacher's ODE solver; euler for flow models, the others for all others"
     )
     guidance: tuple[float, float] = Field(

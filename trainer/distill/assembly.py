@@ -258,7 +258,7 @@ def _examples(
 def _check_solver(recipe: Recipe, teacher: Teacher) -> None:
     flow = teacher.denoiser.process.prediction == "flow"
     if flow != (recipe.method.solver == "euler"):
-        wanted = "euler" if flow else "dpmpp_2m, dpmpp_3m or ddim"
+        wanted = "euler" if flow else "dpmpp_2m, dpmpp_3m, unipc or ddim"
         kind = "a flow" if flow else "not a flow"
         raise UserError(f"method.solver: {teacher.name} is {kind} model; expected {wanted}, got {recipe.method.solver}")
 

@@ -19,7 +19,13 @@ from .numbers import counted, number, seconds
 PICTURE_SIZE = 256  # px; larger pictures are reduced for the page
 PICTURE_QUALITY = 90  # of WebP
 
-SOLVERS = {"dpmpp_2m": "DPM-Solver++(2M)", "dpmpp_3m": "DPM-Solver++(3M)", "ddim": "DDIM", "euler": "Euler’s method"}
+SOLVERS = {
+    "dpmpp_2m": "DPM-Solver++(2M)",
+    "dpmpp_3m": "DPM-Solver++(3M)",
+    "unipc": "UniPC",
+    "ddim": "DDIM",
+    "euler": "Euler’s method",
+}
 
 Run = Mapping[str, Any]  # one of the ``runs`` of report.json
 
