@@ -259,9 +259,12 @@ def test_the_suggested_strength_ends_the_overlap_warning(client: Client, folder:
 
 
 def test_styles_that_only_together_outweigh_the_flash_lora_give_a_warning(client: Client, folder: Path) -> None:
-    save_style(folder / "style_c.safetensors", 6, 0.15)
-    save_style(folder / "style_d.safetensors", 7, 0.15)
-    report, _ = report_of(client, stack(style_c=1.0, style_d=1.0))
+    flash, strengths = common_names(read_lora(SHIPPED).modules), {}
+    for name, seed in (("style_c", 6), ("style_d", 7)):
+        save_style(folder / f"{name}.safetensors", seed, 0.15)
+        style = common_names(read_lora(folder / f"{name}.safetensors").modules)
+        strengths[name] = 0.8 / overlap(flash, style).size  # alone smaller than the Flash LoRA, together larger
+    report, _ = report_of(client, stack(**strengths))
     assert report.count("WARNING") == 1
     assert "WARNING: the styles together outweigh flash_demo.safetensors" in report
     found = re.search(r"Suggested strengths: style_c.safetensors (\S+), style_d.safetensors (\S+)", report)
