@@ -37,7 +37,7 @@ def update_passes(recipe: Recipe, phase: PhaseSection) -> dict[str, float]:
     }
     if phase.adversarial:
         rows = 1.0 if method.adversarial_rows == "all" else first
-        real = _real_passes(method)
+        real = real_passes(method)
         passes["adversarial"] = rows * (FORWARD_AND_BACKWARD + real)
         # The first update reads what the student's loss has seen; the next ones ask for real and fake anew.
         passes["discriminator"] = rows * (1 - real + REAL_AND_FAKE * (method.discriminator.updates - 1))
@@ -62,7 +62,7 @@ def warmup_passes(recipe: Recipe, phase: PhaseSection) -> float:
     update, method = update_passes(recipe, phase), recipe.method
     passes, longest = 0.0, 0
     if phase.adversarial:
-        rows = update["adversarial"] / (FORWARD_AND_BACKWARD + _real_passes(method))
+        rows = update["adversarial"] / (FORWARD_AND_BACKWARD + real_passes(method))
         passes += method.discriminator.warmup * rows * REAL_AND_FAKE
         longest = method.discriminator.warmup
     if "critic" in update:
@@ -118,7 +118,7 @@ def passes_of_an_image(counted: CountedDenoiser) -> tuple[dict[str, float], floa
     return passes, unconditional
 
 
-def _real_passes(method: MethodSection) -> int:
+def real_passes(method: MethodSection) -> int:
     """Return the passes on a real sample that the student's adversarial loss asks for."""
     return 1 if method.adversarial == "relativistic" else 0
 

@@ -22,7 +22,11 @@ from ..errors import UserError
 PACKAGE = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 ACTIVATIONS = "activations and gradients"
+# What products are counted as, beside the part whose weights they read.
+ATTENTION, SCORES_AGAIN, AGAIN, OTHER = "attention", "attention's scores again", "recomputed", "other products"
 READS_VALUE = (torch.ops.aten._local_scalar_dense.default,)
+# What makes a weight of another dtype, or of bits -> which argument the weight is.
+CASTS = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.embedding.default: 1}
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -36,12 +40,12 @@ def _cpu_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Ten
     return count
 
 
+FORWARD_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+BACKWARD_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # torch's own table lacks the CPU's fused attention, which stands in for the GPU's here.
-FORMULAS = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-}
+FORMULAS = {**flop_registry, FORWARD_ATTENTION: _cpu_attention, BACKWARD_ATTENTION: _cpu_attention_backward}
+# Of the five products of fused attention's backward pass the first makes the scores again, which it did not keep.
+SCORES_OF_BACKWARD = 5
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Moment:
         peak: the most bytes alive at once.
         parts: of those bytes: part -> bytes.
         flops: of matrix products, convolutions and attention; a multiplication and an addition are two.
+        work: of those: the part whose weights a product reads, ``attention``, ``attention's scores again``,
+            ``recomputed`` or ``other products`` -> FLOPs.
         moved: bytes of weights read and of results written: the least that passes through memory.
         waits: place in the code -> how often the program waited for a value of the device.
     """
@@ -59,6 +65,7 @@ class Moment:
     peak: int = 0
     parts: dict[str, int] = field(default_factory=dict)
     flops: int = 0
+    work: dict[str, int] = field(default_factory=dict)
     moved: int = 0
     waits: dict[str, int] = field(default_factory=dict)
 
@@ -81,7 +88,9 @@ class Meter(TorchDispatchMode):
         self._now = Moment()
         self._seen: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
         self._finalizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        self._weights: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._weights: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._casts: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._again = False
         self._away: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
     @contextmanager
@@ -109,9 +118,18 @@ class Meter(TorchDispatchMode):
                 self._forget(storage)
             size += self._note(storage, part)
             if weights:
-                self._weights.add(storage)
+                self._weights[storage] = part
         self._look()
         return size
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Count products inside the block as recomputed."""
+        before, self._again = self._again, True
+        try:
+            yield
+        finally:
+            self._again = before
 
     def leave(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors no longer: they wait in the computer's memory."""
@@ -156,15 +174,41 @@ class Meter(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage not in self._seen:
                 self._now.moved += self._note(storage, ACTIVATIONS)
+        if func in CASTS and (part := self._part_of(args[CASTS[func]])) is not None:
+            self._casts[out.untyped_storage()] = part
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            self._now.flops += formula(*args, **kwargs, out_val=out)
-            for argument in tree_iter((args, kwargs)):
-                if isinstance(argument, Tensor) and argument.untyped_storage() in self._weights:
-                    self._now.moved += argument.numel() * argument.element_size()
+            self._count(func._overloadpacket, formula(*args, **kwargs, out_val=out), tree_iter((args, kwargs)))
         if fresh:
             self._look()
         return out
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    def _count(self, operation: Any, flops: int, arguments: Iterable[Any]) -> None:
+        """Count a product under the part whose weights it reads, and the bytes of those weights as moved."""
+        kind = None
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                kind = kind or self._part_of(argument)
+                if argument.untyped_storage() in self._weights:
+                    self._now.moved += argument.numel() * argument.element_size()
+        if self._again:
+            self._add(AGAIN, flops)
+        elif operation is BACKWARD_ATTENTION:
+            self._add(SCORES_AGAIN, flops // SCORES_OF_BACKWARD)
+            self._add(ATTENTION, flops - flops // SCORES_OF_BACKWARD)
+        else:
+            self._add(ATTENTION if operation is FORWARD_ATTENTION else kind or OTHER, flops)
+
+    def _add(self, kind: str, flops: int) -> None:
+        self._now.flops += flops
+        self._now.work[kind] = self._now.work.get(kind, 0) + flops
+
+    def _part_of(self, tensor: Tensor) -> str | None:
+        """Return the part of a weight, or of a copy of a weight in another dtype."""
+        storage = tensor.untyped_storage()
+        return self._weights.get(storage) or self._casts.get(storage)
 
     # -- bytes alive ---------------------------------------------------------------------------------------------
 

@@ -10,11 +10,13 @@ from rich.table import Table
 
 from ..config import Recipe
 from .cost import Way, cost_of, fits, peaks, ways_to_fit
+from .floor import Floor, above_floor
 from .gpus import GIB, RESERVED, Gpu
 from .meter import ACTIVATIONS
 from .walk import Rehearsal, rehearse
 
 PETA, TERA, GIGABYTE = 1e15, 1e12, 1e9
+LEAST_SHARE = 0.0005  # that is told
 HEADINGS = {  # of the moments, in their order; short, since a terminal of 80 columns shows them all
     "encoding": "encode",
     "recording": "record",
@@ -57,6 +59,7 @@ def print_rehearsal(
     say()
     console.print(memory_table(rehearsal))
     console.print(work_table(rehearsal))
+    say(rest_in_words(rehearsal))
     cost = cost_of(rehearsal, gpu, utilisation)
     say(f"The whole run: {cost.flops / PETA:,.3g} PFLOP")
     money = "" if price is None else f", {cost.hours * price:,.2f} dollars at {price:g} an hour"
@@ -100,9 +103,11 @@ def memory_table(rehearsal: Rehearsal) -> Table:
 def work_table(rehearsal: Rehearsal) -> Table:
     """Return the work of an update of each phase."""
     table = Table(
-        title="Work of an update, expected over the starts of its samples", box=box.SIMPLE, title_justify="left"
+        title="Work of an update, expected over the starts of its samples; bytes at least",
+        box=box.SIMPLE,
+        title_justify="left",
     )
-    for heading in ("phase", "updates", "passes", "TFLOP", "GB moved, at least"):
+    for heading in ("phase", "updates", "passes", "TFLOP", "x floor", "GB moved", "x floor"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
     for phase in rehearsal.phases:
         table.add_row(
@@ -110,9 +115,38 @@ def work_table(rehearsal: Rehearsal) -> Table:
             f"{phase.updates:,}",
             f"{phase.passes:.0f}",
             f"{phase.flops / TERA:,.3g}",
+            f"{phase.flops / phase.floor.flops:.2f}",
             f"{phase.moved / GIGABYTE:,.3g}",
+            f"{phase.moved / phase.floor.moved:.1f}",
         )
     return table
+
+
+def work_of(rehearsal: Rehearsal) -> tuple[float, float, Floor]:
+    """Return the FLOPs and the bytes of all updates, and their floor."""
+    flops = moved = least_flops = least_moved = 0.0
+    for phase in rehearsal.phases:
+        flops += phase.updates * phase.flops
+        moved += phase.updates * phase.moved
+        least_flops += phase.updates * phase.floor.flops
+        least_moved += phase.updates * phase.floor.moved
+    return flops, moved, Floor(least_flops, least_moved)
+
+
+def shares_above_floor(rehearsal: Rehearsal) -> dict[str, float]:
+    """Return what the FLOPs of all updates above their floor are spent on, in shares of the floor."""
+    work: dict[str, float] = {}
+    for phase in rehearsal.phases:
+        for kind, flops in phase.work.items():
+            work[kind] = work.get(kind, 0.0) + phase.updates * flops
+    return above_floor(work, work_of(rehearsal)[2].flops)
+
+
+def rest_in_words(rehearsal: Rehearsal) -> str:
+    """Return what the work above the floor is spent on, over all updates."""
+    spent = sorted(shares_above_floor(rehearsal).items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {share:+.1%}" for name, share in spent if abs(share) >= LEAST_SHARE)
+    return f"Above the floor, in shares of the floor: {told or 'nothing'}"
 
 
 def _say_fit(rehearsal: Rehearsal, gpu: Gpu, say: Callable[[str], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Any, cast
@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...flash_core.denoiser import Conditioning
 from ...flash_core.grid import NUM_MODES, timestep_mixture, trailing_fractions
 from ...flash_core.terms.draws import FIRST_STEP_FRACTION
 from ..config import PhaseSection, Recipe
 from ..distill.assembly import Assembly, add_adapters, discriminator_of, join, needs_discriminator
-from ..distill.passes import update_passes
+from ..distill.passes import GUIDED, update_passes
 from ..distill.preview import ROWS, Preview, preview_rows
 from ..distill.update import Updater
 from ..export.export import stochasticity_of
@@ -24,6 +25,7 @@ from ..tasks import build_task
 from ..tasks.requirements import check_channels, check_control
 from ..teachers import family
 from ..teachers.in_memory.stages import NETWORK, PICTURES
+from .floor import Floor, PassWork, floor_of, of_base
 from .meter import ACTIVATIONS, Meter, Moment
 from .pretend.fakes import Fakes, PretendAccelerator, checkpoint_on_cuda, quiet
 from .pretend.optimizer import pretend_adamw
@@ -43,6 +45,8 @@ class PhaseCost:
         flops: of an update, expected over the starts of its samples.
         moved: bytes of an update, at least, expected as well.
         passes: forward passes of the network for one sample, a backward pass counted as two; expected.
+        work: kind of product -> FLOPs of an update, expected; see :class:`.meter.Moment`.
+        floor: what an update needs at least.
     """
 
     name: str
@@ -51,6 +55,8 @@ class PhaseCost:
     flops: float
     moved: float
     passes: float
+    work: Mapping[str, float]
+    floor: Floor
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Rehearsal:
         phases: of the recipe, in order.
         beside: encoding, recording, preview -> what was counted in one of each.
         pass_flops: of one forward pass of the network for one sample.
+        needed: FLOPs of the base that the passes of one sample ask for.
     """
 
     recipe: Recipe
@@ -76,6 +83,7 @@ class Rehearsal:
     phases: Sequence[PhaseCost]
     beside: Mapping[str, Moment]
     pass_flops: float
+    needed: PassWork
 
     @property
     def moments(self) -> dict[str, Moment]:
@@ -135,6 +143,11 @@ def shortened(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"method": method, "preview": preview})
 
 
+def in_one_step(recipe: Recipe) -> Recipe:
+    """Return the recipe with a teacher's grid of one step: a preview's further steps need the same memory."""
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update={"teacher_steps": 1})})
+
+
 class _Walk:
     """One rehearsal: the parts of a run without values, and their meter."""
 
@@ -149,7 +162,7 @@ class _Walk:
         in_dtype_of_base(recipe.model, outline)  # before the adapters, which stay float32
         add_adapters(outline.denoiser, recipe, family(recipe.model.family).default_targets)
         if recipe.gradient_checkpointing:
-            outline.denoiser.network.enable_gradient_checkpointing(checkpoint_on_cuda)
+            outline.denoiser.network.enable_gradient_checkpointing(checkpoint_on_cuda(self.meter.again))
         self.base_values = outline.parameters
         with self.meter:
             self.teacher = pretend_teacher(recipe.model, outline, source, self.fakes)
@@ -174,7 +187,7 @@ class _Walk:
             stages.begin()
         with meter, meter.moment("encoding") as beside["encoding"]:
             self._encode()
-            preview = Preview(recipe, preview_rows(self.parts, recipe.preview.prompts))
+            preview = Preview(in_one_step(recipe), preview_rows(self.parts, recipe.preview.prompts))
         if not recipe.data.stream:
             self.teacher.release_encoders()
         if recipe.memory.offload:
@@ -184,18 +197,19 @@ class _Walk:
         self._own_trained()
         with meter, meter.moment("one pass") as one:
             self._one_pass()
-        per_pass = one.flops / (2 * recipe.batch_size), one.moved / (2 * recipe.batch_size)
+        needed = self._needed(one)
+        parts = {name: size for name, size in meter.live.items() if size and name != ACTIVATIONS}
         if recipe.trajectories.count:
             with meter, self.accelerator.autocast():
                 self.rollouts.record()
             beside["recording"] = meter.moments["recording"]
-        phases = [self._phase(section, *per_pass) for section in self.given.phases]
+        phases = [self._phase(section, one, needed, parts) for section in self.given.phases]
         averaged = self.parts.average.applied()
         with meter, meter.moment("preview") as beside["preview"], self.accelerator.autocast(), averaged:
             preview.columns()
-        parts = {name: size for name, size in meter.live.items() if size and name != ACTIVATIONS}
+        per_pass = one.flops / (GUIDED * recipe.batch_size)
         return Rehearsal(
-            self.given, self.teacher.name, self.published, self.base_values, parts, phases, beside, per_pass[0]
+            self.given, self.teacher.name, self.published, self.base_values, parts, phases, beside, per_pass, needed
         )
 
     # -- the parts -----------------------------------------------------------------------------------------------
@@ -277,13 +291,37 @@ class _Walk:
     @torch.no_grad()
     def _one_pass(self) -> None:
         """Ask the teacher once for a batch with both branches of guidance."""
-        count, denoiser = 2 * self.recipe.batch_size, self.teacher.denoiser
-        z, conditioning = self.rollouts.inputs(count)
-        t = torch.full((count,), denoiser.process.timestep(0.5), device=self.accelerator.device)
+        denoiser = self.teacher.denoiser
         with self.accelerator.autocast(), denoiser.role("teacher"):
-            denoiser.predict(z, t, conditioning)
+            denoiser.predict(*self._asked(GUIDED * self.recipe.batch_size))
 
-    def _phase(self, section: PhaseSection, pass_flops: float, pass_moved: float) -> PhaseCost:
+    def _asked(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
+        """Return noisy latents, timesteps and conditions of so many samples."""
+        z, conditioning = self.rollouts.inputs(count)
+        t = torch.full((count,), self.teacher.denoiser.process.timestep(0.5), device=self.accelerator.device)
+        return z, t, conditioning
+
+    def _needed(self, one: Moment) -> PassWork:
+        """Return what the passes of one sample ask of the base, without checkpointing, which ends no pass early."""
+        denoiser, meter = self.teacher.denoiser, self.meter
+        z, t, conditioning = self._asked(1)
+        if self.recipe.gradient_checkpointing:
+            denoiser.network.disable_gradient_checkpointing()
+        autocast = self.accelerator.autocast
+        with meter, meter.moment("needed by the student") as student, autocast(), denoiser.role("student"):
+            denoiser.predict(z, t, conditioning).sum().backward()
+        with meter, meter.moment("needed for features") as features, autocast():
+            maps = denoiser.features(z.requires_grad_(), t, conditioning)
+        with meter, meter.moment("needed to the input") as back:
+            torch.autograd.grad([value.float().sum() for value in maps], z)
+        if self.recipe.gradient_checkpointing:
+            denoiser.network.enable_gradient_checkpointing(checkpoint_on_cuda(meter.again))
+        for value in self.parts.trained.parameters["student"].values():
+            value.grad = None
+        forward = of_base(one) / (GUIDED * self.recipe.batch_size)
+        return PassWork(forward, of_base(student), of_base(features), of_base(features) + of_base(back))
+
+    def _phase(self, section: PhaseSection, one: Moment, needed: PassWork, parts: Mapping[str, int]) -> PhaseCost:
         """Make an update whose samples start with as little noise as the phase has; if it matters, one with as much.
 
         Phases with the same terms share them.
@@ -299,19 +337,21 @@ class _Walk:
         passes = update_passes(self.given, section)
         solved = sum(passes.get(name, 0.0) for name in ("trajectories", "solutions", "own states"))
 
-        def expected(name: str) -> float:
-            sums: list[float] = [
-                sum(getattr(moment, name) for key, moment in part.items() if key != ROLLOUT) for part in (clean, noisy)
-            ]
-            return sums[0] * (1 - share) + sums[1] * share
+        def expected(value: Callable[[Moment], float]) -> float:
+            sums = [sum(value(moment) for key, moment in part.items() if key != ROLLOUT) for part in (clean, noisy)]
+            in_one_pass = value(one) / (GUIDED * self.recipe.batch_size)
+            return sums[0] * (1 - share) + sums[1] * share + solved * in_one_pass
 
+        kinds = dict.fromkeys(kind for part in (clean, noisy) for moment in part.values() for kind in moment.work)
         return PhaseCost(
             section.name,
             section.updates,
             highest(clean, noisy),
-            expected("flops") + solved * pass_flops,
-            expected("moved") + solved * pass_moved,
+            expected(lambda moment: moment.flops),
+            expected(lambda moment: moment.moved),
             sum(passes.values()),
+            {kind: expected(lambda moment, kind=kind: moment.work.get(kind, 0)) for kind in kinds},  # type: ignore[misc]
+            floor_of(self.given, section, needed, parts),
         )
 
     def _depends_on_start(self) -> bool:

@@ -119,10 +119,23 @@ def _autocast() -> Iterator[None]:
         yield
 
 
-def checkpoint_on_cuda(function: Callable[..., Any], *args: Any) -> Any:
-    """Checkpoint a block as diffusers does; it is computed again in the precision of its first run."""
-    # torch calls a backward pass with all modes off: the one for the precision is put on again for the second run.
-    return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), CudaPrecision()))
+def checkpoint_on_cuda(again: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """Return a function that checkpoints a block as diffusers does, computed again in the precision of its first run.
+
+    Args:
+        again: makes a context around the second run.
+    """
+
+    @contextmanager
+    def second_run() -> Iterator[None]:
+        # torch calls a backward pass with all modes off: the one for the precision is put on again.
+        with CudaPrecision(), again():
+            yield
+
+    def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), second_run()))
+
+    return checkpointed
 
 
 @contextmanager
