@@ -94,11 +94,12 @@ class ModelSection(Section):
         None,
         description="an IP-Adapter for a UNet, for tasks that condition on a picture (face-swap with identity: tokens)",
     )
-    storage: Literal["float8", "int8"] | None = Field(
+    storage: Literal["float8", "int8", "nf4"] | None = Field(
         None,
-        description="keep the weights of the base's blocks in 8 bits, and cast each layer's to dtype when it is asked: "
-        "float8 (e4m3fn, as ComfyUI's fp8_e4m3fn) or int8 (a factor for each output channel; closer to the weights); "
-        "the LoRA is then for such a base (default: all weights in dtype)",
+        description="keep the weights of the base's blocks in few bits, and cast each layer's to dtype when it is "
+        "asked: float8 (e4m3fn, as ComfyUI's fp8_e4m3fn), int8 (a factor for each output channel; closer to the "
+        "weights), or nf4 (4 bits, a factor for each 64 values; half the bytes, farther from the weights); the LoRA is "
+        "then for such a base (default: all weights in dtype)",
     )
     t5: bool = Field(True, description="SD3 only: encode prompts with T5 too; false saves memory")
     style_lora: list[StyleLora] = Field(
@@ -391,8 +392,13 @@ class Recipe(Section):
             )
         if self.sharding != "none" and (self.model.storage is not None or self.memory.offload):
             raise ValueError(
-                "sharding: weights that processes share are neither stored in 8 bits nor moved off the device; leave "
+                "sharding: weights that processes share are neither stored in few bits nor moved off the device; leave "
                 "out model.storage and memory.offload, or set sharding to none"
+            )
+        if self.sharding != "none" and self.speed.compile is not None:
+            raise ValueError(
+                "sharding: a block's weights are gathered by hooks that torch.compile does not see here; leave out "
+                "speed.compile, or set sharding to none"
             )
         return self
 
@@ -459,6 +465,8 @@ class Recipe(Section):
         content = self.model_dump(mode="json", exclude={"sharding", "memory"})
         if self.speed == SpeedSection():
             del content["speed"]
+        elif self.speed.compile is None:
+            del content["speed"]["compile"]
         if self.model.storage is None:
             del content["model"]["storage"]
         if self.optimizer.bits == OptimizerSection.model_fields["bits"].default:

@@ -84,8 +84,11 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
         f"on a frozen base of {outline.parameters / MILLION:.1f} M"
     )
     adapters = student * (2 if critic else 1)
-    rounded = sum(value.numel() for value in outline.denoiser.network.parameters() if not value.is_floating_point())
-    frozen = (outline.parameters + beside - rounded) * BYTES[recipe.model.dtype] + rounded
+    frozen = (outline.parameters + beside) * BYTES[recipe.model.dtype]
+    if recipe.model.storage is not None:  # its weights have their dtypes already
+        named = outline.denoiser.network.named_parameters()
+        stored = sum(value.nbytes for name, value in named if ".lora_" not in name)
+        frozen = stored + beside * BYTES[recipe.model.dtype]
     memory = frozen + adapters * TRAINED_BYTES[recipe.optimizer.bits] + student * AVERAGE_BYTES
     base = "the base" if outline.control is None else "the base and its control"
     recomputed = " (recomputed to save memory)" if recipe.gradient_checkpointing else ""

@@ -288,13 +288,14 @@ class Teacher(ABC):
                 control.check_size(shape)
         if model.image_adapter is not None:
             outline_image_adapter(cls.pipeline_class, network, model.image_adapter, cls.title(source))
+        parameters = count_parameters(network)
         if model.storage is not None:
             nn.Module.to(network, getattr(torch, model.dtype))
             store_compactly(network, model.storage)
         return Outline(
             cls.denoiser_class(network, process_from_scheduler(source.scheduler_config())),
             shape,
-            count_parameters(network),
+            parameters,
             cls.title(source),
             sizes,
             control,

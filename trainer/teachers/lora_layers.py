@@ -15,6 +15,7 @@ from ...flash_core.lora import LoraModule, flat_name, read_lora, with_diffusers_
 from ...flash_core.lora.names import text_encoder_path
 from ..config import StyleLora
 from ..errors import UserError
+from .in_memory.compact import weight_shape
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,12 +56,13 @@ def fit_lora(network: nn.Module, modules: Mapping[str, LoraModule]) -> dict[str,
     fitted = {}
     for name, module in wanted.items():
         path, layer = layers[name]
-        down = (module.rank, *layer.weight.shape[1:])
-        up = (layer.weight.shape[0], module.rank, *(1 for _ in layer.weight.shape[2:]))
+        shape = weight_shape(layer)
+        down = (module.rank, *shape[1:])
+        up = (shape[0], module.rank, *(1 for _ in shape[2:]))
         # A 1 x 1 convolution and a linear layer have the same weights, and files store either.
         if (module.down.numel(), module.up.numel()) != (math.prod(down), math.prod(up)):
             raise UserError(
-                f"this LoRA does not fit the model: layer {path} is {tuple(layer.weight.shape)}, the LoRA's is "
+                f"this LoRA does not fit the model: layer {path} is {tuple(shape)}, the LoRA's is "
                 f"{module.shape}. Choose a LoRA made for this model"
             )
         fitted[path] = replace(module, path=path, down=module.down.reshape(down), up=module.up.reshape(up))

@@ -85,7 +85,7 @@ def outlined(model: ModelSection, task: Task, resolution: int | None) -> tuple[O
 
 
 def in_dtype_of_base(model: ModelSection, outline: Outline) -> None:
-    """Give the outline's networks the dtype of the recipe's base; a base in 8 bits has its dtypes already."""
+    """Give the outline's networks the dtype of the recipe's base; a base in few bits has its dtypes already."""
     networks: list[nn.Module] = [] if model.storage is not None else [outline.denoiser.network]
     networks += [outline.control.network] if outline.control is not None else []
     for network in networks:

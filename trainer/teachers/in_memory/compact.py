@@ -1,4 +1,4 @@
-"""Weights of a frozen network in 8 bits: each layer casts its own for the moment of its product.
+"""Weights of a frozen network in 8 or 4 bits: each layer casts its own for the moment of its product.
 
 The forward and the backward pass both cast, so that no cast weight is kept between them. Rounding is the only change:
 a network with stored weights is another teacher, and its hash is another one. diffusers' layerwise casting does not
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
+
+from .nf4 import from_nf4, to_nf4
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 INT8_MAX = 127
@@ -23,23 +25,22 @@ INT8_MAX = 127
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are kept in 8 bits.
+    """How weights are kept in few bits.
 
     Attributes:
-        encode: weight (out, ...) -> bits (uint8, in the weight's shape), and the factor of each output channel
-            (out, 1, ...), or None.
-        decode: bits, factors and a dtype -> the weight in that dtype.
+        encode: weight (out, ...) -> bits (uint8), and factors (float32), or None.
+        decode: bits, factors, the weight's shape and a dtype -> the weight in that dtype.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    decode: Callable[[Tensor, Tensor | None, torch.dtype], Tensor]
+    decode: Callable[[Tensor, Tensor | None, Size, torch.dtype], Tensor]
 
 
 def _to_float8(weight: Tensor) -> tuple[Tensor, None]:
     return weight.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8), None
 
 
-def _from_float8(bits: Tensor, _scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _from_float8(bits: Tensor, _scale: Tensor | None, _shape: Size, dtype: torch.dtype) -> Tensor:
     return bits.view(torch.float8_e4m3fn).to(dtype)
 
 
@@ -49,18 +50,28 @@ def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scale).round().to(torch.int8).view(torch.uint8), scale
 
 
-def _from_int8(bits: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _from_int8(bits: Tensor, scale: Tensor | None, _shape: Size, dtype: torch.dtype) -> Tensor:
     assert scale is not None
     return bits.view(torch.int8).to(dtype).mul_(scale)
 
 
 # float8: e4m3fn without a factor, as ComfyUI's fp8_e4m3fn and diffusers' layerwise casting keep weights.
 # int8: a factor for each output channel; closer to the weights than float8.
-SCHEMES = {"float8": Scheme(_to_float8, _from_float8), "int8": Scheme(_to_int8, _from_int8)}
+# nf4: 4 bits, a factor for each 64 values; half the bytes of int8, and farther from the weights than float8.
+SCHEMES = {
+    "float8": Scheme(_to_float8, _from_float8),
+    "int8": Scheme(_to_int8, _from_int8),
+    "nf4": Scheme(to_nf4, from_nf4),
+}
+
+
+def weight_shape(layer: nn.Linear | nn.Conv2d) -> Size:
+    """Return the shape of a layer's weight, also where its bits have another one."""
+    return layer.shape if isinstance(layer, (CompactLinear, CompactConv2d)) else layer.weight.shape
 
 
 def store_compactly(network: nn.Module, name: str) -> None:
-    """Keep the weights of the linear layers and convolutions in a network's blocks in 8 bits, in place.
+    """Keep the weights of the linear layers and convolutions in a network's blocks in few bits, in place.
 
     The ends (embeddings, first and last layer), norms and biases keep their dtype. Call it before adapters are added,
     which stay in float32, and after everything that changes weights.
@@ -74,6 +85,7 @@ def store_compactly(network: nn.Module, name: str) -> None:
         if kind is None or "block" not in path.partition(".")[0]:
             continue
         layer: Any = module
+        layer.shape = layer.weight.shape
         bits, scale = SCHEMES[name].encode(layer.weight.detach())
         layer.weight = nn.Parameter(bits, requires_grad=False)
         layer.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
@@ -82,29 +94,32 @@ def store_compactly(network: nn.Module, name: str) -> None:
 
 
 class CompactLinear(nn.Linear):
-    """A linear layer whose weight is kept in 8 bits."""
+    """A linear layer whose weight is kept in few bits."""
 
     scheme: Scheme
+    shape: Size
     weight_scale: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias in the dtype of ``x``, or of autocast."""
         x = x.to(_computed_in(x))
-        out: Tensor = _Linear.apply(x, self.weight, self.weight_scale, self.scheme)  # type: ignore[no-untyped-call]
+        out: Tensor = _Linear.apply(x, self.weight, self.weight_scale, self.scheme, self.shape)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class CompactConv2d(nn.Conv2d):
-    """A convolution whose weight is kept in 8 bits."""
+    """A convolution whose weight is kept in few bits."""
 
     scheme: Scheme
+    shape: Size
     weight_scale: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x`` (B, C, H, W) in its dtype, or of autocast."""
         x = x.to(_computed_in(x))
         settings = (self.stride, self.padding, self.dilation, self.groups)
-        out: Tensor = _Conv2d.apply(x, self.weight, self.weight_scale, self.scheme, settings)  # type: ignore[no-untyped-call]
+        stored = (self.weight, self.weight_scale, self.scheme, self.shape)
+        out: Tensor = _Conv2d.apply(x, *stored, settings)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
 
@@ -117,30 +132,30 @@ def _computed_in(x: Tensor) -> torch.dtype:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: Tensor | None, scheme: Scheme) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: Tensor | None, scheme: Scheme, shape: Size) -> Tensor:
         ctx.save_for_backward(bits, scale)
-        ctx.scheme = scheme
-        return F.linear(x, scheme.decode(bits, scale, x.dtype))
+        ctx.scheme, ctx.weight = scheme, shape
+        return F.linear(x, scheme.decode(bits, scale, shape, x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.scheme.decode(*ctx.saved_tensors, grad.dtype)
-        return grad @ weight, None, None, None
+        weight = ctx.scheme.decode(*ctx.saved_tensors, ctx.weight, grad.dtype)
+        return grad @ weight, None, None, None, None
 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor | None, scheme: Scheme, settings: tuple[Any, ...]
+        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor | None, scheme: Scheme, shape: Size, settings: tuple[Any, ...]
     ) -> Tensor:
         ctx.save_for_backward(bits, scale)
-        ctx.scheme, ctx.settings, ctx.shape = scheme, settings, x.shape
-        return F.conv2d(x, scheme.decode(bits, scale, x.dtype), None, *settings)
+        ctx.scheme, ctx.settings, ctx.weight, ctx.shape = scheme, settings, shape, x.shape
+        return F.conv2d(x, scheme.decode(bits, scale, shape, x.dtype), None, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.scheme.decode(*ctx.saved_tensors, grad.dtype)
+        weight = ctx.scheme.decode(*ctx.saved_tensors, ctx.weight, grad.dtype)
         given = conv2d_input(ctx.shape, weight, grad, *ctx.settings)
-        return given, None, None, None, None
+        return given, None, None, None, None, None
