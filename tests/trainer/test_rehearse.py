@@ -19,16 +19,19 @@ from flash_diffusion.flash_core.denoiser import Conditioning
 from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.flash_core.families import FAMILIES as CORE_FAMILIES
 from flash_diffusion.trainer.cli import main
-from flash_diffusion.trainer.config import Recipe, parse_recipe
+from flash_diffusion.trainer.config import ModelSection, Recipe, parse_recipe
 from flash_diffusion.trainer.distill.loop import Run
+from flash_diffusion.trainer.distill.passes import update_passes
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.recipes import load_recipe
 from flash_diffusion.trainer.rehearse import cost, report
 from flash_diffusion.trainer.rehearse.cost import Way, cost_of, fits, ways_to_fit
+from flash_diffusion.trainer.rehearse.floor import PassWork, floor_of
 from flash_diffusion.trainer.rehearse.gpus import GPUS, gpu_of
 from flash_diffusion.trainer.rehearse.meter import ACTIVATIONS, Meter
 from flash_diffusion.trainer.rehearse.pretend.fakes import PRETEND_DEVICE
 from flash_diffusion.trainer.rehearse.pretend.published import PUBLISHED, published_source
+from flash_diffusion.trainer.rehearse.report import shares_above_floor, work_of
 from flash_diffusion.trainer.rehearse.samples import PretendExamples
 from flash_diffusion.trainer.rehearse.walk import Rehearsal, rehearse
 from flash_diffusion.trainer.teachers import family, load_teacher
@@ -132,9 +135,43 @@ def test_work_is_what_torch_counts(rehearsed: Rehearsal, run: Run) -> None:
     assert 3 <= share <= 4.1  # of a grid of 4 steps, from its first or second
 
 
-def test_parts_in_half_precision_and_in_8_bits(rehearsed: Rehearsal, tiny_model: Path) -> None:
+def test_passes_need_what_torch_counts(rehearsed: Rehearsal, tiny_model: Path) -> None:
+    """Of the base without adapters: torch's counter, with attention that makes no scores again."""
+    teacher, counted = load_teacher(ModelSection(family="sd15", path=str(tiny_model))), []
+    z = torch.randn(1, *teacher.latent_shape).requires_grad_()
+    asked = torch.tensor([500]), teacher.unconditional(1)
+    for work in (
+        lambda: teacher.denoiser.predict(z, *asked),
+        lambda: teacher.denoiser.features(z, *asked),
+        lambda: sum(value.sum() for value in teacher.denoiser.features(z, *asked)).backward(),
+    ):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            work()
+        counted.append(counter.get_total_flops())
+    needed = rehearsed.needed
+    assert [needed.forward, needed.features] == pytest.approx(counted[:2], rel=1e-6)
+    assert needed.to_input == pytest.approx(counted[2], rel=0.01)  # fused attention makes the text's gradients too
+    assert 2 * needed.forward < needed.student + needed.forward < 4 * needed.forward
+
+
+def test_the_floor_of_an_update_by_hand(rehearsed: Rehearsal, tiny_model: Path) -> None:
+    """4 steps with both branches; then student, adversarial loss, heads, DMD with both branches, critic; 4 samples."""
+    recipe = small(tiny_model, batch_size=4)
+    work = PassWork(forward=10, student=25, features=7, to_input=16)
+    parts = {"base": 1000, "LoRA": 10, "critic": 10, "discriminator": 5, "optimisers": 40, "moving average": 10}
+    found = floor_of(recipe, recipe.phases[0], work, {**parts, "VAE": 99})
+    solution = update_passes(recipe, recipe.phases[0])["solutions"] / 4  # nearly 8: few samples start lower
+    assert found.flops == pytest.approx(4 * (solution * 10 + 25 + 16 + 7 + 3 * 10 + 25))
+    calls = solution / 2 + 2 + 2 + 0.5 + 1.5 + 2  # of the base, each with a batch: one branch fills half a call
+    assert found.moved == pytest.approx(calls * 1000 + 4 * 25 + 2 * 50)
+    flops, _, floor = work_of(rehearsed)
+    assert 1 + sum(shares_above_floor(rehearsed).values()) == pytest.approx(flops / floor.flops)
+    assert flops > floor.flops
+
+
+def test_parts_in_half_precision_and_in_4_bits(rehearsed: Rehearsal, tiny_model: Path) -> None:
     """Adapters stay float32 on any base; what is stored, offloaded or recomputed is told by its own part."""
-    fields: dict[str, Any] = {"model": {"dtype": "bfloat16", "storage": "int8"}, "precision": "bf16"}
+    fields: dict[str, Any] = {"model": {"dtype": "bfloat16", "storage": "nf4"}, "precision": "bf16"}
     fields |= {"optimizer": {"bits": 8}, "memory": {"offload": True}, "gradient_checkpointing": True}
     recipe = small(tiny_model, **fields, batch_size=4)
     made = rehearse(recipe)
@@ -148,6 +185,9 @@ def test_parts_in_half_precision_and_in_8_bits(rehearsed: Rehearsal, tiny_model:
     step, plain = (one.moments["student"].parts for one in (made, rehearsed))
     assert step["VAE"] == 0 < plain["VAE"]
     assert step[ACTIVATIONS] < plain[ACTIVATIONS]
+    again = "recomputed for checkpointing"
+    assert shares_above_floor(rehearsed)[again] == 0 < shares_above_floor(made)[again] < 1
+    assert made.needed == rehearsed.needed  # not of how an update is made
 
 
 def test_encoding_holds_one_group_of_parts_at_a_time(rehearsed: Rehearsal) -> None:
@@ -193,11 +233,11 @@ def test_every_kind_of_start_and_term_walks_without_waits(tmp_path: Path) -> Non
 
 
 def test_replayed_trajectories_and_a_control_are_rehearsed(tmp_path: Path) -> None:
-    """On a base in 8 bits that waits elsewhere while previews are decoded."""
+    """On a base in 4 bits that waits elsewhere while previews are decoded."""
     model = save_pipeline("sd15", tmp_path / "model")
     tiny_controlnet(tiny_unet("sd15")).save_pretrained(tmp_path / "control")
     fields: dict[str, Any] = {"task": {"name": "control"}, "trajectories": {"count": 8, "batch": 3}}
-    fields["model"] = {"storage": "float8", "control": {"path": str(tmp_path / "control")}}
+    fields["model"] = {"storage": "nf4", "control": {"path": str(tmp_path / "control")}}
     made = rehearse(small(model, memory={"offload": True}, **fields), PRETEND_DEVICE)
     assert made.moments["recording"].flops > 0
     assert made.moments["rollout"].flops == 0  # its solutions are replayed
@@ -285,10 +325,11 @@ def test_ways_to_fit_stand_on_each_other(
         "data.encode_batch=1",
         "gradient_checkpointing=true",
         "batch_size=1, gradient_accumulation=4",
-        "optimizer.bits=8, memory.offload=true",
+        "optimizer.bits=8, memory.offload=true, memory.preview_tiles=true",
         "model.storage=int8",
     )
-    assert [way.words for way in ways] == [", ".join(steps[: count + 1]) for count in range(len(steps))]
+    wanted_words = [", ".join(steps[: count + 1]) for count in range(len(steps))]
+    assert [way.words for way in ways] == [*wanted_words, wanted_words[-1].replace("int8", "nf4")]
     wanted = small(
         tiny_model,
         data={"encode_batch": 1},
@@ -296,8 +337,8 @@ def test_ways_to_fit_stand_on_each_other(
         batch_size=1,
         gradient_accumulation=4,
         optimizer={"bits": 8},
-        memory={"offload": True},
-        model={"storage": "int8"},
+        memory={"offload": True, "preview_tiles": True},
+        model={"storage": "nf4"},
     )
     assert tried[-1] == wanted
     assert all(not way.fits(1.0) for way in ways)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from .section import Section
@@ -13,13 +15,23 @@ class SpeedSection(Section):
     channels_last: bool = Field(
         False, description="keep a UNet's weights in the order that GPUs' convolutions prefer (half precision)"
     )
+    compile: Literal["blocks"] | None = Field(
+        None,
+        description="`blocks`: torch.compile for the network's transformer blocks; each role of a block is compiled "
+        "when it is first asked, and the log has the time (default: no compiling)",
+    )
 
 
 class MemorySection(Section):
-    """Switches for memory; the result is the same."""
+    """Switches for memory; the LoRA is the same."""
 
     offload: bool = Field(
         False,
         description="while training, the VAE waits in the computer's memory; while a preview is decoded, the network "
         "waits there",
+    )
+    preview_tiles: bool = Field(
+        False,
+        description="decode previews above 512 pixels in tiles that overlap: a quarter of the memory; a preview then "
+        "differs a little from the whole picture",
     )

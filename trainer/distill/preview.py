@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from ..metrics.pictures.drift import drift
 from ..pictures import titled_grid
 from ..seeds import seed_of
 from ..teachers.in_memory.stages import NETWORK
+from ..teachers.in_memory.tiles import decoding_in_tiles
 
 if TYPE_CHECKING:
     from .assembly import Assembly
@@ -85,8 +87,9 @@ class Preview:
     def _pictures(self, run: SamplingSetting) -> Tensor:
         """Return the pictures of all rows.
 
-        Batches are as large as in training, and pictures are decoded one by one, so that a grid needs no more memory
-        than training. With ``memory.offload`` the network has left the device when the VAE decodes.
+        Batches are as large as in training, and pictures are decoded one by one, so that a grid needs little more
+        memory than training; with ``memory.preview_tiles`` in tiles. With ``memory.offload`` the network has left the
+        device when the VAE decodes.
         """
         solver = self.recipe.method.solver if run.role == "teacher" else None
         size = self.recipe.batch_size
@@ -96,7 +99,9 @@ class Preview:
         for first in range(0, len(self.seeds), size):
             rows = self.encoded.part(first, size)
             latents += sample_latents(rows, run, rows.prompts, self.seeds[first : first + size], solver)
-        pictures = [decode_pictures(self.encoded, latent[None]) for latent in latents]
+        tiled = decoding_in_tiles(self.encoded.teacher.vae) if self.recipe.memory.preview_tiles else nullcontext()
+        with tiled:
+            pictures = [decode_pictures(self.encoded, latent[None]) for latent in latents]
         stages.enter(NETWORK)
         return torch.cat(pictures)
 

@@ -94,12 +94,13 @@ def ways_to_fit(rehearsal: Rehearsal, gib: float) -> Iterator[Way]:
     """Rehearse changes in the order of their price until one fits; every one stands on the one before."""
     recipe = rehearsal.recipe
     training, encoding = peaks(rehearsal)
-    words: list[str] = []
+    settings: dict[str, str] = {}
     for changes in _settings(recipe, fits(training, gib), fits(encoding, gib)):
-        words += [f"{name}={_yaml(value)}" for name, value in changes.items()]
+        settings |= {name: _yaml(value) for name, value in changes.items()}
         for name, value in changes.items():
             recipe = _changed(recipe, name, value)
-        way = Way(", ".join(words), *peaks(rehearse(recipe)))
+        words = ", ".join(f"{name}={value}" for name, value in settings.items())
+        way = Way(words, *peaks(rehearse(recipe)))
         yield way
         if way.fits(gib):
             return
@@ -120,10 +121,15 @@ def _settings(recipe: Recipe, trains: bool, encodes: bool) -> Iterator[dict[str,
         free: dict[str, object] = {} if recipe.optimizer.bits == 8 else {"optimizer.bits": 8}
         if not (recipe.memory.offload or recipe.asks_vae or recipe.sharding != "none"):
             free["memory.offload"] = True
+        if not recipe.memory.preview_tiles:
+            free["memory.preview_tiles"] = True
         if free:
             yield free
-        if recipe.model.storage is None and recipe.sharding == "none":
-            yield {"model.storage": "int8"}
+        if recipe.sharding == "none":
+            if recipe.model.storage is None:
+                yield {"model.storage": "int8"}
+            if recipe.model.storage != "nf4":
+                yield {"model.storage": "nf4"}
 
 
 def _changed(recipe: Recipe, name: str, value: object) -> Recipe:
