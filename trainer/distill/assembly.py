@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..tasks.requirements import check_channels, check_control
 from ..teachers import load_teacher
 from ..teachers.base import Teacher
 from ..teachers.denoiser import DiffusersDenoiser
+from ..teachers.in_memory.compiled_blocks import CompileClock, compile_blocks
 from ..teachers.in_memory.layout import order_channels_last
 from ..teachers.in_memory.stages import NETWORK
 from ..teachers.lora_layers import start_adapter
@@ -50,6 +51,7 @@ class Assembly:
         trained: the parts that train, as a checkpoint holds them: ``student``, and where the recipe has them
             ``discriminator`` and ``critic``.
         counted: the teacher's denoiser as the distiller asks it, with the passes it was asked for.
+        compiling: what torch.compile takes; None where nothing is compiled.
     """
 
     teacher: Teacher
@@ -59,6 +61,7 @@ class Assembly:
     trained: Trained
     average: WeightAverage
     counted: CountedDenoiser
+    compiling: CompileClock | None = None
 
 
 def needs_discriminator(recipe: Recipe) -> bool:
@@ -152,12 +155,13 @@ def assemble(
         teacher.weights_hash()
         shard_base(denoiser.network, accelerator)
         denoiser.sharded = True
+    compiling = compile_blocks(denoiser.network, accelerator.device) if recipe.speed.compile else None
     discriminator = None
     if needs_discriminator(recipe):
         _, conditioning = examples.batch(torch.zeros(1, dtype=torch.long), accelerator.device)
         discriminator = discriminator_of(teacher, conditioning, recipe, accelerator)
     perceptual = lpips(accelerator.device) if recipe.method.distillation == "lpips" else None
-    return join(recipe, teacher, task, examples, discriminator, perceptual)
+    return replace(join(recipe, teacher, task, examples, discriminator, perceptual), compiling=compiling)
 
 
 def adamw(

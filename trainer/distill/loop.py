@@ -134,6 +134,7 @@ class Run:
         self.stop.check(accelerator)
         self.log = TrainingLog(output, self.state.update, accelerator.is_main_process)
         self.health = HealthMonitor(recipe, self.log.kept)
+        self._compiled = 0
         self.drawn = {entry["update"] for entry in self.log.kept if is_preview(entry)}
         self.time_left = TimeLeft(phase_stages(recipe, self.state.update))
 
@@ -288,11 +289,22 @@ class Run:
             **self.rollouts.replay_facts(self.state.position),
             "passes": passes,
             "unconditional": unconditional,
+            **self._compiling(),
         }
         self._record(facts, figures)
         self.time_left.advance(updates, seconds)
         losses = "  ".join(f"{name} {value:.4g}" for name, value in terms.items() if name in figures)
         self._show(f"update {self.state.update}, {phase.name}  {losses}  {speed:.1f} images/s")
+
+    def _compiling(self) -> dict[str, float]:
+        """Return what torch.compile took in this session, for the log; say it when it has grown."""
+        clock = self.parts.compiling
+        if clock is None:
+            return {}
+        if clock.count > self._compiled:
+            self._compiled = clock.count
+            logger.info("%s", clock)
+        return {"compilations": clock.count, "compile_seconds": round(clock.seconds, 1)}
 
     def _record(self, facts: dict[str, Any], figures: dict[str, float]) -> None:
         """Write a line of the log, and say what it tells of the run's health."""

@@ -1,1 +1,1 @@
-"""How a teacher's weights lie in memory: where, in how many bits, in which order."""
+"""How a teacher lies in memory and runs there: where, in how many bits, in which order, compiled, or in tiles."""
