@@ -238,7 +238,10 @@ def wait_for_state(server: comfy_runtime.Server, name: str, states: tuple[str, .
     """Wait until the newest run of this name is in one of the states, and has told how far it is if it is at work."""
     while True:
         for job in (server.base / RUNS).glob(f"{name}-*/job.json"):
-            state = json.loads(job.read_text(encoding="utf-8"))["state"]
+            told = json.loads(job.read_text(encoding="utf-8"))
+            state = told["state"]
+            if state == "failed":
+                raise comfy_runtime.RuntimeProblem(f"{name}: {told['reason']}")
             if state in states and (state != "running" or job.with_name("progress.json").is_file()):
                 return
         time.sleep(0.5)
