@@ -59,7 +59,6 @@ TYPES = {
     "text": "STRING",
     "width": "INT",
 }
-TEXTS, TEXT_BOX = ("text", "prompts"), 80  # widgets of several lines, and the pixels that one needs beside its row
 YOUR_MODEL = (
     "Connect a checkpoint's model, clip and vae and choose the LoRA made for it, or try it with Flash Demo Models."
 )
@@ -285,7 +284,7 @@ class Subgraph:
             "id": 1,
             "type": self.identity,
             "pos": [0, 0],
-            "size": [320, 60 + 26 * len(self.inputs) + TEXT_BOX * sum(slot["name"] in TEXTS for slot in self.inputs)],
+            "size": [320, 60 + 26 * len(self.inputs)],
             "flags": {},
             "order": 0,
             "mode": 0,
