@@ -2,9 +2,9 @@
 
     python scripts/blueprints.py
 
-A blueprint is a subgraph. Its nodes are those of a template; where a link enters from outside, it has an
-input. Its widgets are those that the template shows in app mode (``extra.linearData``), and the
-ones named here. Run it after a template has changed. Needs only Python's standard library.
+A blueprint is a subgraph. Its nodes are those of a template; where a link enters from outside, it has an input: first
+model, clip and vae. Its widgets are those that the template shows in app mode (``extra.linearData``), and those named
+here; widgets of one node stay together. Run it after a template has changed. Needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ NAMES = {
 }  # of inputs, where the node's name is not it
 TYPES = {
     "batch_size": "INT",
+    "context": "FLOAT",
     "denoise": "FLOAT",
+    "feather": "INT",
+    "grow": "INT",
+    "guidance": "FLOAT",
     "height": "INT",
     "lora_name": "COMBO",
     "adapter_name": "COMBO",
@@ -49,6 +53,7 @@ TYPES = {
     "prompts": "STRING",
     "scale": "FLOAT",
     "seed": "INT",
+    "size": "INT",
     "steps": "INT",
     "strength": "FLOAT",
     "text": "STRING",
@@ -116,7 +121,7 @@ TABLE = {
         f"A picture extended over its edges in 4 steps. {YOUR_MODEL} The demo's task is inpainting.",
         ("outpaint", "extend", "uncrop", "few-step"),
     ),
-    "Flash Upscale": Blueprint(
+    "Flash Upscale Image": Blueprint(  # Flash Upscale is a node
         "flash_demo_upscale",
         (2, 8, 9),
         ((9, 0),),
@@ -172,7 +177,8 @@ def made_blueprint(title: str) -> dict[str, Any]:
         for slot in node["outputs"]:
             slot["links"] = []
     subgraph = Subgraph(title, nodes)
-    for _, origin, origin_slot, target, target_slot, kind in template["links"]:
+    links = sorted(template["links"], key=lambda link: [*ONE_OF_EACH, link[-1]].index(link[-1]))
+    for _, origin, origin_slot, target, target_slot, kind in links:
         if origin in nodes and target in nodes:
             subgraph.connect(origin, origin_slot, target, target_slot, kind)
         elif target in nodes:
@@ -185,22 +191,24 @@ def made_blueprint(title: str) -> dict[str, Any]:
         (node, widget) for node, widget in template["extra"]["linearData"]["inputs"] if node in nodes
     ]
     shown += wanted.widgets
-    for node, widget in in_order_of_nodes(shown, wanted.template):
-        subgraph.list_widget(node, widget)
-    for node, widget in dict.fromkeys(shown):
-        subgraph.show(node, widget)
+    queued = json.loads((QUEUED / f"{wanted.template}.json").read_text(encoding="utf-8"))
+    for node in dict.fromkeys(node for node, _ in shown):
+        wanted_here = [widget for one, widget in shown if one == node]
+        for widget in up_to_last(queued[str(node)]["inputs"], wanted_here):
+            subgraph.list_widget(node, widget)
+            if widget in wanted_here:
+                subgraph.show(node, widget)
     return subgraph.file(wanted)
 
 
-def in_order_of_nodes(shown: list[tuple[int, str]], template: str) -> list[tuple[int, str]]:
-    """Return the widgets in the order that they have on their nodes: older pages give out a node's values by it."""
-    queued = json.loads((QUEUED / f"{template}.json").read_text(encoding="utf-8"))
-    return [
-        (node, widget)
-        for node in {node for node, _ in shown}
-        for widget in queued[str(node)]["inputs"]
-        if (node, widget) in shown
-    ]
+def up_to_last(inputs: dict[str, Any], wanted: list[str]) -> list[str]:
+    """Return a node's widgets up to the last wanted one: older pages give the first listed widget the first value.
+
+    Args:
+        inputs: of the node in API format; a list is a link, and no widget.
+    """
+    widgets = [name for name, value in inputs.items() if not isinstance(value, list)]
+    return widgets[: 1 + max(widgets.index(widget) for widget in wanted)]
 
 
 class Subgraph:

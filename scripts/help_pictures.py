@@ -3,8 +3,9 @@
     python scripts/help_pictures.py [NODE ...]
 
 NODE is a node's id, such as FlashSampler (default: all). Each picture is a row of captioned panels,
-``web/docs/NODE.webp``. Needs the runtime (``comfy_runtime.py fetch``). Run it after the demo's models or a
-node's effect has changed. All pictures take about five minutes, most of them for Flash Distill.
+``web/docs/NODE.webp``; that of FlashDistillRuns is the node on ComfyUI's page. Needs the runtime
+(``comfy_runtime.py fetch``), the trainer's packages, playwright and Chromium. Run it after the demo's models or the
+effect of a node has changed. All pictures take about ten minutes, most of them for the two distillations.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import json
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy_page
 import comfy_runtime
+import page_proofs
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 logger = logging.getLogger("help_pictures")
@@ -31,6 +35,7 @@ WEBP_QUALITY = 85
 Graph = dict[str, dict[str, Any]]
 Panels = dict[str, list]  # a caption: the IMAGE output [node, slot] below it
 DISTILLED = "my_flash_demo"
+RUNS = "output/flash_distill_headless"
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -218,6 +223,58 @@ def flash_save_lora() -> tuple[Graph, Panels]:
     return graph, panels
 
 
+def flash_distill_headless() -> tuple[Graph, Panels]:
+    return shipped("flash_distill_headless_demo"), {"": ["2", 1]}
+
+
+def queue_headless(server: comfy_runtime.Server, name: str, action: str) -> None:
+    """Queue the shipped headless distillation under another name."""
+    distil = shipped("flash_distill_headless_demo")["2"]
+    distil["inputs"] |= {"name": name, "action": action, "seed": 1}
+    server.post("/prompt", {"prompt": {"2": distil}})
+
+
+def wait_for_state(server: comfy_runtime.Server, name: str, states: tuple[str, ...]) -> None:
+    """Wait until the newest run of this name is in one of the states, and has told how far it is if it is at work."""
+    while True:
+        for job in (server.base / RUNS).glob(f"{name}-*/job.json"):
+            told = json.loads(job.read_text(encoding="utf-8"))
+            state = told["state"]
+            if state == "failed":
+                raise comfy_runtime.RuntimeProblem(f"{name}: {told['reason']}")
+            if state in states and (state != "running" or job.with_name("progress.json").is_file()):
+                return
+        time.sleep(0.5)
+
+
+def list_of_runs(server: comfy_runtime.Server, profile: Path) -> Image.Image:
+    """Return Flash Distill Runs as the page shows it: one run is done, one at work, one waits. Stop both at the end."""
+    workflow = {
+        **{"last_node_id": 1, "last_link_id": 0, "links": [], "groups": [], "config": {}, "extra": {}, "version": 0.4},
+        "nodes": [
+            {
+                **{"id": 1, "type": "FlashDistillRuns", "pos": [0, 0], "size": [560, 120], "flags": {}, "order": 0},
+                **{"mode": 0, "inputs": [], "properties": {}, "widgets_values": []},
+                "outputs": [{"name": "text", "type": "STRING", "links": []}],
+            }
+        ],
+    }
+    others = ("night_run", "next_run")
+    for name in others:
+        queue_headless(server, name, "run in the background")
+        wait_for_state(server, name, ("waiting", "running"))
+    wait_for_state(server, others[0], ("running",))
+    with comfy_page.open_page(server, profile) as page:
+        comfy_page.open_workflow(page, workflow)
+        page_proofs.queue(page)
+        page.get_by_text("waiting: ").first.wait_for()
+        picture = comfy_page.graph_picture(page, workflow)
+    for name in reversed(others):
+        queue_headless(server, name, "stop")
+        wait_for_state(server, name, ("stopped",))
+    return picture
+
+
 PICTURES: dict[str, Callable[[], tuple[Graph, Panels]]] = {
     "FlashDemoModels": flash_demo_models,
     "FlashLoraLoader": flash_lora_loader,
@@ -234,9 +291,13 @@ PICTURES: dict[str, Callable[[], tuple[Graph, Panels]]] = {
     "FlashAdapterApply": flash_adapter,
     "FlashDistill": flash_distill,
     "FlashSaveLora": flash_save_lora,
+    "FlashDistillHeadless": flash_distill_headless,
 }
 # Their panel has captions of its own, and keeps its shape.
-WHOLE = {"FlashCompare": 480, "FlashDistill": 480}  # pixels wide
+WHOLE = {"FlashCompare": 480, "FlashDistill": 480, "FlashDistillHeadless": 480}  # pixels wide
+ON_THE_PAGE = {"FlashDistillRuns": list_of_runs}
+# A node's picture shows what another node has made.
+AFTER = {"FlashSaveLora": "FlashDistill", "FlashDistillRuns": "FlashDistillHeadless"}
 
 
 def row(panels: dict[str, Image.Image]) -> Image.Image:
@@ -274,14 +335,17 @@ def main() -> int:
     """Write ``web/docs/*.webp``; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     parser = argparse.ArgumentParser(description="Draw the help pages' example pictures.")
-    parser.add_argument("nodes", nargs="*", choices=[[], *PICTURES], metavar="NODE", help="node ids (default: all)")
-    names = parser.parse_args().nodes or list(PICTURES)
-    if "FlashSaveLora" in names and "FlashDistill" not in names:
-        parser.error("FlashSaveLora shows the LoRA of FlashDistill. Name both.")
+    known = [*PICTURES, *ON_THE_PAGE]
+    parser.add_argument("nodes", nargs="*", choices=[[], *known], metavar="NODE", help="node ids (default: all)")
+    names = parser.parse_args().nodes or known
+    for name, before in AFTER.items():
+        if name in names and before not in names:
+            parser.error(f"{name} shows what {before} has made. Name both.")
     with tempfile.TemporaryDirectory() as scratch, comfy_runtime.serve(Path(scratch) / "base") as server:
         for name in names:
-            path = PAGES / f"{name}.webp"
-            draw(server, name, Path(scratch) / name).save(path, quality=WEBP_QUALITY, method=6)
+            path, folder = PAGES / f"{name}.webp", Path(scratch) / name
+            picture = ON_THE_PAGE[name](server, folder) if name in ON_THE_PAGE else draw(server, name, folder)
+            picture.save(path, quality=WEBP_QUALITY, method=6)
             logger.info("%s: %.0f kB", path, path.stat().st_size / 1000)
     return 0
 

@@ -7,10 +7,12 @@ busy machine takes minutes for what takes seconds elsewhere. A problem is an ``A
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import blueprints
 import comfy_page
 from comfy_page import WAIT
 from playwright.sync_api import ConsoleMessage, Page
@@ -58,6 +60,13 @@ def open_template(page: Page, name: str, nodes: int) -> None:
     page.wait_for_function("count => window.app.graph.nodes.length === count", arg=nodes, timeout=WAIT)
 
 
+def queue(page: Page) -> None:
+    """Queue the open workflow; raise an AssertionError with the server's words if it refuses the workflow."""
+    page.evaluate("window.app.queuePrompt(0)")
+    refused = page.evaluate("JSON.stringify(window.app.lastNodeErrors ?? {})")
+    assert refused == "{}", refused
+
+
 def run(page: Page, kind: str = "SaveImage") -> None:
     """Queue the open workflow and wait until its nodes of this kind show a picture."""
     page.evaluate("window.flashDone = new Set(); window.flashFailed = null")
@@ -72,7 +81,7 @@ def run(page: Page, kind: str = "SaveImage") -> None:
             api.addEventListener('execution_error', ({ detail }) => { window.flashFailed = detail.exception_message });
         }"""
     )
-    page.evaluate("window.app.queuePrompt(0)")
+    queue(page)
     page.wait_for_function(
         """kind => window.flashFailed || window.app.graph.nodes.filter(node => node.type === kind).every(
             node => window.flashDone.has(String(node.id)))""",
@@ -101,6 +110,12 @@ def panel_text(page: Page, name: str) -> str:
     return panel.inner_text()
 
 
+def new_workflow(page: Page) -> None:
+    """Open an empty workflow, whose nodes show no pictures of the last one."""
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.wait_for_function("window.app.graph.nodes.length === 0", timeout=WAIT)
+
+
 def drop_blueprint(page: Page, title: str) -> None:
     """Put a blueprint into the graph by the page's search for nodes."""
     before = page.evaluate("window.app.graph.nodes.length")
@@ -113,6 +128,21 @@ def drop_blueprint(page: Page, title: str) -> None:
     page.mouse.click(500, 500)  # newer pages hold the node at the pointer until a click
     page.wait_for_function("count => window.app.graph.nodes.length > count", arg=before, timeout=WAIT)
     page.keyboard.press("Escape")
+
+
+def assert_blueprint_has_its_template_values(page: Page, title: str) -> None:
+    """Check that a dropped blueprint would queue the values of the template that it was made from, node for node."""
+    blueprint = blueprints.TABLE[title]
+    twin = json.loads((blueprints.QUEUED / f"{blueprint.template}.json").read_text(encoding="utf-8"))
+    queued = page.evaluate("window.app.graphToPrompt().then(prompt => prompt.output)")
+
+    def values(node: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+
+    found = {int(key.rpartition(":")[2]): values(node) for key, node in queued.items() if ":" in key}
+    expected = {node: values(twin[str(node)]) for node in blueprint.nodes}
+    different = {node: (found.get(node), expected[node]) for node in expected if found.get(node) != expected[node]}
+    assert not different, f"{title}: (queued, template) of each node that differs: {different}"
 
 
 def connect_blueprint(page: Page, title: str, task: str = "text-to-image", lora: str | None = None) -> None:
@@ -182,6 +212,48 @@ def open_help(page: Page, kind: str, words: str) -> None:
     page.get_by_text(words).first.wait_for(timeout=WAIT)
 
 
+def hover_widget(page: Page, kind: str, name: str) -> None:
+    """Move the pointer onto the label of a node's widget, in whichever renderer."""
+    node, label, x, y = page.evaluate(
+        """([kind, name]) => {
+            const { canvas, graph } = window.app;
+            const node = graph.nodes.find(node => node.type === kind);
+            const widget = node.widgets.find(widget => widget.name === name);
+            const box = canvas.canvas.getBoundingClientRect();
+            const place = (at, offset, edge) => (at + offset) * canvas.ds.scale + edge;
+            return [
+                String(node.id), widget.label ?? widget.name,
+                place(node.pos[0] + 50, canvas.ds.offset[0], box.x),
+                place(node.pos[1] + (widget.last_y ?? widget.y) + 10, canvas.ds.offset[1], box.y),
+            ];
+        }""",
+        [kind, name],
+    )
+    drawn_in_html = page.locator(f"[data-node-id='{node}']").get_by_text(label, exact=True)
+    if drawn_in_html.count():
+        drawn_in_html.first.hover()
+    else:
+        page.mouse.move(x, y)
+        page.mouse.move(x + 2, y + 1)  # the tooltip comes when the pointer rests
+
+
+def open_menu(page: Page, *path: str) -> list[str]:
+    """Open the page's library of nodes and a branch of its tree; return the names of all entries that are shown."""
+    page.evaluate("window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')")
+    for name in path:
+        entry = page.get_by_role("treeitem").get_by_text(name, exact=True).first
+        entry.scroll_into_view_if_needed()
+        entry.click()
+        page.wait_for_timeout(comfy_page.SETTLE)
+    return [text.split("\n")[0] for text in page.get_by_role("treeitem").all_inner_texts()]
+
+
+def offers_language(page: Page, locale: str) -> bool:
+    """Return whether the page can be set to a language."""
+    offered = page.evaluate("window.app.ui.settings.settingsLookup['Comfy.Locale'].options")
+    return any((one["value"] if isinstance(one, dict) else one) == locale for one in offered)
+
+
 def has_app_mode(page: Page) -> bool:
     """Return whether this page has an app mode."""
     # The command to switch came first, in 0.3.75's page; app mode's own settings came with what it shows.
@@ -232,7 +304,7 @@ def interrupt_and_resume(page: Page, settings: dict[str, Any]) -> None:
         }"""
     )
     set_values(page, "FlashDistill", settings)
-    page.evaluate("window.app.queuePrompt(0)")
+    queue(page)
     page.wait_for_function("new Set(window.flashPreviews).size >= 2", timeout=4 * WAIT)
     assert "loss" in panel_text(page, "flash_losses")
     page.evaluate("window.comfyAPI.api.api.interrupt(null)")

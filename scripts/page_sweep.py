@@ -37,7 +37,6 @@ SHORT = {"updates": 12, "trajectories": 8, "preview_every": 4}  # of a distillat
 TASKS = {"Flash Inpaint": "inpainting", "Flash Outpaint": "inpainting", "Flash Face Swap": "face-swap"}
 LORAS = {"Flash Face Swap": "flash_demo_face_swap.safetensors"}
 RUNS_ALONE = "Flash Distill and Save"  # ten minutes: the step "distil" runs its nodes
-
 Step = tuple[str, Callable[[], None]]
 
 
@@ -69,7 +68,8 @@ def template(page: Page, name: str, workflow: dict[str, Any]) -> None:
     fit(page)
     if comfy_page.models(workflow):
         return
-    page_proofs.set_values(page, "FlashDistill", SHORT)
+    for kind in ("FlashDistill", "FlashDistillHeadless"):
+        page_proofs.set_values(page, kind, SHORT)
     page_proofs.run(page)
     page_proofs.wait_for_picture(page)
 
@@ -82,8 +82,9 @@ def help_page(page: Page) -> None:
 
 def blueprint(page: Page, title: str) -> None:
     """Drop a blueprint, connect it with the demo's models, run it."""
-    page.evaluate("window.app.graph.clear()")
+    page_proofs.new_workflow(page)
     page_proofs.drop_blueprint(page, title)
+    page_proofs.assert_blueprint_has_its_template_values(page, title)
     if title == RUNS_ALONE:
         return
     page_proofs.connect_blueprint(page, title, TASKS.get(title, "text-to-image"), LORAS.get(title))
@@ -93,16 +94,27 @@ def blueprint(page: Page, title: str) -> None:
 
 
 def language(page: Page, server: Any, locale: str) -> None:
-    """Change the page's language, and see a node's name in it."""
-    names = json.loads((LOCALES / locale / "nodeDefs.json").read_text(encoding="utf-8"))
+    """Change the page's language; see a node's name, the menu and a tooltip in it.
+
+    0.3.75's page drops the translations of extensions: there our names stay English, among translated ones.
+    """
+    names = json.loads((LOCALES / locale / "nodeDefs.json").read_text(encoding="utf-8"))["FlashSampler"]
+    translated = page_proofs.has_app_mode(page) and page_proofs.offers_language(page, locale)
     server.post("/settings", {"Comfy.Locale": locale})
     try:
         comfy_page.load(page, server)
         comfy_page.open_workflow(page, workflow_of("flash_demo_text_to_image"))
-        wanted = names["FlashSampler"]["display_name"]
+        wanted = names["display_name"] if translated else "Flash Sampler"
         page.wait_for_function(
             "wanted => window.app.graph.nodes.some(node => node.title === wanted)", arg=wanted, timeout=comfy_page.WAIT
         )
+        if not translated:
+            return
+        page_proofs.hover_widget(page, "FlashSampler", "steps")
+        page.get_by_text(names["inputs"]["steps"]["tooltip"][:12]).first.wait_for()
+        shown = page_proofs.open_menu(page, "Flash Diffusion")
+        assert "Flash Diffusion" in shown, shown
+        assert "sampling" not in shown, "a branch of the menu is still English"
     finally:
         server.post("/settings", {"Comfy.Locale": "en"})
 

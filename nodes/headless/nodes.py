@@ -11,6 +11,7 @@ from comfy_api.v0_0_2 import io
 
 from ..distil.training.settings import PRESET_NAMES
 from ..shared.inputs import NONE
+from ..shared.page import chart, send_losses
 from ..shared.schema import advanced, node_schema, show_text
 from .models import AUTO, DEMO, diffusers_folders, model_names
 
@@ -264,7 +265,9 @@ class FlashDistillHeadless(io.ComfyNode):
             lora_path(name).as_posix(),
         )
         request.check()
-        run = HeadlessRun(request, runs_folder(), lambda text: show_text(cls, text))
+        run = HeadlessRun(
+            request, runs_folder(), lambda text: show_text(cls, text), lambda losses: send_losses(cls, losses)
+        )
         if action == STOP:
             run.stop()
         elif not run.is_finished():
@@ -272,7 +275,7 @@ class FlashDistillHeadless(io.ComfyNode):
             if action == WAIT:
                 run.follow()
         outputs: tuple[Any, ...] = run.outputs()
-        return io.NodeOutput(*outputs)
+        return io.NodeOutput(*outputs, ui=chart(run.losses()))
 
 
 class FlashDistillRuns(io.ComfyNode):

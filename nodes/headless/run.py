@@ -46,13 +46,17 @@ class HeadlessRun:
         request: what to distil.
         runs: the folder of all runs.
         tell: shows a text on the node.
+        plot: shows losses on the node.
     """
 
-    def __init__(self, request: Request, runs: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, request: Request, runs: Path, tell: Callable[[str], None], plot: Callable[[list[float]], None]
+    ) -> None:
         self.request = request
         self.runs = runs
         self.folder = request.folder(runs)
         self.tell = tell
+        self.plot = plot
 
     def is_finished(self) -> bool:
         """Return whether the run is done."""
@@ -84,7 +88,7 @@ class HeadlessRun:
             ValueError: the run failed or was stopped.
             InterruptProcessingException: ComfyUI's; the run was asked to stop.
         """
-        face, dead = Face(self.folder, self.tell), 0
+        face, dead = Face(self.folder, self.tell, self.plot), 0
         try:
             while True:
                 alive = queue_lives(self.runs)  # before the job: a queue that is not alive writes no more
@@ -121,6 +125,10 @@ class HeadlessRun:
             start_queue(self.runs)
         self.tell("stopping: the trainer ends its update and saves a checkpoint. Queue again to go on.")
 
+    def losses(self) -> list[float]:
+        """Return the losses so far, one for each line of the log."""
+        return losses_of(self.folder)
+
     def outputs(self) -> tuple[Any, ...]:
         """Return LoRA, preview, text and losses; of an unfinished run what there is, and blockers for the rest."""
         nothing = ExecutionBlocker(None)
@@ -133,7 +141,7 @@ class HeadlessRun:
         if picture is not None:
             pixels = np.asarray(open_preview(picture), dtype=np.float32) / 255
             preview = torch.from_numpy(pixels)[None]
-        losses = losses_of(self.folder)
+        losses = self.losses()
         text = self.text(losses)
         self.tell(text)
         return lora, preview, text, {"loss": losses} if losses else nothing
@@ -163,11 +171,12 @@ class HeadlessRun:
 
 
 class Face:
-    """What the node shows while its run goes on: a progress bar, a text and the last preview."""
+    """What the node shows while its run goes on: a progress bar, a text, the losses and the last preview."""
 
-    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, tell: Callable[[str], None], plot: Callable[[list[float]], None]) -> None:
         self.folder = folder
         self.tell = tell
+        self.plot = plot
         self.bar = comfy.utils.ProgressBar(PARTS)
         self._shown: tuple[str, Path | None] = ("", None)
         self._when = 0.0
@@ -185,3 +194,4 @@ class Face:
         self._shown, self._when = (text, picture), time.monotonic()
         self.bar.update_absolute(round(PARTS * progress.share) if progress else 0, PARTS, drawn)
         self.tell(text)
+        self.plot(losses_of(self.folder))

@@ -78,7 +78,9 @@ def queue_run(folder: Path, lora: str) -> bool:
     (folder / STOP).unlink(missing_ok=True)
     new = Job(WAITING, time.time(), lora)
     write_job(folder, new if job is None else replace(new, saved=job.saved))
-    if not alive:
+    # The lock decides, and only now: the queue looks for runs once more after it lets go of the lock, but a process
+    # without the lock may be about to end, and would never see this run. A second process ends by itself.
+    if not is_held(folder.parent / QUEUE_LOCK):
         start_queue(folder.parent)
     return True
 

@@ -29,6 +29,7 @@ class FlashLoraLoader(io.ComfyNode):
                 "lora",
                 "load lora",
                 "few-step lora",
+                "fast lora",
                 "lcm lora",
                 "turbo lora",
                 "lightning lora",

@@ -40,12 +40,12 @@ def chart(losses: Sequence[float]) -> dict[str, Any]:
     return {LOSSES: thinned(losses)}
 
 
-def send_losses(node: type[io.ComfyNode], losses: Sequence[float], total: int) -> None:
+def send_losses(node: type[io.ComfyNode], losses: Sequence[float], total: int = 0) -> None:
     """Show the losses so far on a running node; its schema must list ``io.Hidden.unique_id``.
 
     Args:
-        losses: of all updates so far, earlier sessions' too, so that a reloaded page has the whole curve.
-        total: updates of the whole run.
+        losses: so far, earlier sessions' too, so that a reloaded page has the whole curve.
+        total: losses of the whole run, one for each update; 0 where a loss stands for several updates.
     """
     identity = node.hidden.unique_id if node.hidden is not None else None
     server = sys.modules.get("server")  # ComfyUI's; an import here would load it in a script too

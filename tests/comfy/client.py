@@ -32,6 +32,7 @@ class Run:
     progress: list[tuple[int, int]] = field(default_factory=list)
     previews: list[Image.Image] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
+    losses: list[list[float]] = field(default_factory=list)  # of each message with the losses so far
     error: dict[str, Any] | None = None
     interrupted: bool = False
 
@@ -91,6 +92,8 @@ class Client:
                 if interrupt_at_step is not None and data["value"] >= interrupt_at_step and of in (None, data["max"]):
                     self.server.post("/interrupt", {})
                     interrupt_at_step = None
+            elif kind == "flash_diffusion.losses":
+                run.losses.append(data["losses"])
             elif kind == "execution_error":
                 run.error = data
                 return run

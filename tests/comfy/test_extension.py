@@ -41,7 +41,6 @@ NODES = {
 }
 BRANCHES = {"loaders", "sampling", "image", "conditioning", "training"}  # names of ComfyUI's own: it translates them
 MOST_IN_A_BRANCH = 5
-WITHOUT_PICTURE = {"FlashDistillHeadless", "FlashDistillRuns"}  # nodes that draw nothing
 LARGEST_PICTURE = 80_000  # bytes: ComfyUI's registry and every user download it
 MOST_MODULES = 90  # of ours; 83 in November 2026
 # Parts of the project that no node needs: ComfyUI must not import them at start.
@@ -107,7 +106,7 @@ def test_every_node_has_a_help_page_with_its_inputs_and_outputs(client: Client, 
 
 
 def test_every_help_page_shows_a_small_picture(client: Client, server) -> None:
-    for name in sorted(set(flash_nodes(client)) - WITHOUT_PICTURE):
+    for name in sorted(flash_nodes(client)):
         page = server.get(f"/extensions/flash-diffusion/docs/{name}.md").decode()
         assert re.search(rf"!\[[^]]+\]\({name}\.webp\)", page), f"the help of {name} shows no picture"
         content = server.get(f"/extensions/flash-diffusion/docs/{name}.webp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import ModuleType
 
 import pytest
@@ -17,21 +18,17 @@ pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 WAIT, BACKGROUND = "run and wait", "run in the background"
 PARTS = 1000  # of the node's progress bar
 UPDATES = 30
+DISTIL, DRAWN, PREVIEW, TEXT = "2", "9", "10", "11"  # nodes of the shipped workflow
 
 
 def workflow(name: str, action: str) -> prompts.Prompt:
-    """Return a short headless distillation of the demo."""
-    node = prompts.node
-    return {
-        "distil": node(
-            "FlashDistillHeadless",
-            **{"model": "Flash demo", "prompts": "red apple\nunicorn", "name": name, "preset": "quick try"},
-            **{"resolution": 64, "guidance": 0.0, "seed": 0, "action": action, "updates": UPDATES, "trajectories": 4},
-            **{"at_once": 2, "preview_every": 10},
-        ),
-        "text": node("PreviewAny", source=["distil", 2]),
-        "picture": node("PreviewImage", images=["distil", 1]),
+    """Return the shipped workflow with a short distillation."""
+    prompt = json.loads((prompts.SHIPPED.parent / "flash_distill_headless_demo.json").read_text(encoding="utf-8"))
+    prompt[DISTIL]["inputs"] |= {
+        **{"prompts": "red apple\nunicorn", "name": name, "resolution": 64, "action": action, "updates": UPDATES},
+        **{"trajectories": 4, "at_once": 2, "preview_every": 10},
     }
+    return prompt
 
 
 def test_a_run_outlives_its_comfyui_and_resumes_to_the_bits_of_a_run_without_a_stop(
@@ -41,34 +38,38 @@ def test_a_run_outlives_its_comfyui_and_resumes_to_the_bits_of_a_run_without_a_s
         with Client(first) as connected:
             started = connected.run(workflow("paused", BACKGROUND))
             assert started.succeeded, started.error
-            assert "picture" not in started.outputs  # there is no preview yet
+            assert not {DRAWN, PREVIEW} & set(started.outputs)  # there is neither LoRA nor preview yet
         first.process.kill()  # at once: the run is still at its beginning
         first.process.wait()
     # The ComfyUI that started it has ended, and this one has never seen it.
     queued = client.run(workflow("unpaused", BACKGROUND))
     assert queued.succeeded, queued.error
-    (text,) = queued.outputs["text"]["text"]
+    (text,) = queued.outputs[TEXT]["text"]
     assert "unpaused: waiting: 1 run before it" in text
 
     client.run(workflow("unwanted", BACKGROUND))
     unwanted = client.run(workflow("unwanted", "stop"))
-    assert "unwanted: stopped: it was taken out of the queue" in unwanted.outputs["text"]["text"][0]
+    assert "unwanted: stopped: it was taken out of the queue" in unwanted.outputs[TEXT]["text"][0]
 
     stopped = client.run(workflow("paused", WAIT), interrupt_at_step=1, of=PARTS)
     assert stopped.interrupted
-    assert "saves a checkpoint" in stopped.texts["distil"]
+    assert "saves a checkpoint" in stopped.texts[DISTIL]
 
     resumed = client.run(workflow("paused", WAIT))
     assert resumed.succeeded, resumed.error
     assert len({picture.tobytes() for picture in resumed.previews}) > 1
     assert (PARTS, PARTS) in resumed.progress
-    (text,) = resumed.outputs["text"]["text"]
+    losses = resumed.outputs[DISTIL]["flash_losses"]
+    assert len(losses) > 2
+    assert resumed.losses[-1] == losses  # the chart while it runs, and the one that stays
+    (text,) = resumed.outputs[TEXT]["text"]
     assert "paused: done: models/loras/paused.safetensors" in text
     runs = server.base / "output" / "flash_distill_headless"
     (folder,) = runs.glob("paused-*")
-    (picture,) = client.images(resumed, "picture")
+    (picture,) = client.images(resumed, PREVIEW)
     with Image.open(max((folder / "previews").iterdir())) as drawn:
         assert picture.convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
+    assert len(client.images(resumed, DRAWN)) == 4
     assert "the last checkpoint is" in (folder / "trainer.log").read_text(encoding="utf-8")
 
     whole = client.run(workflow("unpaused", WAIT))  # it ran while the other one waited

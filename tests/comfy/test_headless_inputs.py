@@ -158,6 +158,10 @@ def test_the_trainer_accepts_every_recipe(facts, base: Path) -> None:
     assert facts["no updates"].startswith("refused: updates is 5, but the preset paper decides it")
 
 
+def test_a_run_that_is_queued_while_the_queue_ends_gets_a_new_queue(facts) -> None:
+    assert facts["queue that ends"] == ["flash_distill_headless"]
+
+
 def test_missing_packages_are_told_with_pips_command(facts) -> None:
     assert facts["packages"] == "None"
     told = facts["empty python"]

@@ -26,7 +26,7 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .networks import POOLED_WIDTH, TEXT_WIDTH, tiny_network
+from .networks import POOLED_WIDTH, tiny_network
 
 UNET_FAMILIES = ("sd15", "sd21", "sdxl")
 PROMPT_LENGTH = 16  # tokens, where the true ones have 77
@@ -47,7 +47,7 @@ def save_pipeline(
     """A random model as a diffusers folder, float32: 8 x 8 latents of 64 px pictures for UNets.
 
     Args:
-        unet: in place of the family's tiny one.
+        unet: in place of the family's tiny one. The text encoder is as wide as the text that it reads.
         scheduler: fields of the scheduler's configuration that differ.
     """
     if family not in UNET_FAMILIES:
@@ -83,7 +83,7 @@ def _pipeline(family: str, unet: UNet2DConditionModel, vocabulary: Path, fields:
     return StableDiffusionPipeline(
         **parts,
         tokenizer=tokenizer,
-        text_encoder=CLIPTextModel(text_config(tokenizer, TEXT_WIDTH, activation)),
+        text_encoder=CLIPTextModel(text_config(tokenizer, unet.config.cross_attention_dim, activation)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

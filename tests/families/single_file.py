@@ -62,14 +62,14 @@ def save_single_file(
     pipeline: DiffusionPipeline,
     path: Path,
     *,
-    without: str | None = None,
+    without: str | tuple[str, ...] = (),
     dtype: torch.dtype | None = None,
     marks: tuple[str, ...] = (),
 ) -> Path:
     """Write a pipeline's weights as one file.
 
     Args:
-        without: a prefix of the names that are left out, such as ``first_stage_model.``.
+        without: prefixes of the names that are left out, such as ``first_stage_model.``.
         dtype: what they are stored in (default: as they are).
         marks: names of empty tensors, by which some files say what kind they are.
     """
@@ -84,7 +84,7 @@ def save_single_file(
         tensors |= {f"cond_stage_model.model.{name}": value for name, value in open_clip_names(first).items()}
     else:
         tensors |= {f"cond_stage_model.transformer.{name}": value for name, value in clip_names(first).items()}
-    kept = {name: value for name, value in tensors.items() if without is None or not name.startswith(without)}
+    kept = {name: value for name, value in tensors.items() if not name.startswith(without)}
     kept |= {name: torch.tensor([]) for name in marks}
     save_file({name: value.to(dtype or value.dtype).contiguous() for name, value in kept.items()}, path)
     return path

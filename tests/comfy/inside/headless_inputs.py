@@ -8,6 +8,8 @@ BASE is ComfyUI's base directory. Recipes are written into BASE/recipes. The las
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +40,19 @@ def outcome(work: Callable[[], Any]) -> str:
         return str(work())
     except ValueError as error:
         return f"refused: {error}"
+
+
+def queue_beside_an_ending_process(starting: Any, folder: Path) -> list[str]:
+    """Queue a run while the last process of the queue still lives, but has let go of its lock for the last time."""
+    started: list[str] = []
+    starting.start_queue = lambda runs: started.append(runs.name)
+    starting._started = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    folder.mkdir()
+    try:
+        starting.queue_run(folder, "late")
+    finally:
+        starting._started.communicate(b"\n")
+    return started
 
 
 def main(comfyui: Path, root: Path, base: Path) -> None:
@@ -98,7 +113,8 @@ def main(comfyui: Path, root: Path, base: Path) -> None:
         "empty python": with_python(str(base / "empty" / "bin" / "python")),
         "no python": with_python(str(base / "no-python")),
     }
-    (base / "output" / starting.RUNS).rmdir()
+    facts["queue that ends"] = queue_beside_an_ending_process(starting, runs / "late")
+    shutil.rmtree(base / "output" / starting.RUNS)
     (base / "output" / starting.RUNS).symlink_to(base.parent)
     facts["runs elsewhere"] = outcome(starting.runs_folder)
     print(json.dumps(facts))  # noqa: T201
