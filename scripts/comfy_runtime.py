@@ -292,9 +292,12 @@ class Server:
         return True
 
     def stop(self) -> None:
-        """Interrupt the process; kill it if it does not end."""
+        """Terminate the process; kill it if it does not end.
+
+        An interrupt would not do: a process that was started in the background ignores it.
+        """
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.terminate()
             try:
                 self.process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:

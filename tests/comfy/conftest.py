@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from .client import Client
+from .inside_comfyui import forks_of
 from .runtime import ROOT, load_runtime
 
 
@@ -19,11 +20,12 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def runtime() -> ModuleType:
+def runtime() -> Iterator[ModuleType]:
     """Import ``scripts/comfy_runtime.py``; fail with its message if there is no ComfyUI."""
     module = load_runtime()
     module.comfyui_folder()
-    return module
+    yield module
+    forks_of(module).stop()
 
 
 @pytest.fixture(scope="session")

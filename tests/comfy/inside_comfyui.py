@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..forks.client import Forks
 from .runtime import ROOT
 
 SCRIPTS = Path(__file__).resolve().parent / "inside"
 
 
-def run_inside(runtime: ModuleType, script: str, *arguments: str | Path) -> str:
-    """Run a script of ``inside/`` with ComfyUI's folder, the clone and ``arguments``; return its output."""
-    command = [sys.executable, SCRIPTS / script, runtime.comfyui_folder(), ROOT, *arguments]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@cache
+def forks_of(runtime: ModuleType) -> Forks:
+    """Return the session's process that has imported ComfyUI and this extension; the fixture ``runtime`` ends it."""
+    return Forks([SCRIPTS / "imported.py", runtime.comfyui_folder(), ROOT], runtime.environment())
+
+
+def run_inside(runtime: ModuleType, script: str | Path, *arguments: str | Path | int, fresh: bool = False) -> str:
+    """Run a script of ``inside/`` with ComfyUI's folder, the clone and ``arguments``; return its output.
+
+    Args:
+        fresh: run it in a new process, rather than in a fork of one that has imported ComfyUI.
+    """
+    command = [SCRIPTS / script, runtime.comfyui_folder(), ROOT, *map(str, arguments)]
+    if fresh:
+        environment = runtime.environment()
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+        output, errors = done.stdout, done.stderr
+    else:
+        done = forks_of(runtime).start(command, ROOT)
+        try:
+            output, errors = done.communicate()
+        finally:
+            done.kill()  # a time limit and Ctrl-C end the script too
+    assert done.returncode == 0, f"{script} ended with code {done.returncode}\n{errors}"
+    return output
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

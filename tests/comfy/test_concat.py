@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +21,8 @@ from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.teachers import load_teacher
 from flash_diffusion.trainer.teachers.base import Teacher
 
+from .inside_comfyui import run_inside
+
 pytestmark = pytest.mark.comfy
 
 EXTRA = 33  # a mask and two pictures' latents of 16
@@ -33,7 +32,7 @@ TOLERANCE = 1e-3  # of the latents' standard deviation
 
 @pytest.fixture(scope="module")
 def run(
-    runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
+    runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Teacher, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Run the same random task adapter on the demo's base in the trainer and in ComfyUI."""
     folder = tmp_path_factory.mktemp("concat")
@@ -51,13 +50,10 @@ def run(
     mask[:, 32:96, 40:100] = 1
     given = {"mask": mask, "image": smooth[:1].movedim(1, -1), "image_2": smooth[1:].movedim(1, -1)}
     save_file({name: value.contiguous() for name, value in given.items()}, folder / "inputs.safetensors")
-    script = Path(__file__).resolve().parent / "inside" / "concat.py"
-    arguments = [runtime.comfyui_folder(), root, path, folder / "inputs.safetensors", folder / "outputs.safetensors"]
-    command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    outputs = folder / "outputs.safetensors"
+    said = run_inside(runtime, "concat.py", path, folder / "inputs.safetensors", outputs)
     teacher = load_teacher(ModelSection(family="demo", task_adapter=str(path)))
-    return teacher, given, load_file(folder / "outputs.safetensors"), json.loads(done.stdout.splitlines()[-1])
+    return teacher, given, load_file(outputs), json.loads(said.splitlines()[-1])
 
 
 @torch.no_grad()

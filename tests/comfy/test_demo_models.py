@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,17 +11,15 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .inside_comfyui import relative
+from .inside_comfyui import relative, run_inside
 from .random_teacher import PROMPTS, save_random_teacher
-
-HERE = Path(__file__).resolve().parent
 
 pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture(scope="module")
 def pipeline_and_results(
-    runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
+    runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[StableDiffusionPipeline, dict[str, Tensor], dict[str, Tensor]]:
     """Return the diffusers pipeline in float32, the inputs, and ComfyUI's outputs."""
     folder = tmp_path_factory.mktemp("teacher")
@@ -39,11 +34,7 @@ def pipeline_and_results(
     save_file(inputs, folder / "inputs.safetensors")
     (folder / "prompts.json").write_text(json.dumps(PROMPTS))
     outputs = folder / "outputs.safetensors"
-    script = HERE / "inside" / "demo_models.py"
-    arguments = [runtime.comfyui_folder(), root, folder, folder / "inputs.safetensors", outputs]
-    command = [sys.executable, script, *arguments]
-    finished = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    run_inside(runtime, "demo_models.py", folder, folder / "inputs.safetensors", outputs)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, inputs, load_file(outputs)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +21,7 @@ from flash_diffusion.trainer.teachers import load_teacher
 
 from ..families.networks import FAMILIES, POOLED_WIDTH, SD3_POOLED_WIDTH, TEXT_WIDTH, tiny_network
 from .inside.model_denoiser_updates import TERMS, Updates
-from .inside_comfyui import relative
+from .inside_comfyui import relative, run_inside
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
@@ -33,18 +31,9 @@ COMPARED = 10
 UPDATES = 100
 
 
-def run_inside(runtime: ModuleType, root: Path, script: str, *arguments: Any) -> str:
-    """Run a script of ``inside`` in a process with ComfyUI, and return its output."""
-    path = Path(__file__).resolve().parent / "inside" / script
-    command = [sys.executable, path, runtime.comfyui_folder(), root, *(str(argument) for argument in arguments)]
-    done = subprocess.run(command, env=runtime.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def demo(
-    runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
+    runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Tensor], dict[str, list[float]], Path]:
     """Return the results of ComfyUI's process for the demo, the headless trainer's losses, and the folder."""
     folder = tmp_path_factory.mktemp("model_denoiser")
@@ -71,7 +60,7 @@ def demo(
         "channels": torch.tensor(channels),
     }
     save_file({name: value.contiguous() for name, value in given.items()}, folder / "given.safetensors")
-    run_inside(runtime, root, "model_denoiser_demo.py", folder, UPDATES)
+    run_inside(runtime, "model_denoiser_demo.py", folder, UPDATES)
     updates = Updates(
         "flash_diffusion",
         denoiser,
@@ -178,7 +167,7 @@ def diffusers_output(family: str, network: torch.nn.Module, given: dict[str, Ten
 
 @pytest.fixture(scope="module")
 def families(
-    runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
+    runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[torch.nn.Module, dict[str, Tensor], dict[str, Tensor], Path]]:
     """Return for each family its network, the batch, ComfyUI's results and the trained LoRA."""
     folder = tmp_path_factory.mktemp("families")
@@ -189,7 +178,7 @@ def families(
         save_file(network.state_dict(), folder / f"{family}.safetensors")
         save_file(batches[family], folder / f"{family}.given.safetensors")
         (folder / f"{family}.json").write_text(json.dumps(dict(network.config)))
-    run_inside(runtime, root, "model_denoiser_families.py", folder, *FAMILIES)
+    run_inside(runtime, "model_denoiser_families.py", folder, *FAMILIES)
     return {
         family: (
             networks[family],
@@ -288,14 +277,14 @@ def test_the_lora_gives_the_student_in_comfyui_and_in_diffusers(families, family
 
 
 @pytest.fixture(scope="module")
-def facts(runtime: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def facts(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run the script of cases and return its results."""
     folder = tmp_path_factory.mktemp("cases")
     for family in ("sd15", "sd3", "flux"):
         network = tiny_network(family)
         save_file(network.state_dict(), folder / f"{family}.safetensors")
         (folder / f"{family}.json").write_text(json.dumps(dict(network.config)))
-    return json.loads(run_inside(runtime, root, "model_denoiser_cases.py", folder).splitlines()[-1])
+    return json.loads(run_inside(runtime, "model_denoiser_cases.py", folder).splitlines()[-1])
 
 
 def test_the_models_own_lora_is_part_of_the_teacher_and_stays(facts) -> None:

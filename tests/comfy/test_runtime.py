@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -54,6 +58,17 @@ def test_an_error_names_a_wrong_comfyui_path(
 def test_an_error_names_a_missing_lora_file(runtime: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(runtime.RuntimeProblem, match="--lora takes the path"):
         runtime.prepare_base(tmp_path, [tmp_path / "missing.safetensors"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no interrupts to ignore")
+def test_a_server_that_ignores_interrupts_stops(runtime: ModuleType, tmp_path: Path) -> None:
+    """As one does that was started in the background."""
+    code = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('here', flush=True)\nsignal.pause()\n"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    runtime.Server("http://nowhere", tmp_path, tmp_path / "comfyui.log", process).stop()
+    assert process.communicate()[0] == ""
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_installed_packages_are_pinned(runtime: ModuleType) -> None:

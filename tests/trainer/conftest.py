@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 
 from flash_diffusion.trainer.config import Recipe, parse_recipe
 
 from ..families.pipelines import save_pipeline, with_older_tokenizers
+from ..forks.client import Forks
 from .models import picture_folder, tiny_recipe, tiny_stable_diffusion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +65,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[family]
 
     return model
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """Let a test choose a run's precision: accelerate keeps one for a whole process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def trainer_forks() -> Iterator[Forks]:
+    """Forks of a process that has imported the trainer."""
+    forks = Forks([Path(__file__).with_name("imported.py")], os.environ)
+    yield forks
+    forks.stop()
 
 
 def trainer_process(*arguments: str | Path) -> subprocess.Popen[str]:

@@ -26,7 +26,8 @@ from flash_diffusion.trainer.distill.assembly import assemble
 from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.errors import UserError
 
-from .test_processes import launch
+from ..forks.client import Forks
+from .sharing import DISTIL, run_shared
 from .test_resume import ALL_TERMS, assert_same_file
 
 
@@ -139,20 +140,20 @@ def test_resuming_anywhere_gives_the_same_lora(
 
 
 @pytest.mark.slow
-def test_two_processes_have_a_bank_each_and_resume_exactly(content: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_have_a_bank_each_and_resume_exactly(
+    trainer_forks: Forks, content: dict[str, Any], tmp_path: Path
+) -> None:
     """Each process records the files of its own number, and a run from the third checkpoint has the same bits."""
     content |= {"trajectories": {"count": 8, "batch": 2, "reuse": 2}, "checkpoint": {"every": 1, "keep": 10}}
     file, whole, later = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "later"
     file.write_text(yaml.safe_dump(content))
-    process = launch(file, whole)
-    assert process.wait(timeout=900) == 0, process.communicate()[0]
+    run_shared(trainer_forks, 2, *DISTIL, file, "--output", whole)
     lines = [json.loads(line) for line in (whole / "log.jsonl").open()][:-1]  # without the preview's
     # Each has 4 at most. Rounds of 2, 4 and 4 samples begin with 2 new trajectories, in each process.
     assert [line["trajectories"] for line in lines] == [4, 8, 8, 12, 12]
     source = checkpoint.checkpoint_path(whole, 3)
     shutil.copytree(source, checkpoint.checkpoint_path(later, 3))
-    process = launch(file, later, "--resume")
-    assert process.wait(timeout=900) == 0, process.communicate()[0]
+    run_shared(trainer_forks, 2, *DISTIL, file, "--output", later, "--resume")
     assert_same_file(later / "lora.safetensors", whole / "lora.safetensors")
 
 

@@ -16,8 +16,9 @@ from flash_diffusion.trainer.distill import checkpoint
 from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.errors import UserError
 
+from ..forks.client import Forks
 from .models import tiny_recipe
-from .test_processes import launch
+from .sharing import DISTIL, run_shared
 from .test_resume import ALL_TERMS
 
 EQUAL = 1e-6
@@ -37,14 +38,11 @@ def recipe_of(model: Path, pictures: Path, processes: int, **fields: Any) -> dic
     return {**tiny_recipe(model, pictures), **EVERY_TERM, "batch_size": SAMPLES // processes, **fields}
 
 
-def run_processes(content: dict[str, Any], folder: Path, processes: int, *options: str) -> str:
+def run_processes(forks: Forks, content: dict[str, Any], folder: Path, processes: int, *options: str) -> str:
     """Run a recipe in several processes and return what they print."""
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(content))
-    process = launch(file, folder, *options, processes=processes)
-    text = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, text
-    return text
+    return run_shared(forks, processes, *DISTIL, file, "--output", folder, *options)
 
 
 def trained(run: Path) -> dict[str, torch.Tensor]:
@@ -79,33 +77,32 @@ def alone(tiny_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_share_a_batch_train_the_weights_of_one(
-    tiny_model: Path, pictures: Path, alone: Path, tmp_path: Path, processes: int
+def test_four_processes_that_share_a_batch_train_the_weights_of_one(
+    trainer_forks: Forks, tiny_model: Path, pictures: Path, alone: Path, tmp_path: Path
 ) -> None:
     """All terms; of four processes with one sample each, most have none of the samples on which a term acts."""
-    run_processes(recipe_of(tiny_model, pictures, processes), tmp_path / "run", processes)
+    run_processes(trainer_forks, recipe_of(tiny_model, pictures, 4), tmp_path / "run", 4)
     assert_same_weights(tmp_path / "run", alone)
 
 
 @pytest.mark.slow
 def test_a_shared_base_trains_the_weights_of_a_whole_one(
-    tiny_model: Path, pictures: Path, alone: Path, tmp_path: Path
+    trainer_forks: Forks, tiny_model: Path, pictures: Path, alone: Path, tmp_path: Path
 ) -> None:
     fields = {"sharding": "base", "gradient_checkpointing": True}
-    text = run_processes(recipe_of(tiny_model, pictures, 2, **fields), tmp_path / "run", 2)
+    text = run_processes(trainer_forks, recipe_of(tiny_model, pictures, 2, **fields), tmp_path / "run", 2)
     assert "are shared among 2 processes" in text
     assert_same_weights(tmp_path / "run", alone)
     assert len(list((tmp_path / "run" / "previews").iterdir())) == 1
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(
-    tiny_model: Path, pictures: Path, alone: Path, tmp_path: Path
+def test_a_run_goes_on_with_two_processes_and_trains_the_weights_of_one(
+    trainer_forks: Forks, tiny_model: Path, pictures: Path, alone: Path, tmp_path: Path
 ) -> None:
+    """From the first update on, with all terms."""
     shutil.copytree(checkpoint.checkpoint_path(alone, 1), checkpoint.checkpoint_path(tmp_path / "run", 1))
-    shutil.copytree(checkpoint.checkpoint_path(alone, 3), checkpoint.checkpoint_path(tmp_path / "run", 3))
-    text = run_processes(recipe_of(tiny_model, pictures, 1), tmp_path / "run", 2, "--resume")
+    text = run_processes(trainer_forks, recipe_of(tiny_model, pictures, 1), tmp_path / "run", 2, "--resume")
     assert "processes before: 1, now: 2. An update keeps its samples: each process now takes 2 samples" in text
     assert_same_weights(tmp_path / "run", alone)
 

@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 import yaml
 
+from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import parse_recipe
 from flash_diffusion.trainer.distill import checkpoint
 from flash_diffusion.trainer.distill.loop import distil
 
+from ..forks.client import Forked, Forks
 from .conftest import ROOT, trainer_process
+from .sharing import DISTIL
 from .test_resume import assert_same_file, logged
 
 SAFE = "stopping at the next safe point"
@@ -32,7 +35,7 @@ def recorded(run: Path) -> list[Path]:
     return list((run / "trajectories").glob("*.safetensors"))
 
 
-def wait_for(process: subprocess.Popen[str], *patterns: tuple[Path, str]) -> None:
+def wait_for(process: subprocess.Popen[str] | Forked, *patterns: tuple[Path, str]) -> None:
     """Wait until a file is there that fits one of (folder, pattern)."""
     while not any(list(folder.glob(pattern)) for folder, pattern in patterns):
         assert process.poll() is None, process.communicate()[0]
@@ -78,10 +81,14 @@ def test_one_signal_saves_and_prints_how_to_resume(
         assert f"the last checkpoint is {last}" in text
         lines = (stopped / "log.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["update"] == int(last.name) < 30
-    resumed = subprocess.run(
-        printed_command(text), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=False
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    command = printed_command(text)
+    if recording:
+        assert command[1:3] == ["-m", "trainer"]
+        assert main(command[3:]) == 0
+    else:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        resumed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+        assert resumed.returncode == 0, resumed.stderr
     distil(parse_recipe({**recipe_content, "ema": 0.5}), whole)
     assert_same_file(stopped / "lora.safetensors", whole / "lora.safetensors")
 
@@ -110,7 +117,9 @@ def test_ctrl_c_twice_stops_at_once(recipe_content: dict[str, Any], tmp_path: Pa
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("trajectories", [0, 6], ids=["rollouts", "trajectories"])
-def test_a_killed_run_resumes_exactly(recipe_content: dict[str, Any], tmp_path: Path, trajectories: int) -> None:
+def test_a_killed_run_resumes_exactly(
+    trainer_forks: Forks, recipe_content: dict[str, Any], tmp_path: Path, trajectories: int
+) -> None:
     """Killed at a random moment, and while it writes a checkpoint: same LoRA, same log, nothing left behind."""
     recipe_content["method"]["fake_score"] = "critic"
     recipe_content |= {
@@ -129,16 +138,14 @@ def test_a_killed_run_resumes_exactly(recipe_content: dict[str, Any], tmp_path: 
     if not trajectories:
         kills.append((((killed / "checkpoints", ".*.partial/*"),), 0.0))
     for patterns, seconds in kills:
-        process = trainer_process("distill", file, "--output", killed, "--resume")
+        process = trainer_forks.start([*DISTIL, file, "--output", killed, "--resume"], ROOT, together=True)
         wait_for(process, *patterns)
         time.sleep(seconds)
         process.kill()
         process.communicate()
         at = sorted(path.name for path in (killed / "checkpoints").glob("*"))
         print(f"killed {seconds:.3f} s after the first file; checkpoints {at}")  # noqa: T201
-    resumed = trainer_process("distill", file, "--output", killed, "--resume")
-    text = resumed.communicate(timeout=600)[0]
-    assert resumed.returncode == 0, text
+    distil(parse_recipe(recipe_content), killed, resume=True)
     distil(parse_recipe(recipe_content), whole)
     assert_same_file(killed / "lora.safetensors", whole / "lora.safetensors")
     assert [path.name for path in checkpoint.checkpoints(killed)] == ["00000015", "00000016"]

@@ -23,8 +23,10 @@ from flash_diffusion.trainer.distill import checkpoint
 from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.errors import UserError
 
+from ..forks.client import Forks
 from .conftest import ROOT
 from .shards import shard, tar
+from .sharing import run_shared
 from .test_resume import assert_same_file
 
 
@@ -53,9 +55,9 @@ def test_resuming_at_any_checkpoint_gives_the_same_lora(stream_content: dict[str
     distil(cached, tmp_path / "cached")  # the same shards, the other way
 
 
-def start(file: Path, output: Path, *options: str) -> subprocess.Popen[str]:
+def start(file: Path, output: Path) -> subprocess.Popen[str]:
     """Start a run in a process group of its own, as a terminal does."""
-    command = [sys.executable, "-m", "trainer", "distill", str(file), "--output", str(output), *options]
+    command = [sys.executable, "-m", "trainer", "distill", str(file), "--output", str(output)]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -92,9 +94,7 @@ def test_a_stopped_run_with_workers_resumes_exactly(stream_content: dict[str, An
     assert "Traceback" not in text, text
     last = checkpoint.read_facts(checkpoint.checkpoints(output)[-1])[0].update
     assert last < 12
-    resumed = start(file, output, "--resume")
-    text = resumed.communicate(timeout=300)[0]
-    assert resumed.returncode == 0, text
+    distil(parse_recipe(stream_content), output, resume=True)
     stream_content["data"]["workers"] = 0
     distil(parse_recipe(stream_content), tmp_path / "whole")
     assert_same_file(output / "lora.safetensors", tmp_path / "whole" / "lora.safetensors")
@@ -122,32 +122,12 @@ if __name__ == "__main__":
 
 
 def test_two_processes_see_the_batches_of_one_with_twice_the_size(
-    stream_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer_forks: Forks, stream_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, script = tmp_path / "recipe.yaml", tmp_path / "recording.py"
     file.write_text(yaml.safe_dump(stream_content | {"batch_size": 1}))
     script.write_text(RECORDING)
-    launcher = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [
-        sys.executable,
-        "-m",
-        *launcher,
-        script,
-        "distill",
-        file,
-        "--output",
-        tmp_path / "two",
-        tmp_path / "seen",
-    ]
-    finished = subprocess.run(
-        list(map(str, command)),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    run_shared(trainer_forks, 2, script, "distill", file, "--output", tmp_path / "two", tmp_path / "seen")
     two = [tuple(json.loads(line)) for rank in (0, 1) for line in (tmp_path / f"seen-{rank}.jsonl").open()]
     one: list[tuple[int, str]] = []
     read = StreamBatches.batch

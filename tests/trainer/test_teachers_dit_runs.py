@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
@@ -202,16 +201,8 @@ def test_a_style_lora_is_merged_into_the_teacher(distilled: SimpleNamespace) -> 
 RECIPES = {"pixart": "pixart_alpha", "sd3": "sd3"}
 
 
-@pytest.fixture
-def _own_precision() -> Iterator[None]:
-    """accelerate keeps one precision for a whole process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("_own_precision")
+@pytest.mark.usefixtures("own_precision")
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_shipped_recipe_runs_with_only_model_and_data_changed(name: str, pictures: Path, tmp_path: Path) -> None:
     """But for the number of updates; in bfloat16, as it says, with the plan, a preview and the card."""

@@ -33,7 +33,7 @@ from flash_diffusion.flash_core.lora import read_lora
 from flash_diffusion.flash_core.sampler import few_step_sample, generator_noise
 from flash_diffusion.trainer.config import ModelSection, parse_recipe
 from flash_diffusion.trainer.distill.assembly import assemble
-from flash_diffusion.trainer.distill.loop import Run
+from flash_diffusion.trainer.distill.loop import Run, distil
 from flash_diffusion.trainer.distill.plan import print_plan
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.recipes import load_recipe
@@ -44,7 +44,6 @@ from flash_diffusion.trainer.teachers.base import Teacher
 from ..families.networks import tiny_network
 from ..families.pipelines import UNET_FAMILIES, save_pipeline
 from ..families.single_file import save_single_file
-from .conftest import trainer_process
 from .models import tiny_recipe
 
 PROMPTS = ["red ball", "a yellow star"]
@@ -390,6 +389,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_precision")
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_shipped_recipe_runs_with_only_model_and_data_changed(
     folders: dict[str, Path], pictures: Path, tmp_path: Path, family: str
@@ -402,12 +402,7 @@ def test_the_shipped_recipe_runs_with_only_model_and_data_changed(
     plan = Console(record=True, width=120, file=io.StringIO())
     print_plan(recipe, plan)
     assert "4 x 8 x 8 per sample" in plan.export_text()
-    # A process has one precision for good, so the run has its own.
-    options = [part for change in changes for part in ("--set", change)]
-    process = trainer_process("distill", family, *options, "--output", tmp_path / "run")
-    log, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, log
-    lora = read_lora(tmp_path / "run" / "lora.safetensors")
+    lora = read_lora(distil(recipe, tmp_path / "run"))
     assert lora.metadata is not None
     assert (lora.metadata.base, lora.metadata.process) == (family, "vp")
     assert lora.metadata.prediction == "epsilon"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,8 +45,9 @@ from flash_diffusion.trainer.metrics.clip_score import ClipScorer
 from flash_diffusion.trainer.teachers import load_teacher
 
 from ..families.pipelines import save_pipeline
-from .conftest import ROOT, trainer_process
+from ..forks.client import Forks
 from .paints import COLOURS, Paints
+from .sharing import ROOT, TRAINER, run_shared
 from .stand_ins import CAPTIONS, coco_folder, inception_file, random_lora, tiny_clip
 
 SMALL = CocoProtocol(
@@ -486,7 +484,9 @@ def test_missing_networks_stop_before_pictures_are_made(
 
 
 @pytest.mark.slow
-def test_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_killed_evaluation_goes_on_in_two_processes(
+    trainer_forks: Forks, coco: Path, clip: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """The whole command with the true Inception: killed, gone on with, and bit for bit what one run makes."""
     lora = random_lora(tiny_model, tmp_path / "lora.safetensors")
     inception = inception_file(tmp_path / "inception.pth")
@@ -496,7 +496,7 @@ def test_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, tiny
         *("--inception", inception, "--clip", clip),
     ]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    process = trainer_process(*command, "--runs", "student:2", "--output", broken)
+    process = trainer_forks.start([*TRAINER, *command, "--runs", "student:2", "--output", broken], ROOT, together=True)
     while len(list(broken.rglob("*.png"))) < 3:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
@@ -505,25 +505,12 @@ def test_killed_evaluation_goes_on_in_two_processes(coco: Path, clip: Path, tiny
     assert not (broken / "report.json").exists()
     before = {path: path.stat().st_mtime_ns for path in broken.rglob("*.png")}
 
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
-    done = subprocess.run(
-        [*launch, *map(str, command), "--runs", "student:2", "teacher:1", "--output", str(broken)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("report  ") == 1  # one process reports
-    assert "Not the whole protocol: 9 of 5000" in done.stdout
+    shared = [*command, "--runs", "student:2", "teacher:1", "--output", broken]
+    text = run_shared(trainer_forks, 2, *TRAINER, *shared)
+    assert text.count("report  ") == 1  # one process reports
+    assert "Not the whole protocol: 9 of 5000" in text
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the other processes
-    try:
-        assert main([*map(str, command), "--runs", "student:2", "teacher:3:2.5", "--output", str(whole)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main([*map(str, command), "--runs", "student:2", "teacher:3:2.5", "--output", str(whole)]) == 0
     assert (
         len(contents(broken / "pictures" / "teacher-1-step"))
         == len(contents(whole / "pictures" / "student-2-steps"))

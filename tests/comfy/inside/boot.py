@@ -10,7 +10,12 @@ PACKAGE = "dropped_in"
 
 
 def boot(comfyui: Path, root: Path) -> None:
-    """Put ComfyUI on the path, on the CPU, and load the extension under the name :data:`PACKAGE`."""
+    """Put ComfyUI on the path, on the CPU, and load the extension under the name :data:`PACKAGE`.
+
+    In a fork this has been done by ``imported.py``.
+    """
+    if PACKAGE in sys.modules:
+        return
     sys.path.insert(0, str(comfyui))
     from comfy.cli_args import args
 
