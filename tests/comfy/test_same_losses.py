@@ -23,7 +23,7 @@ from .inside_comfyui import run_inside
 pytestmark = pytest.mark.comfy
 
 PROMPTS = ("red apple", "unicorn", "animal face")
-UPDATES, TRAJECTORIES, SAMPLES, STEPS, RANK, RATE, SEED = 12, 8, 4, 4, 4, 2e-3, 7
+UPDATES, TRAJECTORIES, SAMPLES, STEPS, RANK, RATE, SEED = 10, 6, 4, 4, 4, 2e-3, 7
 MODES = (0.55, 0.2, 0.15, 0.1)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 TARGETS = (*TARGETS, "conv1", "conv2", "time_emb_proj", "conv_shortcut")
