@@ -29,7 +29,7 @@ NAMES = (
 )
 # The measured captions, and pictures of each.
 SETS = {
-    "new general captions": (("animal face", "heart", "fresh fruit", "garden plant"), 16),
+    "new general captions": (("animal face", "heart", "fresh fruit", "garden plant"), 8),
     "new names": (("pear", "tiger face", "grinning face", "wolf"), 8),
     "trained": (("small animal", "tasty snack", "fox", "red apple"), 8),
 }

@@ -76,7 +76,7 @@ def distil(model: Any, name: str, positive: list, negative: list) -> tuple[Any, 
     from dropped_in.nodes.distil.nodes import FlashDistill
 
     settings = {"prompts": "", "preset": "quick try", "width": 64, "height": 64, "guidance": 0.0, "seed": 0}
-    settings |= {"rank": 4, "learning_rate": 1e-2, "updates": UPDATES, "trajectories": 8, "samples": 8}
+    settings |= {"rank": 4, "learning_rate": 1e-2, "updates": UPDATES, "trajectories": 8, "samples": 4}
     settings |= {"teacher_steps": 4, "preview_every": 0}
     return FlashDistill.execute(model, name=name, positive=positive, negative=negative, **settings).args
 
