@@ -142,7 +142,8 @@ def main() -> None:
         measuring = Measuring(arguments.output, server, client)
         for preset in arguments.presets:
             measuring.run(preset, distillation(preset))
-            for name, measured in SETS.items():
+        for name, measured in SETS.items():
+            for preset in arguments.presets:
                 measuring.run(f"{preset}, {name}", evaluation(preset, *measured))
     sys.stdout.write("| Preset | CPU seconds | Captions | Steps | LoRA | without | as many passes, guided |\n")
     sys.stdout.write("|---|---:|---|---:|---:|---:|---:|\n")
