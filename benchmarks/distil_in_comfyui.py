@@ -1,36 +1,41 @@
-"""Distil the demo inside ComfyUI with Flash Distill, and measure how near the LoRA is to the teacher.
+"""Distil the demo inside ComfyUI with Flash Distill's presets, and measure each LoRA with Flash Evaluate.
 
     python -m flash_diffusion.benchmarks.distil_in_comfyui --output out/distil_in_comfyui
 
-The distance is measured by other nodes than the one that trains: KSampler draws the teacher's latents, Flash Sampler
-draws with the model without and with the LoRA, from the same noise. Noise and seeds are new; half of the prompts were
-trained on. Written: ``report.png`` (the node's), ``sheet.png`` (teacher, 1 and 2 steps
-without the LoRA, 4, 2 and 1 steps with it) and a table on the output. Needs the runtime (``comfy_runtime.py fetch``).
+Through the real server: one prompt to distil, then one for each set of captions. A third of the measured captions were
+trained on. Written: the nodes' reports as pictures and texts, ``results.json``, and a table on the output. Run it again
+after a stop: distillations go on where they were, and what is measured stays. Needs the runtime
+(``comfy_runtime.py fetch``).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINED = (
+# General captions stand for many pictures of the demo's, names for one each.
+GENERAL = ("smiley face", "fantasy creature", "cartoon cat", "cartoon monkey", "small animal", "tasty snack")
+NAMES = (
     *("red apple", "unicorn", "smiling face with sunglasses", "fox", "tangerine", "sunflower", "cat face", "dog face"),
     *("penguin", "dolphin", "octopus", "blue heart", "kiwi fruit", "polar bear", "cow face", "alien"),
 )
-NEW = ("pear", "tiger face", "grinning face", "wolf")
-PICTURES = 4  # of each measured prompt
-STEPS = (4, 2, 1)
-TEACHER = {"steps": 16, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "simple", "denoise": 1.0}
+# The measured captions, and pictures of each.
+SETS = {
+    "new general captions": (("animal face", "heart", "fresh fruit", "garden plant"), 8),
+    "new names": (("pear", "tiger face", "grinning face", "wolf"), 8),
+    "trained": (("small animal", "tasty snack", "fox", "red apple"), 8),
+}
+STEPS = "1, 2, 4"
+TEACHER_STEPS = 8
+PRESETS = ("quick try", "standard")
 
 
 def imported(path: Path) -> ModuleType:
@@ -49,101 +54,108 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
-def workflow(distil: dict[str, Any], measured: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the graph: distil, then draw every measured prompt in every way, and save latents and pictures."""
-    graph = {
+def distillation(preset: str) -> dict[str, dict[str, Any]]:
+    """Return the graph that distils."""
+    return {
         "models": node("FlashDemoModels"),
-        "empty": node("CLIPTextEncode", clip=["models", 1], text=""),
-        "noise": node("EmptyLatentImage", width=128, height=128, batch_size=PICTURES),
         "distil": node(
             "FlashDistill",
-            **{"model": ["models", 0], "clip": ["models", 1], "vae": ["models", 2], "prompts": "\n".join(TRAINED)},
-            **{"name": "benchmark", "width": 0, "height": 0, "guidance": 0.0, "seed": 0, **distil},
+            **{"model": ["models", 0], "clip": ["models", 1], "vae": ["models", 2]},
+            **{"prompts": "\n".join((*GENERAL, *NAMES)), "name": f"benchmark {preset}", "preset": preset},
+            **{"width": 0, "height": 0, "guidance": 0.0, "seed": 0, "preview_every": 0},
         ),
-        "report": node("SaveImage", images=["distil", 2], filename_prefix="report"),
+        "picture": node("SaveImage", images=["distil", 2], filename_prefix="distil"),
         "text": node("PreviewAny", source=["distil", 3]),
     }
-    for number, prompt in enumerate(measured):
-        graph[f"{number} text"] = node("CLIPTextEncode", clip=["models", 1], text=prompt)
-        shared = {"positive": [f"{number} text", 0], "latent_image": ["noise", 0], "seed": 1000 + number}
-        ways = {
-            "teacher": node("KSampler", model=["models", 0], negative=["empty", 0], **shared, **TEACHER),
-        }
-        for kind, model in (("without", "models"), ("with", "distil")):
-            for steps in STEPS:
-                ways[f"{kind} {steps}"] = node(
-                    "FlashSampler",
-                    **{"model": [model, 0], "steps": steps, "guidance": 1.0, "denoise": 1.0, "stochasticity": 0.0},
-                    **shared,
-                )
-        for name, way in ways.items():
-            graph[f"{number} {name}"] = way
-            graph[f"{number} {name} latent"] = node(
-                "SaveLatent", samples=[f"{number} {name}", 0], filename_prefix="latent"
-            )
-            graph[f"{number} {name} decoded"] = node("VAEDecode", samples=[f"{number} {name}", 0], vae=["models", 2])
-            graph[f"{number} {name} picture"] = node(
-                "SaveImage", images=[f"{number} {name} decoded", 0], filename_prefix="picture"
-            )
+
+
+def evaluation(preset: str, captions: tuple[str, ...], pictures: int) -> dict[str, dict[str, Any]]:
+    """Return the graph that measures; ComfyUI takes the LoRA from its cache, or from the run's finished state."""
+    graph = distillation(preset)
+    graph["evaluate"] = node(
+        "FlashEvaluate",
+        **{"model": ["models", 0], "flash_model": ["distil", 0], "clip": ["models", 1], "vae": ["models", 2]},
+        **{"prompts": "\n".join(captions), "per_prompt": pictures, "flash_steps": STEPS, "seed": 1000},
+        **{"teacher_steps": TEACHER_STEPS},
+    )
+    graph["picture"] = node("SaveImage", images=["evaluate", 0], filename_prefix="evaluate")
+    graph["text"] = node("PreviewAny", source=["evaluate", 1])
     return graph
 
 
-def sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    """Return pictures in rows."""
-    width, height = rows[0][0].size
-    whole = Image.new("RGB", (width * len(rows[0]), height * len(rows)), "white")
-    for row, pictures in enumerate(rows):
-        for column, picture in enumerate(pictures):
-            whole.paste(picture, (column * width, row * height))
-    return whole
+class Measuring:
+    """One session: a server, and the results of this session and of earlier ones.
+
+    Args:
+        folder: of all results.
+        server: of ``comfy_runtime.serve``.
+        client: connected to it.
+    """
+
+    def __init__(self, folder: Path, server: Any, client: Any) -> None:
+        self.folder, self.server, self.client = folder, server, client
+        self.file = folder / "results.json"
+        self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def run(self, name: str, graph: dict[str, dict[str, Any]]) -> None:
+        """Run a graph, unless an earlier session has its result; keep text, picture and CPU seconds.
+
+        Raises:
+            SystemExit: the graph failed or was interrupted.
+        """
+        if name in self.found:
+            return
+        begin = self.seconds()
+        run = self.client.run(graph)
+        if run.interrupted:
+            raise SystemExit(f"{name} was interrupted. Run the command again to go on.")
+        if not run.succeeded:
+            raise SystemExit(f"{name} failed: {run.error}")
+        self.client.images(run, "picture")[0].save(self.folder / f"{name}.png")
+        text = run.outputs["text"]["text"][0]
+        (self.folder / f"{name}.md").write_text(text + "\n")
+        self.found[name] = {"text": text, "cpu_seconds": round(self.seconds() - begin)}
+        self.file.write_text(json.dumps(self.found, indent=1))
+
+    def seconds(self) -> float:
+        """Return the CPU seconds of the server so far."""
+        times = psutil.Process(self.server.process.pid).cpu_times()
+        return float(times.user + times.system)
+
+
+def distances(text: str) -> dict[tuple[str, str, str], str]:
+    """Return {(run, steps, guidance): distance with its interval} of Flash Evaluate's table."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    return {(row[0], row[1], row[2]): row[4] for row in rows[2:]}
 
 
 def main() -> None:
     """Distil, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/distil_in_comfyui"))
-    parser.add_argument("--preset", default="standard")
-    parser.add_argument("--updates", type=int, default=0, help="0: the preset's")
-    parser.add_argument("--trajectories", type=int, default=0, help="0: the preset's")
+    parser.add_argument("--presets", nargs="+", default=PRESETS)
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     runtime, client_module = imported(ROOT / "scripts" / "comfy_runtime.py"), imported(ROOT / "tests/comfy/client.py")
-    measured = [*TRAINED[:4], *NEW]
-    distil = {"preset": arguments.preset, "preview_every": 0}
-    distil |= {"updates": arguments.updates, "trajectories": arguments.trajectories}
     arguments.output.mkdir(parents=True, exist_ok=True)
     with runtime.serve(arguments.output / "base") as server, client_module.Client(server) as client:
-        begin = time.monotonic()
-        run = client.run(workflow(distil, measured))
-        if not run.succeeded:
-            raise SystemExit(f"the run failed: {run.error}")
-        seconds = time.monotonic() - begin
-        client.images(run, "report")[0].save(arguments.output / "report.png")
-        latents = {
-            (number, way): client.latent(run, f"{number} {way} latent")
-            for number in range(len(measured))
-            for way in ("teacher", *(f"{kind} {steps}" for kind in ("without", "with") for steps in STEPS))
-        }
-        columns = ("teacher", "without 1", "without 2", "with 4", "with 2", "with 1")
-        rows = [
-            [client.images(run, f"{number} {way} picture")[0] for way in columns] for number in range(len(measured))
-        ]
-        sheet(rows).save(arguments.output / "sheet.png")
-        sys.stdout.write(f"{run.outputs['text']['text'][0]}\n\n")
-    sys.stdout.write(
-        f"all nodes together: {seconds:.0f} s\n\n| steps | prompts | without | with |\n|---|---|---:|---:|\n"
-    )
-    for steps in STEPS:
-        for name, numbers in (("trained", range(4)), ("new", range(4, len(measured)))):
-            figures = [distance(latents, list(numbers), f"{kind} {steps}") for kind in ("without", "with")]
-            sys.stdout.write(f"| {steps} | {name} | {figures[0]:.3f} | {figures[1]:.3f} |\n")
-
-
-def distance(latents: dict[tuple[int, str], Tensor], numbers: list[int], way: str) -> float:
-    """Return the mean squared distance to the teacher's latents / their variance, over some prompts."""
-    teacher = torch.cat([latents[number, "teacher"] for number in numbers])
-    drawn = torch.cat([latents[number, way] for number in numbers])
-    return float((drawn - teacher).square().mean() / teacher.var())
+        measuring = Measuring(arguments.output, server, client)
+        for preset in arguments.presets:
+            measuring.run(preset, distillation(preset))
+        for name, measured in SETS.items():
+            for preset in arguments.presets:
+                measuring.run(f"{preset}, {name}", evaluation(preset, *measured))
+    sys.stdout.write("| Preset | CPU seconds | Captions | Steps | LoRA | without | as many passes, guided |\n")
+    sys.stdout.write("|---|---:|---|---:|---:|---:|---:|\n")
+    for preset in arguments.presets:
+        seconds = measuring.found[preset]["cpu_seconds"]
+        for name in SETS:
+            row = distances(measuring.found[f"{preset}, {name}"]["text"])
+            guidance = next(key[2] for key in row if key[0] == "model" and key[2] != "1")
+            for steps in STEPS.split(", "):
+                guided = row.get(("model", str(int(steps) // 2), guidance), "-")
+                cells = (row["Flash", steps, "1"], row["model", steps, "1"], guided)
+                sys.stdout.write(f"| {preset} | {seconds} | {name} | {steps} | {' | '.join(cells)} |\n")
 
 
 if __name__ == "__main__":

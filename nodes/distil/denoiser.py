@@ -105,6 +105,12 @@ class ModelDenoiser:
     def _load(self) -> None:
         others = self.patcher.get_nested_additional_models()
         comfy.model_management.load_models_gpu([self.patcher, *others], memory_required=1e20, force_full_load=True)
+        if any(getattr(one.model, "model_lowvram", False) for one in (self.patcher, *others)):
+            raise ValueError(
+                "ComfyUI keeps weights of this model outside the GPU's memory and moves them in for each call, as it "
+                "does with --novram. A backward pass needs them all at once. Start ComfyUI without --novram (--lowvram "
+                "may stay); if the model does not fit then, load its weights in float8, or use Flash Distill Headless."
+            )
         make_trainable_through(self.patcher.model)
 
     @contextmanager
@@ -317,12 +323,25 @@ def make_trainable_through(model: nn.Module) -> None:
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                copied = value.is_inference()
-                module._parameters[name] = nn.Parameter(value.detach().clone(), False) if copied else value
+                module._parameters[name] = nn.Parameter(copied(value), False) if value.is_inference() else value
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_inference():
                 module._buffers[name] = buffer.clone()
     model.requires_grad_(False)
+
+
+def copied(value: Tensor) -> Tensor:
+    """Return a weight's values in memory of their own; a quantised tensor's class and attributes stay.
+
+    Loaders of quantised files (GGUF) have tensor classes whose ``clone`` gives the tensor itself back.
+    """
+    copy = value.detach().clone()
+    if not copy.is_inference():
+        return copy
+    with torch._C.DisableTorchFunctionSubclass():
+        copy = value.as_subclass(Tensor).clone().as_subclass(type(value))
+    copy.__dict__.update(value.__dict__)
+    return copy
 
 
 def _differentiable_attention(_function: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,15 +18,15 @@ from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_vae, 
 from ..shared.page import chart, send_losses
 from ..shared.process import process_of
 from ..shared.prompts import check_channels, check_prompts, encoded
-from ..shared.schema import advanced, node_schema, show_text
+from ..shared.schema import advanced, count, node_schema, show_text
 from ..shared.sizes import latent_shape
 from .lora_output import FlashLora
 from .training.settings import PRESET_NAMES, PresetName, choose_settings, usual_for
 
 RUNS = "flash_distill"  # the folder of all runs in ComfyUI's output folder
 OUT_OF_MEMORY = (
-    "Out of memory with {} samples at once. Turn checkpointing on, set at_once to 1, lower width and height, or close "
-    "other programs. The state is kept."
+    "Out of memory with {} at once. Turn 'checkpointing' on, set 'at_once' to 1, lower 'width' and 'height', or close "
+    "other programs. What is learnt so far is kept: queue again with 'checkpointing' on and it goes on.\n\n({})"
 )
 PROMPTS = "a red apple\na smiling face\na brown dog"
 
@@ -71,8 +71,8 @@ class FlashDistill(io.ComfyNode):
                     "preset",
                     options=list(PRESET_NAMES),
                     default=PRESET_NAMES[1],
-                    tooltip="How much work. quick try: 100 updates, to see that it works. standard: 300 larger ones. "
-                    "thorough: 2000. The node shows the time left.",
+                    tooltip="How much work. quick try: 140 updates, to see that it works. standard: 300. thorough: "
+                    "2000 larger ones. The node shows the time left.",
                 ),
                 io.Int.Input(
                     "width",
@@ -304,18 +304,32 @@ class FlashDistill(io.ComfyNode):
         request = Request(
             model, positive, negative, given, shape, vae, settings, name, output, preview_every, checkpointing
         )
+        said = ""
         try:
             result = distil(
                 request,
                 lambda text: show_text(cls, text),
                 lambda losses, total: send_losses(cls, losses, total),
             )
-        except torch.cuda.OutOfMemoryError:
-            show_text(cls, OUT_OF_MEMORY.format(settings.at_once))
-            raise  # ComfyUI unloads all models
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            said = OUT_OF_MEMORY.format(count(settings.at_once, "sample"), str(error).splitlines()[0])
+        if said:
+            # Here the failed update's tensors are gone. ComfyUI unloads all models at this class of error.
+            show_text(cls, said)
+            raise torch.cuda.OutOfMemoryError(said)
         show_text(cls, result.text)
         patched, _ = apply_lora(result.file, model, 1.0)
         patched.set_attachments(METADATA_KEY, result.file.metadata)
         lora = FlashLora.of_file(result.path, name)
         losses = {"loss": result.losses}
         return io.NodeOutput(patched, lora, result.picture, result.text, losses, ui=chart(result.losses))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch found no memory: CUDA has an error class for it, Apple's GPUs and CPUs only words."""
+    words = str(error).lower()
+    return (
+        isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in words or "can't allocate memory" in words
+    )

@@ -214,7 +214,9 @@ def report_text(
     if any(b >= a for a, b in zip(before, after, strict=True)):
         lines += [
             "",
-            "At some step counts the LoRA is no nearer to the teacher than the model without it. Train longer.",
+            "At some step counts the latents are no nearer to the teacher's than without the LoRA. For prompts that "
+            "stand for many pictures this says little: a blur is near to all of them. Look at the pictures and measure "
+            "with Flash Evaluate; if it is no better there, train longer.",
         ]
     return "\n".join(lines)
 

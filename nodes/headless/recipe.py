@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..distil.training.settings import BUDGETS, DISTILLATION_MODES
+from ..distil.training.settings import DISTILLATION_MODES, PresetName
 from ..distil.training.state import safe_name
 from .models import Teacher
 from .runner import RECIPE
@@ -20,6 +20,13 @@ LOGGED = 20  # lines of the log, at least, for a short run
 PREVIEW_PROMPTS = 6
 CHECKPOINT_UPDATES = 100  # at most so many updates are lost where the process is killed
 KEY_LENGTH = 12  # hexadecimal digits in a folder's name
+
+# Updates and recorded trajectories. An update has 32 samples on the demo and 16 on large models, Flash Distill's 8.
+BUDGETS: dict[PresetName, tuple[int, int]] = {
+    "quick try": (100, 128),
+    "standard": (300, 512),
+    "thorough": (2000, 4096),
+}
 
 
 @dataclass(frozen=True)
@@ -114,12 +121,12 @@ class Request:
         fields: dict[str, Any] = {"preview": {"every": self.preview_every, "prompts": self._preview_prompts()}}
         budget = next((budget for name, budget in BUDGETS.items() if name == self.preset), None)
         if budget is not None:
-            updates = self.updates or budget.updates
+            updates = self.updates or budget[0]
             phase = {"name": "distillation", "updates": updates, "modes": list(DISTILLATION_MODES)}
             fields |= {
                 "preset": "best",
                 "phases": [phase],
-                "trajectories": {"count": self.trajectories or budget.trajectories, "split": False},
+                "trajectories": {"count": self.trajectories or budget[1], "split": False},
                 "log_every": max(1, min(10, updates // LOGGED)),
                 "checkpoint": {"every": CHECKPOINT_UPDATES},
             }

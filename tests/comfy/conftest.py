@@ -12,6 +12,8 @@ from .client import Client
 from .inside_comfyui import forks_of
 from .runtime import ROOT, load_runtime
 
+FAILING = Path(__file__).resolve().parent / "stand_ins" / "failing_pack"
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
@@ -30,8 +32,11 @@ def runtime() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="session")
 def server(runtime: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    """Start a ComfyUI with this extension, for all tests of the session."""
-    with runtime.serve(tmp_path_factory.mktemp("comfyui")) as running:
+    """Start a ComfyUI with this extension and a node that fails, for all tests of the session."""
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "failing").symlink_to(FAILING, target_is_directory=True)
+    with runtime.serve(base) as running:
         yield running
 
 

@@ -97,6 +97,23 @@ def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: C
     assert "choose another name. Then queue again: the distillation is kept" in message
 
 
+def test_after_an_update_without_memory_comfyui_works_and_the_run_goes_on(client: Client, server) -> None:
+    prompt = workflow("memory")
+    prompt["fails"] = prompts.node("OutOfMemoryOnce", model=["models", 0])
+    prompt["distil"]["inputs"]["model"] = ["fails", 0]
+    del prompt["evaluate"], prompt["grid"], prompt["figures"]
+    error = client.run(prompt).error
+    assert error is not None
+    assert error["node_type"] == "FlashDistill"
+    for words in ("Out of memory with 2 samples at once", "set 'at_once' to 1", "learnt so far is kept", "20.00 MiB"):
+        assert words in error["exception_message"]
+    assert "unloading all loaded models" in server.log.read_text()
+    again = client.run(prompt)
+    assert again.succeeded, again.error
+    assert "resumed at update 2" in again.outputs["text"]["text"][0]
+    assert client.latent(again, "latent").isfinite().all()
+
+
 def check_evaluation(client: Client, run: Run) -> None:
     """Check what Flash Evaluate says of the LoRA, and that its progress has an end."""
     (text,) = run.outputs["figures"]["text"]

@@ -177,9 +177,11 @@ def assert_the_second_run_is_cached(client: Client, prompt: dict[str, Any]) -> R
 
 
 def shortened(prompt: dict[str, Any]) -> dict[str, Any]:
-    """Return the workflow with a short distillation, if it has one."""
+    """Return the workflow with a short distillation and evaluation, if it has them."""
     for node in nodes_of(prompt, "FlashDistill"):
         prompt[node]["inputs"] |= {"updates": 2, "trajectories": 2, "samples": 2, "teacher_steps": 4}
+    for node in nodes_of(prompt, "FlashEvaluate"):
+        prompt[node]["inputs"] |= {"per_prompt": 2, "flash_steps": "1", "teacher_steps": 2}
     return prompt
 
 

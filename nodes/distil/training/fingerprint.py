@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VERSION = 1  # raise it where the same settings would train otherwise
+VERSION = 2  # raise it where the same settings would train otherwise
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 LENGTH = 12  # hexadecimal digits in a folder's name
 
@@ -39,11 +39,21 @@ class Fingerprint:
         return self
 
     def add_weights(self, network: nn.Module) -> Fingerprint:
-        """Add all weights and buffers of a network as they are now, with all patches in place."""
+        """Add all weights and buffers of a network as they are now, with all patches in place.
+
+        Loaders of quantised files (GGUF) list weights without values; then the packed weight itself is added, with its
+        attributes: the patches that it gets in each call are among them.
+        """
         for name, value in network.state_dict().items():
             self._tell(name)
-            if isinstance(value, Tensor):
-                self._tensor(value)
+            if not isinstance(value, Tensor):
+                continue
+            if value.is_meta:
+                packed = network.get_parameter(name)
+                self._add(packed.__dict__, set())
+                with torch._C.DisableTorchFunctionSubclass():
+                    value = packed.as_subclass(Tensor)
+            self._tensor(value)
         return self
 
     def _tell(self, text: str) -> None:

@@ -170,7 +170,7 @@ def demo(folder: Path) -> dict[str, Any]:
         try:
             _, resumed, _, text, _ = distil(model, clip=clip, name="stopped", **short)
         except torch.cuda.OutOfMemoryError as error:
-            places.append(str(error))
+            places.append(str(error).rpartition("(")[2].rstrip(")"))
             facts["changes"].append(not unchanged())
     loop.Training._clip, loop.RunFolder.save_part = usual
     facts["stopped at"] = places

@@ -52,13 +52,18 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def native_model(family: str) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL on the CPU in float32, its weights drawn from a fixed seed."""
+def native_config(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """ComfyUI's configuration of a tiny model, its weights of a data type, computed in float32."""
     kind, sizes = FAMILIES[family]
     config = kind(sizes)
     config.unet_config.update(sizes)
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
+    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
+    return config
+
+
+def native_model(family: str) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL on the CPU in float32, its weights drawn from a fixed seed."""
+    model = native_config(family).get_model({}, "")
     _draw_weights(model.diffusion_model)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model.eval(), cpu, cpu)
