@@ -29,9 +29,9 @@ NAMES = (
 )
 # The measured captions, and pictures of each.
 SETS = {
-    "new general captions": (("animal face", "heart", "fresh fruit", "garden plant"), 8),
-    "new names": (("pear", "tiger face", "grinning face", "wolf"), 8),
-    "trained": (("small animal", "tasty snack", "fox", "red apple"), 8),
+    "new general captions": (("animal face", "heart", "fresh fruit", "garden plant"), 24),
+    "new names": (("pear", "tiger face", "grinning face", "wolf"), 24),
+    "trained": (("small animal", "tasty snack", "fox", "red apple"), 24),
 }
 STEPS = "1, 2, 4"
 TEACHER_STEPS = 8
