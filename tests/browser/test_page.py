@@ -103,7 +103,7 @@ def test_loader_shows_its_card_and_saves_none_of_it(page: Page, errors: list[str
     page_proofs.set_values(page, "FlashLoraLoader", {"strength": 0.95})  # else it may be cached, and tells nothing
     page_proofs.run(page)
     card = page_proofs.panel_text(page, "flash_card")
-    assert "rank 8, scale 1, strength 0.95" in card
+    assert "rank 32, scale 1, strength 0.95" in card
     assert "124 of 124" in card
     saved = page.evaluate("window.app.graph.serialize().nodes.find(node => node.type === 'FlashLoraLoader')")
     assert saved["widgets_values"] == ["flash_demo.safetensors", 0.95, False]

@@ -265,7 +265,7 @@ def test_loader_and_sampler_tell_the_page_what_they_know(client: Client) -> None
     assert run.succeeded, run.error
     assert run.outputs[prompts.LORA]["flash_card"] == [
         ["made for", "the Flash demo"],
-        ["LoRA", "rank 8, scale 1, strength 0.97"],
+        ["LoRA", "rank 32, scale 1, strength 0.97"],
         ["layers", "124 of 124"],
         ["steps", "1 to 8, best 4"],
     ]

@@ -293,7 +293,7 @@ def tiny(family: str, folder: Path) -> dict[str, Any]:
         learning_rate=1e-2,
         updates=FALLS_IN,
         trajectories=8,
-        samples=8,
+        samples=4,
         teacher_steps=4,
         preview_every=0,
     )

@@ -124,6 +124,7 @@ def flags(model: Any) -> dict[str, Any]:
     before = drawn(model, positive, negative)
     said = ""
     as_gpu = patch.object(management, "is_device_cpu", lambda _: False)
+    management.unload_all_models()  # what is loaded stays, whatever the state
     with as_gpu, patch.object(management, "vram_state", management.VRAMState.NO_VRAM):
         try:
             distil(model, "novram", positive, negative)
