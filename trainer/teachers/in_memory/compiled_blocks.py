@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from torch import nn
-from torch._dynamo.callback import on_compile_end, on_compile_start
 
 from ...errors import UserError
 
@@ -37,6 +36,9 @@ class CompileClock:
         self.seconds = 0.0
         self.count = 0
         self._begun = 0.0
+        # Older torch has no such callbacks, and importing them takes a second that few runs need.
+        from torch._dynamo.callback import on_compile_end, on_compile_start
+
         on_compile_start(self._begin)
         on_compile_end(self._end)
 
@@ -78,8 +80,8 @@ def compile_blocks(network: ModelMixin, device: torch.device) -> CompileClock:
     if not blocks:
         raise UserError(f"speed.compile does not know the blocks of a {type(network).__name__}; leave it out")
     _check_compiler(device)
-    torch._dynamo.config.cache_size_limit = max(VARIANTS, torch._dynamo.config.cache_size_limit)
     clock = CompileClock()
+    torch._dynamo.config.cache_size_limit = max(VARIANTS, torch._dynamo.config.cache_size_limit)
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=BACKEND)
     return clock
