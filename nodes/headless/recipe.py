@@ -121,12 +121,12 @@ class Request:
         fields: dict[str, Any] = {"preview": {"every": self.preview_every, "prompts": self._preview_prompts()}}
         budget = next((budget for name, budget in BUDGETS.items() if name == self.preset), None)
         if budget is not None:
-            updates = self.updates or budget[0]
+            updates, trajectories = self.updates or budget[0], self.trajectories or budget[1]
             phase = {"name": "distillation", "updates": updates, "modes": list(DISTILLATION_MODES)}
             fields |= {
                 "preset": "best",
                 "phases": [phase],
-                "trajectories": {"count": self.trajectories or budget[1], "split": False},
+                "trajectories": {"count": trajectories, "split": False},
                 "log_every": max(1, min(10, updates // LOGGED)),
                 "checkpoint": {"every": CHECKPOINT_UPDATES},
             }
