@@ -132,6 +132,7 @@ def test_a_compact_base_is_another_teacher_of_fewer_bytes(
 def test_a_lora_of_a_compact_base_has_the_usual_keys_and_says_its_base(
     recipe_content: dict[str, Any], tmp_path: Path
 ) -> None:
+    recipe_content["lora"] = {"rank": 4, "targets": ["to_q", "conv1"]}  # linear layers and convolutions
     plain = parse_recipe(recipe_content)
     recipe_content["model"]["storage"] = "float8"
     stored = parse_recipe(recipe_content)
@@ -151,6 +152,7 @@ def test_a_lora_of_a_compact_base_has_the_usual_keys_and_says_its_base(
 
 
 def test_adapters_begin_as_on_the_plain_base(recipe_content: dict[str, Any]) -> None:
+    recipe_content["lora"] = {"rank": 4, "targets": ["to_q", "conv1"]}
     plain = assemble(parse_recipe(recipe_content), Accelerator())
     recipe_content["model"]["storage"] = "int8"
     stored = assemble(parse_recipe(recipe_content), Accelerator())

@@ -67,7 +67,9 @@ SCHEMES = {
 
 def weight_shape(layer: nn.Linear | nn.Conv2d) -> Size:
     """Return the shape of a layer's weight, also where its bits have another one."""
-    return layer.shape if isinstance(layer, (CompactLinear, CompactConv2d)) else layer.weight.shape
+    if isinstance(layer, (CompactLinear, CompactConv2d)) and layer.scheme is not None:
+        return layer.shape
+    return layer.weight.shape
 
 
 def store_compactly(network: nn.Module, name: str) -> None:
@@ -94,28 +96,38 @@ def store_compactly(network: nn.Module, name: str) -> None:
 
 
 class CompactLinear(nn.Linear):
-    """A linear layer whose weight is kept in few bits."""
+    """A linear layer whose weight is kept in few bits.
 
-    scheme: Scheme
+    peft makes a LoRA's own layers of the class of the layer that it adapts. They have no scheme, and plain weights.
+    """
+
+    scheme: Scheme | None = None
     shape: Size
     weight_scale: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias in the dtype of ``x``, or of autocast."""
+        if self.scheme is None:
+            return super().forward(x)
         x = x.to(_computed_in(x))
         out: Tensor = _Linear.apply(x, self.weight, self.weight_scale, self.scheme, self.shape)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class CompactConv2d(nn.Conv2d):
-    """A convolution whose weight is kept in few bits."""
+    """A convolution whose weight is kept in few bits.
 
-    scheme: Scheme
+    peft makes a LoRA's own layers of the class of the layer that it adapts. They have no scheme, and plain weights.
+    """
+
+    scheme: Scheme | None = None
     shape: Size
     weight_scale: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x`` (B, C, H, W) in its dtype, or of autocast."""
+        if self.scheme is None:
+            return super().forward(x)
         x = x.to(_computed_in(x))
         settings = (self.stride, self.padding, self.dilation, self.groups)
         stored = (self.weight, self.weight_scale, self.scheme, self.shape)
