@@ -154,7 +154,7 @@ def test_a_lora_of_a_compact_base_has_the_usual_keys_and_says_its_base(
 def test_adapters_begin_as_on_the_plain_base(recipe_content: dict[str, Any]) -> None:
     recipe_content["lora"] = {"rank": 4, "targets": ["to_q", "conv1"]}
     plain = assemble(parse_recipe(recipe_content), Accelerator())
-    recipe_content["model"]["storage"] = "int8"
+    recipe_content["model"]["storage"] = "nf4"
     stored = assemble(parse_recipe(recipe_content), Accelerator())
     first, second = (parts.trained.parameters["student"] for parts in (plain, stored))
     assert first.keys() == second.keys()

@@ -89,6 +89,8 @@ def store_compactly(network: nn.Module, name: str) -> None:
         layer: Any = module
         layer.shape = layer.weight.shape
         bits, scale = SCHEMES[name].encode(layer.weight.detach())
+        if bits.dim() != layer.weight.dim():  # peft counts a weight's dimensions
+            bits = bits.view(-1, *(1 for _ in layer.shape[1:]))
         layer.weight = nn.Parameter(bits, requires_grad=False)
         layer.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
         layer.scheme = SCHEMES[name]

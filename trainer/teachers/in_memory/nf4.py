@@ -36,9 +36,9 @@ def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_nf4(bits: Tensor, scale: Tensor | None, shape: Size, dtype: torch.dtype) -> Tensor:
-    """Return the weight of bits and factors."""
+    """Return the weight of bits (N / 2 in any shape) and factors."""
     assert scale is not None
-    pairs = F.embedding(bits.int(), _pairs(bits.device, dtype))
+    pairs = F.embedding(bits.flatten().int(), _pairs(bits.device, dtype))
     values = pairs.view(-1, BLOCK).mul_(scale).view(-1)
     return values[: shape.numel()].view(shape)
 
