@@ -295,6 +295,35 @@ def test_the_discriminator_sees_the_hint(folders: dict[str, Path], pictures: Pat
         assert float((one - two).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_controlnet_is_recomputed_too(folders: dict[str, Path], family: str) -> None:
+    """The adversarial loss goes back through it to the latents: the same gradient, of fewer activations."""
+    teacher = load_teacher(section(folders, family, folders[f"{family} controlnet"]))
+    denoiser, t = teacher.denoiser, torch.tensor([999.0, 249.0])
+    conditioning = teacher.unconditional(2).joined(Conditioning(hint=hints()))
+
+    def gradient() -> tuple[Tensor, int]:
+        kept = 0
+
+        def count(value: Tensor) -> Tensor:
+            nonlocal kept
+            kept += value.nbytes
+            return value
+
+        given = noise(teacher).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+            loss = denoiser.predict(given, t, conditioning).square().sum()
+        return torch.autograd.grad(loss, given)[0], kept
+
+    plain, _ = gradient()
+    denoiser.network.enable_gradient_checkpointing()
+    _, network_alone = gradient()
+    denoiser.recompute_activations()
+    again, kept = gradient()
+    assert torch.equal(again, plain)
+    assert kept < 0.75 * network_alone
+
+
 def test_a_dry_run_counts_the_network(folders: dict[str, Path], pictures: Path) -> None:
     content = tiny_recipe(folders["sdxl"], pictures) | {"task": {"name": "control"}}
     content["model"] = section(folders, "sdxl", folders["sdxl controlnet"]).model_dump()

@@ -150,7 +150,7 @@ def assemble(
     if start is not None:
         start_student(start, teacher)
     if recipe.gradient_checkpointing:
-        denoiser.network.enable_gradient_checkpointing()
+        denoiser.recompute_activations()
     if recipe.sharding == "base":
         teacher.weights_hash()
         shard_base(denoiser.network, accelerator)

@@ -69,6 +69,12 @@ class DiffusersDenoiser(ABC):
             if ".lora_" not in name and value.is_floating_point() and not name.endswith(".weight_scale")
         )
 
+    def recompute_activations(self) -> None:
+        """Keep few activations for backward passes, of the network and its ControlNet, and compute the others again."""
+        self.network.enable_gradient_checkpointing()
+        if self.control is not None:
+            self.control.recompute_activations()
+
     # -- what a family says ----------------------------------------------------------------------------------------
 
     @abstractmethod
