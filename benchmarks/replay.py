@@ -2,6 +2,7 @@
 
     python -m benchmarks.replay --output out/replay                       # distil, evaluate, print the table
     python -m benchmarks.replay --output out/replay --reuse 4             # one row, for several processes side by side
+    python -m benchmarks.replay --output out/equal --updates 200          # equal updates instead of equal passes
 
 A run with few uses spends its passes on new trajectories, a run with many uses on updates. The row "first" records all
 trajectories before training, and replaces none; it uses each as often as ``FIRST_USES`` says. A finished run is not
@@ -42,12 +43,14 @@ def total_passes(recipe: Recipe) -> float:
     return updates + recorded_trajectories(recipe) * trajectory_passes(recipe.method)
 
 
-def recipe_of(teacher: str, row: str, bank: int, passes: float, fields: list[str]) -> Recipe:
-    """Return the recipe of a row with as many updates as ``passes`` allow.
+def recipe_of(teacher: str, row: str, bank: int, work: float | int, fields: list[str]) -> Recipe:
+    """Return the recipe of a row.
 
     Args:
         row: uses of a trajectory, or ``first``.
         bank: trajectories held at once.
+        work: an int is the number of updates; a float is the number of passes, and the row gets as many updates as
+            they allow.
     """
     base = load_recipe(teacher)
 
@@ -56,8 +59,10 @@ def recipe_of(teacher: str, row: str, bank: int, passes: float, fields: list[str
         given = [f"phases.0.updates={updates}", f"trajectories.count={count}", *fields]
         return load_recipe(teacher, given if row == "first" else [*given, f"trajectories.reuse={row}"])
 
-    most = int(passes / base.batch_size)
-    too_many = bisect_right(range(1, most), passes, key=lambda updates: total_passes(with_updates(updates))) + 1
+    if isinstance(work, int):
+        return with_updates(work)
+    most = int(work / base.batch_size)
+    too_many = bisect_right(range(1, most), work, key=lambda updates: total_passes(with_updates(updates))) + 1
     return with_updates(max(1, too_many - 1))
 
 
@@ -66,7 +71,7 @@ def run(teacher: str, row: str, args: argparse.Namespace) -> None:
     folder = args.output / row
     if (folder / FACTS).is_file():
         return
-    recipe = recipe_of(teacher, row, args.bank, args.passes, args.set)
+    recipe = recipe_of(teacher, row, args.bank, args.updates or args.passes, args.set)
     began, cpu = time.monotonic(), time.process_time()
     lora = distil(recipe, folder / "run", resume=True)
     facts: dict[str, Any] = {
@@ -105,6 +110,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="glyphs", help="the recipe of the teacher (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--passes", type=float, default=60_000, help="passes of each run (default: %(default)s)")
+    parser.add_argument("--updates", type=int, help="updates of each run, in place of --passes")
     parser.add_argument("--bank", type=int, default=512, help="trajectories held at once (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=256, help="pictures of each evaluation (default: %(default)s)")
     parser.add_argument("--reuse", nargs="+", help="rows: uses, or the word first (default: all)")

@@ -162,7 +162,7 @@ class _Walk:
         in_dtype_of_base(recipe.model, outline)  # before the adapters, which stay float32
         add_adapters(outline.denoiser, recipe, family(recipe.model.family).default_targets)
         if recipe.gradient_checkpointing:
-            outline.denoiser.network.enable_gradient_checkpointing(checkpoint_on_cuda(self.meter.again))
+            outline.denoiser.recompute_activations(checkpoint_on_cuda(self.meter.again))
         self.base_values = outline.parameters
         with self.meter:
             self.teacher = pretend_teacher(recipe.model, outline, source, self.fakes)
@@ -306,7 +306,7 @@ class _Walk:
         denoiser, meter = self.teacher.denoiser, self.meter
         z, t, conditioning = self._asked(1)
         if self.recipe.gradient_checkpointing:
-            denoiser.network.disable_gradient_checkpointing()
+            denoiser.keep_activations()
         autocast = self.accelerator.autocast
         with meter, meter.moment("needed by the student") as student, autocast(), denoiser.role("student"):
             denoiser.predict(z, t, conditioning).sum().backward()
@@ -315,7 +315,7 @@ class _Walk:
         with meter, meter.moment("needed to the input") as back:
             torch.autograd.grad([value.float().sum() for value in maps], z)
         if self.recipe.gradient_checkpointing:
-            denoiser.network.enable_gradient_checkpointing(checkpoint_on_cuda(meter.again))
+            denoiser.recompute_activations(checkpoint_on_cuda(meter.again))
         for value in self.parts.trained.parameters["student"].values():
             value.grad = None
         forward = of_base(one) / (GUIDED * self.recipe.batch_size)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import ControlNetModel, ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -69,11 +69,25 @@ class DiffusersDenoiser(ABC):
             if ".lora_" not in name and value.is_floating_point() and not name.endswith(".weight_scale")
         )
 
-    def recompute_activations(self) -> None:
-        """Keep few activations for backward passes, of the network and its ControlNet, and compute the others again."""
-        self.network.enable_gradient_checkpointing()
-        if self.control is not None:
-            self.control.recompute_activations()
+    def recompute_activations(self, checkpoint: Callable[..., Any] | None = None) -> None:
+        """Keep few activations for backward passes, of the network and its ControlNet, and compute the others again.
+
+        Args:
+            checkpoint: computes a block, and computes it again in the backward pass. Default: torch's checkpointing.
+        """
+        for part in self._differentiated():
+            part.enable_gradient_checkpointing(checkpoint)
+
+    def keep_activations(self) -> None:
+        """Keep all activations again."""
+        for part in self._differentiated():
+            part.disable_gradient_checkpointing()
+
+    def _differentiated(self) -> Iterator[ModelMixin]:
+        """Yield the networks that backward passes go through: a T2I-adapter reads the hint alone, and is none."""
+        yield self.network
+        if self.control is not None and isinstance(self.control.network, ControlNetModel):
+            yield self.control.network
 
     # -- what a family says ----------------------------------------------------------------------------------------
 

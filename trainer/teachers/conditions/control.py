@@ -86,11 +86,6 @@ class Control:
                 f"{width} x {height}; choose such a resolution"
             )
 
-    def recompute_activations(self) -> None:
-        """Keep few activations of a ControlNet for backward passes. A T2I-adapter has none: it reads the hint alone."""
-        if isinstance(self.network, ControlNetModel):
-            self.network.enable_gradient_checkpointing()
-
     def __call__(self, z_t: Tensor, t: Tensor, conditioning: Conditioning, added: dict[str, Any]) -> dict[str, Any]:
         """Return the UNet's arguments for the hint (B, 3, H, W) in [0, 1].
 
