@@ -88,13 +88,16 @@ class StandIn:
             return torch.zeros(len(images), *self.latent_shape)
         return adaptive_avg_pool2d(images, 1)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], *, warn: bool = True) -> Conditioning:
         """Return a few numbers of each prompt."""
         return Conditioning(cross_attention=torch.tensor([[[float(len(text)), 1.0]] for text in prompts]))
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[bool]:
         """Return False for each prompt."""
         return [False] * len(prompts)
+
+    def warn_of_cut(self, prompts: Sequence[str], count: int | None = None) -> None:
+        """Do nothing: no prompt is cut."""
 
     def unconditional(self, batch: int) -> Conditioning:
         """Return the conditions of the empty prompt."""

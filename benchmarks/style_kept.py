@@ -63,7 +63,7 @@ def measure(comfyui: str, style: Path, output: Path) -> dict[str, Any]:
         styled = FlashLoraStack.execute(plain, "none", 1.0, style_1=style.name, style_1_strength=1.0).args[0]
         begin = time.process_time()
         settings = {"name": "styled", "preset": "quick try", "width": 0, "height": 0, "guidance": 0.0, "seed": 0}
-        student = FlashDistill.execute(
+        student = FlashDistill.train(
             styled, prompts="\n".join(TRAINED), clip=clip, vae=vae, preview_every=0, **settings
         ).args[0]
         seconds = time.process_time() - begin

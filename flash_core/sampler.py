@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
@@ -19,6 +20,7 @@ def few_step_sample(
     noise: Callable[[], Tensor],
     *,
     stochasticity: float | Sequence[float] = 1.0,
+    second_order: bool = False,
     end: tuple[float, float] | None = None,
     callback: SampleCallback | None = None,
 ) -> Tensor:
@@ -33,6 +35,8 @@ def few_step_sample(
             stream is used as diffusers' few-step scheduler uses it, and never when it is 0.
         stochasticity: 1 re-noises with fresh noise (the paper), 0 with the noise that z0 implies (DDIM); in between
             the two are mixed at unit variance. One number, or N - 1 numbers: one for each transition.
+        second_order: extrapolate z0 from this and the last prediction on the way to the next level, as DPM-Solver++(2M)
+            does (arXiv 2211.01095, algorithm 2); the first and the last step are of first order. Default: False.
         end: ``(alpha, sigma)`` of the level at which the result lies, with the noise that the last z0 implies.
             Default: the last z0.
         callback: ``(i, z0, z)`` after each prediction.
@@ -51,22 +55,33 @@ def few_step_sample(
         )
     z0 = z
     for index in range(len(sigmas)):
-        z0 = denoise(z, index)
+        before, z0 = z0, denoise(z, index)
         if callback is not None:
             callback(index, z0, z)
         if index + 1 == len(sigmas):
             break
+        mean = z0
+        if second_order and index > 0:
+            mean = z0 + (z0 - before) * _next_half(alphas[index - 1 : index + 2], sigmas[index - 1 : index + 2])
         share = shares[index]
         if share == 1:
             eps = noise()
         else:
-            eps = (z - alphas[index] * z0) / sigmas[index]
+            eps = (z - alphas[index] * mean) / sigmas[index]
             if share > 0:
                 eps = (1 - share**2) ** 0.5 * eps + share * noise()
-        z = alphas[index + 1] * z0 + sigmas[index + 1] * eps
+        z = alphas[index + 1] * mean + sigmas[index + 1] * eps
     if end is None:
         return z0
     return end[0] * z0 + end[1] * (z - alphas[-1] * z0) / sigmas[-1]
+
+
+def _next_half(alphas: Sequence[float], sigmas: Sequence[float]) -> float:
+    """Return half of the next step over the last one, in log(alpha/sigma), of the levels before, now and next."""
+    before, now, after = (
+        math.log(alpha / sigma) if alpha > 0 else -math.inf for alpha, sigma in zip(alphas, sigmas, strict=True)
+    )
+    return (after - now) / (now - before) / 2  # 0 where the run began at pure noise
 
 
 def generator_noise(like: Tensor, generator: torch.Generator) -> Callable[[], Tensor]:

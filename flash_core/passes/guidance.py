@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
 from ..process import NUM_TIMESTEPS, Process
 from ..settings import DistillerSettings
@@ -32,14 +32,16 @@ def within(interval: tuple[int, int] | None, fraction: float) -> bool:
 
 
 def guided_rows(
-    settings: DistillerSettings, process: Process, t: Tensor, scales: Scales | None = None
+    settings: DistillerSettings, process: Process, times: Sequence[float], scales: Scales | None = None
 ) -> list[int] | None:
-    """Return the samples of a batch that are guided, at timesteps ``t`` (B,); None for all of them.
+    """Return the samples of a batch that are guided; None for all of them.
 
-    Waits for the device only where the settings guide on an interval.
+    Args:
+        times: the B timesteps as numbers, which are drawn on the CPU: reading them from the device would wait for it.
+        scales: as for :func:`is_guided`.
     """
     if (scales or settings.guidance) == NONE:
         return []
     if settings.guidance_interval is None:
         return None
-    return [row for row, value in enumerate(t.tolist()) if is_guided(settings, process, value, scales)]
+    return [row for row, value in enumerate(times) if is_guided(settings, process, value, scales)]

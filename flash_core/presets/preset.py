@@ -15,10 +15,12 @@ from ..grid import trailing_timesteps
 from ..process import FlowProcess, Process, ProcessKind
 
 # diffusers' schedulers: LCMScheduler, DDIMScheduler, EulerDiscreteScheduler, TCDScheduler,
-# FlowMatchEulerDiscreteScheduler.
-Scheduler: TypeAlias = Literal["LCM", "DDIM", "Euler", "TCD", "flow Euler"]
-# The trailing timesteps, or those that diffusers' scheduler takes where a pipeline is given a step count alone.
-Timesteps: TypeAlias = Literal["trailing", "reference"]
+# FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler.
+Scheduler: TypeAlias = Literal["LCM", "DDIM", "Euler", "TCD", "flow Euler", "flow DPM-Solver++"]
+# The trailing timesteps; those that diffusers' scheduler takes where a pipeline is given a step count alone; or those
+# of DPMSolverMultistepScheduler for flow models, .1 % before the trailing ones.
+Timesteps: TypeAlias = Literal["trailing", "reference", "solver"]
+SOLVER_START = 0.999  # of the fraction of the schedule: the scheduler leaves out the last of 1000 timesteps
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,12 @@ class Preset:
     @property
     def kind(self) -> ProcessKind:
         """The kind of process that the preset's models have."""
-        return "flow" if self.scheduler == "flow Euler" else "vp"
+        return "flow" if self.scheduler.startswith("flow") else "vp"
+
+    @property
+    def second_order(self) -> bool:
+        """Whether a step reads the last two predictions; see :func:`~..sampler.few_step_sample`."""
+        return self.scheduler == "flow DPM-Solver++"
 
     def process(self, process: Process) -> Process:
         """Return the model's process, with the preset's shift where it has one."""
@@ -76,6 +83,8 @@ class Preset:
             process: the model's; for a preset with a shift the shift's takes its place.
         """
         process = self.process(process)
+        if self.timesteps == "solver":
+            return [process.timestep(SOLVER_START * (1 - index / steps)) for index in range(steps)]
         return (
             process.reference_timesteps(steps) if self.timesteps == "reference" else trailing_timesteps(process, steps)
         )
@@ -83,7 +92,7 @@ class Preset:
     def stochasticity(self, process: Process, timesteps: Sequence[float]) -> tuple[float, ...]:
         """Return the share of fresh noise between each two of a run's N timesteps: N - 1 numbers in 0..1.
 
-        LCM adds fresh noise alone, DDIM and Euler none. TCD goes without noise to ``s = floor((1 - gamma) t)``, and
+        LCM adds fresh noise alone, the others but TCD none. TCD goes without noise to ``s = floor((1 - gamma) t)``, and
         adds noise from there to ``t``, the next timestep (arXiv 2402.19159, algorithm 4). Of the noise at ``t``, the
         part ``sqrt(1 - alpha_t^2 / alpha_s^2)`` is fresh; its share is this part over ``sigma_t``.
         """
@@ -132,6 +141,7 @@ class Preset:
             "DDIM": "DDIM, no fresh noise",
             "Euler": "Euler, no fresh noise",
             "flow Euler": "Euler, no fresh noise",
+            "flow DPM-Solver++": "DPM-Solver++ of second order, no fresh noise",
         }[self.scheduler]
 
 

@@ -206,6 +206,19 @@ PRESETS: tuple[Preset, ...] = (
         names=_names(rf"z image fun lora distill {_N}(?: \d{{4}})?"),
         note="The card names no shift: the model's own is used.",
     ),
+    Preset(
+        "tdm-sd3",
+        "TDM for SD3",
+        ("sd3",),
+        "flow DPM-Solver++",
+        "solver",
+        steps=(4,),
+        strength=0.125,
+        shift=6.0,
+        source="https://github.com/Luo-Yihong/TDM",  # its card on huggingface.co says the same
+        names=_names(r"tdm (?P<sd3>sd3) lora"),
+        note="The authors write that the shift may be any from 1 to 6.",
+    ),
 )
 
 

@@ -42,14 +42,16 @@ def real_and_fake(
     with torch.no_grad():
         if settings.dmd.form == "trajectory":
             steps = max(settings.states.steps)
-            z_t, t = diffused_from_segment_end(process, z_student, rollout, steps, (low, high), generator)
+            z_t, drawn = diffused_from_segment_end(process, z_student, rollout, steps, (low, high), generator)
+            t = drawn.to(z_student.device)
         else:
-            t = process.uniform_timestep(integers(low, high, len(z_student), generator).to(z_student.device))
+            drawn = process.uniform_timestep(integers(low, high, len(z_student), generator))
+            t = drawn.to(z_student.device)
             z_t = process.add_noise(z_student, normal(z_student, generator), t)
         if settings.dmd.form == "decoupled":
             real = _decoupled(denoiser, z_student, z_t, t, rollout, scale, low, generator)
         else:
-            rows = guided_rows(settings, process, t, scales_of(settings))
+            rows = guided_rows(settings, process, drawn.tolist(), scales_of(settings))
             real = guided_z0(denoiser, z_t, t, rollout.conditioning, rollout.unconditional, scale, rows)
         with denoiser.role(settings.fake_score):
             fake = predict_z0(denoiser, z_t, t, rollout.conditioning)
@@ -126,6 +128,7 @@ def critic_loss(
             raise ValueError("the form 'trajectory' needs rollout=, the starts of the samples that the critic learns")
         steps = max(settings.states.steps)
         z_t, t = diffused_from_segment_end(process, z_student, rollout, steps, bounds_of(settings), generator)
+        t = t.to(z_student.device)
         alpha, sigma = (broadcast(value, z_t) for value in process.alpha_sigma(t))
         noise = (z_t - alpha * z_student) / sigma
     else:

@@ -55,7 +55,9 @@ def diffused_from_segment_end(
     bounds: tuple[int, int],
     generator: Random,
 ) -> tuple[Tensor, Tensor]:
-    """Return the student's state at the end of its segment, diffused on: (B, C, H, W), and the timesteps (B,).
+    """Return the student's state at the end of its segment, diffused on (B, C, H, W), and the timesteps (B,).
+
+    The timesteps are on the CPU, so that reading them does not wait for the device.
 
     ``x_tau = a x' + sqrt(sigma_tau^2 - a^2 sigma'^2) eps`` with ``a = alpha_tau / alpha'`` and x' at the segment's end;
     tau is uniform between that level and ``bounds[1]``, but not below ``bounds[0]``, in uniform time 0..999.
@@ -66,8 +68,8 @@ def diffused_from_segment_end(
     lowest = [max(bounds[0], math.ceil(NUM_TIMESTEPS * end)) for end in ends]
     share = uniform(len(ends), generator).tolist()
     tau = [low + int(part * max(bounds[1] - low + 1, 1)) for low, part in zip(lowest, share, strict=True)]
-    t = process.uniform_timestep(torch.tensor(tau, device=z_student.device))
-    alpha_tau, sigma_tau = (broadcast(value, state) for value in process.alpha_sigma(t))
+    t = process.uniform_timestep(torch.tensor(tau))
+    alpha_tau, sigma_tau = (broadcast(value, state) for value in process.alpha_sigma(t.to(state.device)))
     ratio = alpha_tau / alpha
     spread = (sigma_tau.square() - (ratio * sigma).square()).clamp_min(0).sqrt()
     return ratio * state + spread * normal(state, generator), t
@@ -106,6 +108,6 @@ def inner_point(begin: float, end: float, share: float) -> float:
 
 def guided_by_teacher(denoiser: Denoiser, settings: DistillerSettings, rollout: Rollout) -> Tensor:
     """Return the guided prediction z0 of the current role at the rollout's start."""
-    rows = guided_rows(settings, denoiser.process, rollout.t)
+    rows = guided_rows(settings, denoiser.process, rollout.starts)
     parts = rollout.conditioning, rollout.unconditional, rollout.guidance
     return guided_z0(denoiser, rollout.z_t, rollout.t, *parts, rows)

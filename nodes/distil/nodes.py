@@ -14,6 +14,7 @@ from comfy_api.v0_0_2 import io
 from ..lora.loaded import LOADED_KEY, check_single_flash
 from ..lora.patches import apply_lora
 from ..shared.inputs import MAX_SEED, fixed_latent
+from ..shared.lists import joined
 from ..shared.model_facts import METADATA_KEY, check_makes_pictures, check_vae, model_base
 from ..shared.page import chart, send_losses
 from ..shared.process import process_of
@@ -116,7 +117,8 @@ class FlashDistill(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="Encoded prompts in place of the text: join several with Conditioning (Combine).",
+                    tooltip="Encoded prompts in place of the text: several joined with Conditioning (Combine), or the "
+                    "list of a dataset node.",
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -222,6 +224,15 @@ class FlashDistill(io.ComfyNode):
                     tooltip="On: the backward pass computes activations again, block by block. Needs much less memory, "
                     "and about a third more time. The result differs by rounding only.",
                 ),
+                advanced(
+                    io.Boolean.Input,
+                    "critic",
+                    default=False,
+                    optional=True,
+                    tooltip="On: the last 30 % of the updates match the distribution of single steps with the "
+                    "teacher's. A second LoRA, the critic, learns what the student draws. For experiments: needs more "
+                    "memory and time.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -239,10 +250,16 @@ class FlashDistill(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
+            is_input_list=True,
         )
 
     @classmethod
-    def execute(
+    def execute(cls, **inputs: list[Any]) -> io.NodeOutput:
+        """Join the lists of the inputs, and :meth:`train` once."""
+        return cls.train(**joined(inputs))
+
+    @classmethod
+    def train(
         cls,
         model: ModelPatcher,
         prompts: str,
@@ -262,6 +279,7 @@ class FlashDistill(io.ComfyNode):
         adversarial: bool = False,
         preview_every: int = 25,
         checkpointing: bool = False,
+        critic: bool = False,
         clip: CLIP | None = None,
         vae: VAE | None = None,
         positive: list[Any] | None = None,
@@ -291,6 +309,7 @@ class FlashDistill(io.ComfyNode):
             replays=given is None,
             seed=seed,
             adversarial=adversarial,
+            critic=critic,
             guidance=guidance,
             rank=rank,
             learning_rate=learning_rate,

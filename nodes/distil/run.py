@@ -118,7 +118,11 @@ def distil(
         face.start(training, bench)
         if BEFORE not in training.notes:
             training.notes[BEFORE] = list(bench.errors().values())
-        training.run()
+        try:
+            training.run()
+        except BaseException:
+            tell(f"stopped at update {training.update} of {settings.budget.updates}; what is learnt is kept")
+            raise
         with training.average.applied():
             modules = denoiser.adapter("student")
             after = list(bench.errors().values())
@@ -194,7 +198,7 @@ def report_text(
     band = max(1, min(BAND, len(losses) // 3))
     height, width = request.shape[1:]
     source = f"{settings.budget.trajectories} recorded solutions of the teacher" if settings.replays else "your latents"
-    last = ", the last of them with the adversarial loss on the first step" if settings.adversarial else ""
+    last = f", the last of them with {settings.last_terms} on the first step" if settings.last_terms else ""
     lines = [
         f"{request.name}: {count(training.update, 'update')} of {settings.at_once * settings.batches} samples{last}",
         f"from {source}, {count(len(training.examples.conditions), 'prompt')}, latents of {width} x {height}",
@@ -252,6 +256,9 @@ class Face:
         self.decode = decoder(request, denoiser)
         self.drawn: tuple[Training, Bench] | None = None
         self._told = 0.0
+        learners = {"the discriminator": request.settings.adversarial, "the critic": request.settings.critic}
+        names = [name for name, learns in learners.items() if learns]
+        self._helpers = f"{' and '.join(names)} learn{'s' * (len(names) == 1)}"
 
     def start(self, training: Training, bench: Bench) -> None:
         """Give what the pictures are drawn with."""
@@ -285,7 +292,7 @@ class Face:
             left = f", {in_minutes(seconds)} left"
         doing = {
             "trajectories": f"the teacher draws: {progress.done} of {progress.total}",
-            "discriminator": f"the discriminator learns: {progress.done} of {progress.total}",
+            "helpers": f"{self._helpers} before the last updates: {progress.done} of {progress.total}",
             "updates": f"update {progress.done} of {progress.total}",
         }[progress.doing]
         losses = "\n".join(f"{name} {value:.4g}" for name, value in progress.terms.items() if name != "total")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..distil.training.state import runs_in
 from ..shared.schema import count
 from .runner import DONE, IN_QUEUE, LOG, LORA, PROGRESS, RUNNING, STOP, WAITING, Job, jobs, last_words, read_job
 
@@ -128,11 +130,47 @@ def in_minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def table(runs: Path, alive: bool) -> str:
-    """Return all runs with their states, one a line, in the order in which they were queued."""
+def table(runs: Path, in_graph: Path, alive: bool) -> str:
+    """Return all runs with their states and sizes on disk, one a line.
+
+    Args:
+        runs: the folder of headless runs, which come first, in the order in which they were queued.
+        in_graph: the folder of Flash Distill's runs.
+        alive: whether the process of the queue is at work.
+    """
     found: dict[Path, Job] = jobs(runs)
-    lines = [f"{folder.name}: {describe(folder, alive)}" for folder in found]
-    return "\n".join(lines) or f"There is no run in {runs}. Flash Distill Headless begins one."
+    lines = [f"{folder.name}: {describe(folder, alive)} ({_on_disk(folder)})" for folder in found]
+    beside = [f"{folder.name}: {state} ({_on_disk(folder)})" for folder, state in runs_in(in_graph).items()]
+    if beside:
+        lines += [*([""] if lines else []), "Flash Distill:", *beside]
+    return "\n".join(lines) or f"There is no run in {runs} or {in_graph}. Flash Distill begins one."
+
+
+def remove(name: str, runs: Path, in_graph: Path, alive: bool) -> str:
+    """Delete a run's folder, and return what was freed. Its LoRA in ``models/loras`` stays.
+
+    Args:
+        name: of the folder, as :func:`table` lists it.
+
+    Raises:
+        ValueError: there is no such run, or the run waits or is at work.
+    """
+    found = {folder.name: folder for folder in (*runs_in(in_graph), *jobs(runs))}
+    folder = found.get(name)
+    if folder is None or folder.is_symlink():
+        raise ValueError(f"There is no run {name!r}. Copy the name from the list: {', '.join(found) or 'it is empty'}.")
+    job = read_job(folder)
+    if job is not None and job.state in IN_QUEUE and alive:
+        raise ValueError(f"{name} is in the queue: {describe(folder, alive)}. Stop it first: action 'stop'.")
+    freed = _on_disk(folder)
+    shutil.rmtree(folder)
+    return f"{name} is removed: {freed} are free"
+
+
+def _on_disk(folder: Path) -> str:
+    """Return the size of a folder's files: "12.3 MB"."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def is_finished(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import folder_paths
 from comfy_api.v0_0_2 import io
 
+from ..distil.nodes import RUNS as IN_GRAPH
 from ..distil.training.settings import PRESET_NAMES
 from ..shared.inputs import NONE
 from ..shared.page import chart, send_losses
@@ -287,11 +288,23 @@ class FlashDistillRuns(io.ComfyNode):
             branch="training",
             node_id="FlashDistillRuns",
             display_name="Flash Distill Runs",
-            search_aliases=["training queue", "list runs", "headless", "distill", "progress"],
-            description="List the runs of Flash Distill Headless with their states, in the order of the queue.",
-            inputs=[],
+            search_aliases=["training queue", "list runs", "headless", "distill", "progress", "free disk", "prune"],
+            description="List the runs of Flash Distill Headless and of Flash Distill, with their states and sizes on "
+            "disk. Runs that are not needed any more can be removed.",
+            inputs=[
+                advanced(
+                    io.String.Input,
+                    "remove",
+                    default="",
+                    optional=True,
+                    tooltip="The name of a run's folder, as in the list: the folder is deleted. Its LoRA in "
+                    "models/loras stays. Empty: nothing is deleted.",
+                )
+            ],
             outputs=[
-                io.String.Output(display_name="text", tooltip="A line for each run: its folder's name and its state.")
+                io.String.Output(
+                    display_name="text", tooltip="A line for each run: its folder's name, its state and its size."
+                )
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -303,12 +316,14 @@ class FlashDistillRuns(io.ComfyNode):
         return uuid.uuid4().hex
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        """Show the list on the node."""
-        from .following import table
+    def execute(cls, remove: str = "") -> io.NodeOutput:
+        """Remove a run if asked to, and show the list on the node."""
+        from . import following
         from .starting import queue_lives, runs_folder
 
         runs = runs_folder()
-        text = table(runs, queue_lives(runs))
+        folders = (runs, runs.parent / IN_GRAPH, queue_lives(runs))
+        removed = f"{following.remove(remove.strip(), *folders)}\n\n" if remove.strip() else ""
+        text = removed + following.table(*folders)
         show_text(cls, text)
         return io.NodeOutput(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,30 @@ BUDGETS: dict[PresetName, tuple[int, int]] = {
     "standard": (300, 512),
     "thorough": (2000, 4096),
 }
+
+
+# Fields of a recipe that the trainer's errors name, and the inputs that they come from.
+INPUTS = {
+    "model.path": "model",
+    "model.config": "config",
+    "data.path": "dataset",
+    "data.resolution": "resolution",
+    "method.guidance": "guidance",
+    "lora.rank": "rank",
+    "optimizer.lr": "learning_rate",
+    "trajectories.count": "trajectories",
+    "batch_size": "at_once",
+}
+
+
+def inputs_named_in(words: str) -> str:
+    """Return a sentence that says which inputs the fields in a trainer's error are; empty where it names none."""
+    named = [
+        f"{field} is the input '{name}'"
+        for field, name in INPUTS.items()
+        if re.search(rf"(?<![\w.]){re.escape(field)}(?![\w.]\w)", words)
+    ]
+    return f"In this node {', '.join(named)}." if named else ""
 
 
 @dataclass(frozen=True)

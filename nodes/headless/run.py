@@ -27,7 +27,7 @@ from .following import (
     seconds_of,
     warnings_of,
 )
-from .recipe import Request
+from .recipe import Request, inputs_named_in
 from .runner import FAILED, IN_QUEUE, LOG, LORA, STOPPED, WAITING, ask_to_stop, jobs, publish, read_job, write_job
 from .starting import check_packages, queue_lives, queue_log, queue_run, start_queue
 
@@ -108,7 +108,8 @@ class HeadlessRun:
             self.stop()
             raise
         if job is not None and job.state == FAILED:
-            raise ValueError(f"{job.reason}\nThe trainer's whole output: {self.folder / LOG}")
+            lines = [job.reason, inputs_named_in(job.reason), f"The trainer's whole output: {self.folder / LOG}"]
+            raise ValueError("\n".join(line for line in lines if line))
         if job is None or job.state == STOPPED:
             raise ValueError(f"{describe(self.folder, alive)}. Queue again to go on. Its folder: {self.folder}")
 

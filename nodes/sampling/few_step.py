@@ -310,6 +310,7 @@ def sample_flash(
         sigmas=levels,
         noise=fresh,
         stochasticity=transitions.stochasticity,
+        second_order=transitions.second_order,
         end=transitions.end if whole else None,
         callback=report,
     )

@@ -29,12 +29,14 @@ class Transitions:
         stochasticity: the share of fresh noise in 0..1; or one for each transition.
         text: the share or the preset, with the reason, for the node's face; empty where there is nothing to tell.
         starts_at_sigma: see :attr:`~...flash_core.presets.Preset.starts_at_sigma`.
+        second_order: see :attr:`~...flash_core.presets.Preset.second_order`.
         end: see :meth:`~...flash_core.presets.Preset.end`.
     """
 
     stochasticity: float | tuple[float, ...]
     text: str
     starts_at_sigma: bool = False
+    second_order: bool = False
     end: tuple[float, float] | None = None
 
 
@@ -53,7 +55,7 @@ def preset_transitions(
     if given is not None and len(timesteps) > 1:
         text += f"; stochasticity {given:g} in place of it"
     share = preset.stochasticity(process, timesteps) if given is None else given
-    return Transitions(share, text, preset.starts_at_sigma, preset.end(process))
+    return Transitions(share, text, preset.starts_at_sigma, preset.second_order and given is None, preset.end(process))
 
 
 def choose_stochasticity(

@@ -67,11 +67,11 @@ def figures(text: str) -> dict[int, tuple[float, float]]:
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
-PRESET = prompts.ROOT / "trainer" / "recipes" / "presets" / "best.yaml"
+PRESETS = prompts.ROOT / "trainer" / "recipes" / "presets"
 
 
 def test_numbers_by_size_and_family_are_those_of_the_trainers_preset_best(facts) -> None:
-    best, node = yaml.safe_load(PRESET.read_text(encoding="utf-8")), facts["settings"]
+    best, node = yaml.safe_load((PRESETS / "best.yaml").read_text(encoding="utf-8")), facts["settings"]
     for name, field in (
         ("LEARNING_RATES", "optimizer.lr"),
         ("DISCRIMINATOR_RATES", "optimizer.discriminator_lr"),
@@ -87,6 +87,13 @@ def test_numbers_by_size_and_family_are_those_of_the_trainers_preset_best(facts)
         assert [guidance, guidance] == method["guidance"]
         assert steps == method["teacher_steps"]
         assert targets == own.get("lora", {}).get("targets", common["lora"]["targets"])
+
+
+def test_the_critic_learns_as_in_the_trainers_preset_tdm(facts) -> None:
+    tdm, node = yaml.safe_load((PRESETS / "tdm.yaml").read_text(encoding="utf-8")), facts["settings"]
+    rates = {float(size): rate for size, rate in tdm["by_size"]["optimizer.critic_lr"].items()}
+    assert dict(map(tuple, node["DISCRIMINATOR_RATES"])) == rates
+    assert node["critic's warm-up"] == tdm["common"]["method"]["critic"]["warmup"]
 
 
 def test_rates_between_two_sizes_lie_on_a_line_in_their_logarithms(facts) -> None:
@@ -119,10 +126,12 @@ def test_the_model_keeps_its_bits_after_success_and_failure(facts) -> None:
 
 def test_a_run_that_stopped_anywhere_ends_with_the_bits_of_one_that_did_not(facts) -> None:
     demo = facts["demo"]
-    assert demo["stopped at"] == ["trajectories", "updates", "discriminator"]
+    assert demo["stopped at"] == ["trajectories", "updates", "helpers"]
     assert demo["same bits"]
     assert demo["same state"]
-    assert "6 updates of 4 samples, the last of them with the adversarial loss" in demo["resumed"]
+    assert "6 updates of 4 samples" in demo["resumed"]
+    assert "the last of them with the adversarial loss and distribution matching on the first step" in demo["resumed"]
+    assert demo["helpers moved"] == [True, True]
     assert "resumed at update 4" in demo["resumed"]
     assert demo["finished run again"]
 

@@ -47,6 +47,11 @@ def test_a_run_outlives_its_comfyui_and_resumes_to_the_bits_of_a_run_without_a_s
     (text,) = queued.outputs[TEXT]["text"]
     assert "unpaused: waiting: 1 run before it" in text
 
+    (waiting,) = (server.base / "output" / "flash_distill_headless").glob("unpaused-*")
+    error = client.run({"runs": prompts.node("FlashDistillRuns", remove=waiting.name)}).error
+    assert error is not None
+    assert f"{waiting.name} is in the queue: waiting: 1 run before it. Stop it first" in error["exception_message"]
+
     client.run(workflow("unwanted", BACKGROUND))
     unwanted = client.run(workflow("unwanted", "stop"))
     assert "unwanted: stopped: it was taken out of the queue" in unwanted.outputs[TEXT]["text"][0]
@@ -83,6 +88,6 @@ def test_a_run_outlives_its_comfyui_and_resumes_to_the_bits_of_a_run_without_a_s
     listed = client.run(
         {"runs": prompts.node("FlashDistillRuns"), "text": prompts.node("PreviewAny", source=["runs", 0])}
     )
-    lines = listed.outputs["text"]["text"][0].splitlines()
+    lines = listed.outputs["text"]["text"][0].partition("\n\nFlash Distill:")[0].splitlines()
     assert [line.split("-")[0] for line in lines] == ["unpaused", "unwanted", "paused"]
     assert ["done: models/loras/" in line for line in lines] == [True, False, True]

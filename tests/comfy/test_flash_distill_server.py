@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from . import prompts
@@ -73,7 +74,7 @@ def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: C
     stopped = client.run(workflow("stopped"), interrupt_at_step=3, of=UPDATES)
     assert stopped.interrupted
     assert "sampler" not in stopped.executed
-    assert "update 3 of 8" in stopped.texts["distil"] or "update 2 of 8" in stopped.texts["distil"]
+    assert re.search(r"stopped at update [3-7] of 8; what is learnt is kept", stopped.texts["distil"])
     resumed = client.run(workflow("stopped"))
     assert resumed.succeeded, resumed.error
     (text,) = resumed.outputs["text"]["text"]
@@ -95,6 +96,70 @@ def test_interrupted_and_queued_again_it_gives_the_bits_of_a_whole_run(client: C
     message = error["exception_message"]
     assert f"The LoRA cannot be saved as {loras / 'taken' / 'my_flash.safetensors'}: File exists." in message
     assert "choose another name. Then queue again: the distillation is kept" in message
+
+
+def test_it_trains_once_on_the_lists_of_cores_dataset_nodes(client: Client, server) -> None:
+    """Pictures and captions of a folder: ComfyUI would run an ordinary node once for each entry of a list."""
+    folder = server.base / "input" / "squares"
+    folder.mkdir(parents=True)
+    for colour in ("red", "blue", "green"):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{colour}.png")
+        (folder / f"{colour}.txt").write_text(f"{colour} heart")
+    prompt = {name: one for name, one in workflow("dataset").items() if name in ("models", "distil", "text")}
+    prompt["folder"] = prompts.node("LoadImageTextDataSetFromFolder", folder="squares")
+    prompt["dataset"] = prompts.node(
+        "MakeTrainingDataset", images=["folder", 0], texts=["folder", 1], vae=["models", 2], clip=["models", 1]
+    )
+    inputs = prompt["distil"]["inputs"]
+    inputs |= {"latents": ["dataset", 0], "positive": ["dataset", 1], "updates": 2}
+    run = client.run(prompt)
+    assert run.succeeded, run.error
+    (text,) = run.outputs["text"]["text"]
+    assert "from your latents, 3 prompts, latents of 8 x 8" in text
+    assert len(list((server.base / "output" / "flash_distill").glob("dataset-*"))) == 1
+
+    del inputs["positive"]  # the captions themselves as prompts
+    captions = client.run(prompt | {"distil": prompts.node("FlashDistill", **inputs | {"prompts": ["folder", 1]})})
+    assert captions.succeeded, captions.error
+    assert "from your latents, 3 prompts" in captions.outputs["text"]["text"][0]
+    assert captions.outputs["distil"]["flash_losses"] == run.outputs["distil"]["flash_losses"]
+
+    mixed = server.base / "input" / "mixed"
+    mixed.mkdir()
+    for width in (64, 96):
+        Image.new("RGB", (width, 64), "red").save(mixed / f"{width}.png")
+    prompt["mixed"] = prompts.node("LoadImageDataSetFromFolder", folder="mixed")
+    prompt["encoded"] = prompts.node("VAEEncode", pixels=["mixed", 0], vae=["models", 2])
+    inputs["latents"] = ["encoded", 0]
+    error = client.run(prompt).error
+    assert error is not None
+    assert "latents must all have one size; got 16 x 8 x 8, 16 x 8 x 12" in error["exception_message"]
+
+
+def test_runs_are_listed_and_removed_by_their_names(client: Client, server) -> None:
+    prompt = {name: one for name, one in workflow("listed").items() if name in ("models", "distil", "save")}
+    prompt["distil"]["inputs"] |= {"updates": 1, "trajectories": 2}
+    assert client.run(prompt).succeeded
+    (folder,) = (server.base / "output" / "flash_distill").glob("listed-*")
+
+    def runs(remove: str) -> Run:
+        node = prompts.node
+        return client.run(
+            {"runs": node("FlashDistillRuns", remove=remove), "text": node("PreviewAny", source=["runs", 0])}
+        )
+
+    (text,) = runs("").outputs["text"]["text"]
+    assert re.search(rf"^{folder.name}: update 1, done \([\d.]+ MB\)$", text, re.MULTILINE)
+    for name in (f"../flash_distill/{folder.name}", "listed", str(folder)):
+        error = runs(name).error
+        assert error is not None
+        assert f"There is no run '{name}'. Copy the name from the list" in error["exception_message"]
+    assert folder.is_dir()
+    (text,) = runs(folder.name).outputs["text"]["text"]
+    assert f"{folder.name} is removed: " in text
+    assert f"{folder.name}: update" not in text
+    assert not folder.exists()
+    assert (server.base / "models" / "loras" / "listed.safetensors").is_file()
 
 
 def test_after_an_update_without_memory_comfyui_works_and_the_run_goes_on(client: Client, server) -> None:

@@ -129,6 +129,14 @@ def test_no_path_leaves_its_folder(facts, base: Path) -> None:
     assert "is a link that leads out of" in facts["runs elsewhere"]
 
 
+def test_fields_in_the_trainers_errors_are_named_as_inputs(facts) -> None:
+    assert facts["inputs"] == [
+        "In this node model.config is the input 'config'.",
+        "In this node data.resolution is the input 'resolution', batch_size is the input 'at_once'.",
+        "",
+    ]
+
+
 def test_the_same_inputs_and_files_are_the_same_run(facts) -> None:
     assert len({*facts["same"], *facts["other"]}) == 3
     assert len(set(facts["same"])) == 1

@@ -38,6 +38,11 @@ PUBLISHED = [
 DEMOS = [name for name in NAMES if name not in PUBLISHED]
 # Queued again it asks its process again, so nothing is cached; test_flash_distill_headless_server.py runs it.
 HEADLESS = "flash_distill_headless_demo"
+# LoRAs of the demo that were trained with an adapter.
+ADAPTERS = {
+    "flash_demo_t2i_adapter.safetensors": "canny_t2i_adapter.safetensors",
+    "flash_demo_controlnet.safetensors": "canny_control_lora.safetensors",
+}
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 FRONT_END_NODES = {"MarkdownNote", "Note"}
 # What ComfyUI's page lets a workflow download (its dialog of missing models).
@@ -314,12 +319,18 @@ def test_a_lora_of_another_family_raises_a_readable_error(stand_in_client: Clien
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_each_tasks_lora_is_on_the_model_of_its_task(name: str) -> None:
-    """Follow the graph from the loader of a LoRA back to the demo's model."""
+    """Follow the graph from the loader of a LoRA back to the demo's model, or on to the adapter that it goes with."""
     prompt = api(name)
-    for node in prompt.values():
+    for identity, node in prompt.items():
         file = node["inputs"].get("lora_name", "")
         if node["class_type"] != "FlashLoraLoader" or not file.startswith("flash_demo_"):
             continue
         model = prompt[node["inputs"]["model"][0]]
         assert model["class_type"] == "FlashDemoModels"
-        assert file == f"flash_demo_{model['inputs']['task'].replace('-', '_')}.safetensors"
+        task = model["inputs"]["task"]
+        if file in ADAPTERS:
+            applied = [prompt[other]["inputs"] for other in nodes_of(prompt, "FlashAdapterApply")]
+            assert [one["adapter_name"] for one in applied if one["model"] == [identity, 0]] == [ADAPTERS[file]]
+            assert task == "text-to-image"
+        else:
+            assert file == f"flash_demo_{task.replace('-', '_')}.safetensors"

@@ -12,8 +12,11 @@ from flash_diffusion.flash_core.passes.asking import asked_by
 from flash_diffusion.flash_core.passes.counting import CountedDenoiser
 from flash_diffusion.flash_core.passes.guidance import guided_rows, is_guided
 from flash_diffusion.flash_core.process import FlowProcess, Process, VPProcess
+from flash_diffusion.flash_core.rollout import Rollout
+from flash_diffusion.flash_core.terms.distribution_matching import real_and_fake
+from flash_diffusion.flash_core.terms.segments import guided_by_teacher
 
-from .helpers.networks import AdapterDenoiser, process_name, processes
+from .helpers.networks import AdapterDenoiser, ScriptedDenoiser, process_name, processes
 
 
 def noise(batch: int, seed: int = 0) -> Tensor:
@@ -74,9 +77,9 @@ def test_the_teacher_is_guided_on_the_interval_alone(process: Process) -> None:
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_are_told_without_asking_the_device() -> None:
+def test_rows_are_those_on_the_interval() -> None:
     process = VPProcess.from_betas()
-    times = torch.tensor([999, 500, 10])
+    times = [999.0, 500.0, 10.0]
     assert guided_rows(DistillerSettings(), process, times) is None
     assert guided_rows(DistillerSettings(guidance=(1, 1)), process, times) == []
     assert guided_rows(DistillerSettings(guidance=(1, 1)), process, times, (3, 3)) is None
@@ -84,6 +87,25 @@ def test_rows_are_told_without_asking_the_device() -> None:
     assert guided_rows(inside, process, times) == [1, 2]
     assert guided_rows(inside, process, times, (1, 1)) == []
     assert [is_guided(inside, process, t) for t in (9, 10, 500, 501)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("process", [VPProcess.from_betas(), FlowProcess(shift=3.0)], ids=process_name)
+@pytest.mark.parametrize("dmd", [DmdSettings(), DmdSettings(form="trajectory")], ids=lambda dmd: dmd.form)
+def test_guidance_on_an_interval_reads_nothing_back_from_the_device(process: Process, dmd: DmdSettings) -> None:
+    """Tensors on the device ``meta`` have no values, so reading one back raises an error."""
+    settings = DistillerSettings(teacher_steps=4, guidance_interval=(300, 800), dmd=dmd, fake_score="critic")
+    counted = CountedDenoiser(ScriptedDenoiser(process, dict.fromkeys(("teacher", "critic"), lambda z, t, c: z)))
+    z = torch.empty(16, 4, 2, 2, device="meta")
+    starts = tuple(process.timestep(fraction) for fraction in (1, 0.75, 0.5, 0.25) for _ in range(4))
+    parts = conditions(16, 0.3).to("meta"), conditions(16, -1.0).to("meta")
+    rollout = Rollout(z, torch.tensor(starts).to("meta"), z, z, torch.empty(16, device="meta"), *parts, starts)
+    with counted.role("teacher"), asked_by("dmd"):
+        real_and_fake(counted, settings, z, rollout, torch.Generator().manual_seed(0))
+    assert 0 < sum(counted.unconditional.values()) < 16
+    counted.forget()
+    with counted.role("teacher"), asked_by("intra segment"):
+        guided_by_teacher(counted, settings, rollout)
+    assert sum(counted.unconditional.values()) == 8  # 749 and 499 are inside
 
 
 def test_a_step_of_an_unguided_teacher_asks_once_for_each_sample() -> None:

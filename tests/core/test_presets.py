@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import TCDScheduler, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, TCDScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from flash_diffusion.flash_core.families import family_of, name_of
@@ -55,6 +55,7 @@ PUBLISHED_NAMES = [
     ("Qwen-Image-Lightning-4steps-V1.0-bf16.safetensors", "qwen-image", "Qwen-Image-Lightning, 4 steps"),
     ("Qwen-Image-Edit-2509-Lightning-8steps-V1.0-fp32.safetensors", "qwen-image", "Qwen-Image-Lightning, 8 steps"),
     ("Z-Image-Fun-Lora-Distill-8-Steps-2603-ComfyUI.safetensors", "z-image", "Z-Image-Fun distill, 8 steps"),
+    ("TDM_sd3_lora/pytorch_lora_weights.safetensors", "sd3", "TDM for SD3"),
 ]
 ORDINARY_NAMES = [
     "lightning_strike_style",
@@ -77,6 +78,7 @@ ORDINARY_NAMES = [
     "dmd2",
     "my_dmd2_sdxl_4step_lora_merge",
     "tcd_character_lora",
+    "tdm_sd3_anime_lora",
     "tcd",
     "pcm_audio_waves_sdxl",
     "pcm_sdxl_headphones",
@@ -251,6 +253,47 @@ def test_tcd_equals_diffusers_at_every_gamma(gamma: float, steps: int) -> None:
         end=preset.end(process),
     )
     assert float((ours - z).abs().max() / z.std()) <= 1e-4
+
+
+@pytest.mark.parametrize("shift", [1.0, 6.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 16])
+def test_steps_of_second_order_equal_diffusers(steps: int, shift: float) -> None:
+    process, network = FlowProcess(shift), random_network(steps)
+    preset = Preset("x", "x", ("sd3",), "flow DPM-Solver++", "solver", (steps,), "", shift=shift)
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    timesteps = preset.grid(process, steps)
+    assert timesteps == pytest.approx([1000 * float(sigma) for sigma in scheduler.sigmas[:-1]])
+
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
+    z = noise
+    for t, at in zip(scheduler.timesteps, timesteps, strict=True):
+        z = scheduler.step(network(z, torch.full((len(z),), at)), t, z).prev_sample
+    alphas, sigmas = (values.tolist() for values in process.alpha_sigma(torch.tensor(timesteps)))
+    denoise = denoiser(process, network, timesteps)
+    share = preset.stochasticity(process, timesteps)
+    found = {
+        order: few_step_sample(denoise, noise, alphas, sigmas, lambda: noise, stochasticity=share, second_order=order)
+        for order in (True, False)
+    }
+    assert preset.second_order
+    assert float((found[True] - z).abs().max() / z.std()) <= 1e-4
+    assert (float((found[False] - z).abs().max() / z.std()) > 1e-3) == (steps > 2)
+
+
+def test_steps_of_second_order_begin_at_pure_noise_too() -> None:
+    """There log(alpha/sigma) is infinite, and the first prediction says nothing of the slope."""
+    asked = [torch.full(SHAPE, 3.0), torch.full(SHAPE, 1.0), torch.full(SHAPE, 2.0)]
+    found = few_step_sample(
+        lambda z, index: asked[index],
+        torch.ones(SHAPE),
+        (0.0, 0.5, 0.8),
+        (1.0, 0.5, 0.2),
+        lambda: torch.zeros(SHAPE),
+        stochasticity=0.0,
+        second_order=True,
+    )
+    assert torch.equal(found, asked[2])
 
 
 def test_each_transition_has_its_own_stochasticity_and_asks_for_noise_only_if_it_is_above_0() -> None:

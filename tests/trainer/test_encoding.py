@@ -64,9 +64,9 @@ def encode(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> Encode:
         def counted(owner: Any, name: str, what: str, size: Callable[..., int]) -> None:
             original = getattr(owner, name)
 
-            def count(*arguments: Any) -> Any:
+            def count(*arguments: Any, **options: Any) -> Any:
                 counts[what] += size(*arguments)
-                return original(*arguments)
+                return original(*arguments, **options)
 
             patch.setattr(owner, name, count)
 
@@ -358,6 +358,22 @@ def test_files_that_change_after_they_were_listed_are_refused(
         (data.path / "002.mask.png").unlink()
     examples, _ = encode(data)
     assert_same(examples, encode(data.model_copy(update={"cache": data.path.parent / "fresh"}))[0])
+
+
+def test_long_captions_are_counted_in_one_sentence_and_told_of_once(
+    data: DataSection, encode: Encode, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor do the previews tell of them again, which draw some of these captions."""
+    assert data.path is not None
+    for number in (1, 4, 5):
+        (data.path / f"00{number}.txt").write_text(f"caption {number}" + " and many more words" * 20)
+    by = load_teacher(ModelSection(family="sd15", path=str(tiny_model)))  # a teacher tells once in its life
+    with caplog.at_level(logging.WARNING):
+        encode(data, by=by)
+        by.encode_prompts(["a red ball" * 40])
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "3 prompts are longer than the 16 tokens that the text encoder reads" in message
+    assert "'caption " in message
 
 
 def test_pictures_that_can_not_be_decoded_are_left_out_with_their_copies(

@@ -336,11 +336,18 @@ class Teacher(ABC):
             return images.float()
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditions of the prompts, as the family's pipeline makes them; long prompts are truncated."""
+    def encode_prompts(self, prompts: Sequence[str], *, warn: bool = True) -> Conditioning:
+        """Return the conditions of the prompts, as the family's pipeline makes them; long prompts are truncated.
+
+        Args:
+            warn: False where the caller counts the long prompts, and warns of them itself: :meth:`warn_of_cut`.
+        """
         if self.pipeline is None:
             raise RuntimeError("the text encoders were released; encode prompts before release_encoders()")
-        self._warn_once(prompts)
+        if warn and not self._warned:
+            self.warn_of_cut(
+                [text for text, is_cut in zip(prompts, self.cut_prompts(prompts), strict=True) if is_cut][:1]
+            )
         self.stages.enter(TEXT)
         with self._full_precision(), silent_libraries(self.pipeline):
             return self.text_conditions(prompts)
@@ -353,6 +360,17 @@ class Teacher(ABC):
         if self.pipeline is None:
             raise RuntimeError("the tokenizers were released; count tokens before release_encoders()")
         return cut(prompts, self.pipeline.components, self.prompt_lengths(), self.prompt_as_read)
+
+    def warn_of_cut(self, prompts: Sequence[str], count: int | None = None) -> None:
+        """Warn of prompts that are cut, in one sentence. Later ones are like these: nothing more is said of them.
+
+        Args:
+            prompts: the first of them; empty where none is cut.
+            count: how many they are; None where nobody has counted.
+        """
+        if prompts and not self._warned:
+            self._warned = True
+            logger.warning("%s", cut_warning(prompts[0], max(self.prompt_lengths().values()), count))
 
     def unconditional(self, batch: int) -> Conditioning:
         """Return the conditions of the empty prompt (and of no picture, with an IP-Adapter), ``batch`` times."""
@@ -452,16 +470,6 @@ class Teacher(ABC):
         control = self.denoiser.control
         networks: list[nn.Module] = [self.denoiser.network, *([] if control is None else [control.network])]
         return {TEXT: tuple(encoders), PICTURES: (self.vae, *beside), NETWORK: tuple(networks)}
-
-    def _warn_once(self, prompts: Sequence[str]) -> None:
-        """Warn about the first prompt that is cut, and not about later ones."""
-        if self._warned:
-            return
-        for prompt, is_cut in zip(prompts, self.cut_prompts(prompts), strict=True):
-            if is_cut:
-                self._warned = True
-                logger.warning("%s", cut_warning(prompt, max(self.prompt_lengths().values())))
-                return
 
     def _full_precision(self) -> AbstractContextManager[Any]:
         """Turn autocast off: VAEs overflow or blur in low precision, and prompts are encoded only once."""

@@ -32,9 +32,19 @@ def cut(
     return [all(column) for column in zip(*longer, strict=True)]
 
 
-def cut_warning(prompt: str, length: int) -> str:
-    """Return the warning about a prompt that is longer than ``length`` tokens."""
+def cut_warning(prompt: str, length: int, count: int | None = None) -> str:
+    """Return the warning about prompts that are longer than ``length`` tokens.
+
+    Args:
+        prompt: the first of them.
+        count: how many they are; None where nobody has counted.
+    """
     start = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
+    if count is not None and count > 1:
+        return (
+            f"{count} prompts are longer than the {length} tokens that the text encoder reads; the rest of each has no "
+            f"effect. The first one: {start!r}"
+        )
     return (
         f"the prompt {start!r} is longer than the {length} tokens that the text encoder reads; the rest of it has no "
         "effect, as for all longer prompts"

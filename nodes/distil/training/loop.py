@@ -20,6 +20,7 @@ from ....flash_core.discriminator import Discriminator
 from ....flash_core.distiller import Distiller, Rollout
 from ....flash_core.runs.schedule import WeightAverage, warmup_cosine
 from ....flash_core.runs.seeds import seed_of, stream
+from ....flash_core.terms.adversarial import Seen
 from .examples import Examples, TrajectoryBank, in_order
 from .settings import (
     AVERAGE_DECAY,
@@ -27,7 +28,6 @@ from .settings import (
     CLIP_NORM,
     DISCRIMINATOR_BETAS,
     FLAT,
-    HEADS_WARMUP,
     WARMUP,
     DistilSettings,
     Stage,
@@ -54,7 +54,7 @@ class Progress:
     """Where a run is.
 
     Attributes:
-        doing: "trajectories", "discriminator" or "updates".
+        doing: "trajectories", "helpers" (discriminator and critic) or "updates".
         done, total: of these.
         seconds: of this session for what it has ``made`` of these, so that the rest can be estimated.
         made: in this session.
@@ -73,7 +73,7 @@ class Training:
     """One run, from its start or from where its folder says that it is.
 
     Args:
-        denoiser: its role ``student`` gets the new LoRA.
+        denoiser: its role ``student`` gets the new LoRA, and ``critic`` another one where the settings want it.
         settings: everything that decides the result.
         examples: what to learn from.
         folder: of the run's state.
@@ -100,11 +100,16 @@ class Training:
         self.observe = observe
         denoiser.add_adapter("student", settings.rank, settings.rank, settings.targets, settings.seed)
         self.parameters: dict[str, Mapping[str, nn.Parameter]] = {"student": denoiser.adapter_parameters("student")}
-        self.rates = {"student": settings.learning_rate, "discriminator": settings.discriminator_rate}
-        betas = {"student": BETAS, "discriminator": DISCRIMINATOR_BETAS}
+        helpers = settings.discriminator_rate
+        self.rates = {"student": settings.learning_rate, "discriminator": helpers, "critic": helpers}
+        betas = {"student": BETAS, "discriminator": DISCRIMINATOR_BETAS, "critic": BETAS}
         discriminator = self._discriminator() if settings.adversarial else None
         if discriminator is not None:
             self.parameters["discriminator"] = dict(discriminator.named_parameters())
+        if settings.critic:
+            seed = seed_of(settings.seed, "critic")
+            denoiser.add_adapter("critic", settings.rank, settings.rank, settings.targets, seed)
+            self.parameters["critic"] = denoiser.adapter_parameters("critic")
         self.optimizers = {
             name: torch.optim.AdamW(values.values(), self.rates[name], betas[name], weight_decay=0.0)
             for name, values in self.parameters.items()
@@ -115,7 +120,7 @@ class Training:
         self.bank: TrajectoryBank | None = None
         self.update = 0
         self.position = 0  # samples that were drawn so far
-        self.warmed_up = 0  # updates of the discriminator alone
+        self.warmed_up = 0  # updates of discriminator and critic alone
         self.losses: list[float] = []
         self.notes: dict[str, Any] = {}
         self._saved = (0, 0)
@@ -204,7 +209,7 @@ class Training:
         first = 0
         for number, stage in enumerate(stages):
             end = first + stage.updates
-            if self.update < end and stage.phase.adversarial:
+            if self.update < end and number > 0:
                 self._warm_up(stage, number)
             while self.update < end:
                 terms = self._make_update(stage, number)
@@ -226,25 +231,22 @@ class Training:
             for _ in range(self.settings.batches):
                 rollout = self._rollout(stage, number)
                 step = self.distiller.student_step(rollout, stage.phase, self.generator, share)
-                terms = dict(step.terms)
-                if stage.phase.adversarial:
-                    terms |= self.distiller.discriminator_step(
-                        rollout, step.z_student, self.generator, share, step.seen
-                    )
+                terms = step.terms | self._teach(rollout, step.z_student, stage, share, step.seen)
                 for name, value in terms.items():
                     means[name] = means.get(name, 0.0) + share * float(value)
             self._clip(means)
         factor = self._factor()
         self._step("student", factor * stage.rate)
         self._step("discriminator", factor)
+        self._step("critic", factor)
         self.average.update(self.update)
         self.update += 1
         self.losses.append(means["distillation"])
         return means
 
     def _warm_up(self, stage: Stage, number: int) -> None:
-        """Let the discriminator learn alone, before the student listens to it."""
-        total = min(HEADS_WARMUP, self.settings.budget.updates)
+        """Let discriminator and critic learn alone, before the student listens to them."""
+        total = self.settings.warmup
         begin, made = time.monotonic(), 0
         while self.warmed_up < total:
             with self._undone_on_failure():
@@ -253,12 +255,26 @@ class Training:
                     rollout = self._rollout(stage, number)
                     with torch.no_grad(), self.denoiser.role("student"):
                         z_student = self.distiller.student_output(rollout)
-                    self.distiller.discriminator_step(rollout, z_student, self.generator, share)
+                    self._teach(rollout, z_student, stage, share)
                 self._clip({})
             self._step("discriminator", 1.0)
+            self._step("critic", 1.0)
             self.warmed_up += 1
             made += 1
-            self.observe(Progress("discriminator", self.warmed_up, total, time.monotonic() - begin, made))
+            self.observe(Progress("helpers", self.warmed_up, total, time.monotonic() - begin, made))
+
+    def _teach(
+        self, rollout: Rollout, z_student: Tensor, stage: Stage, share: float, seen: Seen | None = None
+    ) -> dict[str, Tensor]:
+        """Leave the gradients of discriminator and critic, where the stage has them, and return their losses."""
+        terms: dict[str, Tensor] = {}
+        if stage.phase.adversarial:
+            terms |= self.distiller.discriminator_step(rollout, z_student, self.generator, share, seen)
+        if stage.phase.dmd:
+            z, part, batch = self.distiller.critic_samples(rollout, z_student, self.generator)
+            if len(z):
+                terms |= self.distiller.critic_step(z, part.conditioning, batch, share, part)
+        return terms
 
     def _rollout(self, stage: Stage, number: int) -> Rollout:
         """Return the next batch."""

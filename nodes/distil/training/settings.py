@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ....flash_core.grid import MAX_FEW_STEPS
-from ....flash_core.settings import DistillerSettings, Phase
+from ....flash_core.settings import DistillerSettings, DmdSettings, Phase
 from ....flash_core.solvers import Solver
 
 PresetName = Literal["quick try", "standard", "thorough"]
@@ -96,6 +96,12 @@ FIRST_STEP_RATE = 0.4
 ADVERSARIAL_TIMESTEPS = tuple(range(10, 401))
 HEADS_WARMUP = 150  # updates of the discriminator alone before the student listens to it
 
+# Distribution matching with a critic in the same updates (DMD2): the matching without guidance at one noise level, the
+# guidance at a cleaner one, for samples that start at pure noise, where the mean squared error blurs.
+FIRST_STEP_DMD = 0.25
+DMD = DmdSettings(form="decoupled", rows="first_step")
+CRITIC_WARMUP = 20  # updates of the critic alone, as in the preset ``tdm``
+
 # Shares of fresh noise between the student's steps. Replayed samples start on the teacher's own path, which has less
 # fresh noise than noised data.
 PATH_STOCHASTICITY = 0.5
@@ -134,10 +140,11 @@ class DistilSettings:
         at_once: samples that the network takes at once; an update adds up the gradients of several such batches.
         recorded_at_once: trajectories that are recorded at once.
         rank: of the LoRA; its alpha is the same number.
-        learning_rate, discriminator_rate: of AdamW.
+        learning_rate, discriminator_rate: of AdamW; the critic has the discriminator's, as in the preset ``tdm``.
         guidance, teacher_steps, targets: see :class:`Usual`.
         solver: of the teacher's ODE.
         adversarial: whether the last updates have the adversarial loss on the first step.
+        critic: whether the last updates match distributions on the first step, with a critic.
         replays: True where samples start on recorded trajectories, False where they start at noised data.
         seed: of the LoRA, the order and all noise.
     """
@@ -153,8 +160,21 @@ class DistilSettings:
     targets: tuple[str, ...]
     solver: Solver
     adversarial: bool
+    critic: bool
     replays: bool
     seed: int
+
+    @property
+    def last_terms(self) -> str:
+        """The terms of the last updates beside the distillation, in words; empty for none."""
+        terms = {"the adversarial loss": self.adversarial, "distribution matching": self.critic}
+        return " and ".join(name for name, on in terms.items() if on)
+
+    @property
+    def warmup(self) -> int:
+        """Updates of discriminator and critic alone before the last stage."""
+        wanted = max(HEADS_WARMUP * self.adversarial, CRITIC_WARMUP * self.critic)
+        return min(wanted, self.budget.updates)
 
     @property
     def batches(self) -> int:
@@ -169,10 +189,15 @@ class DistilSettings:
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages in their order; their updates sum to the budget's."""
         plain = Phase(modes=DISTILLATION_MODES)
-        last = round(self.budget.updates * FIRST_STEP_SHARE) if self.adversarial else 0
+        last = round(self.budget.updates * FIRST_STEP_SHARE) if self.adversarial or self.critic else 0
         stages = [Stage("distillation", plain, self.budget.updates - last)]
         if last:
-            stages.append(Stage("first step", FIRST_STEP, last, FIRST_STEP_RATE))
+            phase = replace(
+                FIRST_STEP,
+                adversarial=FIRST_STEP.adversarial if self.adversarial else 0.0,
+                dmd=FIRST_STEP_DMD if self.critic else 0.0,
+            )
+            stages.append(Stage("first step", phase, last, FIRST_STEP_RATE))
         return tuple(stages)
 
     def of_distiller(self) -> DistillerSettings:
@@ -185,6 +210,8 @@ class DistilSettings:
             adversarial_rows="first_step",
             adversarial_timesteps=ADVERSARIAL_TIMESTEPS,
             adversarial_weighting="gradient_norm",
+            fake_score="critic" if self.critic else "student",
+            dmd=DMD,
         )
 
     def stochasticity_by_steps(self) -> dict[int, float]:
@@ -230,6 +257,7 @@ def choose_settings(
     replays: bool,
     seed: int,
     adversarial: bool = False,
+    critic: bool = False,
     guidance: float = 0.0,
     rank: int = 0,
     learning_rate: float = 0.0,
@@ -268,6 +296,7 @@ def choose_settings(
         targets=usual.targets,
         solver="euler" if flow else "dpmpp_2m",
         adversarial=adversarial,
+        critic=critic,
         replays=replays,
         seed=seed,
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -29,6 +29,23 @@ def unfinished(output: Path, name: str, current: Path) -> list[Path]:
     """Return the folders of other runs of this name that have a state but no LoRA: they had other inputs."""
     folders = sorted(output.glob(f"{safe_name(name)}-*"))
     return [path for path in folders if path != current and (path / STATE).is_file() and not (path / LORA).is_file()]
+
+
+def runs_in(output: Path) -> dict[Path, str]:
+    """Return the state of each run in the folder of all runs, in words, by its folder: the newest last."""
+    states = sorted((path for path in output.glob(f"*/{STATE}")), key=lambda path: path.stat().st_mtime)
+    return {path.parent: _in_words(path) for path in states}
+
+
+def _in_words(state: Path) -> str:
+    """Return how far a run is; only the header of its state is read."""
+    try:
+        with safe_open(state, framework="pt") as opened:
+            update = json.loads(opened.metadata()[FACTS])["update"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return "damaged; remove it, and the same inputs begin anew"
+    end = "done" if (state.parent / LORA).is_file() else "stopped; queue the same inputs to go on"
+    return f"update {update}, {end}"
 
 
 class RunFolder:

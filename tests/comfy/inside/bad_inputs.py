@@ -250,7 +250,7 @@ def distil_cases(given: Given) -> dict[str, Case]:
         values |= {"latents": {"samples": given.latent[..., :8, :8] if latent is None else latent}}
         values |= {"name": "bad", "preset": "quick try", "width": 0, "height": 0, "guidance": 0.0, "seed": 0}
         values |= {"updates": 1, "samples": 1, "teacher_steps": 4, "preview_every": 0, **changes}
-        return FlashDistill.execute(**values).args[2]
+        return FlashDistill.train(**values).args[2]
 
     two = [*given.prompt, *given.prompt]
     area = [[given.prompt[0][0], {**given.prompt[0][1], "area": (8, 8, 0, 0)}]]

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ def settings() -> dict[str, Any]:
     found["families"] = {
         name: [usual.guidance, usual.teacher_steps, list(usual.targets)] for name, usual in of_node.FAMILIES.items()
     }
+    found["critic's warm-up"] = of_node.CRITIC_WARMUP
     found["rates"] = [of_node.by_size(of_node.LEARNING_RATES, size) for size in (1e6, 5e6, 6.6e7, 8.6e8, 1e10)]
     return found
 
@@ -59,7 +62,7 @@ def distil(model: Any, **inputs: Any) -> tuple[Any, ...]:
 
     defaults = {"prompts": PROMPTS, "name": "test", "preset": "quick try"}
     defaults |= {"width": 0, "height": 0, "guidance": 0.0, "seed": 0}
-    return FlashDistill.execute(model, **{**defaults, **inputs}).args
+    return FlashDistill.train(model, **{**defaults, **inputs}).args
 
 
 def sampled(model: Any, positive: list, negative: list, shape: tuple[int, ...]) -> Any:
@@ -125,14 +128,12 @@ def demo(folder: Path) -> dict[str, Any]:
     """Distil the demo: whole, and once stopped at every kind of place and queued again."""
     import torch
     from dropped_in.nodes.demo.models import build_demo
-    from dropped_in.nodes.distil.training import loop
-    from safetensors.torch import load_file
 
     model, clip, vae = build_demo()
     encode = lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text))  # noqa: E731
     draw = lambda one: sampled(one, encode("red apple"), encode(""), (16, 16, 16))  # noqa: E731
     before = draw(model)
-    facts: dict[str, Any] = {"changes": []}
+    facts: dict[str, Any] = {}
 
     def unchanged() -> bool:
         return torch.is_inference_mode_enabled() and hooks(model) == 0 and torch.equal(draw(model), before)
@@ -144,15 +145,48 @@ def demo(folder: Path) -> dict[str, Any]:
     _, again, _, text, _ = distil(model, clip=clip, name="learns", **LEARNS)
     facts["finished run again"] = all(torch.equal(again[key], lora[key]) for key in lora) and "resumed at" in text
 
+    with without_figures():
+        return facts | short_runs(model, trained, clip, folder, unchanged)
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Leave out the figures and the picture of runs that are looked at for something else: most of a short run's work.
+
+    They read the student, and change nothing that is trained or kept.
+    """
+    from dropped_in.nodes.distil import run
+
+    usual = run.Bench.errors, run.report_picture
+    run.Bench.errors = lambda self: dict.fromkeys(run.STEPS, 1.0)
+    run.report_picture = lambda bench, decode, losses: None
+    try:
+        yield
+    finally:
+        run.Bench.errors, run.report_picture = usual
+
+
+def short_runs(model: Any, trained: Any, clip: Any, folder: Path, unchanged: Callable[[], bool]) -> dict[str, Any]:
+    """Distil the demo in short runs: stopped anywhere, other inputs, latents, a damaged state.
+
+    Args:
+        trained: the model with a LoRA.
+        unchanged: returns whether the model still has its bits.
+    """
+    import torch
+    from dropped_in.nodes.distil.training import loop
+    from safetensors.torch import load_file
+
+    facts: dict[str, Any] = {"changes": []}
     # The same short run whole, and stopped three times: in the trajectories, in an update, in the heads' warm-up.
-    short = {**SHORT, "adversarial": True}
+    short = {**SHORT, "adversarial": True, "critic": True}
     _, whole, _, _, _ = distil(model, clip=clip, name="whole", **short)
-    stops = {"trajectories": 4, "updates": 3, "discriminator": 2}
+    stops = {"trajectories": 4, "updates": 3, "helpers": 2}
     usual = loop.Training._clip, loop.RunFolder.save_part
 
     def failing_clip(self: Any, means: Any) -> None:
-        place = "discriminator" if self.update >= 4 and self.warmed_up < 6 else "updates"
-        done = self.warmed_up if place == "discriminator" else self.update
+        place = "helpers" if self.update >= 4 and self.warmed_up < 6 else "updates"
+        done = self.warmed_up if place == "helpers" else self.update
         if stops.get(place) == done:
             del stops[place]
             raise torch.cuda.OutOfMemoryError(place)
@@ -180,6 +214,7 @@ def demo(folder: Path) -> dict[str, Any]:
     facts["files"] = sorted(path.name for path in states[0].iterdir())
     tensors = [load_file(path / "state.safetensors") for path in states]
     facts["same state"] = all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    facts["helpers moved"] = [moved(tensors[0], part) for part in ("discriminator", "critic")]
 
     # Another model, seed or prompt is another run; a style LoRA in the teacher is part of the teacher.
     names = set()
@@ -210,6 +245,12 @@ def demo(folder: Path) -> dict[str, Any]:
         facts["damaged"] = str(error)
     facts["unchanged at the end"] = unchanged()
     return facts
+
+
+def moved(state: dict[str, Any], part: str) -> bool:
+    """Return whether AdamW has changed a part of a state: some of its second moments are above 0."""
+    moments = [value for key, value in state.items() if key.startswith(f"optimizer/{part}/") and "exp_avg_sq" in key]
+    return any(bool(value.any()) for value in moments)
 
 
 def trained_without_flash(model: Any) -> Any:

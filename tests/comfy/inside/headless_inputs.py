@@ -27,6 +27,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
 }
 NAMES = ("../up", "/absolute", "a/../../b", "", "C:\\x", "linked/x")
+WORDS = (
+    "model.config: the configuration of /models/model.path.safetensors is on the Hub; set model.config to a folder",
+    "data.resolution: 60 is no multiple of 8, or lower batch_size.",
+    "RuntimeError: of a library, in model.configuration",
+)
 DATASETS = ("..", "/", "../input/pictures", "linked", "pictures/../..", "missing")
 MODELS = (
     *("checkpoints/../../secret.safetensors", "/etc/passwd", "diffusers/..", "loras/../checkpoints/sd15.safetensors"),
@@ -68,7 +73,7 @@ def main(comfyui: Path, root: Path, base: Path) -> None:
     from dropped_in.nodes.headless import starting
     from dropped_in.nodes.headless.models import Teacher, find_config, find_teacher, model_names
     from dropped_in.nodes.headless.nodes import datasets, find_dataset
-    from dropped_in.nodes.headless.recipe import Request
+    from dropped_in.nodes.headless.recipe import Request, inputs_named_in
 
     folder_paths.set_output_directory(str(base / "output"))
     folder_paths.set_input_directory(str(base / "input"))
@@ -109,6 +114,7 @@ def main(comfyui: Path, root: Path, base: Path) -> None:
         "folder": str(request("standard", demo).folder(runs)),
         "no prompts": outcome(replace(request("standard", demo), prompts=()).check),
         "no updates": outcome(request("paper", demo, updates=5).check),
+        "inputs": [inputs_named_in(words) for words in WORDS],
         "packages": outcome(starting.check_packages),
         "empty python": with_python(str(base / "empty" / "bin" / "python")),
         "no python": with_python(str(base / "no-python")),

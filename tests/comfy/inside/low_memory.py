@@ -78,7 +78,7 @@ def distil(model: Any, name: str, positive: list, negative: list) -> tuple[Any, 
     settings = {"prompts": "", "preset": "quick try", "width": 64, "height": 64, "guidance": 0.0, "seed": 0}
     settings |= {"rank": 4, "learning_rate": 1e-2, "updates": UPDATES, "trajectories": 8, "samples": 4}
     settings |= {"teacher_steps": 4, "preview_every": 0}
-    return FlashDistill.execute(model, name=name, positive=positive, negative=negative, **settings).args
+    return FlashDistill.train(model, name=name, positive=positive, negative=negative, **settings).args
 
 
 def distilled(name: str, model: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def main(comfyui: Path, root: Path, folder: Path) -> None:
     with torch.inference_mode():
         model, clip, _ = build_demo()
         with patch.object(ModelDenoiser, "add_adapter", lambda self, role, *_: self.load_adapter(role, start)):
-            losses = FlashDistill.execute(model, clip=clip, **json.loads((folder / "inputs.json").read_text())).args[4]
+            losses = FlashDistill.train(model, clip=clip, **json.loads((folder / "inputs.json").read_text())).args[4]
     sys.stdout.write("\n" + json.dumps(losses["loss"]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,8 +13,6 @@ from ..cache.store import Keys, as_keys, sortable
 from .examples import as_rows
 from .passes import Chunk, Pass, Work, changed
 from .table import text_key
-
-logger = logging.getLogger(__name__)
 
 
 def encode_captions(work: Work, part: Pass, chunks: list[Chunk]) -> None:
@@ -31,16 +28,12 @@ def encode_captions(work: Work, part: Pass, chunks: list[Chunk]) -> None:
             if work.stop.asked:
                 return
             batch = captions[first : first + work.data.encode_batch]
-            encoded = replace(work.teacher.encode_prompts(batch), size_ids=None)
+            encoded = replace(work.teacher.encode_prompts(batch, warn=False), size_ids=None)
             parts.append(encoded.to("cpu"))
             cut += [text for text, too_long in zip(batch, work.teacher.cut_prompts(batch), strict=True) if too_long]
             progress.advance(len(batch))
         part.write(chunk.rows, as_rows(Conditioning.cat(parts)))
-    if cut:
-        logger.warning(
-            "%d captions are longer than the text encoder reads, and are cut; the first one begins with %r",
-            len(cut), cut[0][:60],
-        )  # fmt: skip
+    work.teacher.warn_of_cut(cut, len(cut))
 
 
 def _texts(work: Work, wanted: Keys) -> Iterator[str]:
