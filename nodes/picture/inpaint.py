@@ -32,7 +32,7 @@ from ...flash_core.image import (
 from ..shared.inputs import check_batch, check_numbers, check_picture
 from ..shared.model_facts import check_vae, further_channels, native_side, widest_ratio
 from ..shared.prompts import check_prompts
-from ..shared.schema import advanced, count, node_schema
+from ..shared.schema import count, node_schema
 from ..shared.sizes import PIXELS, check_size
 
 Stitch = io.Custom("FLASH_STITCH")
@@ -143,9 +143,8 @@ class FlashInpaintPrepare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         padding = [
-            advanced(
-                io.Int.Input, f"pad_{side}", default=0, min=0, max=MAX_SIDE, step=8, tooltip=f"Outpainting: {where}."
-            )
+            # Not advanced: a blueprint hides what is, and outpainting is nothing without them.
+            io.Int.Input(f"pad_{side}", default=0, min=0, max=MAX_SIDE, step=8, tooltip=f"Outpainting: {where}.")
             for side, where in (
                 ("left", "pixels to add on the left"),
                 ("top", "pixels to add above"),
