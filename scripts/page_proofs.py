@@ -289,7 +289,7 @@ def open_menu(page: Page, *path: str) -> list[str]:
     for name in path:
         entry = page.get_by_role("treeitem").get_by_text(name, exact=True).first
         entry.scroll_into_view_if_needed()
-        entry.click()
+        entry.dispatch_event("click")  # a pointer would wait for ever where another part of the page covers the entry
         page.wait_for_timeout(comfy_page.SETTLE)
     return [text.split("\n")[0] for text in page.get_by_role("treeitem").all_inner_texts()]
 

@@ -34,11 +34,14 @@ def test_app_mode_names_widgets_and_outputs_that_exist(client: Client, name: str
     kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
     shown = workflow["extra"]["linearData"]
     assert 3 <= len(shown["inputs"]) <= 6
-    for node, widget in shown["inputs"]:
+    for node, widget, *_ in shown["inputs"]:
         # A widget's value is in the prompt, and is no link.
         assert not isinstance(queued[str(node)]["inputs"][widget], list), (node, widget)
         assert not is_advanced(nodes[kinds[node]], widget), (node, widget)
-    assert len({tuple(entry) for entry in shown["inputs"]}) == len(shown["inputs"])
+    assert len({(node, widget) for node, widget, *_ in shown["inputs"]}) == len(shown["inputs"])
+    # The form shows a widget's name and our description: two prompts would look the same without one.
+    said = [(widget, *(options["description"] for options in more)) for _, widget, *more in shown["inputs"]]
+    assert len(set(said)) == len(said), said
     assert shown["outputs"]
     assert all(nodes[kinds[node]]["output_node"] for node in shown["outputs"])
     saves = [identity for identity, kind in kinds.items() if kind == "SaveImage"]
