@@ -188,7 +188,7 @@ def made_blueprint(title: str) -> dict[str, Any]:
     for origin, origin_slot in wanted.outputs:
         subgraph.leave(origin, origin_slot, nodes[origin]["outputs"][origin_slot]["type"])
     shown: list[tuple[int, str]] = [
-        (node, widget) for node, widget in template["extra"]["linearData"]["inputs"] if node in nodes
+        (node, widget) for node, widget, *_ in template["extra"]["linearData"]["inputs"] if node in nodes
     ]
     shown += wanted.widgets
     queued = json.loads((QUEUED / f"{wanted.template}.json").read_text(encoding="utf-8"))

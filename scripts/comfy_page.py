@@ -59,6 +59,8 @@ def open_page(server: Any, profile: Path, width: int = 1600, height: int = 900) 
             timeout=WAIT,
         )
         context.set_default_timeout(WAIT)
+        # Leaving a changed workflow may ask for a confirmation, and without an answer the page never loads again.
+        context.on("dialog", lambda dialog: dialog.accept())
         page = context.new_page()
         load(page, server)
         yield page

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from typing import Any
 
 import blueprints
@@ -17,6 +18,7 @@ import comfy_page
 from comfy_page import WAIT
 from playwright.sync_api import ConsoleMessage, Page
 
+OVERLAP = 2  # units of the graph that nodes may share: borders are rounded
 PACK = "flash-diffusion"  # the extension's folder, by which the page lists its templates
 # The page asks these, which a test machine cannot reach.
 ELSEWHERE = ("https://api.comfy.org/", "https://huggingface.co/")
@@ -188,28 +190,72 @@ def connect_blueprint(page: Page, title: str, task: str = "text-to-image", lora:
 
 
 def set_values(page: Page, kind: str, values: dict[str, Any]) -> None:
-    """Set widgets of all nodes of a kind."""
+    """Set widgets of all nodes of a kind, also of those in blueprints."""
     page.evaluate(
-        """([kind, values]) => window.app.graph.nodes.filter(node => node.type === kind).forEach(node => {
-            for (const [name, value] of Object.entries(values)) {
-                node.widgets.find(widget => widget.name === name).value = value;
-            }
-        })""",
+        """([kind, values]) => {
+            const { nodes } = window.app.graph;
+            const all = [...nodes, ...nodes.flatMap(node => node.subgraph?.nodes ?? [])];
+            all.filter(node => node.type === kind).forEach(node => {
+                for (const [name, value] of Object.entries(values)) {
+                    node.widgets.find(widget => widget.name === name).value = value;
+                }
+            });
+        }""",
         [kind, values],
     )
 
 
-def open_help(page: Page, kind: str, words: str) -> None:
-    """Open a node's help page and wait for words of it."""
+def node_boxes(page: Page) -> dict[str, list[float]]:
+    """Return (left, top, right, bottom) of each node with its title, in the graph's units, by its id."""
+    return page.evaluate(
+        """() => Object.fromEntries(window.app.graph.nodes.map(node => {
+            const { ds, canvas } = window.app.canvas;
+            const drawn = document.querySelector(`[data-node-id='${node.id}']`)?.getBoundingClientRect();
+            if (!drawn?.height) {
+                const [[x, y], [width, height]] = [node.pos, node.size];
+                return [node.id, [x, y - window.LiteGraph.NODE_TITLE_HEIGHT, x + width, y + height]];
+            }
+            const edge = canvas.getBoundingClientRect();
+            const across = x => (x - edge.x) / ds.scale - ds.offset[0];
+            const down = y => (y - edge.y) / ds.scale - ds.offset[1];
+            return [node.id, [across(drawn.left), down(drawn.top), across(drawn.right), down(drawn.bottom)]];
+        }))"""
+    )
+
+
+def assert_no_overlap(page: Page) -> None:
+    """Check that no node of the open graph covers another: a run makes nodes higher, by pictures, texts and cards."""
+    boxes = node_boxes(page)
+    titles = page.evaluate("Object.fromEntries(window.app.graph.nodes.map(node => [node.id, node.title]))")
+    covered = [
+        f"{titles[upper]} ({upper}) covers {titles[lower]} ({lower}) by {min(a[3], b[3]) - max(a[1], b[1]):.0f}"
+        for (upper, a), (lower, b) in combinations(sorted(boxes.items(), key=lambda item: item[1][1]), 2)
+        if min(a[2], b[2]) - max(a[0], b[0]) > OVERLAP and min(a[3], b[3]) - max(a[1], b[1]) > OVERLAP
+    ]
+    assert not covered, "; ".join(covered)
+
+
+def open_help_with_picture(page: Page, kind: str) -> None:
+    """Put a node of this kind into an empty workflow, open its help page, and wait for the example picture."""
+    new_workflow(page)
     page.evaluate(
         """kind => {
-            const node = window.app.graph.nodes.find(node => node.type === kind);
-            window.app.canvas.selectNode?.(node) ?? window.app.canvas.select(node);
+            const { app, LiteGraph } = window;
+            const node = LiteGraph.createNode(kind);
+            app.graph.add(node);
+            app.canvas.ds.scale = 0.6;
+            app.canvas.ds.offset = [500, 400]; // in sight with its tool bar, also beside the open help
+            app.canvas.selectNode?.(node) ?? app.canvas.select(node);
+            app.canvas.setDirty(true, true);
         }""",
         kind,
     )
     page.get_by_test_id("info-button").first.click(timeout=WAIT)
-    page.get_by_text(words).first.wait_for(timeout=WAIT)
+    page.wait_for_function(
+        "kind => [...document.querySelectorAll(`img[src*='${kind}.webp']`)].some(picture => picture.naturalWidth)",
+        arg=kind,
+        timeout=WAIT,
+    )
 
 
 def hover_widget(page: Page, kind: str, name: str) -> None:
@@ -243,7 +289,7 @@ def open_menu(page: Page, *path: str) -> list[str]:
     for name in path:
         entry = page.get_by_role("treeitem").get_by_text(name, exact=True).first
         entry.scroll_into_view_if_needed()
-        entry.click()
+        entry.dispatch_event("click")  # a pointer would wait for ever where another part of the page covers the entry
         page.wait_for_timeout(comfy_page.SETTLE)
     return [text.split("\n")[0] for text in page.get_by_role("treeitem").all_inner_texts()]
 

@@ -28,6 +28,7 @@ logger = logging.getLogger("thumbnails")
 WORKFLOWS = comfy_runtime.ROOT / "workflows"
 QUEUED = comfy_runtime.ROOT / "tests" / "comfy" / "workflows"  # the same workflows in API format
 SIDE = 512  # pixels of a contact sheet
+REPORTS = ("FlashDistill", "FlashDistillHeadless")
 GRAPH_WIDTH = 900  # pixels of a graph's picture
 
 
@@ -40,6 +41,21 @@ def contact_sheet(pictures: list[Path]) -> Image.Image:
         picture = ImageOps.pad(Image.open(path).convert("RGB"), (tile, tile), Image.Resampling.LANCZOS, "white")
         sheet.paste(picture, (index % columns * tile, index // columns * tile))
     return sheet
+
+
+def report_alone(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Return a workflow that saves only the report of a node of :data:`REPORTS`; any other workflow as it is.
+
+    Beside single pictures a report would be too small to be read.
+    """
+    reports = {key for key, node in prompt.items() if node["class_type"] in REPORTS}
+    if not reports:
+        return prompt
+    return {
+        key: node
+        for key, node in prompt.items()
+        if node["class_type"] != "SaveImage" or node["inputs"]["images"][0] in reports
+    }
 
 
 def graphs(server: Any, workflows: list[Path], profile: Path) -> list[Image.Image]:
@@ -72,7 +88,7 @@ def main() -> int:
         thumbnails = dict(zip(published, drawn, strict=True))
         for workflow in workflows:
             if workflow not in thumbnails:
-                prompt = json.loads((QUEUED / workflow.name).read_text())
+                prompt = report_alone(json.loads((QUEUED / workflow.name).read_text()))
                 pictures = comfy_runtime.run_workflow(server, prompt, Path(scratch) / workflow.stem)
                 thumbnails[workflow] = contact_sheet(pictures)
             thumbnail = workflow.with_suffix(".jpg")

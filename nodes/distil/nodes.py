@@ -108,7 +108,8 @@ class FlashDistill(io.ComfyNode):
                     max=MAX_SEED,
                     # The page would change the seed after each run, but the same inputs must go on with a stopped run.
                     control_after_generate=False,
-                    tooltip="Of the LoRA and all noise. The same inputs give the same LoRA; another seed begins anew.",
+                    tooltip="Seeds the LoRA's first weights and all noise. The same inputs give the same LoRA; "
+                    "another seed begins anew.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts. Not needed with 'positive'."),
                 io.Vae.Input(
@@ -128,8 +129,8 @@ class FlashDistill(io.ComfyNode):
                 io.Latent.Input(
                     "latents",
                     optional=True,
-                    tooltip="Encoded pictures to start from, one for each prompt in their order, or any number for one "
-                    "prompt. Without it the teacher draws what is learnt from: usually the better choice.",
+                    tooltip="Encoded pictures to learn from: one for each prompt, in the order of the prompts, or any "
+                    "number for one prompt. Without it the teacher draws them, which is usually better.",
                 ),
                 advanced(
                     io.Int.Input,
@@ -138,7 +139,7 @@ class FlashDistill(io.ComfyNode):
                     min=0,
                     max=256,
                     optional=True,
-                    tooltip="Of the LoRA: 8 to 64. 0: by the model's size.",
+                    tooltip="The LoRA's rank, 8 to 64. 0: by the model's size.",
                 ),
                 advanced(
                     io.Float.Input,
@@ -149,7 +150,7 @@ class FlashDistill(io.ComfyNode):
                     step=0.000001,
                     round=0.0000001,
                     optional=True,
-                    tooltip="Of AdamW. 0: by the model's size. Lower it if training diverges.",
+                    tooltip="AdamW's learning rate. 0: by the model's size. Lower it if training diverges.",
                 ),
                 advanced(
                     io.Int.Input,
@@ -158,7 +159,7 @@ class FlashDistill(io.ComfyNode):
                     min=0,
                     max=100000,
                     optional=True,
-                    tooltip="How often the LoRA is changed. 0: by the preset.",
+                    tooltip="Number of training updates. 0: by the preset.",
                 ),
                 advanced(
                     io.Int.Input,
@@ -177,7 +178,7 @@ class FlashDistill(io.ComfyNode):
                     min=0,
                     max=512,
                     optional=True,
-                    tooltip="Samples that an update learns from. 0: by the preset.",
+                    tooltip="Samples in one update. 0: by the preset.",
                 ),
                 advanced(
                     io.Int.Input,
@@ -245,7 +246,9 @@ class FlashDistill(io.ComfyNode):
                 io.Image.Output(
                     display_name="report", tooltip="Teacher and student from the same new noise, and the losses."
                 ),
-                io.String.Output(display_name="text", tooltip="What was done, figures before and after, time."),
+                io.String.Output(
+                    display_name="text", tooltip="What was done, the figures before and after, and the time."
+                ),
                 io.LossMap.Output(display_name="loss_map", tooltip="The losses, for Plot Loss Graph."),
             ],
             hidden=[io.Hidden.unique_id],

@@ -41,9 +41,9 @@ class FlashEvaluate(io.ComfyNode):
                 io.Model.Input("model", tooltip="The teacher: the model without its Flash LoRA."),
                 io.Model.Input(
                     "flash_model",
-                    tooltip="The same model with its few-step LoRA: of Flash LoRA Loader, or Flash Distill's 'model'.",
+                    tooltip="The same model with its few-step LoRA, from Flash LoRA Loader or Flash Distill.",
                 ),
-                io.Vae.Input("vae", tooltip="The models' VAE: pictures are compared, not latents."),
+                io.Vae.Input("vae", tooltip="The models' VAE, since pictures are compared, not latents."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
@@ -63,7 +63,7 @@ class FlashEvaluate(io.ComfyNode):
                     default="1, 2, 4",
                     tooltip=f"Flash's step counts (1 to {MAX_FEW_STEPS}), separated by commas.",
                 ),
-                seed_input("Of the first prompt's noise; the next prompts have the next seeds."),
+                seed_input("Seeds the noise of the first prompt. Each further prompt takes the next seed."),
                 io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts. Not needed with 'positive'."),
                 io.Conditioning.Input(
                     "positive",

@@ -73,7 +73,7 @@ class FlashDistillHeadless(io.ComfyNode):
                     multiline=True,
                     default=PROMPTS,
                     tooltip="One prompt a line. The LoRA is best at what it has seen: write 20 to 200 lines. With a "
-                    "dataset the first six are drawn in the previews, and the dataset's captions are learnt from.",
+                    "dataset the LoRA learns its captions, and the previews draw the first six lines of this text.",
                 ),
                 io.String.Input(
                     "name",
@@ -113,8 +113,8 @@ class FlashDistillHeadless(io.ComfyNode):
                     max=MOST_SEED,
                     # The page would change the seed after each run, but the same inputs must go on with a stopped run.
                     control_after_generate=False,
-                    tooltip="Of the LoRA and all noise. The same inputs go on with the same run; another seed begins "
-                    "anew.",
+                    tooltip="Seeds the LoRA's first weights and all noise. The same inputs go on with the same run; "
+                    "another seed begins anew.",
                 ),
                 io.Combo.Input(
                     "action",
@@ -143,8 +143,8 @@ class FlashDistillHeadless(io.ComfyNode):
                     options=[AUTO, *diffusers_folders()],
                     default=AUTO,
                     optional=True,
-                    tooltip="For a checkpoint: the folder of models/diffusers with the configuration of its family. "
-                    "auto: the family's own, from the Hugging Face Hub, with the parts that the file lacks.",
+                    tooltip="Only for a checkpoint: a folder of models/diffusers with the configuration of its family. "
+                    "auto: the configuration, and the parts that the file lacks, from the Hugging Face Hub.",
                 ),
                 advanced(
                     io.Int.Input,
@@ -153,7 +153,7 @@ class FlashDistillHeadless(io.ComfyNode):
                     min=0,
                     max=256,
                     optional=True,
-                    tooltip="Of the LoRA: 8 to 64. 0: by the preset and the model's size.",
+                    tooltip="The LoRA's rank, 8 to 64. 0: by the preset and the model's size.",
                 ),
                 advanced(
                     io.Float.Input,
@@ -164,7 +164,8 @@ class FlashDistillHeadless(io.ComfyNode):
                     step=0.000001,
                     round=0.0000001,
                     optional=True,
-                    tooltip="Of AdamW. 0: by the preset and the model's size. Lower it if training diverges.",
+                    tooltip="AdamW's learning rate. 0: by the preset and the model's size. Lower it if "
+                    "training diverges.",
                 ),
                 advanced(
                     io.Int.Input,
@@ -173,7 +174,7 @@ class FlashDistillHeadless(io.ComfyNode):
                     min=0,
                     max=100000,
                     optional=True,
-                    tooltip="How often the LoRA is changed. 0: by the preset. Only for quick try, standard, thorough.",
+                    tooltip="Number of training updates. 0: by the preset. Only for quick try, standard, thorough.",
                 ),
                 advanced(
                     io.Int.Input,

@@ -36,6 +36,7 @@ class FlashLoraLoader(io.ComfyNode):
                 "hyper sd lora",
                 "dmd2 lora",
                 "tcd lora",
+                "qwen lightning",
                 "flash diffusion",
             ],
             description="Load a few-step (Flash) LoRA of any format at its trained scale, or explain why it does not "

@@ -57,7 +57,7 @@ class FlashFaceSwapPrepare(io.ComfyNode):
                 io.Model.Input("model", tooltip="A face-swap model: it reads a mask and two pictures as channels."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Conditioning.Input(
-                    "positive", tooltip="The prompt. Leave its text empty: face-swap models are trained so."
+                    "positive", tooltip="The prompt. Leave its text empty: face-swap models are trained without text."
                 ),
                 io.Image.Input(
                     "target", tooltip="The picture whose face is replaced. You must have the right to change it."

@@ -32,7 +32,7 @@ from ...flash_core.image import (
 from ..shared.inputs import check_batch, check_numbers, check_picture
 from ..shared.model_facts import check_vae, further_channels, native_side, widest_ratio
 from ..shared.prompts import check_prompts
-from ..shared.schema import advanced, count, node_schema
+from ..shared.schema import count, node_schema
 from ..shared.sizes import PIXELS, check_size
 
 Stitch = io.Custom("FLASH_STITCH")
@@ -94,7 +94,7 @@ def fitted_mask(mask: Tensor | None, picture: Tensor, padded: bool) -> Tensor:
             "There is nothing to inpaint: "
             + ("no mask is connected" if mask is None else "the mask is empty")
             + ". Paint a mask (right-click the picture of Load Image: Open in MaskEditor) and connect it to 'mask', or "
-            "set a padding to extend the picture. White is made anew; use Invert Mask for an inverted mask."
+            "set a padding to extend the picture. White is redrawn; use Invert Mask for an inverted mask."
         )
     check_batch(len(mask), "mask", batch, "picture")
     mask_height, mask_width = mask.shape[1:]
@@ -143,9 +143,8 @@ class FlashInpaintPrepare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         padding = [
-            advanced(
-                io.Int.Input, f"pad_{side}", default=0, min=0, max=MAX_SIDE, step=8, tooltip=f"Outpainting: {where}."
-            )
+            # Not advanced: a blueprint hides what is, and outpainting is nothing without them.
+            io.Int.Input(f"pad_{side}", default=0, min=0, max=MAX_SIDE, step=8, tooltip=f"Outpainting: {where}.")
             for side, where in (
                 ("left", "pixels to add on the left"),
                 ("top", "pixels to add above"),
@@ -189,7 +188,7 @@ class FlashInpaintPrepare(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White is made anew, black is kept, grey is a mixture. Not needed if you only pad.",
+                    tooltip="White is redrawn, black is kept, grey is a mixture. Not needed if you only pad.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="What to avoid, for guidance above 1."),
             ],
@@ -335,14 +334,14 @@ class FlashInpaintStitch(io.ComfyNode):
                     "match_colors",
                     default=False,
                     optional=True,
-                    tooltip="On: takes off the crop the shift of colours that its unmasked pixels show. Use it if the "
+                    tooltip="On: removes the shift of colours that the crop's unmasked pixels show. Use it if the "
                     "pasted part is a little lighter, darker or tinted.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Paste only where it is white, instead of where the prepared mask was; black keeps every "
-                    "bit. As large as the output picture, or of its shape.",
+                    tooltip="Paste only where this mask is white, instead of where the prepared mask was; black keeps "
+                    "every bit. It has the output picture's size, or its shape.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The whole picture with its padding.")],

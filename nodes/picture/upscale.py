@@ -96,7 +96,7 @@ class FlashUpscale(io.ComfyNode):
                 steps_input(),
                 denoise_input(
                     default=0.25,
-                    tooltip="How much is made anew, rounded to the nearest trained timestep (4 steps: .25, .5, .75, "
+                    tooltip="How much is redrawn, rounded to the nearest trained timestep (4 steps: .25, .5, .75, "
                     "1). Low values keep the picture. Super-resolution models always use 1.",
                 ),
                 guidance_input(

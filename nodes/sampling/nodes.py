@@ -46,6 +46,7 @@ class FlashSampler(io.ComfyNode):
                 "few-step sampler",
                 "fast sampler",
                 "4 steps",
+                "8 steps",
                 "ksampler",
                 "lcm",
                 "turbo",

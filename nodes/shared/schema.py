@@ -17,6 +17,7 @@ SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 # search_aliases: since ComfyUI 0.11. has_intermediate_output: a newer one sends a cached node's card again, to a page
 # that was opened later.
 NEWER_SCHEMA_FIELDS = {"search_aliases", "has_intermediate_output"}
+LINE_BREAK = "  \n"  # of Markdown
 
 
 def node_schema(branch: Branch = "", **fields: Any) -> io.Schema:
@@ -46,13 +47,14 @@ def advanced(widget: type[io.WidgetInput], *arguments: Any, **fields: Any) -> io
 def show_text(node: type[io.ComfyNode], text: str) -> None:
     """Show ``text`` on the node in the page; the node's schema must list ``io.Hidden.unique_id``.
 
-    Without a running server, as in a script that calls the node, do nothing.
+    Without a running server, as in a script that calls the node, do nothing. The page's new renderer reads the text as
+    Markdown, where lines stay apart only with two spaces at their ends (:data:`LINE_BREAK`).
     """
     identity = node.hidden.unique_id if node.hidden is not None else None
     server = sys.modules.get("server")  # ComfyUI's; an import here would load it in a script too
     running = getattr(server.PromptServer, "instance", None) if server is not None else None
     if identity is not None and running is not None:
-        running.send_progress_text(text, identity)
+        running.send_progress_text(LINE_BREAK.join(text.split("\n")), identity)
 
 
 def count(number: int, noun: str) -> str:

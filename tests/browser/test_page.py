@@ -139,6 +139,11 @@ def test_odd_outputs_are_no_error_and_texts_no_html(page: Page, errors: list[str
     assert not [error for error in errors if is_ours(error)], errors
 
 
+def test_help_opens_with_its_picture(page: Page, errors: list[str]) -> None:
+    page_proofs.open_help_with_picture(page, "FlashLoraLoader")
+    assert not [error for error in errors if is_ours(error)], errors
+
+
 def test_blueprint_is_dropped_and_runs(page: Page, errors: list[str]) -> None:
     title = "Flash Outpaint"  # shows widgets that are not the first ones of their node
     page_proofs.new_workflow(page)

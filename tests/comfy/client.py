@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import uuid
 from dataclasses import dataclass, field
@@ -113,7 +114,10 @@ class Client:
             run.previews.append(Image.open(io.BytesIO(message[start:])))
         elif kind == TEXT:
             start = 8 + struct.unpack(">I", message[4:8])[0]
-            run.texts[message[8:start].decode()] = message[start:].decode()
+            text = message[start:].decode()
+            # The nodes end each line as Markdown's hard breaks, because the page's new renderer joins others.
+            assert re.search(r"(?<!  )\n", text) is None, text
+            run.texts[message[8:start].decode()] = text.replace("  \n", "\n")
 
     def view(self, file: dict[str, str]) -> bytes:
         """Fetch a file that a node lists in its output."""

@@ -21,16 +21,27 @@ def widget_names(info: dict[str, Any]) -> set[str]:
     return {name for kind, section in info["input"].items() if kind != "hidden" for name in section}
 
 
+def is_advanced(info: dict[str, Any], name: str) -> bool:
+    """Return whether an input is folded by the page's new renderer, which hides it on a blueprint altogether."""
+    sections = [section for kind, section in info["input"].items() if kind != "hidden"]
+    ((_, *options),) = [section[name] for section in sections if name in section]
+    return bool(options and options[0].get("advanced"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_app_mode_names_widgets_and_outputs_that_exist(client: Client, name: str) -> None:
     workflow, queued, nodes = interface(name), api(name), client.object_info()
     kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
     shown = workflow["extra"]["linearData"]
     assert 3 <= len(shown["inputs"]) <= 6
-    for node, widget in shown["inputs"]:
+    for node, widget, *_ in shown["inputs"]:
         # A widget's value is in the prompt, and is no link.
         assert not isinstance(queued[str(node)]["inputs"][widget], list), (node, widget)
-    assert len({tuple(entry) for entry in shown["inputs"]}) == len(shown["inputs"])
+        assert not is_advanced(nodes[kinds[node]], widget), (node, widget)
+    assert len({(node, widget) for node, widget, *_ in shown["inputs"]}) == len(shown["inputs"])
+    # The form shows a widget's name and our description: two prompts would look the same without one.
+    said = [(widget, *(options["description"] for options in more)) for _, widget, *more in shown["inputs"]]
+    assert len(set(said)) == len(said), said
     assert shown["outputs"]
     assert all(nodes[kinds[node]]["output_node"] for node in shown["outputs"])
     saves = [identity for identity, kind in kinds.items() if kind == "SaveImage"]
@@ -72,6 +83,7 @@ def test_a_blueprint_is_listed_and_whole(client: Client, title: str) -> None:
             slot = target["inputs"][link["target_slot"]]
             assert (slot["link"], slot["type"]) == (link["id"], link["type"])
             assert slot["name"] in widget_names(nodes[target["type"]])
+            assert not is_advanced(nodes[target["type"]], slot["name"]), (target["type"], slot["name"])
     # No required socket is left open: it could not run.
     for one in inside.values():
         required = nodes[one["type"]]["input"].get("required", {})

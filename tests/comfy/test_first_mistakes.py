@@ -175,7 +175,7 @@ ERRORS: dict[str, tuple[Change, str]] = {
     "an empty mask": (
         empty_mask,
         "There is nothing to inpaint: the mask is empty. Paint a mask (right-click the picture of Load Image: Open in "
-        "MaskEditor) and connect it to 'mask', or set a padding to extend the picture. White is made anew; use Invert "
+        "MaskEditor) and connect it to 'mask', or set a padding to extend the picture. White is redrawn; use Invert "
         "Mask for an inverted mask.",
     ),
     "a VAE of another kind": (
