@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .passes.asking import of_them_unconditional
 from .process import Process
+from .transfer import sent
 
 Role: TypeAlias = Literal["teacher", "student", "critic"]
 
@@ -62,7 +63,7 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         """Return the same conditions on another device."""
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: sent(tensor, device))
 
     def joined(self, other: Conditioning) -> Conditioning:
         """Join with the conditions of ``other`` for the same samples; each part is set in one of the two only."""

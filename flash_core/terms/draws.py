@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..process import Process
 from ..settings import Rows
+from ..transfer import sent
 from .shared_batch import Random, shared
 
 FIRST_STEP_FRACTION = 0.9  # of the schedule: samples above it start at pure noise or beside it (t >= 900 of 999)
@@ -20,7 +21,7 @@ def normal(like: Tensor, generator: Random) -> Tensor:
     def draw(count: int, source: torch.Generator) -> Tensor:
         return torch.randn((count, *like.shape[1:]), generator=source, device=source.device)
 
-    return shared(generator, len(like)).draw(draw).to(like.device)
+    return sent(shared(generator, len(like)).draw(draw), like.device)
 
 
 def uniform(count: int, generator: Random) -> Tensor:

@@ -15,10 +15,10 @@ from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.files import replace_folder, write_whole
 
 
-def fail(path: Path) -> None:
+def fail(path: Path, code: int = errno.ENOSPC) -> None:
     """Write half a file, then fail as a full disk does."""
     (path if path.is_file() or not path.exists() else path / "half").write_text("half")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise OSError(code, os.strerror(code))
 
 
 def permissions(path: Path) -> int:
@@ -32,11 +32,19 @@ def test_write_whole_makes_folders_and_leaves_only_the_file(tmp_path: Path) -> N
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_write_whole_keeps_the_old_content_after_a_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, r"No space.* free on that disk.*Free some space"),
+        (errno.EROFS, r"Read-only file system.*Make the folder writable"),
+        (errno.EIO, r"Input/output error.*Look at that path"),
+    ],
+)
+def test_write_whole_keeps_the_old_content_after_a_failure(tmp_path: Path, code: int, words: str) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(UserError, match=rf"{path} could not be written: No space.* free on that disk.*Free some space"):
-        write_whole(path, fail)
+    with pytest.raises(UserError, match=rf"{path} could not be written: {words}"):
+        write_whole(path, lambda partial: fail(partial, code))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -52,6 +52,13 @@ def test_output_that_is_a_file_is_refused(recipe: Recipe, tmp_path: Path) -> Non
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that nobody may write")
+def test_output_that_is_read_only_is_refused(recipe: Recipe) -> None:
+    words = r"/sys/kernel/run could not be written: .*\. Make the folder writable, or choose another folder"
+    with pytest.raises(UserError, match=words):
+        distil(recipe, Path("/sys/kernel/run"))
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     # In this process accelerate has already started, alone.

@@ -328,7 +328,8 @@ def test_ways_to_fit_stand_on_each_other(
         "model.storage=int8",
     )
     wanted_words = [", ".join(steps[: count + 1]) for count in range(len(steps))]
-    assert [way.words for way in ways] == [*wanted_words, wanted_words[-1].replace("int8", "nf4")]
+    smallest = wanted_words[-1].replace("int8", "nf4")
+    assert [way.words for way in ways] == [*wanted_words, smallest, f"{smallest}, memory.base=cpu"]
     wanted = small(
         tiny_model,
         data={"encode_batch": 1},
@@ -336,7 +337,7 @@ def test_ways_to_fit_stand_on_each_other(
         batch_size=1,
         gradient_accumulation=4,
         optimizer={"bits": 8},
-        memory={"offload": True, "preview_tiles": True},
+        memory={"offload": True, "preview_tiles": True, "base": "cpu"},
         model={"storage": "nf4"},
     )
     assert tried[-1] == wanted

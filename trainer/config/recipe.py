@@ -395,6 +395,11 @@ class Recipe(Section):
                 "sharding: weights that processes share are neither stored in few bits nor moved off the device; leave "
                 "out model.storage and memory.offload, or set sharding to none"
             )
+        if self.sharding != "none" and self.memory.base == "cpu":
+            raise ValueError(
+                "sharding: each device holds a part of the weights that processes share, and memory.base cpu keeps all "
+                "of them off the device; set memory.base to device, or sharding to none"
+            )
         if self.sharding != "none" and self.speed.compile is not None:
             raise ValueError(
                 "sharding: a block's weights are gathered by hooks that torch.compile does not see here; leave out "
@@ -404,6 +409,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _what_waits_elsewhere_is_not_asked(self) -> Recipe:
+        if self.memory.base == "cpu" and self.speed.compile is not None:
+            raise ValueError(
+                "memory.base cpu fetches each weight while a block runs, which torch.compile does not see; leave out "
+                "speed.compile, or set memory.base to device"
+            )
         if self.memory.offload and self.asks_vae:
             raise ValueError(
                 f"memory.offload moves the VAE off the device, and {self.asks_vae}; set memory.offload to false"

@@ -25,6 +25,11 @@ class SpeedSection(Section):
 class MemorySection(Section):
     """Switches for memory; the LoRA is the same."""
 
+    base: Literal["device", "cpu"] = Field(
+        "device",
+        description="where the weights of the base's blocks are while training: `cpu` keeps them in the computer's "
+        "memory, and each layer fetches its own in every pass; slower, for cards below 8 GB",
+    )
     offload: bool = Field(
         False,
         description="while training, the VAE waits in the computer's memory; while a preview is decoded, the network "

@@ -33,8 +33,10 @@ from ..teachers import load_teacher
 from ..teachers.base import Teacher
 from ..teachers.denoiser import DiffusersDenoiser
 from ..teachers.in_memory.compiled_blocks import CompileClock, compile_blocks
+from ..teachers.in_memory.courier import Courier
 from ..teachers.in_memory.layout import order_channels_last
 from ..teachers.in_memory.stages import NETWORK
+from ..teachers.in_memory.waiting import keep_off_device
 from ..teachers.lora_layers import start_adapter
 from .checkpoint import Trained
 from .several.sharding import shard_base
@@ -142,6 +144,8 @@ def assemble(
     check_channels(task, teacher)
     if recipe.speed.channels_last:
         order_channels_last(teacher.denoiser.network)
+    if recipe.memory.base == "cpu":
+        keep_off_device(teacher.denoiser.network, Courier(accelerator.device))
     examples = _examples(recipe, teacher, task, accelerator, stop)
     teacher.stages.enter(NETWORK)
     denoiser = teacher.denoiser

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...flash_core.grid import NUM_MODES, trailing_timesteps
-from ..config import Recipe
+from ..config import ModelSection, Recipe
 from ..data.encoding.buckets import bucket_sizes
 from ..data.encoding.prepare import count_frames
 from ..data.reading import check_source
@@ -18,6 +18,7 @@ from ..tasks import build_task
 from ..tasks.requirements import check_channels, check_control
 from ..teachers import family, outline_teacher
 from ..teachers.base import Outline, count_parameters
+from ..teachers.in_memory.compact import SCALE, block_layers
 from .assembly import add_adapters, needs_critic, needs_discriminator, start_file
 from .passes import recorded_trajectories, trajectory_passes, update_passes, warmup_passes
 
@@ -42,6 +43,7 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
     task = build_task(recipe.task)
     check_control(task, recipe.model)
     outline = outline_teacher(recipe.model, recipe.data.resolution)
+    waiting = _bytes_of_blocks(outline, recipe.model) if recipe.memory.base == "cpu" else 0
     add_adapters(outline.denoiser, recipe, family(recipe.model.family).default_targets)
     check_channels(task, outline)
     student = sum(value.numel() for value in outline.denoiser.adapter_parameters("student").values())
@@ -89,13 +91,16 @@ def print_plan(recipe: Recipe, console: Console, reasons: Sequence[str] = ()) ->
         named = outline.denoiser.network.named_parameters()
         stored = sum(value.nbytes for name, value in named if ".lora_" not in name)
         frozen = stored + beside * BYTES[recipe.model.dtype]
-    memory = frozen + adapters * TRAINED_BYTES[recipe.optimizer.bits] + student * AVERAGE_BYTES
+    memory = frozen - waiting + adapters * TRAINED_BYTES[recipe.optimizer.bits] + student * AVERAGE_BYTES
     base = "the base" if outline.control is None else "the base and its control"
+    base = f"what stays of {base}" if waiting else base
     recomputed = " (recomputed to save memory)" if recipe.gradient_checkpointing else ""
     say(
         f"memory: {memory / 2**30:.2f} GiB for {base} in {recipe.model.storage or recipe.model.dtype}, the LoRA and "
         f"its optimiser; activations come on top{recomputed}"
     )
+    if waiting:
+        say(f"  {waiting / 2**30:.2f} GiB of the base wait in the computer's memory; each layer fetches its weights")
     channels, height, width = outline.latent_shape
     kilobytes = channels * height * width * BYTES[recipe.data.cache_dtype] / 1000
     kept = "not kept (data.stream)" if recipe.data.stream else f"{kilobytes:.3g} kB in the cache, beside its conditions"
@@ -120,6 +125,17 @@ def _say_buckets(recipe: Recipe, outline: Outline, say: Callable[[str], None]) -
     say("samples: " + ", ".join(f"{width} x {height}: {count}" for (height, width), count in counts.items()))
     if few := sum(count < recipe.batch_size for count in counts.values()):
         say(f"  {few} sizes have fewer samples than a batch: they get a batch in some epochs only")
+
+
+def _bytes_of_blocks(outline: Outline, model: ModelSection) -> int:
+    """Return the bytes of the weights that wait with ``memory.base: cpu``; no adapters are added yet."""
+    size = 0
+    for layer in block_layers(outline.denoiser.network):
+        values = [value for value in (layer.weight, getattr(layer, SCALE, None)) if value is not None]
+        size += sum(
+            value.numel() * (BYTES[model.dtype] if model.storage is None else value.itemsize) for value in values
+        )
+    return size
 
 
 def _of_adapter(name: str) -> bool:

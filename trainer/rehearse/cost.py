@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..config import Recipe
-from ..distill.passes import recorded_trajectories, trajectory_passes, update_passes, warmup_passes
-from .gpus import GIB, GIGA, RESERVED, UTILISATION, Gpu
+from ..distill.passes import GUIDED, recorded_trajectories, trajectory_passes, update_passes, warmup_passes
+from .gpus import BUS, GIB, GIGA, RESERVED, UTILISATION, Gpu
 from .walk import Rehearsal, rehearse
 
 
@@ -18,7 +18,8 @@ class Cost:
     Attributes:
         flops: of all updates, of recorded trajectories and of warm-ups.
         hours: at the stated utilisation, or as long as the bytes need where that is longer.
-        bound: ``arithmetic`` or ``memory``: which of the two decides.
+        bound: ``arithmetic``, ``memory`` or ``bus`` (copies of a waiting base): which of the three decides. They are
+            taken to go on at the same time.
     """
 
     flops: float
@@ -33,23 +34,32 @@ def cost_of(rehearsal: Rehearsal, gpu: Gpu, utilisation: float = UTILISATION) ->
         utilisation: share of the card's peak FLOP/s that training reaches, in (0, 1].
     """
     recipe = rehearsal.recipe
-    flops = moved = 0.0
+    flops = moved = crossed = 0.0
     for phase in rehearsal.phases:
         flops += phase.updates * phase.flops
         moved += phase.updates * phase.moved
-    flops += rehearsal.pass_flops * _passes_beside(recipe)
-    arithmetic = flops / (gpu.flops(recipe.precision) * utilisation)
-    memory = moved / (gpu.bandwidth * GIGA)
-    return Cost(flops, max(arithmetic, memory) / 3600, "arithmetic" if arithmetic >= memory else "memory")
+        crossed += phase.updates * phase.crossed
+    recording, alone = _recording_passes(recipe), _passes_of_learners_alone(recipe)
+    flops += rehearsal.pass_flops * (recording + alone)
+    calls = recording / (GUIDED * recipe.trajectories.batch) + alone / recipe.batch_size
+    seconds = {
+        "arithmetic": flops / (gpu.flops(recipe.precision) * utilisation),
+        "memory": moved / (gpu.bandwidth * GIGA),
+        "bus": (crossed + calls * rehearsal.waiting) / (BUS * GIGA),
+    }
+    bound = max(seconds, key=lambda name: seconds[name])
+    return Cost(flops, seconds[bound] / 3600, bound)
 
 
-def _passes_beside(recipe: Recipe) -> float:
-    """Return the passes before updates: recorded trajectories, and discriminator and critic alone.
-
-    Trajectories that are recorded while training are among the passes of an update.
-    """
+def _recording_passes(recipe: Recipe) -> float:
+    """Return the passes that record trajectories before updates; later ones are among the passes of an update."""
     recorded = 0 if recipe.trajectories.reuse else recorded_trajectories(recipe)
-    passes = float(recorded * trajectory_passes(recipe.method))
+    return float(recorded * trajectory_passes(recipe.method))
+
+
+def _passes_of_learners_alone(recipe: Recipe) -> float:
+    """Return the passes of discriminator and critic alone, before the phases that need them first."""
+    passes = 0.0
     learnt: set[str] = set()
     for phase in recipe.phases:
         learners = ({"critic"} & set(update_passes(recipe, phase))) | (
@@ -130,6 +140,8 @@ def _settings(recipe: Recipe, trains: bool, encodes: bool) -> Iterator[dict[str,
                 yield {"model.storage": "int8"}
             if recipe.model.storage != "nf4":
                 yield {"model.storage": "nf4"}
+            if recipe.memory.base == "device" and recipe.speed.compile is None:
+                yield {"memory.base": "cpu"}
 
 
 def _changed(recipe: Recipe, name: str, value: object) -> Recipe:

@@ -54,10 +54,11 @@ GPUS = {
     "h200": Gpu("H200", 141, 989.4, 66.9, 4800, "NVIDIA, H200 datasheet"),
 }
 DEFAULT_GPU = "4090"
-# Assumptions, not measurements: the share of a card's peak that training reaches, and the memory that the driver, the
-# libraries' workspaces and fragmentation take.
+# Assumptions, not measurements: the share of a card's peak that training reaches, the memory that the driver, the
+# libraries' workspaces and fragmentation take, and the speed of copies to the card.
 UTILISATION = 0.35
 RESERVED = 1.0  # GiB
+BUS = 12.0  # GB/s of copies from pinned memory: three quarters of PCIe 4.0 with 8 lanes, as cards of 8 GB have
 
 
 def gpu_of(name: str) -> Gpu:

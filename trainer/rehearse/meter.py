@@ -22,6 +22,7 @@ from ..errors import UserError
 PACKAGE = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 ACTIVATIONS = "activations and gradients"
+FETCHED = "fetched weights"  # of a base that waits in the computer's memory
 # What products are counted as, beside the part whose weights they read.
 ATTENTION, SCORES_AGAIN, AGAIN, OTHER = "attention", "attention's scores again", "recomputed", "other products"
 READS_VALUE = (torch.ops.aten._local_scalar_dense.default,)
@@ -59,6 +60,7 @@ class Moment:
         work: of those: the part whose weights a product reads, ``attention``, ``attention's scores again``,
             ``recomputed`` or ``other products`` -> FLOPs.
         moved: bytes of weights read and of results written: the least that passes through memory.
+        crossed: bytes of waiting weights that were copied to the device.
         waits: place in the code -> how often the program waited for a value of the device.
     """
 
@@ -67,6 +69,7 @@ class Moment:
     flops: int = 0
     work: dict[str, int] = field(default_factory=dict)
     moved: int = 0
+    crossed: int = 0
     waits: dict[str, int] = field(default_factory=dict)
 
 
@@ -146,6 +149,24 @@ class Meter(TorchDispatchMode):
             if part is not None:
                 self._note(tensor.untyped_storage(), part)
         self._look()
+
+    def wait_elsewhere(self, part: str, weights: Iterable[Tensor]) -> int:
+        """Say that weights of a part wait in the computer's memory, from which :meth:`cross` is told; return bytes."""
+        size = 0
+        for weight in weights:
+            storage = weight.untyped_storage()
+            if storage in self._seen:
+                self._forget(storage)
+            self._weights[storage] = part
+            size += int(storage.nbytes())
+        return size
+
+    def cross(self, here: Tensor, waiting: Tensor) -> None:
+        """Count a copy on the device of a weight that waits in the computer's memory."""
+        self._now.crossed += here.nbytes
+        if (part := self._part_of(waiting)) is not None:
+            self._casts[here.untyped_storage()] = part
+        self.own(FETCHED, [here])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.table import Table
 from ..config import Recipe
 from .cost import Way, cost_of, fits, peaks, ways_to_fit
 from .floor import Floor, above_floor
-from .gpus import GIB, RESERVED, Gpu
+from .gpus import BUS, GIB, RESERVED, Gpu
 from .meter import ACTIVATIONS
 from .walk import Rehearsal, rehearse
 
@@ -58,6 +58,14 @@ def print_rehearsal(
     say("encode: before training; rollout: the teacher solves; heads: of the discriminator; step: of the optimisers")
     say()
     console.print(memory_table(rehearsal))
+    if rehearsal.waiting:
+        crossed = [phase.crossed / GIGABYTE for phase in rehearsal.phases]
+        say(
+            f"In the computer's memory: {_gib(rehearsal.waiting)} GiB of the base. An update copies {_span(crossed)} GB"
+        )
+        seconds = _span([each / BUS for each in crossed])
+        say(f"  to the device: {seconds} s at {BUS:g} GB/s, an assumption, in part while the device computes")
+        say()
     console.print(work_table(rehearsal))
     say(rest_in_words(rehearsal))
     cost = cost_of(rehearsal, gpu, utilisation)
@@ -66,6 +74,8 @@ def print_rehearsal(
     limit = f"{utilisation:.0%} of its {gpu.flops(recipe.precision) / TERA:g} TFLOP/s, an assumption"
     if cost.bound == "memory":
         limit = f"its {gpu.bandwidth:g} GB/s, which decide here"
+    elif cost.bound == "bus":
+        limit = f"copies at {BUS:g} GB/s, an assumption, which decide here"
     say(f"On one {gpu.name}: about {_hours(cost.hours)}{money} ({limit})")
     for place, count in rehearsal.waits.items():
         say(f"An update waits for the GPU {count} times at {place}")
@@ -168,6 +178,11 @@ def _say_fit(rehearsal: Rehearsal, gpu: Gpu, say: Callable[[str], None]) -> None
 def _way(way: Way, gpu: Gpu) -> str:
     verdict = "fits" if way.fits(gpu.memory) else "does not fit"
     return f"{way.words}: training {_gib(way.training)}, encoding {_gib(way.encoding)} GiB: {verdict}"
+
+
+def _span(values: Sequence[float]) -> str:
+    least, most = min(values), max(values)
+    return f"{most:,.3g}" if f"{least:.3g}" == f"{most:.3g}" else f"{least:,.3g} to {most:,.3g}"
 
 
 def _gib(size: float) -> str:

@@ -25,13 +25,14 @@ from ..tasks import build_task
 from ..tasks.requirements import check_channels, check_control
 from ..teachers import family
 from ..teachers.in_memory.stages import NETWORK, PICTURES
+from ..teachers.in_memory.waiting import keep_off_device, waiting_weights
 from .floor import Floor, PassWork, floor_of, of_base
 from .meter import ACTIVATIONS, Meter, Moment
 from .pretend.fakes import Fakes, PretendAccelerator, checkpoint_on_cuda, quiet
 from .pretend.optimizer import pretend_adamw
 from .pretend.teacher import in_dtype_of_base, outlined, pictures, pretend_teacher
 from .samples import CAPTION, PretendExamples, PretendRollouts, RehearsedDistiller, conditions_of
-from .stages import PretendStages
+from .stages import PretendCourier, PretendStages
 
 ROLLOUT, OPTIMISER = "rollout", "optimiser"
 
@@ -44,6 +45,7 @@ class PhaseCost:
         moments: moment -> what was counted, at its highest peak.
         flops: of an update, expected over the starts of its samples.
         moved: bytes of an update, at least, expected as well.
+        crossed: bytes of a waiting base that an update copies to the device, expected as well.
         passes: forward passes of the network for one sample, a backward pass counted as two; expected.
         work: kind of product -> FLOPs of an update, expected; see :class:`.meter.Moment`.
         floor: what an update needs at least.
@@ -54,6 +56,7 @@ class PhaseCost:
     moments: Mapping[str, Moment]
     flops: float
     moved: float
+    crossed: float
     passes: float
     work: Mapping[str, float]
     floor: Floor
@@ -68,7 +71,8 @@ class Rehearsal:
         model: what was rehearsed.
         published: True where a published model stood in for one that can't be read.
         base_values: parameters of the frozen base.
-        parts: part -> bytes that stay while training.
+        parts: part -> bytes that stay on the device while training.
+        waiting: bytes of the base that wait in the computer's memory (``memory.base``).
         phases: of the recipe, in order.
         beside: encoding, recording, preview -> what was counted in one of each.
         pass_flops: of one forward pass of the network for one sample.
@@ -80,6 +84,7 @@ class Rehearsal:
     published: bool
     base_values: int
     parts: Mapping[str, int]
+    waiting: int
     phases: Sequence[PhaseCost]
     beside: Mapping[str, Moment]
     pass_flops: float
@@ -160,6 +165,8 @@ class _Walk:
         outline, source, self.published = outlined(recipe.model, self.task, recipe.data.resolution)
         check_channels(self.task, outline)
         in_dtype_of_base(recipe.model, outline)  # before the adapters, which stay float32
+        if recipe.memory.base == "cpu":
+            keep_off_device(outline.denoiser.network, PretendCourier(self.fakes.device, self.meter))
         add_adapters(outline.denoiser, recipe, family(recipe.model.family).default_targets)
         if recipe.gradient_checkpointing:
             outline.denoiser.recompute_activations(checkpoint_on_cuda(self.meter.again))
@@ -209,7 +216,8 @@ class _Walk:
             preview.columns()
         per_pass = one.flops / (GUIDED * recipe.batch_size)
         return Rehearsal(
-            self.given, self.teacher.name, self.published, self.base_values, parts, phases, beside, per_pass, needed
+            *(self.given, self.teacher.name, self.published, self.base_values, parts, self.waiting),
+            *(phases, beside, per_pass, needed),
         )
 
     # -- the parts -----------------------------------------------------------------------------------------------
@@ -241,8 +249,10 @@ class _Walk:
         own, teacher = self.meter.own, self.teacher
         teacher.stages = PretendStages(teacher.device, teacher.stages.groups, self.meter)
         network = teacher.denoiser.network
-        trained = {id(value) for value in self._trained()}
-        frozen = (value for value in network.parameters() if id(value) not in trained)
+        waiting = waiting_weights(network)
+        self.waiting = self.meter.wait_elsewhere("base", waiting)
+        others = {id(value) for value in (*self._trained(), *waiting)}
+        frozen = (value for value in network.parameters() if id(value) not in others)
         own("base", [*frozen, *network.buffers()], weights=True)
         if teacher.denoiser.control is not None:
             own("control", teacher.denoiser.control.network.parameters(), weights=True)
@@ -349,9 +359,10 @@ class _Walk:
             highest(clean, noisy),
             expected(lambda moment: moment.flops),
             expected(lambda moment: moment.moved),
+            expected(lambda moment: moment.crossed),
             sum(passes.values()),
             {kind: expected(lambda moment, kind=kind: moment.work.get(kind, 0)) for kind in kinds},  # type: ignore[misc]
-            floor_of(self.given, section, needed, parts),
+            floor_of(self.given, section, needed, {**parts, "base": parts["base"] + self.waiting}),
         )
 
     def _depends_on_start(self) -> bool:

@@ -210,8 +210,11 @@ class DiffusersDenoiser(ABC):
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
                 inject_adapter_in_model(config, self.network, adapter_name=role)
         self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
-        for parameter in self.adapter_parameters(role).values():
-            parameter.data = parameter.data.float()
+        # PEFT puts an adapter where its layer's weight is, which may wait elsewhere.
+        for layer in self._layers:
+            for half in (layer.lora_A, layer.lora_B):
+                if role in half:
+                    half[role].to(self.network.device, torch.float32)
         # Injection leaves the new adapter on, whatever the role.
         current, self._role = self._role, role
         self._switch(current)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ....flash_core.denoiser import Conditioning
 from ....flash_core.distiller import Distiller, Trajectory
 from ....flash_core.process import Process
+from ....flash_core.transfer import sent
 from ...config import Recipe, TrajectorySection
 from ...errors import UserError
 from ...files import write_whole
@@ -83,10 +84,10 @@ def as_trajectory(
 ) -> Trajectory:
     """Return recorded rows (B, ...) as trajectories on ``device``, with the conditions of their samples."""
     z0, conditioning = examples.batch(rows["sample"], device, rows["caption"])
-    z_teacher = rows["z_teacher"].to(device)
+    z_teacher = sent(rows["z_teacher"], device)
     return Trajectory(
         indices,
-        rows["states"].transpose(0, 1).to(device),
+        sent(rows["states"], device).transpose(0, 1),
         z_teacher,
         z0 if examples.has_latents else z_teacher,
         rows["guidance"].to(device),

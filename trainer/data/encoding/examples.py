@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ....flash_core.denoiser import Conditioning
+from ....flash_core.transfer import sent
 from ...seeds import seed_of
 from ..cache.store import Places, Store
 from .table import SampleTable
@@ -134,7 +135,7 @@ class CachedExamples:
         else:
             z0 = self.stores[0].read(self.latents.part(picture))[LATENTS].float()
         conditioning = self._text(picture, caption, self.table.frames[frame], device)
-        return z0.to(device), conditioning.joined(self.task_conditions(index, device))
+        return sent(z0, device), conditioning.joined(self.task_conditions(index, device))
 
     def task_conditions(self, index: Tensor, device: torch.device | str) -> Conditioning:
         """Return the task's conditions of the samples at ``index`` (B,), on ``device``, as networks take them."""

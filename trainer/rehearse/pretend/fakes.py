@@ -19,9 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ...teachers.in_memory.waiting import waiting_weights
+
 # Runs its operations on a device in name only. Unlike ``cuda``, torch without CUDA takes it, and mixing it with the
 # CPU raises an error.
 PRETEND_DEVICE = "meta"
+CPU = torch.device("cpu")
 # Operations that CUDA's autocast computes in float32 and the CPU's does not (torch's documentation of torch.amp, "CUDA
 # Ops that can autocast to float32"), as far as diffusers' networks and this package call them.
 FLOAT32_ON_CUDA: frozenset[Callable[..., Any]] = frozenset({
@@ -45,15 +48,18 @@ class Fakes:
     def module(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Replace the weights of a module, on any device, by such without values; return the module.
 
+        Weights that wait in the computer's memory are on the CPU.
+
         Args:
             dtype: of its floating-point tensors; None keeps each one's own.
         """
         shared: dict[int, nn.Parameter] = {}
+        waiting = {id(value) for value in waiting_weights(module)}
         for part in module.modules():
             for name, value in part._parameters.items():
                 if value is not None:
                     if id(value) not in shared:
-                        fake = self.tensor(value, dtype)
+                        fake = self.tensor(value, dtype, CPU if id(value) in waiting else None)
                         shared[id(value)] = nn.Parameter(fake, value.requires_grad)
                     part._parameters[name] = shared[id(value)]
             for name, buffer in part._buffers.items():
@@ -61,15 +67,16 @@ class Fakes:
                     part._buffers[name] = self.tensor(buffer, dtype)
         return module
 
-    def tensor(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def tensor(self, like: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """Return a tensor without values in the shape of ``like``.
 
         Args:
             dtype: for floating-point tensors; None keeps that of ``like``.
+            device: None for that of all.
         """
         kept = like.dtype if dtype is None or not like.is_floating_point() else dtype
         with self._mode:
-            return torch.empty_strided(like.shape, like.stride(), dtype=kept, device=self.device)
+            return torch.empty_strided(like.shape, like.stride(), dtype=kept, device=device or self.device)
 
 
 class CudaPrecision(TorchFunctionMode):

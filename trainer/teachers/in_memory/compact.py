@@ -7,7 +7,7 @@ serve here: it casts the weights back before the backward pass, which needs them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch import Size, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
+from .courier import Courier
 from .nf4 import from_nf4, to_nf4
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 INT8_MAX = 127
+WEIGHT, SCALE = "weight", "weight_scale"
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ SCHEMES = {
 }
 
 
+# Weights as they are: for a base that waits in the computer's memory without being stored in few bits.
+PLAIN = Scheme(lambda weight: (weight, None), lambda weight, _scale, _shape, dtype: weight.to(dtype))
+
+
 def weight_shape(layer: nn.Linear | nn.Conv2d) -> Size:
     """Return the shape of a layer's weight, also where its bits have another one."""
-    if isinstance(layer, (CompactLinear, CompactConv2d)) and layer.scheme is not None:
-        return layer.shape
-    return layer.weight.shape
+    return layer.shape if isinstance(layer, Stored) and layer.scheme is not None else layer.weight.shape
 
 
 def store_compactly(network: nn.Module, name: str) -> None:
@@ -81,50 +85,82 @@ def store_compactly(network: nn.Module, name: str) -> None:
     Args:
         name: of :data:`SCHEMES`.
     """
-    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: CompactLinear, nn.Conv2d: CompactConv2d}
+    for layer in block_layers(network):
+        if not isinstance(layer, Stored):
+            store(layer, SCHEMES[name])
+
+
+def block_layers(network: nn.Module) -> Iterator[Any]:
+    """Yield the linear layers and convolutions in a network's blocks, stored or not; no adapters are added yet."""
     for path, module in network.named_modules():
-        kind = kinds.get(type(module))
-        if kind is None or "block" not in path.partition(".")[0]:
-            continue
-        layer: Any = module
-        layer.shape = layer.weight.shape
-        bits, scale = SCHEMES[name].encode(layer.weight.detach())
-        if bits.dim() != layer.weight.dim():  # peft counts a weight's dimensions
-            bits = bits.view(-1, *(1 for _ in layer.shape[1:]))
-        layer.weight = nn.Parameter(bits, requires_grad=False)
-        layer.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
-        layer.scheme = SCHEMES[name]
-        layer.__class__ = kind  # still the layer that adapters know, with its sizes and its name
+        if (type(module) in KINDS or isinstance(module, Stored)) and "block" in path.partition(".")[0]:
+            yield module
 
 
-class CompactLinear(nn.Linear):
-    """A linear layer whose weight is kept in few bits.
+def store(layer: Any, scheme: Scheme) -> None:
+    """Keep a layer's weight as ``scheme`` does, in place; the layer is still the one that adapters know."""
+    layer.shape = layer.weight.shape
+    bits, scale = scheme.encode(layer.weight.detach())
+    if bits.dim() != layer.weight.dim():  # peft counts a weight's dimensions
+        bits = bits.view(-1, *(1 for _ in layer.shape[1:]))
+    layer.weight = nn.Parameter(bits, requires_grad=False)
+    layer.register_parameter(SCALE, None if scale is None else nn.Parameter(scale, requires_grad=False))
+    layer.scheme = scheme
+    layer.__class__ = KINDS[type(layer)]
 
-    peft makes a LoRA's own layers of the class of the layer that it adapts. They have no scheme, and plain weights.
+
+class Stored:
+    """A layer that makes its weight for the moment of its product.
+
+    peft makes a LoRA's own layers of the class of the layer that it adapts: they have no scheme, and plain weights.
+
+    Attributes:
+        scheme: how ``weight`` and ``weight_scale`` become a weight; None for a plain one.
+        shape: of this weight.
+        courier: brings ``weight`` and ``weight_scale`` to the device; None where they are there.
     """
 
     scheme: Scheme | None = None
     shape: Size
+    courier: Courier | None = None
     weight_scale: nn.Parameter | None
+    _parameters: dict[str, nn.Parameter | None]
+
+    def made(self, bits: Tensor, scale: Tensor | None, dtype: torch.dtype, *, backward: bool = False) -> Tensor:
+        """Return the weight on the device, in ``dtype``; ``backward`` says in which pass."""
+        assert self.scheme is not None
+        if self.courier is not None:
+            fetched, scale = self.courier.fetch(self, backward, bits, scale)
+            assert fetched is not None
+            bits = fetched
+        return self.scheme.decode(bits, scale, self.shape, dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the layer as torch does; a weight that waits in the computer's memory stays there."""
+        if self.courier is None:
+            return super()._apply(fn, recurse)  # type: ignore[misc]  # nn.Module's
+        waiting = {name: self._parameters[name] for name in (WEIGHT, SCALE)}
+        self._parameters.update(dict.fromkeys(waiting))
+        try:
+            return super()._apply(fn, recurse)  # type: ignore[misc]
+        finally:
+            self._parameters.update(waiting)
+
+
+class CompactLinear(Stored, nn.Linear):
+    """A linear layer whose weight is made when it is asked."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias in the dtype of ``x``, or of autocast."""
         if self.scheme is None:
             return super().forward(x)
         x = x.to(_computed_in(x))
-        out: Tensor = _Linear.apply(x, self.weight, self.weight_scale, self.scheme, self.shape)  # type: ignore[no-untyped-call]
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        out: Tensor = _Linear.apply(x, self.weight, self.weight_scale, self)  # type: ignore[no-untyped-call]
+        return out
 
 
-class CompactConv2d(nn.Conv2d):
-    """A convolution whose weight is kept in few bits.
-
-    peft makes a LoRA's own layers of the class of the layer that it adapts. They have no scheme, and plain weights.
-    """
-
-    scheme: Scheme | None = None
-    shape: Size
-    weight_scale: nn.Parameter | None
+class CompactConv2d(Stored, nn.Conv2d):
+    """A convolution whose weight is made when it is asked."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x`` (B, C, H, W) in its dtype, or of autocast."""
@@ -132,9 +168,11 @@ class CompactConv2d(nn.Conv2d):
             return super().forward(x)
         x = x.to(_computed_in(x))
         settings = (self.stride, self.padding, self.dilation, self.groups)
-        stored = (self.weight, self.weight_scale, self.scheme, self.shape)
-        out: Tensor = _Conv2d.apply(x, *stored, settings)  # type: ignore[no-untyped-call]
-        return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
+        out: Tensor = _Conv2d.apply(x, self.weight, self.weight_scale, self, settings)  # type: ignore[no-untyped-call]
+        return out
+
+
+KINDS: dict[type[nn.Module], type[Stored]] = {nn.Linear: CompactLinear, nn.Conv2d: CompactConv2d}
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
@@ -144,32 +182,34 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _bias(layer: Any, dtype: torch.dtype) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.to(dtype)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: Tensor | None, scheme: Scheme, shape: Size) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: Tensor | None, layer: CompactLinear) -> Tensor:
         ctx.save_for_backward(bits, scale)
-        ctx.scheme, ctx.weight = scheme, shape
-        return F.linear(x, scheme.decode(bits, scale, shape, x.dtype))
+        ctx.layer = layer
+        return F.linear(x, layer.made(bits, scale, x.dtype), _bias(layer, x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.scheme.decode(*ctx.saved_tensors, ctx.weight, grad.dtype)
-        return grad @ weight, None, None, None, None
+        return grad @ ctx.layer.made(*ctx.saved_tensors, grad.dtype, backward=True), None, None, None
 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor | None, scheme: Scheme, shape: Size, settings: tuple[Any, ...]
+        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor | None, layer: CompactConv2d, settings: tuple[Any, ...]
     ) -> Tensor:
         ctx.save_for_backward(bits, scale)
-        ctx.scheme, ctx.settings, ctx.weight, ctx.shape = scheme, settings, shape, x.shape
-        return F.conv2d(x, scheme.decode(bits, scale, shape, x.dtype), None, *settings)
+        ctx.layer, ctx.settings, ctx.shape = layer, settings, x.shape
+        return F.conv2d(x, layer.made(bits, scale, x.dtype), _bias(layer, x.dtype), *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.scheme.decode(*ctx.saved_tensors, ctx.weight, grad.dtype)
-        given = conv2d_input(ctx.shape, weight, grad, *ctx.settings)
-        return given, None, None, None, None, None
+        weight = ctx.layer.made(*ctx.saved_tensors, grad.dtype, backward=True)
+        return conv2d_input(ctx.shape, weight, grad, *ctx.settings), None, None, None, None
