@@ -12,7 +12,22 @@ from PIL import Image
 
 from ..distil.training.state import runs_in
 from ..shared.schema import count
-from .runner import DONE, IN_QUEUE, LOG, LORA, PROGRESS, RUNNING, STOP, WAITING, Job, jobs, last_words, read_job
+from .runner import (
+    DONE,
+    IN_QUEUE,
+    LOG,
+    LORA,
+    PROGRESS,
+    RUNNING,
+    STOP,
+    TRAINER_LOCK,
+    WAITING,
+    Job,
+    is_held,
+    jobs,
+    last_words,
+    read_job,
+)
 
 LOSSES, PREVIEWS = "log.jsonl", "previews"
 
@@ -162,6 +177,8 @@ def remove(name: str, runs: Path, in_graph: Path, alive: bool) -> str:
     job = read_job(folder)
     if job is not None and job.state in IN_QUEUE and alive:
         raise ValueError(f"{name} is in the queue: {describe(folder, alive)}. Stop it first: action 'stop'.")
+    if job is not None and is_held(folder / TRAINER_LOCK):  # the trainer of a queue that was killed
+        raise ValueError(f"A trainer is still at work in {folder}. Wait until it ends, or end its process.")
     freed = _on_disk(folder)
     shutil.rmtree(folder)
     return f"{name} is removed: {freed} are free"

@@ -171,6 +171,13 @@ def test_a_run_that_is_queued_while_the_queue_ends_gets_a_new_queue(facts) -> No
     assert facts["queue that ends"] == ["flash_distill_headless"]
 
 
+def test_a_run_is_not_removed_while_a_trainer_works_in_it(facts) -> None:
+    assert facts["removed at work"].startswith("refused: A trainer is still at work in ")
+    told, left = facts["removed"]
+    assert told.startswith("orphan is removed: ")
+    assert not left
+
+
 def test_missing_packages_are_told_with_pips_command(facts) -> None:
     assert facts["packages"] == "None"
     told = facts["empty python"]

@@ -71,9 +71,12 @@ def main(comfyui: Path, root: Path, base: Path) -> None:
     import folder_paths
     from dropped_in.nodes.distil.lora_output import lora_path
     from dropped_in.nodes.headless import starting
+    from dropped_in.nodes.headless.following import remove
     from dropped_in.nodes.headless.models import Teacher, find_config, find_teacher, model_names
     from dropped_in.nodes.headless.nodes import datasets, find_dataset
     from dropped_in.nodes.headless.recipe import Request, inputs_named_in
+    from dropped_in.nodes.headless.runner import TRAINER_LOCK, Job, write_job
+    from filelock import FileLock
 
     folder_paths.set_output_directory(str(base / "output"))
     folder_paths.set_input_directory(str(base / "input"))
@@ -119,6 +122,12 @@ def main(comfyui: Path, root: Path, base: Path) -> None:
         "empty python": with_python(str(base / "empty" / "bin" / "python")),
         "no python": with_python(str(base / "no-python")),
     }
+    orphan = runs / "orphan"
+    orphan.mkdir()
+    write_job(orphan, Job("stopped", 1.0, "orphan"))
+    with FileLock(orphan / TRAINER_LOCK):
+        facts["removed at work"] = outcome(lambda: remove("orphan", runs, runs.parent / "none", alive=False))
+    facts["removed"] = [outcome(lambda: remove("orphan", runs, runs.parent / "none", alive=False)), orphan.exists()]
     facts["queue that ends"] = queue_beside_an_ending_process(starting, runs / "late")
     shutil.rmtree(base / "output" / starting.RUNS)
     (base / "output" / starting.RUNS).symlink_to(base.parent)
