@@ -322,7 +322,14 @@ def run_in_app_mode(page: Page, inputs: int) -> None:
         timeout=WAIT,
     )
     assert widgets.count() == inputs
+    page.evaluate(
+        """() => {
+            window.flashEnded = false;
+            window.comfyAPI.api.api.addEventListener('execution_success', () => { window.flashEnded = true; });
+        }"""
+    )
     page.get_by_test_id("linear-run-button-icon").first.click(timeout=WAIT)
+    page.wait_for_function("window.flashEnded", timeout=4 * WAIT)
     page.get_by_test_id("linear-image-output").first.wait_for(timeout=4 * WAIT)
 
 
