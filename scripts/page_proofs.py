@@ -8,6 +8,7 @@ busy machine takes minutes for what takes seconds elsewhere. A problem is an ``A
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import combinations
@@ -22,6 +23,8 @@ OVERLAP = 2  # units of the graph that nodes may share: borders are rounded
 PACK = "flash-diffusion"  # the extension's folder, by which the page lists its templates
 # The page asks these, which a test machine cannot reach.
 ELSEWHERE = ("https://api.comfy.org/", "https://huggingface.co/")
+# Before a help page the page asks for the same in its language (docs/FlashSampler/en.md), of every extension.
+HELP_IN_LANGUAGE = re.compile(r"/docs/\w+/[\w-]+\.md")
 
 
 @contextmanager
@@ -48,7 +51,8 @@ def is_ours(message: str) -> bool:
 
     The page also reports missing files of its own, and that it cannot ask the registry or the models' pages.
     """
-    return "flash" in message.lower() and not any(address in message for address in ELSEWHERE)
+    elsewhere = any(address in message for address in ELSEWHERE) or HELP_IN_LANGUAGE.search(message)
+    return "flash" in message.lower() and not elsewhere
 
 
 def open_template(page: Page, name: str, nodes: int) -> None:
@@ -318,7 +322,14 @@ def run_in_app_mode(page: Page, inputs: int) -> None:
         timeout=WAIT,
     )
     assert widgets.count() == inputs
+    page.evaluate(
+        """() => {
+            window.flashEnded = false;
+            window.comfyAPI.api.api.addEventListener('execution_success', () => { window.flashEnded = true; });
+        }"""
+    )
     page.get_by_test_id("linear-run-button-icon").first.click(timeout=WAIT)
+    page.wait_for_function("window.flashEnded", timeout=4 * WAIT)
     page.get_by_test_id("linear-image-output").first.wait_for(timeout=4 * WAIT)
 
 

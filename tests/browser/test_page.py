@@ -92,6 +92,7 @@ def test_demo_template_opens_and_runs(page: Page, errors: list[str]) -> None:
     )
     page.evaluate("window.app.canvas.ds.reset?.(); window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(1500)
+    page_proofs.assert_no_overlap(page)
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=str(ARTIFACTS / "workflow.png"))
     assert not [error for error in errors if is_ours(error)], errors
