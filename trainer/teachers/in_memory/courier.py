@@ -41,7 +41,7 @@ class Courier:
     def home(self, tensor: Tensor) -> Tensor:
         """Return a tensor as it waits: in the computer's memory, pinned where the device is a GPU."""
         waiting = tensor.detach().cpu()
-        return waiting.pin_memory(self.device) if self._stream is not None else waiting
+        return waiting.pin_memory() if self._stream is not None else waiting
 
     def fetch(self, who: Hashable, backward: bool, *tensors: Tensor | None) -> list[Tensor | None]:
         """Return a layer's tensors on the device, and send for those of the layer that followed it the last time.
