@@ -129,6 +129,7 @@ def drop_blueprint(page: Page, title: str) -> None:
     page.wait_for_selector("input:focus", timeout=WAIT)
     page.keyboard.type(title)
     page.get_by_text(title, exact=True).first.wait_for(timeout=WAIT)
+    page.wait_for_timeout(comfy_page.SETTLE)  # the list is there before its first entry is the chosen one
     page.keyboard.press("Enter")
     page.wait_for_timeout(comfy_page.SETTLE)
     page.mouse.click(500, 500)  # newer pages hold the node at the pointer until a click
