@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .passes.asking import of_them_unconditional
 from .process import Process
-from .transfer import sent
+from .runs.transfer import sent
 
 Role: TypeAlias = Literal["teacher", "student", "critic"]
 

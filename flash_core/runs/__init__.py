@@ -1,1 +1,1 @@
-"""What every training run needs: random streams, learning rates, the average of the weights."""
+"""What every training run needs: random streams, learning rates, averages of weights, copies to a device."""

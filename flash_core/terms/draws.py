@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..process import Process
+from ..runs.transfer import sent
 from ..settings import Rows
-from ..transfer import sent
 from .shared_batch import Random, shared
 
 FIRST_STEP_FRACTION = 0.9  # of the schedule: samples above it start at pure noise or beside it (t >= 900 of 999)

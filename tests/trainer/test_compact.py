@@ -166,5 +166,5 @@ def test_sharding_refuses_a_compact_base(
     recipe_content: dict[str, Any],
 ) -> None:
     recipe_content["model"]["storage"] = "int8"
-    with pytest.raises(UserError, match=r"leave out model\.storage and memory\.offload"):
+    with pytest.raises(UserError, match=r"leave out model\.storage, memory\.offload and memory\.base"):
         parse_recipe({**recipe_content, "sharding": "base"})

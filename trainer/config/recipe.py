@@ -390,15 +390,10 @@ class Recipe(Section):
                 "sharding: processes that share the base's weights must call it together, but each records "
                 "trajectories of its own; set trajectories.count to 0, or sharding to none"
             )
-        if self.sharding != "none" and (self.model.storage is not None or self.memory.offload):
+        if self.sharding != "none" and (self.model.storage or self.memory.offload or self.memory.base == "cpu"):
             raise ValueError(
                 "sharding: weights that processes share are neither stored in few bits nor moved off the device; leave "
-                "out model.storage and memory.offload, or set sharding to none"
-            )
-        if self.sharding != "none" and self.memory.base == "cpu":
-            raise ValueError(
-                "sharding: each device holds a part of the weights that processes share, and memory.base cpu keeps all "
-                "of them off the device; set memory.base to device, or sharding to none"
+                "out model.storage, memory.offload and memory.base, or set sharding to none"
             )
         if self.sharding != "none" and self.speed.compile is not None:
             raise ValueError(
@@ -411,8 +406,7 @@ class Recipe(Section):
     def _what_waits_elsewhere_is_not_asked(self) -> Recipe:
         if self.memory.base == "cpu" and self.speed.compile is not None:
             raise ValueError(
-                "memory.base cpu fetches each weight while a block runs, which torch.compile does not see; leave out "
-                "speed.compile, or set memory.base to device"
+                "memory.base cpu: torch.compile does not see a weight being fetched; leave out speed.compile"
             )
         if self.memory.offload and self.asks_vae:
             raise ValueError(

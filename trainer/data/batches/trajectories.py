@@ -18,7 +18,7 @@ from torch import Tensor
 from ....flash_core.denoiser import Conditioning
 from ....flash_core.distiller import Distiller, Trajectory
 from ....flash_core.process import Process
-from ....flash_core.transfer import sent
+from ....flash_core.runs.transfer import sent
 from ...config import Recipe, TrajectorySection
 from ...errors import UserError
 from ...files import write_whole

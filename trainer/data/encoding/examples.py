@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ....flash_core.denoiser import Conditioning
-from ....flash_core.transfer import sent
+from ....flash_core.runs.transfer import sent
 from ...seeds import seed_of
 from ..cache.store import Places, Store
 from .table import SampleTable
