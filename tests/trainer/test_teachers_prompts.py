@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from flash_diffusion.trainer.config import ModelSection
 from flash_diffusion.trainer.teachers import load_teacher
+from flash_diffusion.trainer.teachers.tokens import load_tokenizers
 
 from ..families.pipelines import PROMPT_LENGTH, save_pipeline
 
@@ -58,3 +60,20 @@ def test_long_prompts_are_found_and_warned_of_once(
     [message] = [record.getMessage() for record in caplog.records]
     assert f"longer than the {length} tokens that the text encoder reads" in message
     assert repr(f"{prompts[2][:60]}...") in message or repr(prompts[2]) in message
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_a_tokenizer_reads_no_more_tokens_than_its_encoder_has_positions(family: str, tmp_path: Path) -> None:
+    """Some tokenizers name a length that no CLIP has, such as 8192."""
+    folder = save_pipeline(family, tmp_path / "model")
+    model = ModelSection.model_validate({"family": family, "path": str(folder)})
+    prompts = [" ".join(["a"] * 3 * PROMPT_LENGTH), "a"]
+    expected = load_teacher(model, resolution=64).encode_prompts(prompts)
+    for path in folder.glob("tokenizer*/tokenizer_config.json"):
+        if path.parent.name != "tokenizer_3":  # T5's
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 8192}))
+    found = load_teacher(model, resolution=64).encode_prompts(prompts)
+    assert found.cross_attention is not None
+    assert expected.cross_attention is not None
+    assert torch.equal(found.cross_attention, expected.cross_attention)
+    assert {one.length for one in load_tokenizers(folder)} <= {PROMPT_LENGTH, 512}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,5 +41,13 @@ def load_tokenizers(folder: Path) -> list[Tokenizer]:
             part = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"the tokenizer {path} can't be read ({error})") from error
-        found.append(Tokenizer(part, min(part.model_max_length, LONGEST)))
+        found.append(Tokenizer(part, min(part.model_max_length, _positions(folder, path.name), LONGEST)))
     return found
+
+
+def _positions(folder: Path, tokenizer: str) -> int:
+    """Return the positions that a tokenizer's text encoder has; ``LONGEST`` if it names none."""
+    config = folder / tokenizer.replace("tokenizer", "text_encoder") / "config.json"
+    if not config.is_file():
+        return LONGEST
+    return int(json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings") or LONGEST)

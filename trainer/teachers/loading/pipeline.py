@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -46,44 +47,56 @@ def load_pipeline(
     index = source.part_config("")
     parts = [part for part, made in index.items() if isinstance(made, list) and made[0] and part not in without]
     if source.file is None:
-        return _from_folder(pipeline, source, dtype, parts, options)
-    scaled = true_weights(source.file, dtype) if is_scaled(source.file) else None
-    absent = absent_parts(source.file, parts)
+        loaded = _from_folder(pipeline, source, dtype, parts, options)
+    else:
+        loaded = _from_file(pipeline, source, source.file, dtype, parts, options)
+    _limit_prompts(loaded)
+    return loaded
+
+
+def _from_file(
+    pipeline: type[AnyPipeline],
+    source: Source,
+    file: Path,
+    dtype: torch.dtype,
+    parts: Sequence[str],
+    options: Mapping[str, Any],
+) -> AnyPipeline:
+    scaled = true_weights(file, dtype) if is_scaled(file) else None
+    absent = absent_parts(file, parts)
     given: dict[str, Any] = {}
     if absent:
         others = dict.fromkeys(part for part in parts if part not in absent)
         try:
-            rest = _from_folder(pipeline, source, dtype, absent, options | others)
+            rest = _from_folder(pipeline, source, dtype, absent, {**options, **others})
         except UserError as error:
             raise UserError(
-                f"model.path: {source.file} has no {' and no '.join(absent)}, and {source.config} has no weights for "
+                f"model.path: {file} has no {' and no '.join(absent)}, and {source.config} has no weights for "
                 f"it; set model.config to a diffusers folder with these weights, or model.path to a complete model"
                 f"\n{error}"
             ) from error
         given = {part: getattr(rest, part) for part in absent}
     if source.folder is not None:
-        given |= fast_tokenizers(source.folder, parts, index)
+        given |= fast_tokenizers(source.folder, parts, source.part_config(""))
     try:
         with _quiet(), _read_as(scaled):
             where = {"config": source.config, "local_files_only": source.local_only}
             if "vae" not in given:
                 given["vae"] = AutoencoderKL.from_single_file(
-                    str(source.file) if scaled is None else dict(scaled),
+                    str(file) if scaled is None else dict(scaled),
                     subfolder="vae",
                     torch_dtype=torch.float32,
                     **where,
                 )
             reader: Any = pipeline  # not DiffusionPipeline, but every family's pipeline has from_single_file
-            loaded: AnyPipeline = reader.from_single_file(
-                str(source.file), torch_dtype=dtype, **where, **given, **options
-            )
+            loaded: AnyPipeline = reader.from_single_file(str(file), torch_dtype=dtype, **where, **given, **options)
     except (
         OSError, ValueError, LookupError, RuntimeError, TypeError, SafetensorError, SingleFileComponentError
     ) as error:  # fmt: skip
         # A weight that the file lacks stays on the meta device, and moving it raises NotImplementedError.
         reason = "it lacks some of the weights" if isinstance(error, NotImplementedError) else error
         raise UserError(
-            f"model.path: {source.file} does not fit the configuration of {source.config} (model.config): {reason}"
+            f"model.path: {file} does not fit the configuration of {source.config} (model.config): {reason}"
         ) from error
     _check_complete(loaded.components, source)
     return loaded
@@ -114,9 +127,19 @@ def _from_folder(
         raise source.unreadable(error) from error
     # Put in afterwards: from_pretrained refuses a tokenizer of a class that the pipeline's index does not name.
     loaded.register_modules(**tokenizers)  # type: ignore[no-untyped-call]
-    if "tokenizer" in tokenizers and hasattr(loaded, "tokenizer_max_length"):  # SD3's pipeline keeps a copy
-        loaded.tokenizer_max_length = tokenizers["tokenizer"].model_max_length
     return loaded
+
+
+def _limit_prompts(pipeline: DiffusionPipeline) -> None:
+    """Let no tokenizer make more tokens than its text encoder has positions: some files name a greater length."""
+    for name, encoder in pipeline.components.items():
+        tokenizer = pipeline.components.get(name.replace("text_encoder", "tokenizer"))
+        positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+        if name.startswith("text_encoder") and tokenizer is not None and positions is not None:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    tokenizer = pipeline.components.get("tokenizer")
+    if tokenizer is not None and hasattr(pipeline, "tokenizer_max_length"):  # SD3's pipeline keeps a copy
+        pipeline.tokenizer_max_length = tokenizer.model_max_length
 
 
 def _check_complete(parts: Mapping[str, Any], source: Source) -> None:
