@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from safetensors.torch import load_file
 
 from flash_diffusion.flash_core.distiller import Distiller
@@ -29,6 +30,8 @@ from flash_diffusion.trainer.distill.several.peers import Peers
 from flash_diffusion.trainer.errors import UserError
 
 from .test_resume import assert_same_file
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_folder_in_use_is_refused_and_names_the_other_run(recipe: Recipe, tmp_path: Path) -> None:
@@ -137,6 +140,15 @@ def launch(file: Path, output: Path, *options: str, processes: int = 2) -> subpr
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@pytest.mark.parametrize(("name", "machines"), [("one_machine", 1), ("two_machines", 2)])
+def test_accelerate_reads_the_shipped_files(name: str, machines: int) -> None:
+    config = load_config_from_file(str(ROOT / "launch" / f"{name}.yaml"))
+    assert isinstance(config, ClusterConfig)
+    assert config.distributed_type == "MULTI_GPU"
+    assert (config.num_machines, config.num_processes) == (machines, 8 * machines)
+    assert config.mixed_precision == "no"  # else accelerate would cast beside the recipe's precision
 
 
 @pytest.mark.slow
