@@ -362,6 +362,9 @@ def test_the_command_prints_a_rehearsal(
     assert "On one GeForce RTX 4070" in text
     assert "dollars at 2 an hour" in text
     assert "Rehearsed on fake tensors, not measured" in text
+    assert "sharding" not in text
     assert not (tmp_path / "out").exists()
+    assert main(["distill", str(path), "--rehearse", "--set", "sharding=base"]) == 0
+    assert "each of N devices keeps 1 / N" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["distill", str(path), "--rehearse", "--utilisation", "1.5"])

@@ -66,6 +66,11 @@ def print_rehearsal(
         seconds = _span([each / BUS for each in crossed])
         say(f"  to the device: {seconds} s at {BUS:g} GB/s, an assumption, in part while the device computes")
         say()
+    if recipe.sharding == "base":
+        whole = rehearsal.parts["base"]
+        say(f"sharding: base is not in the table: of the base's {_gib(whole)} GiB each of N devices keeps 1 / N,")
+        say("  and the weights of the block that it computes")
+        say()
     console.print(work_table(rehearsal))
     say(rest_in_words(rehearsal))
     cost = cost_of(rehearsal, gpu, utilisation)
