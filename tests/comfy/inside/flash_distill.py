@@ -23,7 +23,7 @@ PROMPTS = "red apple\nunicorn\nsmiling face\ntangerine"
 SHORT = {"updates": 6, "trajectories": 8, "samples": 4, "at_once": 2, "teacher_steps": 4, "preview_every": 0}
 SHORT |= {"width": 64, "height": 64}
 LEARNS = {"updates": 20, "trajectories": 24, "samples": 8, "preview_every": 0}
-FALLS_IN = 12  # updates of a tiny model
+FALLS_IN = 20  # updates of a tiny model
 
 
 def main(comfyui: Path, root: Path, folder: Path, families: list[str]) -> None:
