@@ -33,7 +33,7 @@ def unfinished(output: Path, name: str, current: Path) -> list[Path]:
 
 def runs_in(output: Path) -> dict[Path, str]:
     """Return the state of each run in the folder of all runs, in words, by its folder: the newest last."""
-    states = sorted((path for path in output.glob(f"*/{STATE}")), key=lambda path: path.stat().st_mtime)
+    states = sorted(output.glob(f"*/{STATE}"), key=lambda path: path.stat().st_mtime)
     return {path.parent: _in_words(path) for path in states}
 
 
