@@ -5,7 +5,7 @@
 
 The rows are in ``ablations.yaml``. Each is a whole run of ``flash-diffusion distill`` and ``evaluate``; its folder
 keeps recipe, log, LoRA and report. Runs with the same trajectories of the teacher share them. A finished run is not
-made again, so a stopped benchmark goes on where it stopped.
+made again, so a stopped benchmark goes on where it stopped. ``--chart FILE.svg`` draws the distances (matplotlib).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ ROWS = Path(__file__).with_suffix(".yaml")
 REFERENCE_STEPS = 32  # of the teacher that the students are compared with
 STEPS = (1, 2, 4, 8)
 HEAD = ("Row", "1 step", "2", "4", "8", "Diversity at 1", "Accuracy at 1", "Sharpness at 1", "Passes a sample")
+# The chart's step counts: label, colour (told apart by the colour-blind too) and marker.
+MARKS = {
+    "8": ("8 steps", "#0072b2", "s"),
+    "4": ("4 steps", "#009e73", "^"),
+    "2": ("2 steps", "#e69f00", "D"),
+    "1 step": ("1 step", "#d55e00", "o"),
+}
+FARTHEST = 40  # multiples of the floor that the chart shows
+ROW_INCHES = 0.19  # height of a row of the chart
+TITLE_ROWS = 2  # height of a panel's title and margins, in rows
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +147,38 @@ def _passes(row: Row, teacher: str) -> float:
     return total / samples / recipe.updates
 
 
+def chart(rows: Sequence[Row], made: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Draw the distances of all rows, a panel for each group, and lines at those of the first row; write an SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    groups = [
+        (title, list(group)) for title, group in groupby((r for r in rows if r.folder in made), lambda r: r.group)
+    ]
+    heights = [len(group) + TITLE_ROWS for _, group in groups]
+    base = made.get(rows[0].folder)
+    with rc_context({"svg.hashsalt": "ablations", "svg.fonttype": "none", "font.size": 8, "axes.titlesize": 9}):
+        figure = Figure(figsize=(8, ROW_INCHES * sum(heights)), layout="constrained")
+        panels = figure.subplots(len(groups), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for panel, (title, group) in zip(panels, groups, strict=True):
+            names = [row.name for row in group]
+            for column, (label, colour, marker) in MARKS.items():
+                values = [statistics.fmean(each[column] for each in made[row.folder]) for row in group]
+                shown = [min(value, FARTHEST) for value in values]
+                panel.scatter(shown, names, label=label, color=colour, marker=marker, s=22, zorder=3)
+                if base:
+                    level = statistics.fmean(each[column] for each in base)
+                    panel.axvline(level, color=colour, linewidth=0.8, linestyle=":")
+            panel.set(title=title, xscale="log", xlim=(0.9, FARTHEST * 1.1))
+            panel.set_xticks([1, 1.5, 2, 3, 5, 10, 20, 40], ["1", "1.5", "2", "3", "5", "10", "20", "40"])
+            panel.minorticks_off()
+            panel.grid(axis="y", linewidth=0.4)
+            panel.invert_yaxis()
+        panels[0].legend(ncols=len(MARKS), loc="lower right", bbox_to_anchor=(1, 1.15), frameon=False)
+        panels[-1].set_xlabel(f"Fréchet distance / floor; dotted: {rows[0].name}; {FARTHEST} stands for all above")
+        figure.savefig(path, metadata={"Date": None}, facecolor="white")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", help="the recipe of the teacher: glyphs or demo")
@@ -143,6 +186,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each row (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", help="names of rows, or words in them (default: all)")
     parser.add_argument("--table", type=Path, help="Markdown file to write (default: print)")
+    parser.add_argument("--chart", type=Path, help="SVG file to draw the distances into")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     output = args.output / args.teacher
@@ -156,6 +200,8 @@ def main() -> None:
     for report in sorted(output.glob("seed-*/*/report/report.json")):
         made.setdefault(report.parents[1].name, []).append(figures(report))
     text = "\n".join(table(rows, made, args.teacher)).strip() + "\n"
+    if args.chart:
+        chart(rows, made, args.chart)
     if args.table:
         args.table.write_text(text, encoding="utf-8")
     else:
