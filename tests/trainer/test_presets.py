@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from rich.console import Console
 from safetensors.torch import save_file
 
 from flash_diffusion.flash_core.distiller import Distiller
 from flash_diffusion.flash_core.lora import read_lora
+from flash_diffusion.trainer.demo.assets import GLYPHS, ROOT
 from flash_diffusion.trainer.distill.loop import distil
 from flash_diffusion.trainer.distill.plan import print_plan
 from flash_diffusion.trainer.errors import UserError
@@ -118,6 +120,13 @@ def test_a_models_size_is_read_from_the_headers_of_its_files(tmp_path: Path) -> 
     assert model_size({"family": "sd15", "path": str(single)})[0] == 7
     single.write_bytes(b"broken")
     assert model_size({"family": "sdxl", "path": str(single)}) == (2.57e9, "usual for SDXL")
+
+
+def test_the_size_of_an_embedded_teacher_is_counted() -> None:
+    """The second teacher is not as large as the first, which is usual for the family."""
+    for path, home in ((None, ROOT), ("glyphs", GLYPHS)):
+        unet = UNet2DConditionModel.from_pretrained(home / "teacher", subfolder="unet")
+        assert model_size({"family": "demo", "path": path})[0] == unet.num_parameters()
 
 
 def test_the_number_of_samples_is_counted_without_reading_them(tmp_path: Path, pictures: Path) -> None:

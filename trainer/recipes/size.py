@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...flash_core.families import FAMILIES
+from ..demo.assets import embedded_home
 
 NETWORKS = ("unet", "transformer")  # folders of the denoising network in a diffusers folder
 DENOISER = "model.diffusion_model."  # its keys in a single-file checkpoint
@@ -25,6 +26,8 @@ def model_size(model: Mapping[str, Any]) -> tuple[float, str]:
         model: the recipe's section, unchecked.
     """
     path = Path(str(model.get("path") or "")).expanduser()
+    if model.get("family") == "demo" and (home := embedded_home(model.get("path"))):
+        path = home / "teacher"
     files = []
     if path.is_dir():
         files = [file for name in NETWORKS for file in sorted((path / name).glob("*.safetensors"))]
