@@ -29,7 +29,8 @@ from flash_diffusion.trainer.teachers.base import Teacher
 
 STORAGES = ("plain", "float8", "int8", "nf4")
 STEPS = (1, 2, 4)
-SHORT = ("trajectories.count=128", "phases.0.updates=100", "preview.steps=[1]", "checkpoint.every=0")
+PHASES = "phases=[{name: all modes, updates: 100, modes: [0.55, 0.2, 0.15, 0.1]}]"  # the distillation alone
+SHORT = ("trajectories.count=128", PHASES, "preview.steps=[1]", "checkpoint.every=0")
 
 
 def recipe_of(storage: str, fields: list[str]) -> Recipe:

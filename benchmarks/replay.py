@@ -56,7 +56,9 @@ def recipe_of(teacher: str, row: str, bank: int, work: float | int, fields: list
 
     def with_updates(updates: int) -> Recipe:
         count = bank if row != "first" else max(base.trajectories.batch, updates * base.batch_size // FIRST_USES)
-        given = [f"phases.0.updates={updates}", f"trajectories.count={count}", *fields]
+        modes = list(base.phases[0].modes)  # the distillation alone: later phases of the recipe have more terms
+        phases = f"phases=[{{name: all modes, updates: {updates}, modes: {modes}}}]"
+        given = [phases, f"trajectories.count={count}", *fields]
         return load_recipe(teacher, given if row == "first" else [*given, f"trajectories.reuse={row}"])
 
     if isinstance(work, int):

@@ -205,8 +205,8 @@ class FlashDistill(io.ComfyNode):
                     "adversarial",
                     default=False,
                     optional=True,
-                    tooltip="On: the last 30 % of the updates sharpen single steps with a discriminator. Needs more "
-                    "memory and time, and a few thousand updates to help.",
+                    tooltip="On: the last 30 % of the updates sharpen single steps with a discriminator in the place "
+                    "of the matching of distributions. Needs more memory and time, and a few thousand updates to help.",
                 ),
                 advanced(
                     io.Int.Input,
@@ -230,9 +230,9 @@ class FlashDistill(io.ComfyNode):
                     "critic",
                     default=False,
                     optional=True,
-                    tooltip="On: the last 30 % of the updates match the distribution of single steps with the "
-                    "teacher's. A second LoRA, the critic, learns what the student draws. For experiments: needs more "
-                    "memory and time.",
+                    tooltip="On: in the last 30 % of the updates, which match the distribution of single steps with "
+                    "the teacher's, a second LoRA, the critic, learns what the student draws. Off: the student is its "
+                    "own critic. For experiments: on needs more memory and time.",
                 ),
             ],
             outputs=[

@@ -198,7 +198,7 @@ def report_text(
     band = max(1, min(BAND, len(losses) // 3))
     height, width = request.shape[1:]
     source = f"{settings.budget.trajectories} recorded solutions of the teacher" if settings.replays else "your latents"
-    last = f", the last of them with {settings.last_terms} on the first step" if settings.last_terms else ""
+    last = f", the last of them with {settings.last_terms} on the first step" if len(settings.stages()) > 1 else ""
     lines = [
         f"{request.name}: {count(training.update, 'update')} of {settings.at_once * settings.batches} samples{last}",
         f"from {source}, {count(len(training.examples.conditions), 'prompt')}, latents of {width} x {height}",

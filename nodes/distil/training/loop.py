@@ -270,7 +270,7 @@ class Training:
         terms: dict[str, Tensor] = {}
         if stage.phase.adversarial:
             terms |= self.distiller.discriminator_step(rollout, z_student, self.generator, share, seen)
-        if stage.phase.dmd:
+        if stage.phase.dmd and self.settings.critic:
             z, part, batch = self.distiller.critic_samples(rollout, z_student, self.generator)
             if len(z):
                 terms |= self.distiller.critic_step(z, part.conditioning, batch, share, part)

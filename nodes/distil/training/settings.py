@@ -89,18 +89,17 @@ FAMILIES: dict[str, Usual] = {
 # Shares of the timesteps' modes t = 999, 749, 499, 249. Pure noise is hardest, and all that a single step has.
 # The recipe ``demo`` has these.
 DISTILLATION_MODES = (0.55, 0.2, 0.15, 0.1)
-# The last phase with the adversarial loss on the first step, as in the preset ``best``.
-FIRST_STEP = Phase(modes=(0.5, 0.2, 0.15, 0.15), first_step_distillation=0.2, adversarial=4)
+# The last phase has one more term on the samples that start at pure noise, where the mean squared error blurs: that of
+# the preset ``best``, distribution matching (DMD) without guidance at one noise level and with it at a cleaner one.
+FIRST_STEP = Phase(modes=(0.5, 0.2, 0.15, 0.15), first_step_distillation=0.2, dmd=0.25)
 FIRST_STEP_SHARE = 0.3
 FIRST_STEP_RATE = 0.4
-ADVERSARIAL_TIMESTEPS = tuple(range(10, 401))
-HEADS_WARMUP = 150  # updates of the discriminator alone before the student listens to it
-
-# Distribution matching with a critic in the same updates (DMD2): the matching without guidance at one noise level, the
-# guidance at a cleaner one, for samples that start at pure noise, where the mean squared error blurs.
-FIRST_STEP_DMD = 0.25
 DMD = DmdSettings(form="decoupled", rows="first_step")
 CRITIC_WARMUP = 20  # updates of the critic alone, as in the preset ``tdm``
+# The adversarial loss, in the place of the matching by the student itself.
+ADVERSARIAL = 4.0
+ADVERSARIAL_TIMESTEPS = tuple(range(10, 401))
+HEADS_WARMUP = 150  # updates of the discriminator alone before the student listens to it
 
 # Shares of fresh noise between the student's steps. Replayed samples start on the teacher's own path, which has less
 # fresh noise than noised data.
@@ -144,7 +143,8 @@ class DistilSettings:
         guidance, teacher_steps, targets: see :class:`Usual`.
         solver: of the teacher's ODE.
         adversarial: whether the last updates have the adversarial loss on the first step.
-        critic: whether the last updates match distributions on the first step, with a critic.
+        critic: whether a critic of its own learns the student's distribution (DMD2); without it and without the
+            adversarial loss the student is its own critic.
         replays: True where samples start on recorded trajectories, False where they start at noised data.
         seed: of the LoRA, the order and all noise.
     """
@@ -165,9 +165,14 @@ class DistilSettings:
     seed: int
 
     @property
+    def matches(self) -> bool:
+        """Whether the last updates match distributions."""
+        return self.critic or not self.adversarial
+
+    @property
     def last_terms(self) -> str:
-        """The terms of the last updates beside the distillation, in words; empty for none."""
-        terms = {"the adversarial loss": self.adversarial, "distribution matching": self.critic}
+        """The terms of the last updates beside the distillation, in words."""
+        terms = {"the adversarial loss": self.adversarial, "distribution matching": self.matches}
         return " and ".join(name for name, on in terms.items() if on)
 
     @property
@@ -189,16 +194,17 @@ class DistilSettings:
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages in their order; their updates sum to the budget's."""
         plain = Phase(modes=DISTILLATION_MODES)
-        last = round(self.budget.updates * FIRST_STEP_SHARE) if self.adversarial or self.critic else 0
-        stages = [Stage("distillation", plain, self.budget.updates - last)]
-        if last:
-            phase = replace(
-                FIRST_STEP,
-                adversarial=FIRST_STEP.adversarial if self.adversarial else 0.0,
-                dmd=FIRST_STEP_DMD if self.critic else 0.0,
-            )
-            stages.append(Stage("first step", phase, last, FIRST_STEP_RATE))
-        return tuple(stages)
+        last = round(self.budget.updates * FIRST_STEP_SHARE)
+        phase = replace(
+            FIRST_STEP,
+            adversarial=ADVERSARIAL if self.adversarial else 0.0,
+            dmd=FIRST_STEP.dmd if self.matches else 0.0,
+        )
+        stages = (
+            Stage("distillation", plain, self.budget.updates - last),
+            Stage("first step", phase, last, FIRST_STEP_RATE),
+        )
+        return tuple(stage for stage in stages if stage.updates)
 
     def of_distiller(self) -> DistillerSettings:
         """Return the constants of the method."""
