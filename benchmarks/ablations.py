@@ -173,7 +173,7 @@ def chart(rows: Sequence[Row], made: Mapping[str, Sequence[Mapping[str, float]]]
             panel.set_xticks([1, 1.5, 2, 3, 5, 10, 20, 40], ["1", "1.5", "2", "3", "5", "10", "20", "40"])
             panel.minorticks_off()
             panel.grid(axis="y", linewidth=0.4)
-            panel.invert_yaxis()
+            panel.set_ylim(len(group) - 0.5, -0.5)  # the first row above
         panels[0].legend(ncols=len(MARKS), loc="lower right", bbox_to_anchor=(1, 1.15), frameon=False)
         panels[-1].set_xlabel(f"Fréchet distance / floor; dotted: {rows[0].name}; {FARTHEST} stands for all above")
         figure.savefig(path, metadata={"Date": None}, facecolor="white")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..distil.training.settings import DISTILLATION_MODES, PresetName
+from ..distil.training.settings import DISTILLATION_MODES, FIRST_STEP, FIRST_STEP_RATE, FIRST_STEP_SHARE, PresetName
 from ..distil.training.state import safe_name
 from .models import Teacher
 from .runner import RECIPE
@@ -147,10 +147,9 @@ class Request:
         budget = next((budget for name, budget in BUDGETS.items() if name == self.preset), None)
         if budget is not None:
             updates, trajectories = self.updates or budget[0], self.trajectories or budget[1]
-            phase = {"name": "distillation", "updates": updates, "modes": list(DISTILLATION_MODES)}
             fields |= {
                 "preset": "best",
-                "phases": [phase],
+                "phases": _phases(updates),
                 "trajectories": {"count": trajectories, "split": False},
                 "log_every": max(1, min(10, updates // LOGGED)),
                 "checkpoint": {"every": CHECKPOINT_UPDATES},
@@ -170,6 +169,23 @@ class Request:
     def _preview_prompts(self) -> list[str]:
         """Return the prompts of the previews; none where the dataset's first captions are taken."""
         return list(self.prompts[:PREVIEW_PROMPTS])
+
+
+def _phases(updates: int) -> list[dict[str, Any]]:
+    """Return the phases of a preset with a number of updates: those of *Flash Distill*."""
+    last = round(updates * FIRST_STEP_SHARE)
+    phases = [
+        {"name": "distillation", "updates": updates - last, "modes": list(DISTILLATION_MODES)},
+        {
+            "name": "first step",
+            "updates": last,
+            "modes": list(FIRST_STEP.modes),
+            "learning_rate": FIRST_STEP_RATE,
+            "first_step_distillation": FIRST_STEP.first_step_distillation,
+            "dmd": FIRST_STEP.dmd,
+        },
+    ]
+    return [phase for phase in phases if phase["updates"]]
 
 
 def _stamps(place: Path | None) -> Iterator[tuple[str, int, int]]:

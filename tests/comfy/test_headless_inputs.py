@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from flash_diffusion.trainer.config import PhaseSection
 from flash_diffusion.trainer.recipes import load_recipe
 
 from .inside_comfyui import run_inside
@@ -142,6 +143,11 @@ def test_the_same_inputs_and_files_are_the_same_run(facts) -> None:
     assert len(set(facts["same"])) == 1
 
 
+def same_terms(one: PhaseSection, other: PhaseSection) -> bool:
+    """Whether two phases differ in their number of updates at most."""
+    return one.model_copy(update={"updates": 1}) == other.model_copy(update={"updates": 1})
+
+
 def test_the_trainer_accepts_every_recipe(facts, base: Path) -> None:
     recipes = {path.parent.name: load_recipe(str(path)) for path in base.glob("recipes/*/recipe.yaml")}
     for preset, (updates, trajectories) in PRESETS.items():
@@ -150,7 +156,10 @@ def test_the_trainer_accepts_every_recipe(facts, base: Path) -> None:
         assert recipe.data.path == base / "recipes" / preset / "prompts.txt"
         assert recipe.data.path.read_text(encoding="utf-8").splitlines() == recipe.preview.prompts
         assert recipe.data.cache == base / "recipes" / "cache"
-        assert not any(phase.adversarial or phase.dmd for phase in recipe.phases)
+        # As in the trainer's preset best: the error alone, then distribution matching on the first step.
+        assert [phase.updates for phase in recipe.phases] == [updates - round(0.3 * updates), round(0.3 * updates)]
+        assert same_terms(recipe.phases[1], recipes["best"].phases[1])
+        assert not recipe.phases[0].dmd
         if preset == "standard":
             assert (recipe.lora.rank, recipe.optimizer.lr, recipe.batch_size) == (4, 1e-5, 3)
             assert (recipe.data.resolution, recipe.method.guidance) == (256, (5, 5))
