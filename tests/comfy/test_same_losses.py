@@ -25,6 +25,15 @@ pytestmark = pytest.mark.comfy
 PROMPTS = ("red apple", "unicorn", "animal face")
 UPDATES, TRAJECTORIES, SAMPLES, STEPS, RANK, RATE, SEED = 10, 6, 4, 4, 4, 2e-3, 7
 MODES = (0.55, 0.2, 0.15, 0.1)
+LAST = 3  # 30 % of the updates
+FIRST_STEP = {
+    "name": "first step",
+    "updates": LAST,
+    "modes": [0.5, 0.2, 0.15, 0.15],
+    "learning_rate": 0.4,
+    "first_step_distillation": 0.5,
+    "dmd": 0.15,
+}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 TARGETS = (*TARGETS, "conv1", "conv2", "time_emb_proj", "conv_shortcut")
 TOLERANCE = 1e-3  # of each loss
@@ -41,8 +50,10 @@ def recipe(folder: Path) -> dict[str, Any]:
             "solver": "dpmpp_2m",
             "guidance": [3, 3],
             "distillation": "mse",
+            "fake_score": "student",
+            "dmd": {"form": "decoupled", "rows": "first_step"},
         },
-        "phases": [{"name": "all", "updates": UPDATES, "modes": list(MODES)}],
+        "phases": [{"name": "distillation", "updates": UPDATES - LAST, "modes": list(MODES)}, FIRST_STEP],
         "optimizer": {
             "lr": RATE,
             "betas": [0.9, 0.99],
@@ -56,7 +67,7 @@ def recipe(folder: Path) -> dict[str, Any]:
         "ema": 0.99,
         "seed": SEED,
         "log_every": 1,
-        "trajectories": {"count": TRAJECTORIES, "batch": SAMPLES},
+        "trajectories": {"count": TRAJECTORIES, "batch": SAMPLES, "split": True},
         "sampler": {"stochasticity": 0.5},
         "preview": {"every": 0},
     }
