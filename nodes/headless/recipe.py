@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..distil.training.settings import DISTILLATION_MODES, FIRST_STEP, FIRST_STEP_RATE, FIRST_STEP_SHARE, PresetName
+from ..distil.training.settings import FIRST_STEP, PresetName, in_stages
 from ..distil.training.state import safe_name
 from .models import Teacher
 from .runner import RECIPE
@@ -173,19 +173,17 @@ class Request:
 
 def _phases(updates: int) -> list[dict[str, Any]]:
     """Return the phases of a preset with a number of updates: those of *Flash Distill*."""
-    last = round(updates * FIRST_STEP_SHARE)
-    phases = [
-        {"name": "distillation", "updates": updates - last, "modes": list(DISTILLATION_MODES)},
+    return [
         {
-            "name": "first step",
-            "updates": last,
-            "modes": list(FIRST_STEP.modes),
-            "learning_rate": FIRST_STEP_RATE,
-            "first_step_distillation": FIRST_STEP.first_step_distillation,
-            "dmd": FIRST_STEP.dmd,
-        },
+            "name": stage.name,
+            "updates": stage.updates,
+            "modes": list(stage.phase.modes),
+            "learning_rate": stage.rate,
+            "first_step_distillation": stage.phase.first_step_distillation,
+            "dmd": stage.phase.dmd,
+        }
+        for stage in in_stages(updates, FIRST_STEP)
     ]
-    return [phase for phase in phases if phase["updates"]]
 
 
 def _stamps(place: Path | None) -> Iterator[tuple[str, int, int]]:

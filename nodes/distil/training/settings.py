@@ -194,14 +194,8 @@ class DistilSettings:
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages in their order; their updates sum to the budget's."""
-        plain = Phase(modes=DISTILLATION_MODES)
-        last = round(self.budget.updates * FIRST_STEP_SHARE)
-        phase = replace(SHARPENED if self.adversarial else FIRST_STEP, dmd=FIRST_STEP.dmd if self.matches else 0.0)
-        stages = (
-            Stage("distillation", plain, self.budget.updates - last),
-            Stage("first step", phase, last, FIRST_STEP_RATE),
-        )
-        return tuple(stage for stage in stages if stage.updates)
+        last = replace(SHARPENED if self.adversarial else FIRST_STEP, dmd=FIRST_STEP.dmd if self.matches else 0.0)
+        return in_stages(self.budget.updates, last)
 
     def of_distiller(self) -> DistillerSettings:
         """Return the constants of the method."""
@@ -220,6 +214,16 @@ class DistilSettings:
     def stochasticity_by_steps(self) -> dict[int, float]:
         """Return {step count: share of fresh noise} for the LoRA's metadata; empty for the paper's 1."""
         return {} if self.stochasticity == 1 else dict.fromkeys(range(1, MAX_FEW_STEPS + 1), self.stochasticity)
+
+
+def in_stages(updates: int, last: Phase) -> tuple[Stage, ...]:
+    """Return the stages of a run: the mean squared error alone, then ``last``; without the second in a tiny run."""
+    ending = round(updates * FIRST_STEP_SHARE)
+    stages = (
+        Stage("distillation", Phase(modes=DISTILLATION_MODES), updates - ending),
+        Stage("first step", last, ending, FIRST_STEP_RATE),
+    )
+    return tuple(stage for stage in stages if stage.updates)
 
 
 def by_size(table: Mapping[float, float], parameters: float) -> float:
