@@ -34,7 +34,9 @@ from flash_diffusion.trainer.recipes.merging import merged
 ROWS = Path(__file__).with_suffix(".yaml")
 REFERENCE_STEPS = 32  # of the teacher that the students are compared with
 STEPS = (1, 2, 4, 8)
-HEAD = ("Row", "1 step", "2", "4", "8", "Diversity at 1", "Accuracy at 1", "Sharpness at 1", "Passes a sample")
+OTHERS = ("states", "random")  # kinds of features that have columns for 1 and 2 steps
+DISTANCES = ("1 step", "2", "4", "8", "States at 1", "States at 2", "Random at 1", "Random at 2")
+HEAD = ("Row", *DISTANCES, "Diversity at 1", "Accuracy at 1", "Sharpness at 1", "Passes a sample")
 # The chart's step counts: label, colour (told apart by the colour-blind too) and marker.
 MARKS = {
     "8": ("8 steps", "#0072b2", "s"),
@@ -114,7 +116,8 @@ def figures(report: Path) -> dict[str, float]:
     runs = {run["name"]: run for run in json.loads(report.read_text(encoding="utf-8"))["runs"]}
     student = {steps: runs[f"student {steps} step{'s' if steps > 1 else ''}"] for steps in STEPS}
     teacher = next(run for run in runs.values() if run["steps"] == REFERENCE_STEPS)
-    values = [student[steps]["kinds"]["features"]["x_floor"]["value"] for steps in STEPS]
+    shown = [("features", steps) for steps in STEPS] + [(kind, steps) for kind in OTHERS for steps in STEPS[:2]]
+    values = [student[steps]["kinds"][kind]["x_floor"]["value"] for kind, steps in shown]
     one = student[1]
     values += [one["diversity"] / teacher["diversity"], 100 * one["prompt_accuracy"], one["sharpness"]]
     return dict(zip(HEAD[1:-1], values, strict=True))
@@ -133,7 +136,8 @@ def table(rows: Sequence[Row], made: Mapping[str, Sequence[Mapping[str, float]]]
         first = f"{cells[0]:.2f}"
         if len(sets) > 1:
             first += f" ± {statistics.stdev(each[HEAD[1]] for each in sets):.2f}"
-        texts = [first, *(f"{value:.2f}" for value in cells[1:5]), f"{cells[5]:.1f} %", f"{cells[6]:.2f}"]
+        *rest, accuracy, sharpness = cells[1:]
+        texts = [first, *(f"{value:.2f}" for value in rest), f"{accuracy:.1f} %", f"{sharpness:.2f}"]
         yield f"| {row.name} | {' | '.join(texts)} | {_passes(row, teacher):.1f} |"
 
 

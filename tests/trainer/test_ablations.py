@@ -17,7 +17,7 @@ ROWS = ablations.read_rows()
 
 def figures(one: float, rest: float = 2.0) -> dict[str, float]:
     """The figures of a made-up run, by the head of their column."""
-    return dict(zip(ablations.HEAD[1:-1], [one, rest, rest, rest, 1.25, 80.0, 1.0], strict=True))
+    return dict(zip(ablations.HEAD[1:-1], [one, *[rest] * 7, 1.25, 80.0, 1.0], strict=True))
 
 
 def test_every_row_is_a_recipe_of_its_own(tmp_path: Path) -> None:
@@ -33,12 +33,15 @@ def test_every_row_is_a_recipe_of_its_own(tmp_path: Path) -> None:
 def test_the_table_has_means_and_deviations_over_seeds() -> None:
     """Worked: 3 and 5 have mean 4 and deviation 1.41; MSE is a forward pass, and a backward pass that costs two."""
     text = "\n".join(ablations.table(ROWS, {ROWS[0].folder: [figures(3), figures(5)]}, "glyphs"))
-    assert text.splitlines()[-1] == "| MSE | 4.00 ± 1.41 | 2.00 | 2.00 | 2.00 | 1.25 | 80.0 % | 1.00 | 3.0 |"
+    assert text.splitlines()[-1] == f"| MSE | 4.00 ± 1.41 |{' 2.00 |' * 7} 1.25 | 80.0 % | 1.00 | 3.0 |"
 
 
 def test_a_run_s_figures_are_those_of_its_report(tmp_path: Path) -> None:
     def run(name: str, steps: int, distance: float, diversity: float) -> dict[str, Any]:
-        kinds = {"features": {"x_floor": {"value": distance}}}
+        kinds = {
+            kind: {"x_floor": {"value": factor * distance}}
+            for kind, factor in {"features": 1, "states": 10, "random": 100}.items()
+        }
         return {
             "name": name,
             "steps": steps,
@@ -53,7 +56,7 @@ def test_a_run_s_figures_are_those_of_its_report(tmp_path: Path) -> None:
     ]
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"runs": runs}))
-    assert list(ablations.figures(report).values()) == [1, 2, 4, 8, 0.75, 50, 0.9]
+    assert list(ablations.figures(report).values()) == [1, 2, 4, 8, 10, 20, 100, 200, 0.75, 50, 0.9]
 
 
 def test_the_chart_names_every_row(tmp_path: Path) -> None:
