@@ -119,7 +119,7 @@ class TestPictures:
         assert (GLYPHS / "reference.safetensors").stat().st_size <= 1_500_000
         assert {path.parent for path in further} == {TASK_ADAPTERS, CONTROLS, LORAS}
         # A task's LoRA that begins as flash_demo has its rank, and so its size.
-        large = {LORAS / "flash_demo_inpainting.safetensors"}
+        large = {LORAS / f"flash_demo_{task}.safetensors" for task in ("inpainting", "controlnet")}
         assert all(path.stat().st_size <= (4_500_000 if path in large else 2_000_000) for path in further)
 
 
