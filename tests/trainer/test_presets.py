@@ -86,8 +86,8 @@ def test_values_between_two_sizes_are_linear_in_logarithms() -> None:
 @pytest.mark.parametrize(
     ("parameters", "least", "most", "ranks"),
     [
-        (1.5e6, 2e-3, 4e-3, (8, 16)),
-        (7e6, 2e-3, 4e-3, (8, 16)),
+        (1.5e6, 1e-3, 2e-3, (32, 40)),
+        (7e6, 1e-3, 2e-3, (32, 40)),
         (8.6e8, 1e-5, 1e-4, (64, 128)),
         (2.6e9, 1e-5, 1e-4, (64, 128)),
     ],
@@ -147,7 +147,7 @@ def test_fields_and_overrides_of_the_user_stand_above_the_preset_and_are_named(t
     assert (recipe.lora.rank, recipe.phases[1].updates, recipe.trajectories.count) == (12, 7, 320)
     assert recipe.phases[0].updates == 140  # 70 % of 10 x 320 / 16
     text = "\n".join(reasons)
-    assert "lora.rank: the recipe's own, instead of the preset's 8" in text
+    assert "lora.rank: the recipe's own, instead of the preset's 32" in text
     assert "updates: 200: each of 320 trajectories 10 times, 16 an update" in text
     assert read_recipe(path, [], "paper")[0].phases[0].name == "warm-up"  # the option takes the preset's place
     small = "\n".join(read_recipe(path, [], "paper")[1])
@@ -164,7 +164,7 @@ def test_the_plan_says_what_the_preset_chose(tmp_path: Path) -> None:
     print_plan(recipe, console, reasons)
     text = console.export_text()
     assert "preset best: what helped on small models" in text
-    assert "optimizer.lr: 0.0032, by the model's size (0.004 at 5 M, 0.0001 at 860 M, 5e-05 at 2.6 B)" in text
+    assert "optimizer.lr: 0.0017, by the model's size (0.002 at 5 M, 0.0001 at 860 M, 5e-05 at 2.6 B)" in text
     assert "trajectories.count: 3072: 2 for each of 300 samples (counted), from 3072 to 8192" in text
 
 
@@ -179,7 +179,7 @@ def test_best_distils_a_small_model_of_ones_own(tiny_model: Path, pictures: Path
     budget = ["trajectories.count=4", "batch_size=2", "phases.0.updates=1", "phases.1.updates=1"]
     recipe = load_recipe(path, [*budget, "method.discriminator.warmup=1", "preview.steps=[1]"])
     file = read_lora(distil(recipe, tmp_path / "run"))
-    assert file.ranks == (8,)
+    assert file.ranks == (32,)
     assert file.metadata is not None
     assert file.metadata.stochasticity[4] == 0.5
 
