@@ -25,7 +25,7 @@ from flash_diffusion.trainer.demo.making.teacher.training import WARM_UP, Traine
 from flash_diffusion.trainer.demo.shards import TEACHER_STYLE, Caption, Pictures, load_pictures, shard_path, write_shard
 from flash_diffusion.trainer.metrics.feature_network import FeatureNetwork
 
-STYLES = ("fluent3d", "noto")
+STYLES = ("fluent3d", "noto", "flat")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,9 @@ class TestPictures:
             assert {caption.license for caption in loaded.captions} == {emoji_packages.LICENSES[style]}
             assert (DATA / f"LICENSE.{style}.txt").read_text().strip()
             codes[style] = [caption.code for caption in loaded.captions]
-        assert codes["fluent3d"] == codes["noto"]
-        assert "Microsoft" in (DATA / "LICENSE.fluent3d.txt").read_text()
+        assert codes["fluent3d"] == codes["noto"] == codes["flat"]
+        for style in ("fluent3d", "flat"):
+            assert "Microsoft" in (DATA / f"LICENSE.{style}.txt").read_text()
         assert "Apache License" in (DATA / "LICENSE.noto.txt").read_text()
 
     def test_general_captions_are_shared_and_differ_from_names(self, fluent: Pictures) -> None:
@@ -84,7 +85,7 @@ class TestPictures:
         assert (loaded.images[0].float().mean((1, 2)) - torch.tensor([255.0, 0, 0])).abs().max() < 4
 
     def test_unknown_style_error_lists_the_styles(self) -> None:
-        with pytest.raises(FileNotFoundError, match=r"'crayon'.*fluent3d, noto.*demo data"):
+        with pytest.raises(FileNotFoundError, match=r"'crayon'.*flat, fluent3d, noto.*demo data"):
             load_pictures("crayon")
 
     def test_package_reads_the_same_from_tarball_and_folder(self, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LICENSES = {"fluent3d": "MIT", "noto": "Apache-2.0"}
+LICENSES = {"fluent3d": "MIT", "noto": "Apache-2.0", "flat": "MIT"}
 
 # The subjects were chosen by eye, for charm and for what a model this small can draw: one big round shape, few thin
 # parts, no text, no near-duplicates (with more than eight almost equal grins, they would blur into one another).
@@ -144,14 +144,19 @@ def noto(packages: Path) -> Callable[[str], Image.Image]:
     return iconify(packages, "@iconify-json/noto")
 
 
-STYLES: dict[str, Callable[[Path], Callable[[str], Image.Image]]] = {"fluent3d": fluent3d, "noto": noto}
+def flat(packages: Path) -> Callable[[str], Image.Image]:
+    """Return a function from code to picture, for Microsoft Fluent flat (SVG): the teacher's shapes, plain colours."""
+    return iconify(packages, "@iconify-json/fluent-emoji-flat")
+
+
+STYLES: dict[str, Callable[[Path], Callable[[str], Image.Image]]] = {"fluent3d": fluent3d, "noto": noto, "flat": flat}
 
 
 def unseen_style(packages: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and pictures (3, H, W) in [0, 1] of the subjects in Fluent flat, a style without training."""
+    """Yield names and pictures (3, H, W) in [0, 1] of the subjects in Fluent flat, which no feature network learnt."""
     from ...pictures import picture_bytes
 
-    render = iconify(packages, "@iconify-json/fluent-emoji-flat")
+    render = flat(packages)
     for caption in captions("fluent3d"):
         try:
             picture = render(caption.code)

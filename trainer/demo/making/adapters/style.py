@@ -22,16 +22,16 @@ from .training import AdapterTraining, add_training_arguments, demo_teacher, tra
 
 logger = logging.getLogger(__name__)
 
-STYLES = {"noto": "Apache-2.0"}  # style -> licence of its pictures, as in `emoji_packages.py`
+STYLES = {"flat": "MIT", "noto": "Apache-2.0"}  # style -> licence of its pictures, as in `emoji_packages.py`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``flash-diffusion demo style``."""
     parser.add_argument(
-        "style", nargs="?", choices=STYLES, default="noto", help="the style to learn (default: %(default)s)"
+        "style", nargs="?", choices=STYLES, default="flat", help="the style to learn (default: %(default)s)"
     )
     parser.add_argument("--rank", type=int, default=6, help="rank of the LoRA (default: %(default)s)")
-    add_training_arguments(parser, updates=1500, batch_size=16, learning_rate=2e-3)
+    add_training_arguments(parser, updates=2000, batch_size=16, learning_rate=1e-3)
     parser.add_argument("--limit", type=int, help="use only this many pictures, the first ones")
 
 
