@@ -66,7 +66,9 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 
 
 def shipped_loras() -> list[Path]:
-    return sorted((prompts.ROOT / "trainer" / "demo" / "lora").glob("*.safetensors"))
+    """All but face-swap's, which changes a first layer with more channels than the plain model's."""
+    found = sorted((prompts.ROOT / "trainer" / "demo" / "lora").glob("*.safetensors"))
+    return [path for path in found if path.stem != "flash_demo_face_swap"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -119,9 +119,10 @@ class TestPictures:
         assert sum(path.stat().st_size for path in second if path.name != "reference.safetensors") <= 5_000_000
         assert (GLYPHS / "reference.safetensors").stat().st_size <= 1_500_000
         assert {path.parent for path in further} == {TASK_ADAPTERS, CONTROLS, LORAS}
-        # A task's LoRA that begins as flash_demo has its rank, and so its size.
-        large = {LORAS / f"flash_demo_{task}.safetensors" for task in ("inpainting", "controlnet")}
-        assert all(path.stat().st_size <= (4_500_000 if path in large else 2_000_000) for path in further)
+        large = {
+            LORAS / f"flash_demo_{task}.safetensors" for task in ("inpainting", "controlnet", "face_swap")
+        }  # rank 32
+        assert all(path.stat().st_size <= (5_000_000 if path in large else 2_000_000) for path in further)
 
 
 def same_up_to_sign(first: torch.Tensor, second: torch.Tensor) -> bool:
