@@ -18,11 +18,12 @@ from ....export.export import lora_modules
 from ....tasks import build_task
 from ...assets import LORAS
 from ...shards import TEACHER_STYLE, shard_path
+from ..emoji_packages import LICENSES
 from .training import AdapterTraining, add_training_arguments, demo_teacher, train
 
 logger = logging.getLogger(__name__)
 
-STYLES = {"flat": "MIT", "noto": "Apache-2.0"}  # style -> licence of its pictures, as in `emoji_packages.py`
+STYLES = {style: licence for style, licence in LICENSES.items() if style != TEACHER_STYLE}  # of the pictures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
