@@ -1,4 +1,4 @@
-"""The docs: links lead somewhere, named files and functions exist, shown commands parse."""
+"""The docs: links lead somewhere, named files and functions exist, shown commands parse, tables are whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "SECURITY.md",
-    "benchmarks/README.md",
+    "benchmarks/*.md",
     "docs/**/*.md",
     "trainer/demo/*/README.md",
     "web/docs/*.md",
@@ -163,7 +163,19 @@ def unparsed_commands(root: Path) -> Iterator[str]:
                     yield f"{page.relative_to(root)}: flash-diffusion {command}: {error}"
 
 
-CHECKS = (broken_links, missing_names, missing_files, unparsed_commands)
+def ragged_rows(root: Path) -> Iterator[str]:
+    """Yield every table row that has more or fewer cells than the table's first row."""
+    for page in pages(root):
+        expected = 0
+        for line in prose(page).splitlines():
+            # A bar inside a cell is written with a backslash.
+            cells = len(re.findall(r"(?<!\\)\|", line)) - 1 if line.startswith("|") else 0
+            if expected and cells and cells != expected:
+                yield f"{page.relative_to(root)}: {cells} cells, expected {expected}: {line[:60]}"
+            expected = (expected or cells) if cells else 0
+
+
+CHECKS = (broken_links, missing_names, missing_files, unparsed_commands, ragged_rows)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -188,6 +200,7 @@ def test_commands_are_found_in_the_docs() -> None:
         ("`trainer/nothing.py`", missing_files, "no trainer/nothing.py"),
         ("    flash-diffusion distill demo --nothing", unparsed_commands, "--nothing"),
         ("`flash-diffusion nothing demo`", unparsed_commands, "no command 'nothing'"),
+        ("| a | b |\n|---|---|\n| 1 |", ragged_rows, "1 cells, expected 2"),
     ],
 )
 def test_check_finds_a_mistake(tmp_path: Path, text: str, check: Any, problem: str) -> None:
