@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from inside_comfyui import ROOT, boot_comfyui, run_inside
+
 STYLE = ROOT / "trainer" / "demo" / "lora" / "flash_demo_style_noto.safetensors"
 TRAINED = (
     "red apple",
@@ -40,10 +39,7 @@ STEPS = (1, 2)
 
 def measure(comfyui: str, style: Path, output: Path) -> dict[str, Any]:
     """Distil, draw and measure, in this process."""
-    sys.path.insert(0, str(ROOT / "tests" / "comfy" / "inside"))
-    from boot import boot
-
-    boot(Path(comfyui), ROOT)
+    boot_comfyui(comfyui)
     import comfy.sample
     import folder_paths
     import torch
@@ -55,7 +51,6 @@ def measure(comfyui: str, style: Path, output: Path) -> dict[str, Any]:
     from dropped_in.nodes.sampling.contact_sheet import draw_grid
     from dropped_in.nodes.sampling.few_step import flash_grid, flash_sampler
 
-    torch.set_num_threads(1)
     folder_paths.add_model_folder_path("loras", str(style.parent))
     folder_paths.set_output_directory(str(output))
     with torch.inference_mode():
@@ -107,9 +102,6 @@ def measure(comfyui: str, style: Path, output: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Print a table, a row for each way to draw."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import comfy_runtime
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("style", type=Path, nargs="?", default=STYLE)
     parser.add_argument("--output", type=Path, default=Path("out/style_kept"))
@@ -120,14 +112,7 @@ def main() -> int:
     if given.inside:
         sys.stdout.write("\n" + json.dumps(measure(given.inside, style, output)) + "\n")
         return 0
-    command = [sys.executable, __file__, str(style), "--output", str(output)]
-    command += ["--inside", str(comfy_runtime.comfyui_folder())]
-    environment = {**comfy_runtime.environment(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        return done.returncode
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_inside(__file__, [str(style), "--output", str(output)])
     sys.stdout.write(f"distilled in {found['seconds']:.0f} s of one core's time\n\n")
     sys.stdout.write("| Drawn by | to the styled teacher | to the plain teacher | share |\n|---|---:|---:|---:|\n")
     for name, row in found["rows"].items():

@@ -10,13 +10,12 @@ and 2 steps from the same noise; the error is the latents' mean squared differen
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from inside_comfyui import boot_comfyui, run_inside
+
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 PROMPTS = ("dog face", "fox", "red apple", "smiling face with sunglasses", "cat face", "pig face")
 FLASH = "flash_demo.safetensors"
@@ -26,10 +25,7 @@ STEPS = (1, 2)
 
 def measure(comfyui: str, style: Path, strengths: list[float]) -> list[dict[str, float]]:
     """A row for each strength, in this process."""
-    sys.path.insert(0, str(ROOT / "tests" / "comfy" / "inside"))
-    from boot import boot
-
-    boot(Path(comfyui), ROOT)
+    boot_comfyui(comfyui)
     import comfy.sample
     import folder_paths
     import torch
@@ -39,7 +35,6 @@ def measure(comfyui: str, style: Path, strengths: list[float]) -> list[dict[str,
     from dropped_in.nodes.lora.stack import FlashLoraStack
     from dropped_in.nodes.sampling.few_step import flash_grid, flash_sampler
 
-    torch.set_num_threads(1)
     for folder in (SHIPPED_LORAS, style.parent):
         folder_paths.add_model_folder_path("loras", str(folder))
     flash_layers, style_layers = (common_names(read_lora(path).modules) for path in (SHIPPED_LORAS / FLASH, style))
@@ -73,9 +68,6 @@ def measure(comfyui: str, style: Path, strengths: list[float]) -> list[dict[str,
 
 def main(arguments: list[str]) -> int:
     """Print a table, a row for each strength."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import comfy_runtime
-
     if arguments and arguments[0] == "--inside":
         rows = measure(arguments[1], Path(arguments[2]), [float(text) for text in arguments[3:]])
         sys.stdout.write(json.dumps(rows) + "\n")
@@ -85,13 +77,7 @@ def main(arguments: list[str]) -> int:
         return 2
     strengths = arguments[1:] or [str(strength) for strength in STRENGTHS]
     style = str(Path(arguments[0]).resolve())
-    command = [sys.executable, __file__, "--inside", str(comfy_runtime.comfyui_folder()), style, *strengths]
-    environment = {**comfy_runtime.environment(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        return done.returncode
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = run_inside(__file__, [style, *strengths])
     sys.stdout.write(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}\n")
     for row in rows:
         sys.stdout.write(f"| {' | '.join(f'{value:.2f}' for value in row.values())} |\n")
