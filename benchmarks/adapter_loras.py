@@ -41,6 +41,11 @@ STEPS = (1, 2, 4)
 TOLERANCE = 1  # pixels
 
 
+def label(steps: int) -> str:
+    """A column's name."""
+    return f"{steps} step{'s' if steps > 1 else ''}"
+
+
 def measure(comfyui: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for the guided teacher and for each LoRA, in this process."""
     boot_comfyui(comfyui)
@@ -100,14 +105,14 @@ def measure(comfyui: str, given: argparse.Namespace) -> list[dict[str, Any]]:
             guided = steered(teacher, prompts[text], hint, 4)
             options = (32, 3.0, "dpmpp_2m", "simple", guided, prompts[""], latent)
             solved = comfy.sample.sample(teacher, noise, *options, seed=seed, disable_pbar=True)
-            note("teacher, 32 steps", "4 steps", vae.decode(solved), hint)
+            note("teacher, 32 steps", label(4), vae.decode(solved), hint)
             for name, student in students.items():
                 positive = steered(student, prompts[text], hint, given.end_step)
                 for steps in STEPS:
                     # At fewer steps the adapter steers all of them.
                     prompt = positive if steps == 4 else steered(student, prompts[text], hint, 4)
                     made = draw(student, prompt, seed, NOISES, steps)
-                    note(name, f"{steps} steps", made, hint)
+                    note(name, label(steps), made, hint)
                 for index in range(2):
                     columns[f"{name} {index + 1}"].append(made[index : index + 1])
     for row in rows:
@@ -135,7 +140,7 @@ def main() -> int:
         sys.stdout.write("\n" + json.dumps(measure(given.inside, given)) + "\n")
         return 0
     rows = run_inside(__file__, sys.argv[1:])
-    columns = ("lora", *(f"{steps} steps" for steps in STEPS))
+    columns = ("lora", *(label(steps) for steps in STEPS))
     sys.stdout.write(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n")
     for row in rows:
         cells = [f"{row[name]:.3f}" if name in row else "" for name in columns[1:]]

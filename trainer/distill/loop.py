@@ -73,6 +73,7 @@ def distil(recipe: Recipe, output: Path, *, resume: bool = False, stop: StopRequ
         with watched(output, accelerator) as peers, device_errors_explained(recipe, output, peers):
             lora = Run(recipe, output, accelerator, last, stop).train()
     logger.info("the LoRA is at %s", lora)
+    logger.info("to measure its stochasticity: flash-diffusion evaluate --run %s --tune-sampler --write", output)
     return lora
 
 
