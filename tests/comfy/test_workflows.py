@@ -89,8 +89,9 @@ def to_api(workflow: dict[str, Any], nodes: dict[str, Any]) -> dict[str, Any]:
             continue
         values = iter(node["widgets_values"])
         inputs = {}
-        for name, options in widgets(nodes[node["type"]]):
-            inputs[name] = next(values)
+        # A newer ComfyUI's node may have more widgets than were saved; the page leaves them at their defaults.
+        for (name, options), value in zip(widgets(nodes[node["type"]]), values, strict=False):
+            inputs[name] = value
             if options.get("control_after_generate"):
                 assert next(values) in ("fixed", "increment", "decrement", "randomize")
         assert not list(values), f"node {node['id']} has more widget values than widgets"
