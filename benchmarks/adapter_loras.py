@@ -89,15 +89,14 @@ def measure(comfyui: str, given: argparse.Namespace) -> list[dict[str, Any]]:
         originals = [draw(plain, prompts[text], seed, 1, 4) for seed, text in enumerate(DRAWN, 100)]
         hints = [edges(picture) for picture in originals]
         students = {file.stem: FlashLoraLoader.execute(teacher, file.name, 1.0).args[0] for file in files}
-        rows: list[dict[str, Any]] = [{"lora": name} for name in ("teacher, 32 steps", *students)]
         columns = {"drawn": originals, "edges": hints} | {
             f"{name} {index + 1}": [] for name in students for index in range(2)
         }
-        found: dict[tuple[str, str], list[float]] = {}
+        found: dict[str, dict[str, list[float]]] = {}
 
         def note(name: str, steps: str, made: Any, hint: Any) -> None:
             pair = (picture.movedim(-1, 1)[:, :1] for picture in (edges(made), hint.expand(len(made), -1, -1, -1)))
-            found.setdefault((name, steps), []).extend(edge_agreement(*pair, TOLERANCE)["f1"].tolist())
+            found.setdefault(name, {}).setdefault(steps, []).extend(edge_agreement(*pair, TOLERANCE)["f1"].tolist())
 
         for seed, (text, hint) in enumerate(zip(DRAWN.values(), hints, strict=True), 200):
             latent = torch.zeros(NOISES, *shape)
@@ -115,15 +114,14 @@ def measure(comfyui: str, given: argparse.Namespace) -> list[dict[str, Any]]:
                     note(name, label(steps), made, hint)
                 for index in range(2):
                     columns[f"{name} {index + 1}"].append(made[index : index + 1])
-    for row in rows:
-        for (name, steps), values in found.items():
-            if name == row["lora"]:
-                row[steps] = sum(values) / len(values)
     given.output.mkdir(parents=True, exist_ok=True)
     as_image(draw_grid([torch.cat(made) for made in columns.values()], list(columns))).save(
         given.output / f"{given.adapter}.png"
     )
-    return rows
+    return [
+        {"lora": name, **{steps: sum(values) / len(values) for steps, values in row.items()}}
+        for name, row in found.items()
+    ]
 
 
 def main() -> int:
