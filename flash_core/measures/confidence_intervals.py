@@ -6,8 +6,9 @@ Samples are drawn again with replacement, the same draws for all runs that are c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ def mean_of(values: Tensor) -> Estimate:
     index = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     low, high = _interval(values[index].mean(1))
     return Estimate(float(values.mean()), low, high, len(values))
+
+
+def deviation_over(values: Sequence[float | None]) -> float | None:
+    """Return a figure's standard deviation over sets; None of a single set, or where it was not measured."""
+    known = [value for value in values if value is not None]
+    return stdev(known) if len(known) > 1 else None
 
 
 def ratio_of_means(values: Tensor, others: Tensor) -> Estimate:

@@ -91,6 +91,17 @@ class Halves:
         return torch.stack(found)
 
 
+def mean(values: Sequence[float], halves: Sequence[Tensor]) -> tuple[float, Tensor]:
+    """Return the mean of a figure over independent sets, and the means of its values on the halves of each set (H,).
+
+    The halves of different sets move independently of each other, so the spread of their means falls as that of the
+    figure itself: with the square root of the number of sets.
+    """
+    import torch
+
+    return sum(values) / len(values), torch.stack(list(halves)).mean(0)
+
+
 def around(value: float, values: Tensor, count: int) -> Estimate:
     """Return a figure with its interval: ``value`` plus and minus 1.96 standard deviations of its values on halves."""
     reach = NORMAL * float(values.std())
@@ -106,6 +117,13 @@ def ratio(value: float, values: Tensor, other: float, others: Tensor, count: int
     moved = (values - values.mean()) / max(value, SMALLEST) - (others - others.mean()) / max(other, SMALLEST)
     found, reach = value / max(other, SMALLEST), NORMAL * float(moved.std())
     return Estimate(found, found * math.exp(-reach), found * math.exp(reach), count)
+
+
+def change(old: float, old_values: Tensor, new: float, new_values: Tensor, count: int) -> Estimate:
+    """Return ``new / old - 1`` with its interval, by :func:`ratio`."""
+    found = ratio(new, new_values, old, old_values, count)
+    low, value, high = (None if part is None else part - 1 for part in (found.low, found.value, found.high))
+    return Estimate(value, low, high, count)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.errors import UserError
+from flash_diffusion.trainer.evaluate.curve import curves_of
 from flash_diffusion.trainer.evaluate.evaluator import save_pictures
 from flash_diffusion.trainer.evaluate.generate import SamplingSetting
-from flash_diffusion.trainer.evaluate.teacher.curve import curves_of
 from flash_diffusion.trainer.evaluate.teacher.figures import KINDS, Figures
 from flash_diffusion.trainer.evaluate.teacher.reference import FeatureSet, Origin, Reference
 from flash_diffusion.trainer.evaluate.teacher.targets import gaps_of, targets_of
@@ -171,7 +171,7 @@ def measured(folder: Path) -> Path:
             sets = [made(2.0 if run["steps"] < 8 else 0.3).whitened(reference.whitenings)]
         run.update(figures.of(run["name"], sets))
     report |= {
-        "curve": curves_of(figures),
+        "curve": curves_of(figures, {kind: kind for kind in KINDS}),
         "kinds": {"features": "an eye", "states": "the teacher’s hidden states", "random": "random features"},
         "preference": "PickScore (tiny)",
         "settings": {"samples": 64, "seeds": 2},

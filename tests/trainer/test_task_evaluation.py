@@ -26,8 +26,8 @@ from flash_diffusion.trainer.cli import main
 from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recipe
 from flash_diffusion.trainer.demo.assets import LORAS
 from flash_diffusion.trainer.errors import UserError
-from flash_diffusion.trainer.evaluate import task_comparison
 from flash_diffusion.trainer.evaluate.command import add_arguments, request_of
+from flash_diffusion.trainer.evaluate.task import making
 from flash_diffusion.trainer.evaluate.task.about import AboutTask, about_task
 from flash_diffusion.trainer.evaluate.task.sets import SetDistances
 from flash_diffusion.trainer.evaluate.task.targets import targets_of, verdict
@@ -347,7 +347,7 @@ def test_set_distances_are_those_of_the_features_and_know_the_nearer_run() -> No
         return {"features": values, "states": 5 * values, "random": values[:, :2]}
 
     independent, runs = made(0), {"many": made(0), "near": made(0.2), "far": made(1.0)}
-    sets = SetDistances(runs, independent, made(1.0)["features"])
+    sets = SetDistances.measured(runs, independent, made(1.0)["features"])
     for name, kinds in runs.items():
         expected = frechet_distance(kinds["features"], independent["features"])
         assert sets.of(name, "fd").value == pytest.approx(expected)
@@ -359,10 +359,29 @@ def test_set_distances_are_those_of_the_features_and_know_the_nearer_run() -> No
     plain = {
         name: {**kinds, "states": kinds["features"]} for name, kinds in {"far": runs["far"], "": independent}.items()
     }
-    same = SetDistances({"far": plain["far"]}, plain[""], runs["far"]["features"])
+    same = SetDistances.measured({"far": plain["far"]}, plain[""], runs["far"]["features"])
     assert sets.of("far", "fd_states").value == pytest.approx(same.of("far", "fd_states").value, rel=1e-3)
     to_originals = [sets.of(name, "fd_originals").value or 0 for name in ("far", "near")]  # the originals are far, too
     assert to_originals[0] < to_originals[1] / 2
+
+
+def test_means_over_sets_have_the_interval_of_independent_figures() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def measured() -> SetDistances:
+        kinds = [torch.randn(128, 3, generator=generator) + shift for shift in (0.4, 0.0)]
+        run, independent = ({"features": values, "states": values, "random": values} for values in kinds)
+        return SetDistances.measured({"run": run, "twin": run}, independent, kinds[1])
+
+    sets = [measured() for _ in range(4)]
+    one, mean = [each.of("run", "fd") for each in sets], SetDistances.mean(sets).of("run", "fd")
+    assert mean.value == pytest.approx(sum(each.value or 0 for each in one) / 4)
+    assert mean.count == 4 * 128
+    squares = [((each.high or 0) - (each.value or 0)) ** 2 for each in one]
+    # Variances of independent figures add up; a standard deviation of 60 halves is known to 9 %.
+    assert (mean.high or 0) - mean.value == pytest.approx(math.sqrt(sum(squares)) / 4, rel=0.3)
+    assert SetDistances.mean(sets).difference("run", "twin", "fd") == Estimate(0, 0, 0, 512)
+    assert SetDistances.mean(sets[:1]).of("run", "fd") == one[0]
 
 
 @pytest.mark.parametrize(
@@ -481,9 +500,9 @@ def test_stored_answers_of_the_teacher_give_the_same_report(
     command += ["--steps", "2", "--samples", "5", "--pictures", "2", "--lora", str(student)]
     reports = []
     drawn: list[str] = []
-    sample = task_comparison.sample_latents
+    sample = making.sample_latents
     monkeypatch.setattr(
-        f"{comparison}.sample_latents", lambda rows, run, *rest: drawn.append(run.name) or sample(rows, run, *rest)
+        making, "sample_latents", lambda rows, run, *rest: drawn.append(run.name) or sample(rows, run, *rest)
     )
     for name, options in (("plain", []), ("first", ["--reference", str(reference)])) * 2:
         drawn.clear()
@@ -515,6 +534,41 @@ def test_stored_answers_of_the_teacher_give_the_same_report(
     reference.write_bytes(reference.read_bytes()[:-100])
     assert main(wrong) == 2
     assert "holds no readable answers" in capsys.readouterr().err
+
+
+def test_figures_of_several_sets_are_the_means_of_each_sets_own(
+    lora: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flash_diffusion.trainer.evaluate.task_comparison.samples_needed", lambda features: 4)
+    model, student = wide_model(tmp_path / "model", 9), for_task(lora, "inpainting", tmp_path / "lora.safetensors")
+    command = ["evaluate", "--task", "inpainting", "--family", "sd15", "--teacher", str(model), "--data", str(pictures)]
+    command += ["--steps", "2", "--samples", "6", "--pictures", "2", "--lora", str(student)]
+    references = [tmp_path / "answers.safetensors", tmp_path / "answers.seed1.safetensors"]
+    reports = []
+    for name, options in (
+        ("0", ["--reference", str(references[0])]),
+        ("1", ["--seed", "1", "--reference", str(references[1])]),
+        ("both", ["--seeds", "2", "--reference", str(references[0])]),
+    ):
+        assert main([*command, *options, "--output", str(tmp_path / name)]) == 0
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+    *alone, both = reports
+    found = next(note for note in both["notes"] if "earlier evaluation" in note)
+    assert all(str(reference) in found for reference in references)
+    assert both["pictures"] == alone[0]["pictures"]
+    for row, run in enumerate(both["runs"]):
+        for key, figure in run["figures"].items():
+            single = [report["runs"][row]["figures"][key]["value"] for report in alone]
+            assert run["seeds"]["values"][key] == pytest.approx(single, rel=1e-4, abs=1e-6)
+            assert figure["value"] == pytest.approx(sum(single) / 2, rel=1e-4, abs=1e-6)
+            spread = abs(single[0] - single[1]) / math.sqrt(2)
+            assert run["seeds"]["deviations"][key] == pytest.approx(spread, rel=1e-3, abs=1e-5)
+    assert both["runs"][2]["seeds"]["deviations"]["fd"] > 0  # other samples, other figures
+    assert alone[0]["runs"][2]["seeds"]["deviations"] == {}
+    page = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    assert "2 sets of 6 samples per run" in page
+    assert "of seeds 0 to 1" in page
+    assert "±" not in (tmp_path / "0" / "report.html").read_text(encoding="utf-8")
 
 
 def test_run_folder_names_model_task_and_options(lora: Path, pictures: Path, tmp_path: Path) -> None:
@@ -556,6 +610,13 @@ def test_targets_need_enough_samples(
     assert ("student 8 steps", "teacher 4 steps, guided") in pairs
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "student 2 steps against teacher 1 step, guided" in page
+    for curve, key in zip(report["curve"], ("fd", "fd_states", "fd_random"), strict=True):
+        fd = {run["name"]: run["figures"][key]["value"] for run in report["runs"]}
+        change = fd["student 8 steps"] / fd["student 4 steps"] - 1
+        assert curve["steps"][2]["value"] == pytest.approx(change)
+        steps = [fd[f"student {count}"] for count in ("1 step", "2 steps", "4 steps", "8 steps")]
+        assert curve["falls"] == (sorted(steps, reverse=True) == steps)
+        assert f"In {report['kinds'][curve['kind']]}: distance falls with every step: " in page
 
 
 @pytest.mark.parametrize(
@@ -564,6 +625,7 @@ def test_targets_need_enough_samples(
         (["--task", "outfit"], ["no task 'outfit'", "inpainting"]),
         (["--task", "inpainting", "--task-options", '{"holes": 1}'], ["task.options.holes", "masks"]),
         (["--task", "inpainting", "--prompts", "x.txt"], ["--prompts", "text-to-image"]),
+        (["--task", "inpainting", "--targets", "make-demo"], ["--targets", "text-to-image"]),
         (["--data", "demo"], ["--data", "--task"]),
         (["--task", "inpainting", "--protocol", "coco2017-5k", "--coco", "x"], ["--protocol", "inpainting"]),
         (["--task", "super-resolution", "--model", "task_adapter=inpainting"], ["made for inpainting"]),

@@ -49,25 +49,26 @@ def test_an_exact_student_is_worst_with_all_noise_fresh_and_two_steps_decide_not
 
     2 steps give a spread of .083 at every stochasticity, since the first prediction is the mean.
     """
-    options = Options(samples=128, steps=32, guidance=1.0, batch_size=64, pictures=2)
+    options = Options(samples=128, steps=32, guidance=1.0, batch_size=64, pictures=2, seeds=2)
     comparison = TeacherComparison(
         Paints(), Eye(), list(COLOURS), options, teacher="paints", features="eye", output=tmp_path, student="s"
     )
     with Progress(disable=True) as progress:
         sets = sweep_text_to_image(comparison, SWEEP, progress)
         assert all(task.completed == task.total for task in progress.tasks)
-    assert sets.floor == frechet_distance(comparison.reference.second.features, sets.reference)
+    floor = frechet_distance(comparison.reference.second.features, comparison.reference.first.features)
+    assert [each.floor for each in sets] == [floor, floor]
+    assert not torch.equal(*(each.students[8, 1.0] for each in sets))  # each set has its own noise
 
     def chosen(steps: int, preferred: float) -> Any:
-        return choose(
-            steps, {share: sets.students[steps, share] for share in (0.0, 0.5, 1.0)}, sets.reference, preferred
-        )
+        students = [{share: each.students[steps, share] for share in (0.0, 0.5, 1.0)} for each in sets]
+        return choose(steps, students, [each.reference for each in sets], preferred)
 
     eight = chosen(8, 1.0)
     assert (eight.close, eight.worse) == ((0.0, 0.5), (1.0,))
     assert eight.distances[1.0] > 1.5 * max(eight.distances[share] for share in eight.close)
     assert eight.taken == 0.5  # the nearest to 1 of those that chance can't tell apart
-    assert in_words(eight, sets.floor).endswith("Farther from the teacher, beyond chance: 1.")
+    assert in_words(eight, floor).endswith("Farther from the teacher, beyond chance: 1.")
     assert [chosen(2, preferred).taken for preferred in (0.5, 1.0)] == [0.5, 1.0]
 
 
@@ -78,10 +79,15 @@ def test_chance_gives_way_to_the_recipes_value_and_a_clear_difference_does_not()
     wobble = 0.02 * torch.randn(200, 4, generator=generator)
     students = {0.0: base + 0.8, 0.3: base + wobble, 0.5: base, 1.0: base - wobble}
     for preferred, taken in ((0.3, 0.3), (0.5, 0.5), (0.9, 1.0), (0.0, 0.3)):
-        choice = choose(4, students, reference, preferred)
+        choice = choose(4, [students], [reference], preferred)
         assert choice.taken == taken
         assert (choice.close, choice.worse) == ((0.3, 0.5, 1.0), (0.0,))
         assert choice.distances[0.5] == pytest.approx(frechet_distance(base, reference))
+    other = {share: torch.randn(200, 4, generator=generator) for share in students}
+    both = choose(4, [students, other], [reference, reference], 0.5)
+    for share, found in both.distances.items():
+        own = [frechet_distance(made[share], reference) for made in (students, other)]
+        assert found == pytest.approx(sum(own) / 2)
     line = in_words(choice, None)
     assert "Farther from the teacher, beyond chance: 0." in line
 
@@ -138,15 +144,16 @@ def test_a_task_is_measured_by_its_own_pictures(
     write_lora(student, file.modules, metadata)
     command = ["evaluate", "--task", "inpainting", "--family", "sd15", "--teacher", model, "--lora", student]
     command += ["--data", pictures, "--samples", "5", "--batch-size", "3", "--steps", "1", "--guidance", "1"]
-    command += ["--tune-sampler", "0.5", "1", "--output", tmp_path / "out", "--write"]
+    command += ["--tune-sampler", "0.5", "1", "--seeds", "2", "--output", tmp_path / "out", "--write"]
     assert main([*map(str, command)]) == 0
     result = json.loads((tmp_path / "out" / "tuning.json").read_text())
-    assert (result["task"], result["samples"], result["floor"]) == ("inpainting", 5, None)
+    assert [result[name] for name in ("task", "samples", "seeds", "floor")] == ["inpainting", 5, 2, None]
     assert {steps: set(row) for steps, row in result["distances"].items()} == {steps: {"0.5", "1.0"} for steps in "248"}
     written = read_lora(student).metadata
     assert written is not None
     assert {str(steps): share for steps, share in written.stochasticity.items()} == result["stochasticity"]
-    assert "Fréchet distance to the teacher, by steps and stochasticity" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Fréchet distance to the teacher, means over 2 sets, by steps and stochasticity" in said
 
 
 @pytest.mark.parametrize(

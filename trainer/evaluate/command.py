@@ -41,7 +41,7 @@ from .teacher.defaults import default_features, default_reference
 from .tuning.tune import STEP_COUNTS, VALUES, tune_sampler, tuning_request
 
 TASK_OPTIONS = ("data", "task_options", "vgg")
-COMPARISON_OPTIONS = ("seeds", "preference", "targets")
+TEXT_OPTIONS = ("preference", "targets")  # of a comparison with the teacher of text-to-image
 PROTOCOL_OPTIONS = ("coco", "runs", "inception", "clip", "no_clip", "precision")
 OPTIONS_EXAMPLE = """such as '{"scale": 4}'"""
 EPILOG = """examples:
@@ -160,8 +160,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds",
         type=int,
         default=defaults.seeds,
-        help="sets of the student's pictures, each from its own noise: the report shows mean and standard deviation "
-        "(default: %(default)s)",
+        help="sets of the student's pictures, each from its own noise; with a task: sets of samples, each with its own "
+        "conditions and noise. The report shows mean and standard deviation (default: %(default)s)",
     )
     add(
         "--preference",
@@ -181,7 +181,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference",
         type=_path,
         help="features of the teacher's reference (default: the demo's); with a task: the teacher's answers, made "
-        "where they are missing, so that the next student costs only its own passes (default: not kept); with "
+        "where they are missing, so that the next student costs only its own passes; --seeds has one file a set "
+        "(default: not kept); with "
         "--protocol: statistics of COCO's pictures, made where they are missing (default: in --output)",
     )
 
@@ -354,7 +355,9 @@ def request_of(args: argparse.Namespace) -> EvaluationRequest:
         task=read_task(task, options, model.section),
         model=model,
         **common,
-        options=Options(samples=TASK_SAMPLES if args.samples is None else args.samples, times=1, **shared),
+        options=Options(
+            samples=TASK_SAMPLES if args.samples is None else args.samples, times=1, seeds=args.seeds, **shared
+        ),
         data=args.data or (recipe.data if recipe else "demo"),
         features=args.features or default_features(model.section),
         vgg=args.vgg,
@@ -405,7 +408,7 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
             raise UserError("--runs names a student, but there is no --lora; give the LoRA, or only teacher runs")
         refuse(
             args,
-            ("features", "make_reference", *COMPARISON_OPTIONS, *TASK_OPTIONS),
+            ("features", "make_reference", "seeds", *TEXT_OPTIONS, *TASK_OPTIONS),
             "other evaluations; leave --protocol out for those",
         )
         return
@@ -418,7 +421,7 @@ def check(args: argparse.Namespace, task: str, lora: Path | None) -> None:
         raise UserError(f"--task: there is no task {task!r}; expected one of {', '.join(TASKS)}")
     if task != TEXT_TO_IMAGE:
         where = "text-to-image; a task takes its captions from --data"
-        refuse(args, ("prompts", "make_reference", *COMPARISON_OPTIONS), where)
+        refuse(args, ("prompts", "make_reference", *TEXT_OPTIONS), where)
     else:
         refuse(args, TASK_OPTIONS, "conditional tasks; name a task with --task")
 

@@ -49,7 +49,7 @@ class Options:
         solver: the teacher's; None = the solver of its training.
         batch_size: pictures made at once; changes no picture.
         pictures: prompts that the report shows.
-        seeds: sets of the student's noise; figures are means over them.
+        seeds: sets of the student's noise, or of a task's samples; figures are means over them.
         targets: the targets of the demo's students, see ``teacher/targets.py``.
     """
 

@@ -1,17 +1,16 @@
 """Compare a student with its teacher on a conditional task: inpainting, super-resolution, face-swap, control.
 
 Each sample has its own conditions, caption and noise, which all runs share: the teacher in many steps, the student in
-few steps, the undistilled teacher in few steps. The task defines the figures (``tasks/figures.py``). This file decides
-the runs and the targets.
+few steps, the undistilled teacher in few steps. There can be several sets of samples, each from its own seed; figures
+are then means over the sets. The task defines the figures (``tasks/figures.py``). This file decides the runs and the
+targets; ``task/`` makes the pictures and measures sets.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,32 +25,28 @@ from ..files import file_hash
 from ..metrics.embedders import load_features, samples_needed
 from ..metrics.pictures.teacher_states import TeacherStates
 from ..tasks.base import Task
-from ..tasks.figures import Figure, Scene
+from ..tasks.figures import Figure
 from ..tasks.scores import distance
 from ..teachers.hashes import weights_hash
-from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
-from .generate import (
-    EncodedPrompts,
-    SamplingSetting,
-    decode_pictures,
-    default_solver,
-    interval_note,
-    sample_latents,
-    sampler_facts,
-    sampler_note,
-)
+from .curve import curves_of
+from .evaluator import Evaluator, Record, SeesPictures, environment
+from .generate import SamplingSetting, default_solver, interval_note, sampler_facts, sampler_note
 from .request import FEW_STEPS, GUIDED_STEPS, Options, TaskComparisonRequest
 from .task.about import AboutTask, about_task
 from .task.answers import Answers
-from .task.figures import OF_SETS, PAIRED
+from .task.figures import KIND_OF, OF_SETS, PAIRED
+from .task.making import AnswerMaker
 from .task.runs import INDEPENDENT, YARDSTICK, Entry, entries_of
+from .task.sample_set import SampleSet, sample_sets
 from .task.sets import SetDistances
+from .task.shown import Shown
 from .task.stored import find_answers, save_answers
 from .task.targets import targets_of, verdict
-from .task_samples import Batch, Subjects, batches, read_subjects
+from .task_samples import Subjects, read_sets
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
     from ..teachers.base import Teacher
 
@@ -76,7 +71,7 @@ def comparison_of(request: TaskComparisonRequest) -> TaskComparison:
 
     options, device = request.options, request.model.pick_device()
     features = load_features(request.features)
-    subjects = read_subjects(request.data, request.task, options.samples, options.seed)
+    subjects = read_sets(request.data, request.task, options)
     model = request.model.load(device, request.task)
     return TaskComparison(
         model.teacher,
@@ -94,7 +89,7 @@ def comparison_of(request: TaskComparisonRequest) -> TaskComparison:
             "lora": str(request.model.lora) if request.model.lora else None,
             "model": list(request.model.fields),
         },
-        about=about_task(features, request.model.is_demo, subjects),
+        about=about_task(features, request.model.is_demo, subjects[0]),
         reference=request.reference,
     )
 
@@ -103,11 +98,14 @@ class TaskComparison(Evaluator[Entry]):
     """All runs on the same samples, batch after batch: memory does not grow with the number of samples' pixels.
 
     Args:
+        subjects: for each set of samples the pictures that they are drawn from. The sets have the seeds
+            ``options.seed``, ``options.seed + 1``, ...
         student: the student's title in the report; None evaluates the teacher alone.
         perceptual: LPIPS of pictures (B, 3, H, W) in [0, 1]; None leaves LPIPS out.
         origin: further entries of the report's origin.
         about: what follows from the inputs.
-        reference: file of the teacher's answers: read where it is there, else made. None keeps nothing.
+        reference: file of the teacher's answers: read where it is there, else made. Further sets have files beside it,
+            see :func:`~.task.sample_set.sample_sets`. None keeps nothing.
     """
 
     kind = "task"
@@ -116,7 +114,7 @@ class TaskComparison(Evaluator[Entry]):
         self,
         teacher: Teacher,
         task: Task,
-        subjects: Subjects,
+        subjects: Sequence[Subjects],
         network: SeesPictures,
         options: Options,
         *,
@@ -130,29 +128,23 @@ class TaskComparison(Evaluator[Entry]):
         super().__init__(output, student)
         self.teacher = teacher
         self.task = task
-        self.subjects = subjects
-        self.network = network
         self.options = options
-        self.perceptual = perceptual
+        self.network = network
         self.origin = dict(origin or {})
         self.about = about or AboutTask()
-        self.reference = reference
-        self.is_stored = False
+        self.sample_sets = sample_sets(subjects, options.seed, reference)
         self.entries = entries_of(task, options, student is not None)
         self.many = SamplingSetting("teacher", options.steps, options.guidance, options.interval)
         blank = torch.ones(1, 3, *teacher.resolution)
-        self.dimensions = self.look(blank).shape[1]
+        self.dimensions = network(blank.to(teacher.device))[0].shape[1]
         self.enough = samples_needed(self.dimensions)
         self.measures_sets = options.samples >= self.enough
-        self.random = RandomFeatures()
+        self.maker = AnswerMaker(teacher, task, network, options, self.many, perceptual, self.measures_sets)
         for note in self._too_few_samples():
             logger.warning("%s", note)
-        self.seen = {entry.name: Answers() for entry in self.entries}
-        self.independent = Answers()
-        self.sets: SetDistances | None = None
-        self.captions: list[str] = []
-        self.drawn: dict[str, list[Tensor]] = defaultdict(list)
-        self.originals: list[Tensor] = []
+        self.distances: list[SetDistances] = []  # of each set of samples
+        self.mean: SetDistances | None = None
+        self.shown = Shown()
 
     def runs(self) -> list[Entry]:
         """Return the entries of :func:`entries_of`."""
@@ -160,30 +152,23 @@ class TaskComparison(Evaluator[Entry]):
 
     def prepare(self) -> None:
         """Make and score the pictures of all runs, those of the teacher only where they are not stored."""
-        many = self.many
-        made = self.stored()
-        entries = [entry for entry in self.entries if entry.name not in made]
-        draws_independent = self.measures_sets and INDEPENDENT not in made
-        passes = sum(entry.run.nfe for entry in entries if entry.run) + draws_independent * many.nfe
-        bar = self.progress.add_task(self.task.name, total=passes * self.options.samples, unit="passes")
+        made = [self.stored(sample_set) for sample_set in self.sample_sets]
+        bar = self.progress.add_task(self.task.name, total=0, unit="passes")
+        for found in made:
+            self.expect(bar, self._passes(found) * self.options.samples)
         with torch.inference_mode():
-            for batch in self.batches():
-                rows, scene = self.encode(batch)
-                if not self.captions:  # a first call allocates memory and loads kernels
-                    sample_latents(rows, SamplingSetting("teacher", 1), rows.prompts, batch.seeds)
-                for entry in entries:
-                    self._answer(entry, rows, scene, batch)
-                    self.progress.advance(bar, entry.run.nfe * len(batch) if entry.run else 0)
-                if draws_independent:
-                    finished, latents = self.independent_results(rows, scene, batch)
-                    self.independent.keep(self._kinds(rows, latents, finished))
-                    self.progress.advance(bar, many.nfe * len(batch))
-                self._keep(batch, scene)
-        if self.reference is not None and not made:
-            save_answers(self.reference, self.reference_origin(), self._of_teacher())
+            for sample_set, found in zip(self.sample_sets, made, strict=True):
+                self._answer_all(sample_set, found, bar)
         if self.measures_sets:
-            runs = {name: seen.features() for name, seen in self.seen.items()}
-            self.sets = SetDistances(runs, self.independent.features(), runs[YARDSTICK]["features"])
+            self.distances = [
+                SetDistances.measured(
+                    {entry.name: sample_set.seen[entry.name].features() for entry in self.entries},
+                    sample_set.independent.features(),
+                    sample_set.seen[YARDSTICK].features()["features"],
+                )
+                for sample_set in self.sample_sets
+            ]
+            self.mean = SetDistances.mean(self.distances)
         self.figures = self._figures()
         self.estimates = {entry.name: self._estimates(entry.name) for entry in self.entries}
         self.comparisons = self._comparisons() if self.student is not None else []
@@ -197,8 +182,10 @@ class TaskComparison(Evaluator[Entry]):
             "steps": run.steps if run else 0,
             "guidance": run.guidance if run else 1.0,
             "nfe": run.nfe if run else 0,
-            "seconds_per_image": self.seen[entry.name].seconds / self.options.samples,
+            "seconds_per_image": sum(each.seen[entry.name].seconds for each in self.sample_sets)
+            / (self.options.samples * len(self.sample_sets)),
             "figures": {key: asdict(estimate) for key, estimate in self.estimates[entry.name].items()},
+            "seeds": self._spread(entry.name),
         }
 
     def targets(self, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -213,12 +200,12 @@ class TaskComparison(Evaluator[Entry]):
         notes += sampler_note(self.teacher, FEW_STEPS) if self.student is not None else []
         notes += interval_note(self.many)
         notes += self._too_few_samples()
-        if self.is_stored:
+        if stored := [str(each.reference) for each in self.sample_sets if each.is_stored]:
             notes.append(
-                f"The teacher’s answers come from {self.reference}, which an earlier evaluation of the same teacher on "
-                "the same samples has made. So do the teacher’s seconds."
+                f"The teacher’s answers come from {', '.join(stored)}, made by an earlier evaluation of the same "
+                "teacher on the same samples. So do the teacher’s seconds."
             )
-        if any(figure.key == "lpips" for figure in self.task.figures) and self.perceptual is None:
+        if any(figure.key == "lpips" for figure in self.task.figures) and self.maker.perceptual is None:
             notes.append("LPIPS was not measured. Give VGG-16’s weights with --vgg.")
         return notes
 
@@ -231,8 +218,10 @@ class TaskComparison(Evaluator[Entry]):
             "put_back": type(self.task).finished is not Task.finished,
             "figures": [asdict(figure) for figure in self.figures],
             "comparisons": self.comparisons,
+            "curve": self._curve(),
+            "kinds": {"features": self.network.title, "states": TeacherStates.title, "random": RandomFeatures.title},
             "origin": {
-                "data": self.subjects.origin,
+                "data": self.sample_sets[0].subjects.origin,
                 "task_options": self.task.options.model_dump(mode="json"),
                 **self.origin,
             },
@@ -242,8 +231,14 @@ class TaskComparison(Evaluator[Entry]):
             "inputs": {"features": self.network.title, "dimensions": self.dimensions, "samples_needed": self.enough},
             "sampling": sampler_facts(self.teacher, FEW_STEPS, self.options.solver),
             "environment": environment(self.teacher.device),
-            "pictures": self._save(),
+            "pictures": self.shown.save(self.output, self.sample_sets[0].seen, [entry.name for entry in self.entries]),
         }
+
+    def _curve(self) -> list[dict[str, Any]]:
+        """Return whether the student's distance falls with every step; empty without a student, or of too few."""
+        if self.mean is None or self.student is None:
+            return []
+        return curves_of(self.mean, {kind: key for key, kind in KIND_OF.items()})
 
     def _has_targets(self) -> bool:
         return self.about.has_targets and self.options.samples >= FEWEST_SAMPLES
@@ -263,28 +258,56 @@ class TaskComparison(Evaluator[Entry]):
             )
         return found
 
+    # -- making pictures ---------------------------------------------------------------------------------------------
+
+    def _passes(self, made: Mapping[str, Answers]) -> int:
+        """Return the passes per sample of the runs that are not made yet."""
+        runs = [entry.run for entry in self.entries if entry.run and entry.name not in made]
+        draws_independent = self.measures_sets and INDEPENDENT not in made
+        return sum(run.nfe for run in runs) + draws_independent * self.many.nfe
+
+    def _answer_all(self, sample_set: SampleSet, made: Mapping[str, Answers], bar: TaskID) -> None:
+        """Let all runs that are not made yet answer a set of samples; store the teacher's answers if they are new."""
+        maker, is_first = self.maker, sample_set is self.sample_sets[0]
+        entries = [entry for entry in self.entries if entry.name not in made]
+        passes = self._passes(made)
+        for batch in maker.batches(sample_set):
+            rows, scene = maker.encode(batch)
+            if is_first and not self.shown.captions:
+                maker.warm_up(rows, batch)
+            for entry in entries:
+                maker.answer(sample_set, entry, rows, scene, batch)
+            if self.measures_sets and INDEPENDENT not in made:
+                maker.answer_independently(sample_set, rows, scene, batch)
+            self.progress.advance(bar, passes * len(batch))
+            if is_first:
+                self.shown.keep(self.task, batch, scene, self.options.pictures)
+        if sample_set.reference is not None and not made:
+            save_answers(sample_set.reference, self.reference_origin(sample_set), self._of_teacher(sample_set))
+
     # -- the teacher's answers, stored -------------------------------------------------------------------------------
 
-    def _of_teacher(self) -> dict[str, Answers]:
+    def _of_teacher(self, sample_set: SampleSet) -> dict[str, Answers]:
         """Return the answers that no student changes, by name."""
         found = {
-            entry.name: self.seen[entry.name]
+            entry.name: sample_set.seen[entry.name]
             for entry in self.entries
             if entry.run is None or entry.run.role == "teacher"
         }
-        return found | ({INDEPENDENT: self.independent} if self.measures_sets else {})
+        return found | ({INDEPENDENT: sample_set.independent} if self.measures_sets else {})
 
-    def stored(self) -> dict[str, Answers]:
-        """Take over the teacher's answers from the file, and return them; nothing where there is no file."""
-        if self.reference is None:
+    def stored(self, sample_set: SampleSet) -> dict[str, Answers]:
+        """Take over the teacher's answers from the set's file, and return them; nothing where there is no file."""
+        if sample_set.reference is None:
             return {}
-        found = find_answers(self.reference, self.reference_origin(), self._of_teacher())
-        self.is_stored = bool(found)
-        self.independent = found.get(INDEPENDENT, self.independent)
-        self.seen |= {name: answers for name, answers in found.items() if name in self.seen}
+        origin = self.reference_origin(sample_set)
+        found = find_answers(sample_set.reference, origin, self._of_teacher(sample_set))
+        sample_set.is_stored = bool(found)
+        sample_set.independent = found.get(INDEPENDENT, sample_set.independent)
+        sample_set.seen |= {name: answers for name, answers in found.items() if name != INDEPENDENT}
         return found
 
-    def reference_origin(self) -> dict[str, Any]:
+    def reference_origin(self, sample_set: SampleSet) -> dict[str, Any]:
         """Return everything that the teacher's answers depend on."""
         options, control = self.options, self.teacher.denoiser.control
         return {
@@ -293,95 +316,51 @@ class TaskComparison(Evaluator[Entry]):
             "task": self.task.name,
             "control": None if control is None else [weights_hash(control.network), control.scale],
             "task options": self.task.options.model_dump(mode="json"),
-            "subjects": self.subjects.fingerprint(),
+            "subjects": sample_set.subjects.fingerprint(),
             "resolution": list(self.teacher.resolution),
             "solver": options.solver or default_solver(self.teacher.denoiser.process),
             "interval": options.interval and list(options.interval),
-            **{name: getattr(options, name) for name in ("samples", "seed", "steps", "guidance", "pictures")},
+            "seed": sample_set.seed,
+            **{name: getattr(options, name) for name in ("samples", "steps", "guidance", "pictures")},
             "measures sets": self.measures_sets,
         }
-
-    # -- making pictures ---------------------------------------------------------------------------------------------
-
-    def batches(self) -> Iterator[Batch]:
-        """Draw the samples, a batch at a time."""
-        options = self.options
-        return batches(
-            self.subjects, self.task, self.teacher.resolution, options.samples, options.seed, options.batch_size
-        )
-
-    def independent_results(self, rows: EncodedPrompts, scene: Scene, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return results of the teacher's many steps with the same conditions and other noise, and their latents."""
-        latents = sample_latents(rows, self.many, rows.prompts, batch.independent, self.options.solver)
-        return self.task.finished(decode_pictures(rows, latents), scene), latents
-
-    def encode(self, batch: Batch) -> tuple[EncodedPrompts, Scene]:
-        """Return the batch's captions and conditions as the model reads them, and what the task's figures need."""
-        device = self.teacher.device
-        drawn = {name: value.to(device) for name, value in batch.drawn.items()}
-        conditioning = self.teacher.encode_prompts(batch.captions).joined(self.task.encode(drawn, self.teacher))
-        rows = EncodedPrompts(self.teacher, self.task, batch.captions, conditioning)
-        originals, others = batch.images / 2 + 0.5, batch.others / 2 + 0.5
-        return rows, Scene(originals, others, batch.drawn, self.look, self.perceptual)
-
-    def _answer(self, entry: Entry, rows: EncodedPrompts, scene: Scene, batch: Batch) -> None:
-        scene_rows = rows  # hidden states are those under the task's conditions, whatever the run has seen
-        if not entry.conditioned:
-            conditioning = self.task.conditions_without(rows.conditioning)
-            assert conditioning is not None, f"{self.task.name} says what it is without, and can't be"
-            rows = replace(rows, conditioning=conditioning)
-        start = time.perf_counter()
-        if entry.run is None:
-            latents = self.teacher.encode((scene.originals * 2 - 1).to(self.teacher.device))
-        else:
-            latents = sample_latents(rows, entry.run, rows.prompts, batch.seeds, self.options.solver)
-        made = decode_pictures(rows, latents)
-        seen = self.seen[entry.name]
-        seen.seconds += time.perf_counter() - start
-        finished = self.task.finished(made, scene)
-        seen.keep(self._kinds(scene_rows, latents, finished), self.task.scores(made, scene))
-        seen.pictures += list(finished[: max(self.options.pictures - len(seen.pictures), 0)])
-
-    def _kinds(self, rows: EncodedPrompts, latents: Tensor, finished: Tensor) -> dict[str, Tensor]:
-        """Return the features of results by their kind; only the network's own where no sets are compared."""
-        found = {"features": self.look(finished)}
-        if self.measures_sets:
-            states = TeacherStates(rows.denoiser, rows.unconditional)
-            found |= {"states": states(latents), "random": self.random(finished)}
-        return found
-
-    def look(self, pictures: Tensor) -> Tensor:
-        """Return the features (B, D) of pictures in [0, 1]."""
-        return self.network(pictures.to(self.teacher.device))[0].float().cpu()
-
-    def _keep(self, batch: Batch, scene: Scene) -> None:
-        wanted = max(self.options.pictures - len(self.captions), 0)
-        self.captions += batch.captions
-        self.originals += list(scene.originals[:wanted])
-        for title, pictures in self.task.shown(batch.drawn).items():
-            self.drawn[title] += list(pictures[:wanted])
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
     def _figures(self) -> list[Figure]:
         """Return the measured figures: Fréchet distances where there are enough samples, then the task's figures."""
-        measured = next(iter(self.seen.values())).scores
+        measured = self.sample_sets[0].seen[YARDSTICK].scores
         own = [figure for figure in self.task.figures if figure.key in measured]
-        return [*(OF_SETS if self.sets is not None else ()), *own, PAIRED]
+        return [*(OF_SETS if self.mean is not None else ()), *own, PAIRED]
 
-    def _scores(self, name: str, key: str) -> Tensor:
-        """Return a figure of every sample (N,)."""
+    def _scores(self, name: str, key: str) -> list[Tensor]:
+        """Return of each set a figure of every sample (N,)."""
+        seen = [each.seen for each in self.sample_sets]
         if key == PAIRED.key:
-            return distance(*(self.seen[which].features()["features"] for which in (name, self.many.name)))
-        return torch.cat(self.seen[name].scores[key])
+            pairs = [[each[which].features()["features"] for which in (name, self.many.name)] for each in seen]
+            return [distance(*pair) for pair in pairs]
+        return [torch.cat(each[name].scores[key]) for each in seen]
 
     def _estimates(self, name: str) -> dict[str, Estimate]:
         return {
-            figure.key: self.sets.of(name, figure.key)
-            if self.sets is not None and figure in OF_SETS
-            else bootstrap.mean_of(self._scores(name, figure.key))
+            figure.key: self.mean.of(name, figure.key)
+            if self.mean is not None and figure in OF_SETS
+            else bootstrap.mean_of(torch.cat(self._scores(name, figure.key)))
             for figure in self.figures
         }
+
+    def _spread(self, name: str) -> dict[str, Any]:
+        """Return the number of sets, each figure's value in each set, and their standard deviations."""
+        values: dict[str, list[float | None]] = {}
+        for key in (figure.key for figure in self.figures):
+            if self.mean is not None and (name, key) in self.mean.found:
+                values[key] = [each.found[name, key][0] for each in self.distances]
+            else:
+                values[key] = [bootstrap.mean_of(scores).value for scores in self._scores(name, key)]
+        deviations = {
+            key: spread for key, each in values.items() if (spread := bootstrap.deviation_over(each)) is not None
+        }
+        return {"count": len(self.sample_sets), "values": values, "deviations": deviations}
 
     def _comparisons(self) -> list[dict[str, Any]]:
         """Compare each of the student's runs with the undistilled teacher's runs of as many passes, in each figure."""
@@ -393,22 +372,10 @@ class TaskComparison(Evaluator[Entry]):
 
     def _difference(self, figure: Figure, student: str, rival: str) -> dict[str, Any]:
         """Return by how much a run is better than its rival on the same samples, with its interval."""
-        if self.sets is not None and figure in OF_SETS:
-            found = self.sets.difference(student, rival, figure.key)
+        if self.mean is not None and figure in OF_SETS:
+            found = self.mean.difference(student, rival, figure.key)
         else:
             sign = 1 if figure.higher_is_better else -1
-            found = bootstrap.mean_of(sign * (self._scores(student, figure.key) - self._scores(rival, figure.key)))
+            ours, theirs = (torch.cat(self._scores(name, figure.key)) for name in (student, rival))
+            found = bootstrap.mean_of(sign * (ours - theirs))
         return {"figure": figure.key, "run": student, "rival": rival, **asdict(found), "verdict": verdict(found)}
-
-    def _save(self) -> dict[str, Any]:
-        """Write the pictures that the page shows; return their paths."""
-
-        def write(pictures: Sequence[Tensor], folder: str) -> list[str]:
-            return save_pictures(pictures, self.output, folder)
-
-        return {
-            "prompts": self.captions[: self.options.pictures],
-            "drawn": {title: write(pictures, f"given {title}") for title, pictures in self.drawn.items()},
-            "original": write(self.originals, "original"),
-            "files": {entry.name: write(self.seen[entry.name].pictures, entry.name) for entry in self.entries},
-        }

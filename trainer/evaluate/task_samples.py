@@ -26,6 +26,7 @@ from ..seeds import seed_of, stream
 
 if TYPE_CHECKING:
     from ..tasks.base import Task
+    from .request import Options
 
 DEMO = "demo"  # value of --data for the demo's pictures; demo:noto is another style
 
@@ -38,11 +39,13 @@ class Subjects:
         samples: in the order of use.
         origin: a description for the report.
         of_demo: whether these are the demo's pictures, in its teacher's style or another.
+        shuffled: whether another seed gives them in another order.
     """
 
     samples: tuple[Sample, ...]
     origin: str
     of_demo: bool = False
+    shuffled: bool = False
 
     def fingerprint(self) -> str:
         """Return a hash of the pictures' pixels, their companions and captions: 16 hexadecimal digits."""
@@ -103,6 +106,17 @@ def read_subjects(data: str | DataSection, task: Task, samples: int, seed: int) 
     return found
 
 
+def read_sets(data: str | DataSection, task: Task, options: Options) -> list[Subjects]:
+    """Read the pictures of each of ``options.seeds`` sets of samples; sets share pictures that no seed shuffles.
+
+    Raises:
+        UserError: there are fewer than two pictures.
+    """
+    first = read_subjects(data, task, options.samples, options.seed)
+    others = range(options.seed + 1, options.seed + options.seeds)
+    return [first, *(read_subjects(data, task, options.samples, seed) if first.shuffled else first for seed in others)]
+
+
 def batches(
     subjects: Subjects, task: Task, size: tuple[int, int], samples: int, seed: int, batch_size: int
 ) -> Iterator[Batch]:
@@ -157,7 +171,9 @@ def _demo(style: str, task: Task, samples: int, seed: int) -> Subjects:
     found = found[:samples]
     known = "the teacher learnt from them" if style == TEACHER_STYLE else "a style that no teacher has seen"
     words = "under general captions" if task.reads_text else "without captions"
-    return Subjects(tuple(found), f"{len(found)} of the demo’s pictures ({style}: {known}), {words}", True)
+    return Subjects(
+        tuple(found), f"{len(found)} of the demo’s pictures ({style}: {known}), {words}", True, shuffled=True
+    )
 
 
 def _section(path: Path) -> DataSection:

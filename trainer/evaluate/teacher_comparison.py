@@ -21,6 +21,7 @@ from ..files import fingerprint_texts
 from ..metrics.embedders import load_features, samples_needed
 from ..metrics.pictures.preference import Preference, load_preference
 from ..metrics.pictures.teacher_states import TeacherStates
+from .curve import curves_of
 from .evaluator import Evaluator, Record, SeesPictures, environment, save_pictures
 from .generate import (
     PictureMaker,
@@ -35,8 +36,7 @@ from .generate import (
 from .progress import progress_bar
 from .request import FEW_STEPS, GUIDED_STEPS, Options, TeacherComparisonRequest
 from .teacher.captions import choose_captions
-from .teacher.curve import curves_of
-from .teacher.figures import Figures
+from .teacher.figures import KINDS, Figures
 from .teacher.reference import Draw, FeatureSet, Origin, Reference, check_overwrite, draw, find_reference
 from .teacher.targets import gaps_of, targets_of
 
@@ -293,7 +293,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         gaps = gaps_of(records) if self.student is not None else []
         return {
             "floor": {name: records[0][name] for name in ("fd", "kid")},
-            "curve": curves_of(self.figures) if self.student is not None else [],
+            "curve": curves_of(self.figures, {kind: kind for kind in KINDS}) if self.student is not None else [],
             "kinds": {"features": self.network.title, "states": self.states.title, "random": self.random.title},
             "preference": self.preference.title if self.preference is not None else None,
             "gaps": [{**asdict(gap), "closed": gap.closed, "times_closer": gap.times_closer} for gap in gaps],

@@ -140,8 +140,9 @@ def _measured(tuned: Tuned) -> str:
             part += f" ({row[PAPER_STOCHASTICITY] / unit:.3g} with the paper's)"
         parts.append(part)
     ratio = "" if tuned.floor is None else ", as a multiple of the distance between two sets of the teacher's own"
+    sets = "" if tuned.seeds == 1 else f"{tuned.seeds} sets of "
     return (
-        f"Measured on {tuned.samples} pictures in the features of {tuned.features}: Fr\u00e9chet distance to the "
+        f"Measured on {sets}{tuned.samples} pictures in the features of {tuned.features}: Fr\u00e9chet distance to the "
         f"teacher's pictures{ratio}: {', '.join(parts)}."
     )
 

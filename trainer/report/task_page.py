@@ -25,6 +25,7 @@ from .blocks import (
     sampling_words,
     target_section,
 )
+from .findings import findings
 from .numbers import capital, counted, listed, number, seconds, signed
 
 Report = Mapping[str, Any]
@@ -62,6 +63,7 @@ def task_page(report: Report, folder: Path) -> Page:
                 "Figures",
                 (
                     Facts(tuple((figure["title"], _meaning(figure)) for figure in report["figures"])),
+                    *findings(report),
                     Charts(figure_charts(report), tuple(group for group in groups if group.lines)),
                 ),
             ),
@@ -83,12 +85,23 @@ def _title(report: Report) -> str:
 
 
 def _lead(report: Report) -> str:
-    many, samples = _many(report), f"{report['settings']['samples']} samples per run, from {report['origin']['data']}"
+    many, samples = _many(report), f"{_samples(report)} per run, from {report['origin']['data']}"
     if not report["student"]:
         return f"{capital(report['task'])}: {samples}; no student was given."
     guided = f" with guidance {many['guidance']:g}" if many["guidance"] != 1 else ""
     steps = counted(many["steps"], "step")
     return f"{report['student']} beside its teacher in {steps}{guided}, on {report['task']}: {samples}."
+
+
+def _samples(report: Report) -> str:
+    """Return the number of samples in words: "256 samples", "3 sets of 256 samples"."""
+    sets = _sets(report)
+    return f"{f'{sets} sets of ' if sets > 1 else ''}{report['settings']['samples']} samples"
+
+
+def _sets(report: Report) -> int:
+    """Return the number of sets of samples, each from its own seed."""
+    return int(report["settings"].get("seeds", 1))
 
 
 def _many(report: Report) -> Run:
@@ -192,14 +205,18 @@ def run_table(report: Report) -> RunTable:
     return RunTable(
         columns,
         tuple(run_groups(report)),
-        f"{report['task']}, {report['settings']['samples']} samples; high, low: the better direction",
+        f"{report['task']}, {_samples(report)}; high, low: the better direction",
     )
 
 
 def _interval_cell(key: str) -> Callable[[Run], Cell]:
+    """Return a figure with its standard deviation over sets where there are several, else with its interval."""
+
     def cell(run: Run) -> Cell:
         found = run["figures"][key]
         below = "" if found["low"] is None else f"{number(found['low'])} … {number(found['high'])}"
+        spread = run.get("seeds", {}).get("deviations", {}).get(key)
+        below = below if spread is None else f"± {number(spread)}"
         return Cell(number(found["value"]), below)
 
     return cell
@@ -275,10 +292,26 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
             "95 %, on the same samples for all runs. Means: the bootstrap. Distances of sets: the delete-half "
             "jackknife, that is the spread over random halves of the samples, put around the distance of all samples.",
         ),
+        *_set_facts(report),
         (
             "Passes, time",
             "Forward passes of the network per picture; guidance needs two per step. Seconds include network and "
             f"decoder, on {where['device']} with {counted(where['threads'], 'thread')}.",
+        ),
+    )
+
+
+def _set_facts(report: Report) -> tuple[tuple[str, str], ...]:
+    """Return how several sets of samples are put together; empty for one set."""
+    if _sets(report) == 1:
+        return ()
+    first = report["settings"]["seed"]
+    return (
+        (
+            "Sets",
+            f"{_sets(report)} sets of samples, of seeds {first} to {first + _sets(report) - 1}, each with its own "
+            "conditions and noise. Figures are means over the sets, ± is their standard deviation. Distances are "
+            "measured in each set by itself; a ratio of distances is that of their means.",
         ),
     )
 

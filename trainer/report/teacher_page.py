@@ -9,7 +9,6 @@ from typing import Any
 from .blocks import (
     Charts,
     Facts,
-    Findings,
     Page,
     PictureColumn,
     PictureGrid,
@@ -20,9 +19,9 @@ from .blocks import (
     Target,
     target_section,
 )
+from .findings import findings
 from .numbers import counted, listed, number, seconds, share
 from .teacher.facts import facts
-from .teacher.findings import findings
 from .teacher.tables import distance_charts, quality_table, run_groups, run_table
 
 Report = Mapping[str, Any]
@@ -57,7 +56,7 @@ def teacher_page(report: Report, folder: Path) -> Page:
             ),
             Section(
                 "Distance to the teacher, step by step",
-                (*_findings(report), Charts(distance_charts(report), legend)),
+                (*findings(report), Charts(distance_charts(report), legend)),
                 CURVE if report.get("curve") else "",
             ),
             Section("All runs: distances", (run_table(report),)),
@@ -92,11 +91,6 @@ def _lead(report: Report) -> str:
         f"{many['guidance']:g}: {drawn}. Time per picture: teacher {seconds(many['seconds_per_image'])}, student in "
         f"{counted(best['steps'], 'step')} {seconds(best['seconds_per_image'])}."
     )
-
-
-def _findings(report: Report) -> tuple[Findings, ...]:
-    found = findings(report)
-    return (Findings(found),) if found else ()
 
 
 def _quality_section(report: Report) -> tuple[Section, ...]:

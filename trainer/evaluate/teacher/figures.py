@@ -73,7 +73,11 @@ class Figures:
             per_set["preference"] = [float(made.more["preference"].mean()) for made in sets]
         values = {key: _mean(found) for key, found in per_set.items()}
         kinds = {kind: self._kind(name, kind) for kind in KINDS}
-        spread = {key: deviation for key, found in per_set.items() if (deviation := _deviation(found)) is not None}
+        spread = {
+            key: deviation
+            for key, found in per_set.items()
+            if (deviation := bootstrap.deviation_over(found)) is not None
+        }
         for kind in KINDS if len(sets) > 1 else ():
             floor = self.distances[self.floor_of, kind][0]
             spread[f"x_floor_{kind}"] = stdev(
@@ -94,18 +98,14 @@ class Figures:
     def change(self, before: str, after: str, kind: str) -> Estimate:
         """Return the relative change of the distance from one run to another, with its interval."""
         (old, old_halves), (new, new_halves) = self.distances[before, kind], self.distances[after, kind]
-        found = half_samples.ratio(new, new_halves, old, old_halves, self.count)
-        low, value, high = (None if part is None else part - 1 for part in (found.low, found.value, found.high))
-        return Estimate(value, low, high, self.count)
+        return half_samples.change(old, old_halves, new, new_halves, self.count)
 
     def _distances(self, name: str, sets: Sequence[FeatureSet]) -> None:
-        import torch
-
         for kind in KINDS:
             first = self.reference.first.kind(kind)
-            value = fmean(frechet_distance(made.kind(kind), first) for made in sets)
-            halves = torch.stack([self.halves[kind].distances(made.kind(kind)) for made in sets]).mean(0)
-            self.distances[name, kind] = value, halves
+            values = [frechet_distance(made.kind(kind), first) for made in sets]
+            halves = [self.halves[kind].distances(made.kind(kind)) for made in sets]
+            self.distances[name, kind] = half_samples.mean(values, halves)
 
     def _kind(self, name: str, kind: str) -> dict[str, Any]:
         """Return distance and distance / floor in a kind of features."""
@@ -179,9 +179,3 @@ class Figures:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
-
-
-def _deviation(values: Sequence[float | None]) -> float | None:
-    """Return the standard deviation over sets; None of a single set, or where a figure was not measured."""
-    known = [value for value in values if value is not None]
-    return stdev(known) if len(known) > 1 else None

@@ -7,7 +7,7 @@ Olshen, Stone 1984, section 3.4.3). The standard error is that of the difference
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,25 +38,32 @@ class Choice:
     taken: float
 
 
-def choose(steps: int, students: Mapping[float, Tensor], reference: Tensor, preferred: float) -> Choice:
-    """Choose the stochasticity of a step count.
+def choose(
+    steps: int, students: Sequence[Mapping[float, Tensor]], references: Sequence[Tensor], preferred: float
+) -> Choice:
+    """Choose the stochasticity of a step count; distances are means over sets of samples.
 
     Args:
-        students: {stochasticity: features (N, D)}; row i has the same prompt and noise in every set.
-        reference: the teacher's features (N times, D); rows i, i + N, ... belong to the prompt of row i.
+        students: of each set {stochasticity: features (N, D)}; row i has the same prompt and noise at every value.
+        references: of each set the teacher's features (N times, D); rows i, i + N, ... belong to the prompt of row i.
         preferred: the recipe's stochasticity, which wins among the close ones.
     """
-    count = len(next(iter(students.values())))
-    halves = Halves(reference, count)
-    distances = {share: frechet_distance(features, reference) for share, features in students.items()}
-    on_halves = {share: halves.distances(features) for share, features in students.items()}
+    count = len(next(iter(students[0].values())))
+    halves = {id(reference): Halves(reference, count) for reference in references}  # sets may share one reference
+    distances, on_halves = {}, {}
+    for share in students[0]:
+        pairs = [(made[share], reference) for made, reference in zip(students, references, strict=True)]
+        distances[share], on_halves[share] = half_samples.mean(
+            [frechet_distance(*pair) for pair in pairs],
+            [halves[id(reference)].distances(features) for features, reference in pairs],
+        )
     best = min(distances, key=distances.__getitem__)
     close, worse = [], []
-    for share in students:
+    for share in distances:
         gap, gaps = distances[share] - distances[best], on_halves[share] - on_halves[best]
         if gap <= float(gaps.std()):
             close.append(share)
-        if (half_samples.around(gap, gaps, count).low or 0.0) > 0:
+        if (half_samples.around(gap, gaps, count * len(students)).low or 0.0) > 0:
             worse.append(share)
     taken = min(close, key=lambda share: (abs(share - preferred), distances[share]))
     return Choice(steps, distances, best, tuple(close), tuple(worse), taken)

@@ -24,6 +24,7 @@ class Tuned:
         floor: the distance between two sets of the teacher's own; None where it was not measured.
         features: the network that the distances come from.
         samples: pictures a set.
+        seeds: sets; distances and floor are means over them.
         updates: of the training that the LoRA came from; empty where unknown.
         task: of the LoRA.
     """
@@ -35,6 +36,7 @@ class Tuned:
     samples: int
     updates: str = ""
     task: str = TEXT_TO_IMAGE
+    seeds: int = 1
 
     def write(self, path: Path) -> None:
         """Write a JSON file, whole or not at all."""

@@ -23,13 +23,13 @@ Setting = tuple[int, float]  # step count, stochasticity
 
 
 @dataclass(frozen=True)
-class SweptSets:
-    """Sets of pictures in feature space.
+class SweptSet:
+    """One set of samples in feature space.
 
     Attributes:
-        students: {(step count, stochasticity): (N, D)}; row i has the same prompt, conditions and noise in every set.
-        reference: the teacher's independent set, (N times, D).
-        floor: the distance of another set of the teacher's to ``reference``; None where there is no such set.
+        students: {(step count, stochasticity): (N, D)}; row i has the same prompt, conditions and noise everywhere.
+        reference: the teacher's independent pictures, (N times, D).
+        floor: the distance of other pictures of the teacher's to ``reference``; None where there are none.
     """
 
     students: dict[Setting, Tensor]
@@ -37,50 +37,59 @@ class SweptSets:
     floor: float | None
 
 
-def sweep_text_to_image(comparison: TeacherComparison, sweep: Sequence[Setting], progress: Progress) -> SweptSets:
-    """Sweep a text-to-image student against the teacher's reference, which is made where none is stored."""
+def sweep_text_to_image(comparison: TeacherComparison, sweep: Sequence[Setting], progress: Progress) -> list[SweptSet]:
+    """Sweep a text-to-image student against the teacher's reference, which is made where none is stored.
+
+    Each of ``comparison.draws`` gives a set; all have the one reference.
+    """
     comparison.progress = progress
     comparison.student_runs = []  # the sweep makes the student's pictures
     comparison.prepare()
-    reference, samples = comparison.reference, comparison.samples
-    size = comparison.options.batch_size
-    bar = progress.add_task("student", total=sweep_passes(sweep) * len(samples), unit="passes")
-    found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
-    for begin in range(0, len(samples), size):
-        batch = samples.rows(range(begin, min(begin + size, len(samples))))
-        swept = sweep_latents(comparison.maker, sweep, batch.prompts, batch.seeds, partial(progress.advance, bar))
-        for setting, latents in zip(sweep, swept, strict=True):
-            pictures = decode_pictures(comparison.maker, latents).to(comparison.maker.device)
-            with torch.inference_mode():
-                found[setting].append(comparison.network(pictures)[0].float().cpu())
-    return SweptSets(
-        {setting: torch.cat(parts) for setting, parts in found.items()},
-        reference.first.features,
-        frechet_distance(reference.second.features, reference.first.features),
-    )
+    first, second = comparison.reference.first.features, comparison.reference.second.features
+    floor, size, draws = frechet_distance(second, first), comparison.options.batch_size, comparison.draws
+    bar = progress.add_task("student", total=sweep_passes(sweep) * sum(map(len, draws)), unit="passes")
+    sets = []
+    for samples in draws:
+        found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
+        for begin in range(0, len(samples), size):
+            batch = samples.rows(range(begin, min(begin + size, len(samples))))
+            swept = sweep_latents(comparison.maker, sweep, batch.prompts, batch.seeds, partial(progress.advance, bar))
+            for setting, latents in zip(sweep, swept, strict=True):
+                pictures = decode_pictures(comparison.maker, latents).to(comparison.maker.device)
+                with torch.inference_mode():
+                    found[setting].append(comparison.network(pictures)[0].float().cpu())
+        sets.append(SweptSet({setting: torch.cat(parts) for setting, parts in found.items()}, first, floor))
+    return sets
 
 
-def sweep_task(comparison: TaskComparison, sweep: Sequence[Setting], progress: Progress) -> SweptSets:
+def sweep_task(comparison: TaskComparison, sweep: Sequence[Setting], progress: Progress) -> list[SweptSet]:
     """Sweep the student of a conditional task against results of the teacher with the same conditions, other noise.
 
-    The teacher's results come from ``comparison.reference`` where that file is there.
+    The teacher's results come from the set's reference file where that is there.
     """
-    samples, many, stored = comparison.options.samples, comparison.many, comparison.stored()
-    passes = sweep_passes(sweep) + (0 if stored else many.nfe)
+    samples, many, maker = comparison.options.samples, comparison.many, comparison.maker
+    stored = [comparison.stored(sample_set) for sample_set in comparison.sample_sets]
+    passes = sum(sweep_passes(sweep) + (0 if found else many.nfe) for found in stored)
     bar = progress.add_task(comparison.task.name, total=passes * samples, unit="passes")
-    found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
-    independent = []
-    with torch.inference_mode():
-        for batch in comparison.batches():
-            rows, scene = comparison.encode(batch)
-            if not stored:
-                independent.append(comparison.look(comparison.independent_results(rows, scene, batch)[0]))
-                progress.advance(bar, many.nfe * len(batch))
-            swept = sweep_latents(rows, sweep, rows.prompts, batch.seeds, partial(progress.advance, bar))
-            for setting, drawn in zip(sweep, swept, strict=True):
-                found[setting].append(comparison.look(comparison.task.finished(decode_pictures(rows, drawn), scene)))
-    students = {setting: torch.cat(parts) for setting, parts in found.items()}
-    if not stored:
-        return SweptSets(students, torch.cat(independent), None)
-    reference = stored[INDEPENDENT].features()["features"]
-    return SweptSets(students, reference, frechet_distance(stored[many.name].features()["features"], reference))
+    sets = []
+    for sample_set, answers in zip(comparison.sample_sets, stored, strict=True):
+        found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
+        independent = []
+        with torch.inference_mode():
+            for batch in maker.batches(sample_set):
+                rows, scene = maker.encode(batch)
+                if not answers:
+                    independent.append(maker.look(maker.independent_results(rows, scene, batch)[0]))
+                    progress.advance(bar, many.nfe * len(batch))
+                swept = sweep_latents(rows, sweep, rows.prompts, batch.seeds, partial(progress.advance, bar))
+                for setting, drawn in zip(sweep, swept, strict=True):
+                    finished = comparison.task.finished(decode_pictures(rows, drawn), scene)
+                    found[setting].append(maker.look(finished))
+        students = {setting: torch.cat(parts) for setting, parts in found.items()}
+        if answers:
+            reference = answers[INDEPENDENT].features()["features"]
+            floor = frechet_distance(answers[many.name].features()["features"], reference)
+            sets.append(SweptSet(students, reference, floor))
+        else:
+            sets.append(SweptSet(students, torch.cat(independent), None))
+    return sets

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ...errors import UserError
@@ -124,31 +125,33 @@ def tune_sampler(request: TuningRequest, console: Console) -> Tuned:
     choices = [
         choose(
             steps,
-            {value: sets.students[steps, value] for value in request.values},
-            sets.reference,
+            [{value: each.students[steps, value] for value in request.values} for each in sets],
+            [each.reference for each in sets],
             request.preferred[steps],
         )
         for steps in STEP_COUNTS
     ]
-    samples = comparison.options.samples
+    samples, floors = comparison.options.samples, [each.floor for each in sets if each.floor is not None]
     tuned = Tuned(
         {choice.steps: choice.taken for choice in choices},
         {choice.steps: choice.distances for choice in choices},
-        sets.floor,
+        fmean(floors) if len(floors) == len(sets) else None,
         network,
         samples,
         request.metadata.training.get("updates", "") if request.metadata is not None else "",
         task,
+        len(sets),
     )
     out = Console()
-    unit = "distance to the teacher" if sets.floor is None else "distance to the teacher / floor"
+    unit = "distance to the teacher" if tuned.floor is None else "distance to the teacher / floor"
+    several = "" if len(sets) == 1 else f", means over {len(sets)} sets"
     out.print(
-        f"Fréchet {unit}, by steps and stochasticity (* taken, = within one standard error of the smallest):",
+        f"Fréchet {unit}{several}, by steps and stochasticity (* taken, = within one standard error of the smallest):",
         soft_wrap=True,
     )
-    out.print(table_of(choices, sets.floor))
+    out.print(table_of(choices, tuned.floor))
     for choice in choices:
-        out.print(in_words(choice, sets.floor), soft_wrap=True, highlight=False)
+        out.print(in_words(choice, tuned.floor), soft_wrap=True, highlight=False)
     if samples < enough:
         out.print(
             f"NOTE: {samples} pictures are too few for these features; the choice is usable from --samples {enough} "

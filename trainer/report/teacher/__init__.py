@@ -1,1 +1,1 @@
-"""The parts of the page of a comparison with the teacher: findings in words, tables and charts, the method."""
+"""The parts of the page of a comparison with the teacher: tables and charts, the method."""

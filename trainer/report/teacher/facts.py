@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..blocks import sampling_words
+from ..findings import kind_titles
 from ..numbers import capital, counted, number
-from .findings import kind_titles
 
 Report = Mapping[str, Any]
 GAP = (

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..blocks import Finding
-from ..numbers import capital, counted, listed
+from .blocks import Finding, Findings
+from .numbers import capital, counted, listed
 
 Report = Mapping[str, Any]
 Curve = Mapping[str, Any]  # one of the ``curve`` of report.json
 
 
-def findings(report: Report) -> tuple[Finding, ...]:
-    """Return two sentences for each kind of features; none where there is no student, or in reports of 0.1."""
+def findings(report: Report) -> tuple[Findings, ...]:
+    """Return two sentences for each kind of features; empty where there is no student, or in reports of 0.1."""
     found = []
     for curve in report.get("curve", []):
         where = f"In {report['kinds'][curve['kind']]}"
         found.append(Finding(f"{where}: {falls_words(curve)}.", curve["falls"]))
         rivals = curve["rivals"]
         found.append(Finding(f"{where}: {rival_words(rivals)}.", not any(_is(line, "farther") for line in rivals)))
-    return tuple(found)
+    return (Findings(tuple(found)),) if found else ()
 
 
 def falls_words(curve: Curve) -> str:

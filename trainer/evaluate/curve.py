@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
-from ....flash_core.measures.confidence_intervals import Estimate
-from ..generate import SamplingSetting
-from ..request import FEW_STEPS
-from .figures import KINDS, Figures
+from ...flash_core.measures.confidence_intervals import Estimate
+from .generate import SamplingSetting
+from .request import FEW_STEPS
 
 
-def curves_of(figures: Figures) -> list[dict[str, Any]]:
+class ComparesRuns(Protocol):
+    """Distances of runs to the teacher, in several kinds of features."""
+
+    def change(self, before: str, after: str, kind: str, /) -> Estimate:
+        """Return the relative change of the distance from one run to another."""
+        ...
+
+    def difference(self, name: str, rival: str, kind: str, /) -> Estimate:
+        """Return by how much a run's distance is below its rival's."""
+        ...
+
+
+def curves_of(runs: ComparesRuns, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return one entry for each kind of features.
 
     - ``falls``: whether the distance falls with every added step.
@@ -20,21 +32,24 @@ def curves_of(figures: Figures) -> list[dict[str, Any]]:
       or ``rises`` where the whole interval is on one side of 0, else ``within the noise``.
     - ``rivals``: by how much the student is nearer than the undistilled teacher with as many passes and no guidance,
       with its interval and its ``verdict``: ``nearer``, ``farther`` or ``within the noise``.
+
+    Args:
+        kinds: {kind of features: its key in ``runs``}.
     """
-    return [_curve(figures, kind) for kind in KINDS]
+    return [{"kind": kind, **_curve(runs, key)} for kind, key in kinds.items()]
 
 
-def _curve(figures: Figures, kind: str) -> dict[str, Any]:
+def _curve(runs: ComparesRuns, key: str) -> dict[str, Any]:
     steps = []
     for few, more in pairwise(sorted(FEW_STEPS)):
-        change = figures.change(SamplingSetting("student", few).name, SamplingSetting("student", more).name, kind)
+        change = runs.change(SamplingSetting("student", few).name, SamplingSetting("student", more).name, key)
         steps.append({"from": few, "to": more, **asdict(change), "verdict": side(change, "rises", "falls")})
     rivals = []
     for count in FEW_STEPS:
         rival = SamplingSetting("teacher", count).name
-        found = figures.difference(SamplingSetting("student", count).name, rival, kind)
+        found = runs.difference(SamplingSetting("student", count).name, rival, key)
         rivals.append({"steps": count, "rival": rival, **asdict(found), "verdict": side(found, "nearer", "farther")})
-    return {"kind": kind, "falls": all(step["value"] < 0 for step in steps), "steps": steps, "rivals": rivals}
+    return {"falls": all(step["value"] < 0 for step in steps), "steps": steps, "rivals": rivals}
 
 
 def side(difference: Estimate, above: str, below: str) -> str:
