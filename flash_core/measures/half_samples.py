@@ -92,10 +92,10 @@ class Halves:
 
 
 def mean(values: Sequence[float], halves: Sequence[Tensor]) -> tuple[float, Tensor]:
-    """Return the mean of a figure over independent sets, and the means of its values on the halves of each set (H,).
+    """Return the mean of a figure over sets, and the means of its values on the halves of each set (H,).
 
-    The halves of different sets move independently of each other, so the spread of their means falls as that of the
-    figure itself: with the square root of the number of sets.
+    All sets have the same rows in their halves. Where equal rows of two sets are about different things, the spread of
+    the means falls with the square root of the number of sets; where they share a prompt or a picture, by less.
     """
     import torch
 

@@ -27,12 +27,15 @@ from flash_diffusion.trainer.config import DataSection, TaskSection, parse_recip
 from flash_diffusion.trainer.demo.assets import LORAS
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.command import add_arguments, request_of
+from flash_diffusion.trainer.evaluate.request import Options
 from flash_diffusion.trainer.evaluate.task import making
 from flash_diffusion.trainer.evaluate.task.about import AboutTask, about_task
+from flash_diffusion.trainer.evaluate.task.runs import entries_of
 from flash_diffusion.trainer.evaluate.task.sets import SetDistances
 from flash_diffusion.trainer.evaluate.task.targets import targets_of, verdict
-from flash_diffusion.trainer.evaluate.task_samples import Subjects, batches, read_subjects
+from flash_diffusion.trainer.evaluate.task_samples import Subjects, batches, read_sets, read_subjects
 from flash_diffusion.trainer.metrics.embedders import Features
+from flash_diffusion.trainer.report.numbers import number
 from flash_diffusion.trainer.tasks import build_task
 from flash_diffusion.trainer.tasks.figures import Scene
 from flash_diffusion.trainer.tasks.scores import SEAM_FLOOR, cosine, distance, edge_agreement, psnr, reduced, seam
@@ -263,6 +266,16 @@ def test_demo_pictures_have_general_captions_and_an_unseen_style() -> None:
         read_subjects("demo:oil", inpainting, 4, 0)
 
 
+def test_sets_shuffle_the_demos_pictures_and_share_those_of_a_folder(pictures: Path) -> None:
+    inpainting, options = task("inpainting"), Options(samples=200, seed=3, seeds=2)
+    first, second = read_sets("demo", inpainting, options)
+    assert [sample.name for sample in first.samples] != [sample.name for sample in second.samples]
+    assert {sample.name for sample in first.samples} == {sample.name for sample in second.samples}
+    assert second.fingerprint() == read_subjects("demo", inpainting, 200, 4).fingerprint()
+    first, second = read_sets(str(pictures), inpainting, options)
+    assert first is second
+
+
 def test_origin_says_that_the_run_was_trained_on_its_pictures() -> None:
     section = DataSection(source="demo-swaps", limit=5)
     found = read_subjects(section, task("face-swap"), 4, 0)
@@ -313,6 +326,35 @@ def test_bootstrap_intervals_are_those_of_the_mean() -> None:
     assert of_set.value == pytest.approx(found.value)
     assert of_set.low == pytest.approx(found.low, abs=0.4 * width)
     assert bootstrap.of_set_values(drawn - drawn, 400) == Estimate(0, 0, 0, 400)
+
+
+def test_intervals_of_several_sets_do_not_narrow_by_rows_that_move_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, generator=generator, dtype=torch.float64)
+    alone, again = bootstrap.mean_of(rows), bootstrap.mean_over_sets([rows, rows + 1])
+    assert again.value == pytest.approx((alone.value or 0) + 0.5)
+    assert (again.low, again.high) == pytest.approx(((alone.low or 0) + 0.5, (alone.high or 0) + 0.5))
+    assert again.count == 400
+    other = torch.randn(200, generator=generator, dtype=torch.float64)
+    both = bootstrap.mean_over_sets([rows, other])
+    width, single = ((each.high or 0) - (each.low or 0) for each in (both, alone))
+    assert width == pytest.approx(single / math.sqrt(2), rel=0.2)
+    assert bootstrap.mean_over_sets([rows]) == alone
+    # The mean over sets of their means, also where a set has fewer values that count.
+    few = torch.full((200,), torch.nan)
+    few[:50] = 3
+    assert bootstrap.mean_over_sets([torch.ones(200), few]).value == 2
+    assert bootstrap.mean_over_sets([few[100:], few[100:]]) == Estimate(None, None, None, 0)
+
+
+def test_a_reference_guided_in_an_interval_replaces_the_run_of_its_name() -> None:
+    options = Options(steps=4, guidance=3.0, interval=(250, 750))
+    entries = entries_of(task("inpainting"), options, student=False)
+    names = [entry.name for entry in entries]
+    assert len(set(names)) == len(names)
+    guided = next(entry.run for entry in entries if entry.name == "teacher 4 steps, guided")
+    assert guided is not None
+    assert guided.interval == (250, 750)
 
 
 def test_task_targets_are_set_distances_over_the_teachers_own_and_clear_differences() -> None:
@@ -546,15 +588,23 @@ def test_figures_of_several_sets_are_the_means_of_each_sets_own(
     references = [tmp_path / "answers.safetensors", tmp_path / "answers.seed1.safetensors"]
     reports = []
     for name, options in (
-        ("0", ["--reference", str(references[0])]),
-        ("1", ["--seed", "1", "--reference", str(references[1])]),
-        ("both", ["--seeds", "2", "--reference", str(references[0])]),
+        ("0", []),
+        ("1", ["--seed", "1"]),
+        ("both", ["--seeds", "2", "--reference", str(references[0])]),  # makes two files
+        ("1 stored", ["--seed", "1", "--reference", str(references[1])]),
+        ("partly", ["--seeds", "2", "--reference", str(references[0])]),
     ):
+        if name == "partly":
+            references[0].unlink()
         assert main([*command, *options, "--output", str(tmp_path / name)]) == 0
         reports.append(json.loads((tmp_path / name / "report.json").read_text()))
-    *alone, both = reports
-    found = next(note for note in both["notes"] if "earlier evaluation" in note)
-    assert all(str(reference) in found for reference in references)
+    *alone, both, stored, partly = reports
+    assert [run["figures"] for run in stored["runs"]] == [run["figures"] for run in alone[1]["runs"]]
+    assert [run["figures"] for run in partly["runs"]] == [run["figures"] for run in both["runs"]]
+    notes = [next((note for note in report["notes"] if "earlier evaluation" in note), "") for report in reports]
+    assert [[str(path) in note for path in references] for note in notes] == [
+        [False, False], [False, False], [False, False], [False, True], [False, True]
+    ]  # fmt: skip
     assert both["pictures"] == alone[0]["pictures"]
     for row, run in enumerate(both["runs"]):
         for key, figure in run["figures"].items():
@@ -566,6 +616,9 @@ def test_figures_of_several_sets_are_the_means_of_each_sets_own(
     assert both["runs"][2]["seeds"]["deviations"]["fd"] > 0  # other samples, other figures
     assert alone[0]["runs"][2]["seeds"]["deviations"] == {}
     page = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    fd = both["runs"][2]["figures"]["fd"]
+    spread = both["runs"][2]["seeds"]["deviations"]["fd"]
+    assert f"{number(fd['low'])} … {number(fd['high'])}; ± {number(spread)}" in page
     assert "2 sets of 6 samples per run" in page
     assert "of seeds 0 to 1" in page
     assert "±" not in (tmp_path / "0" / "report.html").read_text(encoding="utf-8")

@@ -88,6 +88,14 @@ def test_chance_gives_way_to_the_recipes_value_and_a_clear_difference_does_not()
     for share, found in both.distances.items():
         own = [frechet_distance(made[share], reference) for made in (students, other)]
         assert found == pytest.approx(sum(own) / 2)
+    # One set tells .3 from .5; the mean with a second set, in which chance moves both far, does not.
+    offset = {0.5: base, 0.3: base + torch.tensor([0.3, 0.0, 0.0, 0.0])}
+    assert choose(4, [offset], [reference], 0.3).close == (0.5,)
+    chance = torch.Generator().manual_seed(0)
+    wide = {share: 1.5 * torch.randn(200, 4, generator=chance) for share in offset}
+    other = torch.randn(400, 4, generator=chance)
+    sets = choose(4, [offset, wide], [reference, other], 0.3)
+    assert sets.close == (0.5, 0.3)
     line = in_words(choice, None)
     assert "Farther from the teacher, beyond chance: 0." in line
 
@@ -105,7 +113,7 @@ def test_a_run_is_measured_written_and_exported(
     assert "Nothing was changed. Add --write" in capsys.readouterr().out
     assert read_lora(lora).metadata == before
     assert read_tuned(run) is None
-    assert main([*map(str, command), "--write"]) == 0
+    assert main([*map(str, command), "--seeds", "2", "--write"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for part in ("distance to the teacher / floor", "2 steps: ", "8 steps: ", "4 pictures are too few", "export"):
         assert part in said
@@ -125,7 +133,7 @@ def test_a_run_is_measured_written_and_exported(
     assert after.stochasticity == tuned.stochasticity
     card = " ".join((run / "README.md").read_text().split())
     assert "Flash Sampler's `auto` takes it" in card
-    assert f"Measured on 4 pictures in the features of {tuned.features}" in card
+    assert f"Measured on 2 sets of 4 pictures in the features of {tuned.features}" in card
     assert main(["export", str(run), "--checkpoint", "4"]) == 0
     assert "measured at update 5, and this LoRA is of update 4" in caplog.text
     (run / FILE).write_text('{"stochasticity": {"4": 2}}')
@@ -134,7 +142,11 @@ def test_a_run_is_measured_written_and_exported(
 
 
 def test_a_task_is_measured_by_its_own_pictures(
-    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = wide_model(tmp_path / "model", 9)
     file = read_lora(random_lora(tiny_model, tmp_path / "text.safetensors"))
@@ -144,16 +156,37 @@ def test_a_task_is_measured_by_its_own_pictures(
     write_lora(student, file.modules, metadata)
     command = ["evaluate", "--task", "inpainting", "--family", "sd15", "--teacher", model, "--lora", student]
     command += ["--data", pictures, "--samples", "5", "--batch-size", "3", "--steps", "1", "--guidance", "1"]
-    command += ["--tune-sampler", "0.5", "1", "--seeds", "2", "--output", tmp_path / "out", "--write"]
-    assert main([*map(str, command)]) == 0
-    result = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    command += ["--tune-sampler", "0.5", "1", "--output", tmp_path / "out"]
+
+    def tuned(*options: object) -> dict[str, Any]:
+        assert main([*map(str, (*command, *options))]) == 0
+        found: dict[str, Any] = json.loads((tmp_path / "out" / "tuning.json").read_text())
+        return found
+
+    alone, result = [tuned("--seed", seed) for seed in (0, 1)], tuned("--seeds", 2, "--write")
     assert [result[name] for name in ("task", "samples", "seeds", "floor")] == ["inpainting", 5, 2, None]
-    assert {steps: set(row) for steps, row in result["distances"].items()} == {steps: {"0.5", "1.0"} for steps in "248"}
+    for steps in "248":
+        for share in ("0.5", "1.0"):
+            mean = sum(each["distances"][steps][share] for each in alone) / 2
+            assert result["distances"][steps][share] == pytest.approx(mean, rel=1e-4)
     written = read_lora(student).metadata
     assert written is not None
     assert {str(steps): share for steps, share in written.stochasticity.items()} == result["stochasticity"]
     said = " ".join(capsys.readouterr().out.split())
     assert "Fréchet distance to the teacher, means over 2 sets, by steps and stochasticity" in said
+    # A file of the teacher's answers is made, and used; too few samples for distances of sets give no floor.
+    reference = tmp_path / "answers.safetensors"
+    made, again = (tuned("--reference", reference) for _ in range(2))
+    assert made == again
+    assert made["distances"] == alone[0]["distances"]
+    assert made["floor"] is None
+    monkeypatch.setattr("flash_diffusion.trainer.evaluate.task_comparison.samples_needed", lambda features: 4)
+    reference.unlink()
+    (tmp_path / "answers.seed1.safetensors").unlink(missing_ok=True)
+    made, again = (tuned("--reference", reference, "--seeds", 2) for _ in range(2))
+    assert made == again
+    assert made["distances"] == result["distances"]
+    assert made["floor"] > 0
 
 
 @pytest.mark.parametrize(

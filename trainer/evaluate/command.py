@@ -161,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=defaults.seeds,
         help="sets of the student's pictures, each from its own noise; with a task: sets of samples, each with its own "
-        "conditions and noise. The report shows mean and standard deviation (default: %(default)s)",
+        "noise and drawn conditions. The report shows mean and standard deviation (default: %(default)s)",
     )
     add(
         "--preference",

@@ -9,7 +9,7 @@ targets; ``task/`` makes the pictures and measures sets.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,12 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ...flash_core.measures import confidence_intervals as bootstrap
-from ...flash_core.measures.confidence_intervals import Estimate
 from ...flash_core.measures.random_features import RandomFeatures
 from ..files import file_hash
 from ..metrics.embedders import load_features, samples_needed
 from ..metrics.pictures.teacher_states import TeacherStates
 from ..tasks.base import Task
 from ..tasks.figures import Figure
-from ..tasks.scores import distance
 from ..teachers.hashes import weights_hash
 from .curve import curves_of
 from .evaluator import Evaluator, Record, SeesPictures, environment
@@ -34,11 +31,11 @@ from .generate import SamplingSetting, default_solver, interval_note, sampler_fa
 from .request import FEW_STEPS, GUIDED_STEPS, Options, TaskComparisonRequest
 from .task.about import AboutTask, about_task
 from .task.answers import Answers
-from .task.figures import KIND_OF, OF_SETS, PAIRED
+from .task.figures import KIND_OF
 from .task.making import AnswerMaker
-from .task.runs import INDEPENDENT, YARDSTICK, Entry, entries_of
+from .task.measured import Measured, MeasuredSet
+from .task.runs import INDEPENDENT, Entry, entries_of
 from .task.sample_set import SampleSet, sample_sets
-from .task.sets import SetDistances
 from .task.shown import Shown
 from .task.stored import find_answers, save_answers
 from .task.targets import targets_of, verdict
@@ -46,7 +43,7 @@ from .task_samples import Subjects, read_sets
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
+    from rich.progress import Progress, TaskID
 
     from ..teachers.base import Teacher
 
@@ -132,7 +129,7 @@ class TaskComparison(Evaluator[Entry]):
         self.network = network
         self.origin = dict(origin or {})
         self.about = about or AboutTask()
-        self.sample_sets = sample_sets(subjects, options.seed, reference)
+        self.sample_sets = sample_sets(subjects, options.seed, reference, options.pictures)
         self.entries = entries_of(task, options, student is not None)
         self.many = SamplingSetting("teacher", options.steps, options.guidance, options.interval)
         blank = torch.ones(1, 3, *teacher.resolution)
@@ -142,8 +139,6 @@ class TaskComparison(Evaluator[Entry]):
         self.maker = AnswerMaker(teacher, task, network, options, self.many, perceptual, self.measures_sets)
         for note in self._too_few_samples():
             logger.warning("%s", note)
-        self.distances: list[SetDistances] = []  # of each set of samples
-        self.mean: SetDistances | None = None
         self.shown = Shown()
 
     def runs(self) -> list[Entry]:
@@ -153,24 +148,18 @@ class TaskComparison(Evaluator[Entry]):
     def prepare(self) -> None:
         """Make and score the pictures of all runs, those of the teacher only where they are not stored."""
         made = [self.stored(sample_set) for sample_set in self.sample_sets]
+        names = [entry.name for entry in self.entries]
         bar = self.progress.add_task(self.task.name, total=0, unit="passes")
         for found in made:
-            self.expect(bar, self._passes(found) * self.options.samples)
+            self.expect(bar, self.passes(found) * self.options.samples)
+        sets = []
         with torch.inference_mode():
             for sample_set, found in zip(self.sample_sets, made, strict=True):
-                self._answer_all(sample_set, found, bar)
-        if self.measures_sets:
-            self.distances = [
-                SetDistances.measured(
-                    {entry.name: sample_set.seen[entry.name].features() for entry in self.entries},
-                    sample_set.independent.features(),
-                    sample_set.seen[YARDSTICK].features()["features"],
-                )
-                for sample_set in self.sample_sets
-            ]
-            self.mean = SetDistances.mean(self.distances)
-        self.figures = self._figures()
-        self.estimates = {entry.name: self._estimates(entry.name) for entry in self.entries}
+                self.answer_all(sample_set, found, self.progress, bar)
+                sets.append(MeasuredSet.of(sample_set, names, self.many.name, self.measures_sets))
+                sample_set.forget_features()
+        self.measured = Measured(sets, self.task.figures)
+        self.estimates = {name: self.measured.estimates(name) for name in names}
         self.comparisons = self._comparisons() if self.student is not None else []
 
     def measure(self, entry: Entry) -> Record:
@@ -182,10 +171,9 @@ class TaskComparison(Evaluator[Entry]):
             "steps": run.steps if run else 0,
             "guidance": run.guidance if run else 1.0,
             "nfe": run.nfe if run else 0,
-            "seconds_per_image": sum(each.seen[entry.name].seconds for each in self.sample_sets)
-            / (self.options.samples * len(self.sample_sets)),
+            "seconds_per_image": self.measured.seconds(entry.name) / self.options.samples,
             "figures": {key: asdict(estimate) for key, estimate in self.estimates[entry.name].items()},
-            "seeds": self._spread(entry.name),
+            "seeds": self.measured.spread(entry.name),
         }
 
     def targets(self, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -203,7 +191,7 @@ class TaskComparison(Evaluator[Entry]):
         if stored := [str(each.reference) for each in self.sample_sets if each.is_stored]:
             notes.append(
                 f"The teacher’s answers come from {', '.join(stored)}, made by an earlier evaluation of the same "
-                "teacher on the same samples. So do the teacher’s seconds."
+                "teacher on the same samples. So do its seconds there."
             )
         if any(figure.key == "lpips" for figure in self.task.figures) and self.maker.perceptual is None:
             notes.append("LPIPS was not measured. Give VGG-16’s weights with --vgg.")
@@ -216,7 +204,7 @@ class TaskComparison(Evaluator[Entry]):
             "teacher": self.teacher.name,
             "many": self.many.name,
             "put_back": type(self.task).finished is not Task.finished,
-            "figures": [asdict(figure) for figure in self.figures],
+            "figures": [asdict(figure) for figure in self.measured.figures],
             "comparisons": self.comparisons,
             "curve": self._curve(),
             "kinds": {"features": self.network.title, "states": TeacherStates.title, "random": RandomFeatures.title},
@@ -236,9 +224,9 @@ class TaskComparison(Evaluator[Entry]):
 
     def _curve(self) -> list[dict[str, Any]]:
         """Return whether the student's distance falls with every step; empty without a student, or of too few."""
-        if self.mean is None or self.student is None:
+        if self.measured.mean is None or self.student is None:
             return []
-        return curves_of(self.mean, {kind: key for key, kind in KIND_OF.items()})
+        return curves_of(self.measured.mean, {kind: key for key, kind in KIND_OF.items()})
 
     def _has_targets(self) -> bool:
         return self.about.has_targets and self.options.samples >= FEWEST_SAMPLES
@@ -260,17 +248,29 @@ class TaskComparison(Evaluator[Entry]):
 
     # -- making pictures ---------------------------------------------------------------------------------------------
 
-    def _passes(self, made: Mapping[str, Answers]) -> int:
-        """Return the passes per sample of the runs that are not made yet."""
-        runs = [entry.run for entry in self.entries if entry.run and entry.name not in made]
+    def passes(self, made: Collection[str], *, of_student: bool = True) -> int:
+        """Return the passes per sample of the runs that are not made yet, see :meth:`answer_all`."""
         draws_independent = self.measures_sets and INDEPENDENT not in made
+        runs = [entry.run for entry in self._missing(made, of_student) if entry.run]
         return sum(run.nfe for run in runs) + draws_independent * self.many.nfe
 
-    def _answer_all(self, sample_set: SampleSet, made: Mapping[str, Answers], bar: TaskID) -> None:
-        """Let all runs that are not made yet answer a set of samples; store the teacher's answers if they are new."""
+    def answer_all(
+        self,
+        sample_set: SampleSet,
+        made: Collection[str],
+        progress: Progress,
+        bar: TaskID,
+        *,
+        of_student: bool = True,
+    ) -> None:
+        """Let all runs that are not made yet answer a set of samples; store the teacher's answers if they are new.
+
+        Args:
+            made: names of the runs whose answers the set has already.
+            of_student: False lets only the teacher answer.
+        """
         maker, is_first = self.maker, sample_set is self.sample_sets[0]
-        entries = [entry for entry in self.entries if entry.name not in made]
-        passes = self._passes(made)
+        entries, passes = self._missing(made, of_student), self.passes(made, of_student=of_student)
         for batch in maker.batches(sample_set):
             rows, scene = maker.encode(batch)
             if is_first and not self.shown.captions:
@@ -279,21 +279,21 @@ class TaskComparison(Evaluator[Entry]):
                 maker.answer(sample_set, entry, rows, scene, batch)
             if self.measures_sets and INDEPENDENT not in made:
                 maker.answer_independently(sample_set, rows, scene, batch)
-            self.progress.advance(bar, passes * len(batch))
+            progress.advance(bar, passes * len(batch))
             if is_first:
                 self.shown.keep(self.task, batch, scene, self.options.pictures)
         if sample_set.reference is not None and not made:
-            save_answers(sample_set.reference, self.reference_origin(sample_set), self._of_teacher(sample_set))
+            save_answers(sample_set.reference, self.reference_origin(sample_set), self.of_teacher(sample_set))
+
+    def _missing(self, made: Collection[str], of_student: bool) -> list[Entry]:
+        entries = self.entries if of_student else [entry for entry in self.entries if entry.of_teacher]
+        return [entry for entry in entries if entry.name not in made]
 
     # -- the teacher's answers, stored -------------------------------------------------------------------------------
 
-    def _of_teacher(self, sample_set: SampleSet) -> dict[str, Answers]:
+    def of_teacher(self, sample_set: SampleSet) -> dict[str, Answers]:
         """Return the answers that no student changes, by name."""
-        found = {
-            entry.name: sample_set.seen[entry.name]
-            for entry in self.entries
-            if entry.run is None or entry.run.role == "teacher"
-        }
+        found = {entry.name: sample_set.seen[entry.name] for entry in self.entries if entry.of_teacher}
         return found | ({INDEPENDENT: sample_set.independent} if self.measures_sets else {})
 
     def stored(self, sample_set: SampleSet) -> dict[str, Answers]:
@@ -301,7 +301,7 @@ class TaskComparison(Evaluator[Entry]):
         if sample_set.reference is None:
             return {}
         origin = self.reference_origin(sample_set)
-        found = find_answers(sample_set.reference, origin, self._of_teacher(sample_set))
+        found = find_answers(sample_set.reference, origin, self.of_teacher(sample_set))
         sample_set.is_stored = bool(found)
         sample_set.independent = found.get(INDEPENDENT, sample_set.independent)
         sample_set.seen |= {name: answers for name, answers in found.items() if name != INDEPENDENT}
@@ -327,55 +327,14 @@ class TaskComparison(Evaluator[Entry]):
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
-    def _figures(self) -> list[Figure]:
-        """Return the measured figures: Fréchet distances where there are enough samples, then the task's figures."""
-        measured = self.sample_sets[0].seen[YARDSTICK].scores
-        own = [figure for figure in self.task.figures if figure.key in measured]
-        return [*(OF_SETS if self.mean is not None else ()), *own, PAIRED]
-
-    def _scores(self, name: str, key: str) -> list[Tensor]:
-        """Return of each set a figure of every sample (N,)."""
-        seen = [each.seen for each in self.sample_sets]
-        if key == PAIRED.key:
-            pairs = [[each[which].features()["features"] for which in (name, self.many.name)] for each in seen]
-            return [distance(*pair) for pair in pairs]
-        return [torch.cat(each[name].scores[key]) for each in seen]
-
-    def _estimates(self, name: str) -> dict[str, Estimate]:
-        return {
-            figure.key: self.mean.of(name, figure.key)
-            if self.mean is not None and figure in OF_SETS
-            else bootstrap.mean_of(torch.cat(self._scores(name, figure.key)))
-            for figure in self.figures
-        }
-
-    def _spread(self, name: str) -> dict[str, Any]:
-        """Return the number of sets, each figure's value in each set, and their standard deviations."""
-        values: dict[str, list[float | None]] = {}
-        for key in (figure.key for figure in self.figures):
-            if self.mean is not None and (name, key) in self.mean.found:
-                values[key] = [each.found[name, key][0] for each in self.distances]
-            else:
-                values[key] = [bootstrap.mean_of(scores).value for scores in self._scores(name, key)]
-        deviations = {
-            key: spread for key, each in values.items() if (spread := bootstrap.deviation_over(each)) is not None
-        }
-        return {"count": len(self.sample_sets), "values": values, "deviations": deviations}
-
     def _comparisons(self) -> list[dict[str, Any]]:
         """Compare each of the student's runs with the undistilled teacher's runs of as many passes, in each figure."""
         pairs = [(steps, SamplingSetting("teacher", steps)) for steps in FEW_STEPS]
         if self.options.guidance != 1:
             pairs += [(2 * steps, SamplingSetting("teacher", steps, self.options.guidance)) for steps in GUIDED_STEPS]
         names = [(SamplingSetting("student", steps).name, rival.name) for steps, rival in pairs]
-        return [self._difference(figure, *pair) for pair in names for figure in self.figures]
+        return [self._difference(figure, *pair) for pair in names for figure in self.measured.figures]
 
     def _difference(self, figure: Figure, student: str, rival: str) -> dict[str, Any]:
-        """Return by how much a run is better than its rival on the same samples, with its interval."""
-        if self.mean is not None and figure in OF_SETS:
-            found = self.mean.difference(student, rival, figure.key)
-        else:
-            sign = 1 if figure.higher_is_better else -1
-            ours, theirs = (torch.cat(self._scores(name, figure.key)) for name in (student, rival))
-            found = bootstrap.mean_of(sign * (ours - theirs))
+        found = self.measured.difference(figure, student, rival)
         return {"figure": figure.key, "run": student, "rival": rival, **asdict(found), "verdict": verdict(found)}

@@ -28,6 +28,7 @@ from .generate import (
     SamplingSetting,
     decode_pictures,
     default_solver,
+    distinct,
     interval_note,
     sample_latents,
     sampler_facts,
@@ -204,7 +205,7 @@ class TeacherComparison(Evaluator[SamplingSetting]):
         self.options = options
         self.references = references
         self.many = SamplingSetting("teacher", options.steps, options.guidance, options.interval)
-        self.teacher_runs = list(dict.fromkeys([self.many, *few_step_runs(options.guidance)]))
+        self.teacher_runs = distinct([self.many, *few_step_runs(options.guidance)])
         self.student_runs = [SamplingSetting("student", steps) for steps in FEW_STEPS] if student is not None else []
         self.independent = draw(prompts, options.samples, options.seed, 0, options.times)
         # Each of the student's sets has its own noise; the first set starts from the noise of the teacher's runs.

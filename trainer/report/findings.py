@@ -13,7 +13,7 @@ Curve = Mapping[str, Any]  # one of the ``curve`` of report.json
 
 
 def findings(report: Report) -> tuple[Findings, ...]:
-    """Return two sentences for each kind of features; empty where there is no student, or in reports of 0.1."""
+    """Return two sentences for each kind of features; empty where the report has no curve, as without a student."""
     found = []
     for curve in report.get("curve", []):
         where = f"In {report['kinds'][curve['kind']]}"

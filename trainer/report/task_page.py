@@ -210,13 +210,13 @@ def run_table(report: Report) -> RunTable:
 
 
 def _interval_cell(key: str) -> Callable[[Run], Cell]:
-    """Return a figure with its standard deviation over sets where there are several, else with its interval."""
+    """Return a figure with its interval and, where there are several sets, its standard deviation over them."""
 
     def cell(run: Run) -> Cell:
         found = run["figures"][key]
         below = "" if found["low"] is None else f"{number(found['low'])} … {number(found['high'])}"
         spread = run.get("seeds", {}).get("deviations", {}).get(key)
-        below = below if spread is None else f"± {number(spread)}"
+        below = below if spread is None else f"{below}; ± {number(spread)}"
         return Cell(number(found["value"]), below)
 
     return cell
@@ -310,8 +310,9 @@ def _set_facts(report: Report) -> tuple[tuple[str, str], ...]:
         (
             "Sets",
             f"{_sets(report)} sets of samples, of seeds {first} to {first + _sets(report) - 1}, each with its own "
-            "conditions and noise. Figures are means over the sets, ± is their standard deviation. Distances are "
-            "measured in each set by itself; a ratio of distances is that of their means.",
+            "noise and, where conditions are drawn, its own conditions. All draw from the same pictures, so intervals "
+            "hold for these pictures. Figures are means over the sets, ± is the standard deviation of a set. Distances "
+            "are measured in each set by itself; a ratio of distances is that of their means.",
         ),
     )
 

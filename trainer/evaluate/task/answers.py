@@ -33,6 +33,16 @@ class Answers:
         for key, values in (scores or {}).items():
             self.scores[key].append(values)
 
+    def show(self, pictures: Tensor, most: int) -> None:
+        """Keep pictures to show as long as there are fewer than ``most``."""
+        wanted = pictures[: max(most - len(self.pictures), 0)]
+        self.pictures += [picture.clone() for picture in wanted]  # a view would hold the whole batch
+
+    def forget_features(self) -> None:
+        """Free the features and scores, once they are measured."""
+        self.kinds.clear()
+        self.scores.clear()
+
     def features(self) -> dict[str, Tensor]:
         """Return the features of all pictures (N, D) by their kind."""
         return {kind: torch.cat(parts) for kind, parts in self.kinds.items()}

@@ -76,7 +76,7 @@ class AnswerMaker:
         seen.seconds += time.perf_counter() - start
         finished = self.task.finished(made, scene)
         seen.keep(self._kinds(scene_rows, latents, finished), self.task.scores(made, scene))
-        seen.pictures += list(finished[: max(self.options.pictures - len(seen.pictures), 0)])
+        seen.show(finished, sample_set.shown)
 
     def answer_independently(self, sample_set: SampleSet, rows: EncodedPrompts, scene: Scene, batch: Batch) -> None:
         """Make the results that runs are measured against, and keep their features."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..generate import SamplingSetting
+from ..generate import SamplingSetting, distinct
 from ..request import FEW_STEPS, GUIDED_STEPS, Options
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ class Entry:
     run: SamplingSetting | None
     conditioned: bool = True
 
+    @property
+    def of_teacher(self) -> bool:
+        """Whether no student changes the answers."""
+        return self.run is None or self.run.role == "teacher"
+
 
 def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
     """Return the runs: the yardsticks first, then the student, then the undistilled teacher.
@@ -41,7 +46,7 @@ def entries_of(task: Task, options: Options, student: bool) -> list[Entry]:
         runs += [SamplingSetting("student", steps) for steps in FEW_STEPS]
     runs += [SamplingSetting("teacher", steps) for steps in FEW_STEPS]
     runs += [SamplingSetting("teacher", steps, options.guidance) for steps in GUIDED_STEPS]
-    entries = [Entry(YARDSTICK, None), *(Entry(run.name, run) for run in dict.fromkeys(runs))]
+    entries = [Entry(YARDSTICK, None), *(Entry(run.name, run) for run in distinct(runs))]
     if task.without:
         entries.append(Entry(f"{many.name}, {task.without}", many, conditioned=False))
     return entries

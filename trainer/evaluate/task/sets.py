@@ -57,7 +57,7 @@ class SetDistances:
 
     @classmethod
     def mean(cls, sets: Sequence[SetDistances]) -> SetDistances:
-        """Return the means over sets of different samples. Their halves move independently, so chance averages out."""
+        """Return the means over sets of samples, see :func:`half_samples.mean`."""
         found = {
             key: half_samples.mean([each.found[key][0] for each in sets], [each.found[key][1] for each in sets])
             for key in sets[0].found

@@ -49,14 +49,7 @@ def choose(
         preferred: the recipe's stochasticity, which wins among the close ones.
     """
     count = len(next(iter(students[0].values())))
-    halves = {id(reference): Halves(reference, count) for reference in references}  # sets may share one reference
-    distances, on_halves = {}, {}
-    for share in students[0]:
-        pairs = [(made[share], reference) for made, reference in zip(students, references, strict=True)]
-        distances[share], on_halves[share] = half_samples.mean(
-            [frechet_distance(*pair) for pair in pairs],
-            [halves[id(reference)].distances(features) for features, reference in pairs],
-        )
+    distances, on_halves = _mean_distances(students, references, count)
     best = min(distances, key=distances.__getitem__)
     close, worse = [], []
     for share in distances:
@@ -67,3 +60,20 @@ def choose(
             worse.append(share)
     taken = min(close, key=lambda share: (abs(share - preferred), distances[share]))
     return Choice(steps, distances, best, tuple(close), tuple(worse), taken)
+
+
+def _mean_distances(
+    students: Sequence[Mapping[float, Tensor]], references: Sequence[Tensor], count: int
+) -> tuple[dict[float, float], dict[float, Tensor]]:
+    """Return the means over sets of each stochasticity's distance, and of its distances on halves (H,)."""
+    values: dict[float, list[float]] = {share: [] for share in students[0]}
+    on_halves: dict[float, list[Tensor]] = {share: [] for share in students[0]}
+    halves = None
+    for number, (made, reference) in enumerate(zip(students, references, strict=True)):
+        if halves is None or reference is not references[number - 1]:  # sets of text-to-image share one reference
+            halves = Halves(reference, count)
+        for share, features in made.items():
+            values[share].append(frechet_distance(features, reference))
+            on_halves[share].append(halves.distances(features))
+    means = {share: half_samples.mean(values[share], on_halves[share]) for share in values}
+    return {share: mean for share, (mean, _) in means.items()}, {share: found for share, (_, found) in means.items()}

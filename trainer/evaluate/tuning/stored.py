@@ -24,7 +24,7 @@ class Tuned:
         floor: the distance between two sets of the teacher's own; None where it was not measured.
         features: the network that the distances come from.
         samples: pictures a set.
-        seeds: sets; distances and floor are means over them.
+        seeds: sets; distances, and the floor where it was measured, are means over them.
         updates: of the training that the LoRA came from; empty where unknown.
         task: of the LoRA.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from ..teacher_comparison import TeacherComparison
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from ..task.sample_set import SampleSet
 
 Setting = tuple[int, float]  # step count, stochasticity
 
@@ -65,20 +67,35 @@ def sweep_text_to_image(comparison: TeacherComparison, sweep: Sequence[Setting],
 def sweep_task(comparison: TaskComparison, sweep: Sequence[Setting], progress: Progress) -> list[SweptSet]:
     """Sweep the student of a conditional task against results of the teacher with the same conditions, other noise.
 
-    The teacher's results come from the set's reference file where that is there.
+    With a reference file all of the teacher's answers are made where the file is missing, and stored. Without one only
+    the results that the student is measured against are made, and there is no floor.
     """
     samples, many, maker = comparison.options.samples, comparison.many, comparison.maker
     stored = [comparison.stored(sample_set) for sample_set in comparison.sample_sets]
-    passes = sum(sweep_passes(sweep) + (0 if found else many.nfe) for found in stored)
-    bar = progress.add_task(comparison.task.name, total=passes * samples, unit="passes")
+    bar = progress.add_task(comparison.task.name, total=0, unit="passes")
+
+    def makes_all(sample_set: SampleSet, answers: Collection[str]) -> bool:
+        return sample_set.reference is not None and not answers
+
+    def passes(sample_set: SampleSet, answers: Collection[str]) -> int:
+        if makes_all(sample_set, answers):
+            found = comparison.passes(answers, of_student=False)
+            return found if comparison.measures_sets else found + many.nfe
+        return 0 if INDEPENDENT in answers else many.nfe
+
+    pairs = list(zip(comparison.sample_sets, stored, strict=True))
+    progress.update(bar, total=samples * sum(sweep_passes(sweep) + passes(*pair) for pair in pairs))
     sets = []
-    for sample_set, answers in zip(comparison.sample_sets, stored, strict=True):
-        found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
-        independent = []
+    for sample_set, answers in pairs:
         with torch.inference_mode():
+            if makes_all(sample_set, answers):
+                comparison.answer_all(sample_set, answers, progress, bar, of_student=False)
+                answers = comparison.of_teacher(sample_set)
+            found: dict[Setting, list[Tensor]] = {setting: [] for setting in sweep}
+            independent = []
             for batch in maker.batches(sample_set):
                 rows, scene = maker.encode(batch)
-                if not answers:
+                if INDEPENDENT not in answers:
                     independent.append(maker.look(maker.independent_results(rows, scene, batch)[0]))
                     progress.advance(bar, many.nfe * len(batch))
                 swept = sweep_latents(rows, sweep, rows.prompts, batch.seeds, partial(progress.advance, bar))
@@ -86,10 +103,11 @@ def sweep_task(comparison: TaskComparison, sweep: Sequence[Setting], progress: P
                     finished = comparison.task.finished(decode_pictures(rows, drawn), scene)
                     found[setting].append(maker.look(finished))
         students = {setting: torch.cat(parts) for setting, parts in found.items()}
-        if answers:
+        if independent:
+            sets.append(SweptSet(students, torch.cat(independent), None))
+        else:
             reference = answers[INDEPENDENT].features()["features"]
             floor = frechet_distance(answers[many.name].features()["features"], reference)
             sets.append(SweptSet(students, reference, floor))
-        else:
-            sets.append(SweptSet(students, torch.cat(independent), None))
+        sample_set.forget_features()
     return sets
