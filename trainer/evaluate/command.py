@@ -60,7 +60,7 @@ EPILOG = """examples:
         --lora lora.safetensors --output out/coco --runs student:4 student:2 teacher:25:7.5
 
   Use several devices (--protocol only):
-    accelerate launch -m flash_diffusion.trainer evaluate --protocol ...
+    accelerate launch --multi_gpu -m flash_diffusion.trainer evaluate --protocol ...
 
 A killed --protocol evaluation goes on where it stopped when the same command is given again.
 docs/evaluation.md describes the protocols and has the commands for the paper's table."""
