@@ -30,13 +30,12 @@ from .evaluator import Evaluator, Record, SeesPictures, environment
 from .generate import SamplingSetting, default_solver, interval_note, sampler_facts, sampler_note
 from .request import FEW_STEPS, GUIDED_STEPS, Options, TaskComparisonRequest
 from .task.about import AboutTask, about_task
-from .task.answers import Answers
+from .task.answers import Answers, Shown
 from .task.figures import KIND_OF
 from .task.making import AnswerMaker
 from .task.measured import Measured, MeasuredSet
 from .task.runs import INDEPENDENT, Entry, entries_of
 from .task.sample_set import SampleSet, sample_sets
-from .task.shown import Shown
 from .task.stored import find_answers, save_answers
 from .task.targets import targets_of, verdict
 from .task_samples import Subjects, read_sets
