@@ -28,12 +28,12 @@ from flash_diffusion.trainer.demo.assets import LORAS
 from flash_diffusion.trainer.errors import UserError
 from flash_diffusion.trainer.evaluate.command import add_arguments, request_of
 from flash_diffusion.trainer.evaluate.request import Options
-from flash_diffusion.trainer.evaluate.task import making
 from flash_diffusion.trainer.evaluate.task.about import AboutTask, about_task
 from flash_diffusion.trainer.evaluate.task.runs import entries_of
+from flash_diffusion.trainer.evaluate.task.samples import making
+from flash_diffusion.trainer.evaluate.task.samples.subjects import Subjects, batches, read_sets, read_subjects
 from flash_diffusion.trainer.evaluate.task.sets import SetDistances
 from flash_diffusion.trainer.evaluate.task.targets import targets_of, verdict
-from flash_diffusion.trainer.evaluate.task_samples import Subjects, batches, read_sets, read_subjects
 from flash_diffusion.trainer.metrics.embedders import Features
 from flash_diffusion.trainer.report.numbers import number
 from flash_diffusion.trainer.tasks import build_task

@@ -30,15 +30,15 @@ from .evaluator import Evaluator, Record, SeesPictures, environment
 from .generate import SamplingSetting, default_solver, interval_note, sampler_facts, sampler_note
 from .request import FEW_STEPS, GUIDED_STEPS, Options, TaskComparisonRequest
 from .task.about import AboutTask, about_task
-from .task.answers import Answers, Shown
 from .task.figures import KIND_OF
-from .task.making import AnswerMaker
 from .task.measured import Measured, MeasuredSet
 from .task.runs import INDEPENDENT, Entry, entries_of
-from .task.sample_set import SampleSet, sample_sets
-from .task.stored import find_answers, save_answers
+from .task.samples.answers import Answers, Shown
+from .task.samples.making import AnswerMaker
+from .task.samples.sample_set import SampleSet, sample_sets
+from .task.samples.stored import find_answers, save_answers
+from .task.samples.subjects import Subjects, read_sets
 from .task.targets import targets_of, verdict
-from .task_samples import Subjects, read_sets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,7 +101,7 @@ class TaskComparison(Evaluator[Entry]):
         origin: further entries of the report's origin.
         about: what follows from the inputs.
         reference: file of the teacher's answers: read where it is there, else made. Further sets have files beside it,
-            see :func:`~.task.sample_set.sample_sets`. None keeps nothing.
+            see :func:`~.task.samples.sample_set.sample_sets`. None keeps nothing.
     """
 
     kind = "task"

@@ -16,7 +16,6 @@ from ..health.figures import OVER, WARNINGS
 from .blocks import Finding, Findings, Page, RunTable, Targets
 from .charts import read_log, training_charts
 from .coco_page import coco_page, comparability
-from .html_page import render
 from .task_page import task_page
 from .teacher_page import teacher_page
 
@@ -89,6 +88,23 @@ def _damage_explained(source: Path) -> Iterator[None]:
             f"{source} is damaged: an entry is missing or has another form ({type(error).__name__}: {error}); evaluate "
             "again"
         ) from error
+
+
+def render(page: Page) -> str:
+    """Return a page as one HTML file that fetches nothing; ``report.html`` is the template.
+
+    Pictures are embedded, charts are inline SVG, and colours follow the reader's light or dark setting.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+    )
+    return environment.get_template("report.html").render(page=page)
 
 
 def write_report(folder: Path, log: Path | None = None) -> Path:

@@ -1,1 +1,1 @@
-"""The parts of a comparison on a task: runs, answers and their file, figures, distances of sets, targets."""
+"""The parts of a comparison on a task: samples, runs, figures, distances of sets, targets."""

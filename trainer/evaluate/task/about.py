@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ...metrics.embedders import Features
-    from ..task_samples import Subjects
+    from .samples.subjects import Subjects
 
 
 @dataclass(frozen=True)

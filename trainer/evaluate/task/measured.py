@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ....flash_core.measures.confidence_intervals import Estimate
     from ...tasks.figures import Figure
-    from .sample_set import SampleSet
+    from .samples.sample_set import SampleSet
 
 
 @dataclass(frozen=True)

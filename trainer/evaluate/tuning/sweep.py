@@ -19,7 +19,7 @@ from ..teacher_comparison import TeacherComparison
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ..task.sample_set import SampleSet
+    from ..task.samples.sample_set import SampleSet
 
 Setting = tuple[int, float]  # step count, stochasticity
 

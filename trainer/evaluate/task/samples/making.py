@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ....flash_core.measures.random_features import RandomFeatures
-from ...metrics.pictures.teacher_states import TeacherStates
-from ...tasks.figures import Scene
-from ..generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents
-from ..task_samples import batches
+from .....flash_core.measures.random_features import RandomFeatures
+from ....metrics.pictures.teacher_states import TeacherStates
+from ....tasks.figures import Scene
+from ...generate import EncodedPrompts, SamplingSetting, decode_pictures, sample_latents
+from .subjects import batches
 
 if TYPE_CHECKING:
-    from ...tasks.base import Task
-    from ...teachers.base import Teacher
-    from ..evaluator import SeesPictures
-    from ..request import Options
-    from ..task_samples import Batch
-    from .runs import Entry
+    from ....tasks.base import Task
+    from ....teachers.base import Teacher
+    from ...evaluator import SeesPictures
+    from ...request import Options
+    from ..runs import Entry
     from .sample_set import SampleSet
+    from .subjects import Batch
 
 
 @dataclass(frozen=True)

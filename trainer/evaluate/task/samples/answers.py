@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..evaluator import save_pictures
+from ...evaluator import save_pictures
 
 if TYPE_CHECKING:
-    from ...tasks.base import Task
-    from ...tasks.figures import Scene
-    from ..task_samples import Batch
+    from ....tasks.base import Task
+    from ....tasks.figures import Scene
+    from .subjects import Batch
 
 
 @dataclass

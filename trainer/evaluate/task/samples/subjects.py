@@ -16,17 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import DataSection
-from ..data.framing import to_mask, to_tensor
-from ..data.reading import read_samples, source_of
-from ..data.reading.samples import Sample
-from ..demo.shards import TEACHER_STYLE, load_pictures
-from ..errors import UserError
-from ..seeds import seed_of, stream
+from ....config import DataSection
+from ....data.framing import to_mask, to_tensor
+from ....data.reading import read_samples, source_of
+from ....data.reading.samples import Sample
+from ....demo.shards import TEACHER_STYLE, load_pictures
+from ....errors import UserError
+from ....seeds import seed_of, stream
 
 if TYPE_CHECKING:
-    from ..tasks.base import Task
-    from .request import Options
+    from ....tasks.base import Task
+    from ...request import Options
 
 DEMO = "demo"  # value of --data for the demo's pictures; demo:noto is another style
 

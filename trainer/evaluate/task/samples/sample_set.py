@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .answers import Answers
 
 if TYPE_CHECKING:
-    from ..task_samples import Subjects
+    from .subjects import Subjects
 
 
 @dataclass

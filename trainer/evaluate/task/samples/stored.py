@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import UserError
-from ...files import write_whole
+from ....errors import UserError
+from ....files import write_whole
 from .answers import Answers
 
 logger = logging.getLogger(__name__)
